@@ -1,0 +1,57 @@
+"""Latent actions learned from video alone: a transition between two semantic states as four numbers.
+
+The public names are imported on first use, so that `import latent_action` does not import torch.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from latent_action.config import LatentActionConfig
+    from latent_action.export import export_checkpoint
+    from latent_action.labelling import label_shards
+    from latent_action.losses import TransitionLosses, transition_losses
+    from latent_action.model import LatentActionTokenizer
+    from latent_action.probe import ProbeReport, probe_shards
+    from latent_action.visualize import acting_map, draw_transition, transport_arrows
+
+__version__ = version("latent-action")
+__all__ = [
+    "LatentActionConfig",
+    "LatentActionTokenizer",
+    "ProbeReport",
+    "TransitionLosses",
+    "__version__",
+    "acting_map",
+    "draw_transition",
+    "export_checkpoint",
+    "label_shards",
+    "probe_shards",
+    "transition_losses",
+    "transport_arrows",
+]
+
+_HOMES = {
+    "LatentActionConfig": "config",
+    "LatentActionTokenizer": "model",
+    "ProbeReport": "probe",
+    "TransitionLosses": "losses",
+    "acting_map": "visualize",
+    "draw_transition": "visualize",
+    "export_checkpoint": "export",
+    "label_shards": "labelling",
+    "probe_shards": "probe",
+    "transition_losses": "losses",
+    "transport_arrows": "visualize",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

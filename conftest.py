@@ -1,0 +1,27 @@
+"""Test-wide setup: tensor shapes are checked by beartype, torch runs on one thread, shared data is found or skipped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+# Before any test imports them: every jaxtyping annotation in the three packages is checked at each call.
+install_import_hook(["repvitok", "latent_action", "repwam_core"], "beartype.beartype")
+
+
+def pytest_configure() -> None:
+    """One torch thread per test process: the models in the tests are small, and processes share the cores."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real recordings that stands beside the repository; tests that need it are skipped without it."""
+    folder = Path(__file__).resolve().parent.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no recordings at {folder}: the shared data folder stands beside the repository")
+    return folder

@@ -1,0 +1,141 @@
+"""The command `latent-action`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from repvitok.commands import Command, TrainingStage, run_commands, training_commands
+from repvitok.errors import UserError, run_cli
+
+STAGE = TrainingStage(
+    name="latent_action",
+    module="latent_action.training:LatentActionTraining",
+    data="latent_action.datamodule:LatentActionData",
+)
+DESCRIPTION = "Learn latent actions from video latents, label data with them, and test what they hold."
+
+
+def _label_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--lat", type=Path, required=True, help="folder of the latent action tokenizer")
+    parser.add_argument("--latents", type=Path, required=True, help="folder of latent shards (repvitok encode)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the labelled shards")
+    parser.add_argument(
+        "--shard",
+        type=_share,
+        metavar="I/N",
+        help="label every N-th episode from I only (a job array); a last call without it writes the shards",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
+
+
+def _label(arguments: argparse.Namespace) -> int:
+    from latent_action.labelling import label_shards
+    from latent_action.model import LatentActionTokenizer
+
+    lat = LatentActionTokenizer.from_pretrained(arguments.lat)
+    meta = label_shards(lat, arguments.latents, arguments.out, shard=arguments.shard, device=arguments.device)
+    if meta is None:
+        print(f"labelled share {arguments.shard[0]}/{arguments.shard[1]} into {arguments.out}")
+    else:
+        print(f"{arguments.out}: labelled by LAT {lat.digest()[:16]}, std {meta.latent_action_std}")
+    return 0
+
+
+def _probe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--lat", type=Path, required=True, help="folder of the latent action tokenizer")
+    parser.add_argument("--latents", type=Path, required=True, help="folder of latent shards with robot actions")
+    parser.add_argument("--held-out", type=float, default=0.25, help="share of episodes (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of split and heads (default: %(default)s)")
+    parser.add_argument("--head-steps", type=int, default=600, help="training steps of the heads (default: 600)")
+    parser.add_argument(
+        "--frames-steps", type=int, default=300, help="training steps of the head on latents (default: 300)"
+    )
+    parser.add_argument("--out", type=Path, help="also write the report to this JSON file")
+
+
+def _probe(arguments: argparse.Namespace) -> int:
+    from repvitok.data.atomic import write_json_atomic
+
+    from latent_action.model import LatentActionTokenizer
+    from latent_action.probe import format_report, probe_shards
+
+    lat = LatentActionTokenizer.from_pretrained(arguments.lat)
+    report = probe_shards(
+        lat,
+        arguments.latents,
+        held_out_fraction=arguments.held_out,
+        head_steps=arguments.head_steps,
+        frames_steps=arguments.frames_steps,
+        seed=arguments.seed,
+    )
+    print(format_report(report))
+    if arguments.out is not None:
+        write_json_atomic(arguments.out, report.to_dict())
+    return 0
+
+
+def _visualize_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--lat", type=Path, required=True, help="folder of the latent action tokenizer")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of the visual tokenizer")
+    parser.add_argument("--dataset", type=Path, required=True, help="LeRobot data set")
+    parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
+    parser.add_argument("--episode", type=int, default=0, help="episode index (default: %(default)s)")
+    parser.add_argument("--size", type=int, nargs=2, required=True, metavar=("H", "W"), help="as encoded")
+    parser.add_argument("--stride", type=int, default=1, help="every n-th frame, as encoded (default: 1)")
+    parser.add_argument("--cameras", nargs="+", help="camera keys, as encoded (default: all)")
+    parser.add_argument("--transitions", type=int, default=12, help="most to draw (default: %(default)s)")
+
+
+def _visualize(arguments: argparse.Namespace) -> int:
+    from latent_action.episode_pictures import write_episode_picture
+
+    write_episode_picture(
+        lat=arguments.lat,
+        tokenizer=arguments.tokenizer,
+        dataset=arguments.dataset,
+        out=arguments.out,
+        episode=arguments.episode,
+        size=(arguments.size[0], arguments.size[1]),
+        stride=arguments.stride,
+        cameras=arguments.cameras,
+        transitions=arguments.transitions,
+    )
+    print(f"wrote {arguments.out}")
+    return 0
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, required=True, help=".ckpt written by fit")
+    parser.add_argument("--out", type=Path, required=True, help="folder for config.json and model.safetensors")
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from latent_action.export import export_checkpoint
+
+    lat = export_checkpoint(arguments.checkpoint, arguments.out)
+    print(f"{arguments.out}: LAT {lat.digest()[:16]}")
+    return 0
+
+
+def _share(text: str) -> tuple[int, int]:
+    index, _, shares = text.partition("/")
+    if not (index.isdigit() and shares.isdigit() and int(index) < int(shares)):
+        raise UserError(f"--shard: expected I/N with 0 <= I < N, for example 0/8; got {text!r}.")
+    return int(index), int(shares)
+
+
+COMMANDS = (
+    *training_commands(STAGE),
+    Command("label", "latent shards in, the same with latent actions out", _label, _label_arguments),
+    Command("probe", "how well latent actions predict robot actions", _probe, _probe_arguments),
+    Command("visualize", "a picture of where latent actions act", _visualize, _visualize_arguments),
+    Command("export", "from a training checkpoint to a model folder", _export, _export_arguments),
+)
+
+
+@run_cli
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `latent-action`; returns the exit code."""
+    return run_commands("latent-action", "latent-action", DESCRIPTION, COMMANDS, argv)

@@ -1,0 +1,130 @@
+"""The settings of a latent action tokenizer, checked where they are written down."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from repvitok.data.latents import LatentMeta
+
+POOLINGS = ("attention", "mean")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentActionConfig:
+    """Shape of the LAT, and the latents it was trained on.
+
+    The defaults are the paper's (Sec. 4.1): four-layer MLPs of hidden size 256, latents of 96 channels,
+    latent actions of 4 numbers. What the paper leaves open (pooling, the form of K_t) is decided in
+    docs/decisions/004-latent-action-pooling.md.
+
+    Attributes:
+        latent_dim: channels d of a latent token.
+        action_dim: numbers per latent action, d_l.
+        hidden: hidden size of both MLPs.
+        layers: linear layers of both MLPs.
+        pooling: how the IDM turns per-token outputs into one vector: "attention" (one learned softmax over
+            the tokens for each of the action_dim numbers) or "mean".
+        transport_rank: rank of the content term in the logits of K_t; 0 leaves the soft flow alone.
+        position_frequencies: octaves of the sinusoidal position features.
+        max_views: cameras for which a view embedding exists.
+        tokenizer_digest: identity of the visual tokenizer whose latents this LAT was trained on.
+        latent_mean: channel mean those latents were standardised with, (d,).
+        latent_std: channel standard deviation those latents were standardised with, (d,).
+
+    Raises:
+        ValueError: a size is not positive, the pooling is unknown, or the statistics do not fit latent_dim.
+    """
+
+    latent_dim: int = 96
+    action_dim: int = 4
+    hidden: int = 256
+    layers: int = 4
+    pooling: str = "attention"
+    transport_rank: int = 4
+    position_frequencies: int = 4
+    max_views: int = 4
+    tokenizer_digest: str | None = None
+    latent_mean: tuple[float, ...] | None = None
+    latent_std: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("latent_dim", "action_dim", "hidden", "max_views"):
+            _require_at_least(name, getattr(self, name), 1)
+        _require_at_least("layers", self.layers, 2)
+        _require_at_least("transport_rank", self.transport_rank, 0)
+        _require_at_least("position_frequencies", self.position_frequencies, 0)
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling: expected one of {POOLINGS}, got {self.pooling!r}.")
+        self._check_statistics()
+
+    def _check_statistics(self) -> None:
+        if (self.latent_mean is None) != (self.latent_std is None):
+            raise ValueError("latent_mean and latent_std belong together: give both, or neither.")
+        for name in ("latent_mean", "latent_std"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.latent_dim:
+                raise ValueError(
+                    f"{name}: expected latent_dim = {self.latent_dim} numbers, got {len(values)}. "
+                    "Use the statistics stored with the latents this model is for."
+                )
+        if self.latent_std is not None and min(self.latent_std) <= 0:
+            raise ValueError(f"latent_std: expected positive numbers, got a minimum of {min(self.latent_std)}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as JSON can hold it."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "LatentActionConfig":
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: a key is missing or unknown.
+        """
+        expected = {field.name for field in fields(cls)}
+        if missing := sorted(expected - set(values)):
+            raise ValueError(f"LatentActionConfig: missing {missing}. Was this file written by another version?")
+        if unknown := sorted(set(values) - expected):
+            raise ValueError(f"LatentActionConfig: unknown {unknown}; expected only {sorted(expected)}.")
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+    def fitted_to(self, meta: LatentMeta) -> "LatentActionConfig":
+        """This config with the tokenizer digest and the statistics of the latents to train on.
+
+        Raises:
+            ValueError: latent_dim is not that of the latents, or the config was made for other latents.
+        """
+        if self.latent_dim != meta.latent_dim:
+            raise ValueError(
+                f"latent_dim = {self.latent_dim}, but the latents have {meta.latent_dim} channels: set it to that."
+            )
+        filled = replace(
+            self,
+            tokenizer_digest=meta.tokenizer_digest,
+            latent_mean=tuple(meta.mean.tolist()),
+            latent_std=tuple(meta.std.tolist()),
+        )
+        for name in ("tokenizer_digest", "latent_mean", "latent_std"):
+            if getattr(self, name) not in (None, getattr(filled, name)):
+                raise ValueError(f"{name} is set, and is not that of the latents: leave it out of the recipe.")
+        return filled
+
+    def require_same(self, stored: "LatentActionConfig") -> None:
+        """Check that a checkpoint was trained with these settings and on these latents.
+
+        Raises:
+            ValueError: naming the first field that differs.
+        """
+        for field in fields(self):
+            ours, theirs = getattr(self, field.name), getattr(stored, field.name)
+            if ours != theirs:
+                told = "" if isinstance(ours, tuple) else f": here {ours}, there {theirs}"
+                raise ValueError(
+                    f"The checkpoint was trained with another {field.name}{told}. Use the recipe and the latents "
+                    "it was trained on."
+                )
+
+
+def _require_at_least(name: str, value: int, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name}: expected an integer of at least {minimum}, got {value!r}.")

@@ -1,0 +1,159 @@
+"""Batches of transitions from a folder of latent shards, for Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import lightning as L
+import numpy as np
+import torch
+from jaxtyping import Float
+from repvitok.data.latents import LatentMeta
+from repvitok.data.shards import LatentShards
+from torch import Tensor
+
+from latent_action.transitions import TransitionTable, load_transitions, split_episodes
+
+
+class TransitionBatch(NamedTuple):
+    """Standardised latents before and after each of b transitions."""
+
+    z_t: Float[Tensor, "b tokens d"]
+    z_next: Float[Tensor, "b tokens d"]
+
+
+class TrainingBatches:
+    """Endless random batches of transitions; batch k depends on (seed, k, rank) only.
+
+    So training that stops after step k and starts again with `first_batch = k` sees what it would have seen.
+    """
+
+    def __init__(self, table: TransitionTable, batch_size: int, seed: int, first_batch: int = 0, rank: int = 0) -> None:
+        self.table = table
+        self.batch_size = batch_size
+        self.seed = seed
+        self.first_batch = first_batch
+        self.rank = rank
+
+    def batch(self, number: int) -> TransitionBatch:
+        """Batch `number`, drawn with replacement from all transitions."""
+        random = np.random.default_rng([self.seed, number, self.rank])
+        index = torch.from_numpy(random.integers(len(self.table), size=self.batch_size))
+        return TransitionBatch(*self.table.pairs(index))
+
+    def __iter__(self) -> Iterator[TransitionBatch]:
+        number = self.first_batch
+        while True:
+            yield self.batch(number)
+            number += 1
+
+
+class EvaluationBatches:
+    """At most `limit` transitions, evenly spread over a table, in order."""
+
+    def __init__(self, table: TransitionTable, batch_size: int, limit: int) -> None:
+        self.table = table
+        count = min(limit, len(table))
+        self.index = torch.linspace(0, len(table) - 1, count).round().long().split(batch_size)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __iter__(self) -> Iterator[TransitionBatch]:
+        return (TransitionBatch(*self.table.pairs(index)) for index in self.index)
+
+
+class LatentActionData(L.LightningDataModule):
+    """Transitions of latent shards in memory, with whole episodes held out for validation.
+
+    Args:
+        latents: folder of latent shards, from `repvitok encode` or any other visual tokenizer.
+        batch_size: transitions per batch and rank.
+        held_out_fraction: share of the episodes kept for validation, in (0, 1); at least one.
+        val_transitions: most transitions a validation looks at.
+        seed: of the batches and of the split.
+        memory_limit_gb: refuse latents that take more than this in memory.
+
+    Raises:
+        ValueError: on setup, where the latents cannot be used.
+    """
+
+    def __init__(
+        self,
+        latents: str,
+        batch_size: int = 128,
+        held_out_fraction: float = 0.1,
+        val_transitions: int = 1024,
+        seed: int = 0,
+        memory_limit_gb: float = 16.0,
+    ) -> None:
+        super().__init__()
+        for name, value in (("batch_size", batch_size), ("val_transitions", val_transitions)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}.")
+        self.latents = Path(latents)
+        self.batch_size = batch_size
+        self.held_out_fraction = held_out_fraction
+        self.val_transitions = val_transitions
+        self.seed = seed
+        self.memory_limit_gb = memory_limit_gb
+        self._tables: tuple[TransitionTable, TransitionTable] | None = None
+        self._shards: LatentShards | None = None
+
+    @property
+    def meta(self) -> LatentMeta:
+        """What the latents are: grid, statistics, the digest of their tokenizer."""
+        if self._shards is None:
+            self._shards = LatentShards(self.latents)
+        return self._shards.meta
+
+    def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
+        """Read and split the latents once."""
+        if self._tables is not None:
+            return
+        meta, shards = self.meta, self._shards
+        assert shards is not None
+        self._require_memory(shards)
+        mean, std = torch.from_numpy(meta.mean), torch.from_numpy(meta.std)
+        table = load_transitions(shards, lambda raw: (raw - mean) / std)
+        train, held_out = split_episodes(table.episode.tolist(), self.held_out_fraction, self.seed)
+        self._tables = table.of_episodes(train), table.of_episodes(held_out)
+
+    def train_dataloader(self) -> TrainingBatches:
+        """Batches from the step the trainer is at."""
+        train, _ = self._require_setup()
+        trainer, first, rank = self.trainer, 0, 0
+        if trainer is not None:
+            first = trainer.global_step * trainer.accumulate_grad_batches
+            rank = trainer.global_rank
+        return TrainingBatches(train, self.batch_size, self.seed, first, rank)
+
+    def val_dataloader(self) -> EvaluationBatches:
+        """The held-out episodes' transitions."""
+        return EvaluationBatches(self._require_setup()[1], self.batch_size, self.val_transitions)
+
+    def test_dataloader(self) -> EvaluationBatches:
+        """All transitions of the held-out episodes."""
+        held_out = self._require_setup()[1]
+        return EvaluationBatches(held_out, self.batch_size, len(held_out))
+
+    def predict_dataloader(self) -> EvaluationBatches:
+        """The same as for testing."""
+        return self.test_dataloader()
+
+    def _require_setup(self) -> tuple[TransitionTable, TransitionTable]:
+        if self._tables is None:
+            self.setup()
+        assert self._tables is not None
+        return self._tables
+
+    def _require_memory(self, shards: LatentShards) -> None:
+        size_gb = sum(path.stat().st_size for path in shards.paths) / 1e9
+        if size_gb > self.memory_limit_gb:
+            raise ValueError(
+                f"{self.latents}: {size_gb:.1f} GB of latents are over memory_limit_gb = {self.memory_limit_gb}. "
+                "Raise it if the machine has the memory, or train on a part of the data: a LAT needs no more "
+                "than some hours of video."
+            )

@@ -1,0 +1,118 @@
+"""The latent action tokenizer (LAT): a transition between two latent frames as a few numbers, and back."""
+
+from typing import ClassVar
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from repvitok.pretrained import PretrainedModel
+from torch import Tensor
+
+from latent_action.config import LatentActionConfig
+from latent_action.dynamics import ForwardDynamics, InverseDynamics
+from latent_action.grid import Grid, resolve_grid
+
+
+class LatentActionTokenizer(PretrainedModel):
+    """IDM and FDM of RepWAM Eq. (3), for latents of any visual tokenizer.
+
+        l_t = q(z_t, z_{t+1}),    K_t, d_t = f(z_t, l_t),    z_hat_{t+1} = K_t z_t + d_t
+
+    Latents come in standardised, with the channel mean and deviation in `config` (`standardise` applies them);
+    `grid` is (views, rows, columns) of a latent frame, camera-major, and defaults to one square view.
+    """
+
+    format: ClassVar[str] = "latent-action"
+    format_version: ClassVar[int] = 1
+    config_class: ClassVar[type[LatentActionConfig]] = LatentActionConfig
+    config: LatentActionConfig
+
+    def __init__(self, config: LatentActionConfig | None = None) -> None:
+        super().__init__()
+        self.config = config or LatentActionConfig()
+        self.inverse_dynamics = InverseDynamics(self.config)
+        self.forward_dynamics = ForwardDynamics(self.config)
+
+    def encode(
+        self, z: Float[Tensor, "b frames tokens d"], grid: Grid | None = None
+    ) -> Float[Tensor, "b transitions action"]:
+        """The latent action of every transition of a clip; transitions = frames - 1.
+
+        Raises:
+            ValueError: fewer than two frames, an empty clip, another d than the config's, or a grid that does
+                not hold the tokens.
+        """
+        self._require_latents(z, "z", "batch frames tokens channels")
+        if z.shape[1] < 2:
+            raise ValueError(
+                f"A latent action lies between two latent frames, but z {tuple(z.shape)} (batch, frames, tokens, "
+                "channels) has one frame or none. Encode at least 5 raw frames."
+            )
+        grid = resolve_grid(z.shape[2], grid)
+        z_t, z_next = (rearrange(x, "b f l d -> (b f) l d") for x in (z[:, :-1], z[:, 1:]))
+        return rearrange(self.inverse_dynamics(z_t, z_next, grid), "(b f) a -> b f a", b=z.shape[0])
+
+    def transition(
+        self,
+        z_t: Float[Tensor, "b tokens d"],
+        l_t: Float[Tensor, "b action"],
+        grid: Grid | None = None,
+    ) -> tuple[Float[Tensor, "b tokens tokens"], Float[Tensor, "b tokens d"]]:
+        """K_t, whose rows sum to one, and d_t. Takes L^2 memory: where only K_t z_t + d_t is needed, `decode`.
+
+        Raises:
+            ValueError: shapes that do not fit the config, each other, or the grid.
+        """
+        transport, residual = self.forward_dynamics(z_t, l_t, self._require_pair(z_t, l_t, grid))
+        return transport.matrix(), residual
+
+    def decode(
+        self,
+        z_t: Float[Tensor, "b tokens d"],
+        l_t: Float[Tensor, "b action"],
+        grid: Grid | None = None,
+    ) -> Float[Tensor, "b tokens d"]:
+        """z_hat_{t+1} = K_t z_t + d_t, without forming K_t.
+
+        Raises:
+            ValueError: shapes that do not fit the config, each other, or the grid.
+        """
+        transport, residual = self.forward_dynamics(z_t, l_t, self._require_pair(z_t, l_t, grid))
+        return transport.apply(z_t).to(z_t.dtype) + residual.to(z_t.dtype)
+
+    def standardise(self, latents: Float[Tensor, "*frames d"]) -> Float[Tensor, "*frames d"]:
+        """(latents - mean) / std with the statistics in `config`: from a visual tokenizer's raw latents to z.
+
+        Raises:
+            ValueError: the config holds no statistics, or the latents have another d.
+        """
+        if self.config.latent_mean is None or self.config.latent_std is None:
+            raise ValueError(
+                "This LAT holds no latent statistics (latent_mean, latent_std in its config). Train it with "
+                "`latent-action fit`, or set both from the meta of the latents it was trained on."
+            )
+        self._require_latents(latents, "latents", "... channels")
+        mean = torch.tensor(self.config.latent_mean, dtype=latents.dtype, device=latents.device)
+        std = torch.tensor(self.config.latent_std, dtype=latents.dtype, device=latents.device)
+        return (latents - mean) / std
+
+    def _require_latents(self, z: Tensor, name: str, axes: str) -> None:
+        if "..." not in axes and z.ndim != len(axes.split()):
+            raise ValueError(f"{name}: expected the axes ({axes}), got shape {tuple(z.shape)}.")
+        if z.shape[-1] != self.config.latent_dim:
+            raise ValueError(
+                f"{name} {tuple(z.shape)} has {z.shape[-1]} channels in its last dimension, this LAT was made for "
+                f"{self.config.latent_dim}: use the latents of the tokenizer it was trained on."
+            )
+        if z.numel() == 0:
+            raise ValueError(f"{name} {tuple(z.shape)} is empty: expected at least one item, frame and token.")
+
+    def _require_pair(self, z_t: Tensor, l_t: Tensor, grid: Grid | None) -> Grid:
+        self._require_latents(z_t, "z_t", "batch tokens channels")
+        expected = (z_t.shape[0], self.config.action_dim)
+        if l_t.shape != expected:
+            raise ValueError(
+                f"l_t: expected shape {expected} (one latent action per item of z_t "
+                f"{tuple(z_t.shape)}), got {tuple(l_t.shape)}."
+            )
+        return resolve_grid(z_t.shape[1], grid)

@@ -1,0 +1,210 @@
+"""How much of the robot's actions a small head can read from frozen latent actions (RepWAM Fig. 4, right)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from repvitok.data.shards import LatentShards
+from repvitok.optim import warmup_cosine_schedule
+from torch import Tensor, nn
+
+from latent_action.dynamics import InverseDynamics, mlp
+from latent_action.grid import Grid
+from latent_action.labelling import require_same_tokenizer
+from latent_action.model import LatentActionTokenizer
+from latent_action.transitions import TransitionTable, load_transitions, split_episodes
+
+Predict = Callable[[Int[Tensor, " b"]], Float[Tensor, "b c"]]
+
+
+@dataclass(frozen=True)
+class ProbeScore:
+    """Held-out error of one way to predict robot actions.
+
+    Attributes:
+        loss: mean squared error over channels, in units of each channel's training variance.
+        r2: 1 - squared error / squared deviation from the held-out mean, per channel; None where it is constant.
+        mean_r2: mean over the channels that vary.
+    """
+
+    loss: float
+    r2: tuple[float | None, ...]
+    mean_r2: float
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """Scores on the same held-out episodes.
+
+    Attributes:
+        channels: names of the action channels.
+        train_transitions, held_out_transitions: how many transitions each side has.
+        latent_action: head on the frozen latent action l_t.
+        untrained: the same head on the latent action of a LAT with random weights.
+        mean_action: always predicts the training mean.
+        frames: an IDM trained end to end on (z_t, z_{t+1}); what the latents themselves allow at this budget.
+    """
+
+    channels: tuple[str, ...]
+    train_transitions: int
+    held_out_transitions: int
+    latent_action: ProbeScore
+    untrained: ProbeScore
+    mean_action: ProbeScore
+    frames: ProbeScore
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A regression on transitions: normalised targets and who is held out."""
+
+    table: TransitionTable
+    targets: Float[Tensor, "transitions c"]
+    train: Int[Tensor, " n"]
+    held_out: Int[Tensor, " m"]
+    grid: Grid
+    seed: int
+
+
+def probe_shards(
+    lat: LatentActionTokenizer,
+    latents: str | Path,
+    *,
+    held_out_fraction: float = 0.25,
+    head_steps: int = 600,
+    frames_steps: int = 300,
+    seed: int = 0,
+) -> ProbeReport:
+    """Train the probe's heads on some episodes and score them on the others.
+
+    The target is the mean robot action of a transition, standardised per channel on the training episodes.
+
+    Args:
+        lat: the latent action tokenizer, used as it is.
+        latents: folder of latent shards with actions, of the tokenizer the LAT was trained on.
+        held_out_fraction: share of the episodes that are scored.
+        head_steps: training steps of the heads on latent actions.
+        frames_steps: training steps of the head on latent frames.
+        seed: of the split, of the untrained LAT and of the heads.
+
+    Raises:
+        ValueError: the latents hold no actions, come from another tokenizer, or are of one episode only.
+    """
+    shards = LatentShards(latents)
+    require_same_tokenizer(lat, shards)
+    table = load_transitions(shards, lat.standardise)
+    if table.actions is None:
+        raise ValueError(f"{shards.root}: some episodes have no robot actions, so there is nothing to probe for.")
+    train, held_out = split_episodes(table.episode.tolist(), held_out_fraction, seed)
+    task = _make_task(table, train, held_out, shards.meta.grid, seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        untrained = LatentActionTokenizer(lat.config)
+        return ProbeReport(
+            channels=shards.meta.action_names or tuple(str(i) for i in range(task.targets.shape[1])),
+            train_transitions=len(task.train),
+            held_out_transitions=len(task.held_out),
+            latent_action=_score(task, _fit_head(task, _latent_actions(lat, task), head_steps)),
+            untrained=_score(task, _fit_head(task, _latent_actions(untrained, task), head_steps)),
+            mean_action=_score(task, lambda index: torch.zeros(len(index), task.targets.shape[1])),
+            frames=_score(task, _fit_frames(task, lat, frames_steps)),
+        )
+
+
+def _make_task(table: TransitionTable, train: list[int], held_out: list[int], grid: Grid, seed: int) -> _Task:
+    assert table.actions is not None
+    train_index = torch.isin(table.episode, torch.tensor(train)).nonzero()[:, 0]
+    held_out_index = torch.isin(table.episode, torch.tensor(held_out)).nonzero()[:, 0]
+    targets = _standardised(table.actions, train_index)
+    return _Task(table, targets, train_index, held_out_index, grid, seed)
+
+
+def _standardised(values: Float[Tensor, "n c"], train: Int[Tensor, " m"]) -> Float[Tensor, "n c"]:
+    """Values per channel in units of their training deviation; channels constant there keep their own unit."""
+    deviation = values[train].std(dim=0, correction=0)
+    return (values - values[train].mean(dim=0)) / torch.where(deviation > 1e-6, deviation, 1.0)
+
+
+@torch.no_grad()
+def _latent_actions(lat: LatentActionTokenizer, task: _Task) -> Float[Tensor, "n action"]:
+    pieces = [
+        lat.encode(torch.stack(task.table.pairs(index), dim=1), task.grid)[:, 0]
+        for index in torch.arange(len(task.table)).split(512)
+    ]
+    return torch.cat(pieces)
+
+
+def _fit_head(task: _Task, features: Float[Tensor, "n f"], steps: int) -> Predict:
+    """A three-layer MLP from features to actions."""
+    inputs = _standardised(features, task.train)
+    head = mlp(inputs.shape[1], 128, task.targets.shape[1], 3)
+    _regress(head, lambda index: head(inputs[index]), task, steps, batch_size=512)
+    return lambda index: head(inputs[index])
+
+
+def _fit_frames(task: _Task, lat: LatentActionTokenizer, steps: int) -> Predict:
+    """An IDM whose vector is the robot action itself."""
+    channels = task.targets.shape[1]
+    config = dataclasses.replace(lat.config, action_dim=channels, hidden=128, pooling="attention")
+    idm = InverseDynamics(config)
+
+    def predict(index: Tensor) -> Tensor:
+        return idm(*task.table.pairs(index), task.grid)
+
+    _regress(idm, predict, task, steps, batch_size=128)
+    return predict
+
+
+def _regress(module: nn.Module, predict: Predict, task: _Task, steps: int, batch_size: int) -> None:
+    """Fit `predict` to the targets of the training transitions, in place."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=2e-3, weight_decay=0.01)
+    schedule = warmup_cosine_schedule(optimizer, warmup=20, total=steps)
+    random = torch.Generator().manual_seed(task.seed)
+    for _ in range(steps):
+        index = task.train[torch.randint(len(task.train), (batch_size,), generator=random)]
+        optimizer.zero_grad()
+        (predict(index) - task.targets[index]).square().mean().backward()
+        optimizer.step()
+        schedule.step()
+
+
+@torch.no_grad()
+def _score(task: _Task, predict: Predict) -> ProbeScore:
+    predicted = torch.cat([predict(index) for index in task.held_out.split(512)])
+    target = task.targets[task.held_out]
+    error = (predicted - target).square().mean(dim=0)
+    variance = target.var(dim=0, correction=0)
+    r2 = [1 - float(e / v) if v > 1e-6 else None for e, v in zip(error, variance, strict=True)]
+    known = [value for value in r2 if value is not None]
+    if not known:
+        raise ValueError("No action channel varies in the held-out episodes, so R^2 is not defined: hold out more.")
+    return ProbeScore(loss=float(error.mean()), r2=tuple(r2), mean_r2=sum(known) / len(known))
+
+
+def format_report(report: ProbeReport) -> str:
+    """The report as a table for the terminal."""
+    rows = [
+        ("latent action", report.latent_action),
+        ("untrained latent action", report.untrained),
+        ("mean action", report.mean_action),
+        ("(z_t, z_t+1) directly", report.frames),
+    ]
+    header = f"{'head on':<26}{'loss':>9}{'mean R2':>9}  " + " ".join(f"{c[:12]:>12}" for c in report.channels)
+    lines = [header]
+    for name, score in rows:
+        cells = " ".join(f"{'constant' if r is None else f'{r:.3f}':>12}" for r in score.r2)
+        lines.append(f"{name:<26}{score.loss:>9.4f}{score.mean_r2:>9.3f}  {cells}")
+    counts = (
+        f"{report.train_transitions} transitions to train on, {report.held_out_transitions} held out (whole episodes)"
+    )
+    return "\n".join([*lines, counts])

@@ -1,0 +1,199 @@
+"""Training of the latent action tokenizer as a LightningModule."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import lightning as L
+import torch
+from repvitok.data.latents import LatentMeta
+from repvitok.ema import ExponentialMovingAverage
+from repvitok.optim import OptimizerName, build_optimizer, warmup_cosine_schedule
+from torch import Tensor, nn
+
+from latent_action.config import LatentActionConfig
+from latent_action.datamodule import TransitionBatch
+from latent_action.dynamics import ForwardDynamics
+from latent_action.export import CHECKPOINT_KEY, read_stored
+from latent_action.grid import Grid
+from latent_action.losses import copy_loss, transition_losses
+from latent_action.model import LatentActionTokenizer
+
+
+class LatentActionTraining(L.LightningModule):
+    """Eq. (4)'s two losses, and beside them the control that shows what the latent action is worth.
+
+    The zero-action control is a second FDM of the same size, trained on the same batches with the action held at
+    zero and on the forward direction only. What the LAT's forward loss gains over the control's is the latent
+    action's doing; the rest is what anybody could predict from z_t alone.
+
+    Args:
+        lat: settings of the model; the tokenizer digest and the latent statistics come from the data.
+        forward_weight: weight of L_fwd.
+        consistency_weight: weight of L_cons.
+        zero_action_control: train the control and log its loss.
+        optimizer: "adamw" or "muon".
+        learning_rate: peak learning rate.
+        weight_decay: on matrices.
+        warmup_steps: linear warmup, before a cosine to zero at the trainer's max_steps.
+        gradient_clip: largest norm of the gradient, of the LAT and of the control each; null for none.
+        ema_decay: validate and export an average of the weights with this decay; null for none.
+
+    Raises:
+        ValueError: a weight is negative, or the data do not fit `lat`.
+    """
+
+    def __init__(
+        self,
+        lat: LatentActionConfig,
+        forward_weight: float = 1.0,
+        consistency_weight: float = 1.0,
+        zero_action_control: bool = True,
+        optimizer: OptimizerName = "adamw",
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.01,
+        warmup_steps: int = 100,
+        gradient_clip: float | None = 1.0,
+        ema_decay: float | None = None,
+    ) -> None:
+        super().__init__()
+        if min(forward_weight, consistency_weight) < 0 or forward_weight + consistency_weight == 0:
+            raise ValueError(
+                f"The weights of L_fwd and L_cons must not be negative, nor both 0; got {forward_weight} and "
+                f"{consistency_weight}."
+            )
+        self.lat = LatentActionTokenizer(lat)
+        self.control = ForwardDynamics(lat) if zero_action_control else None
+        self.forward_weight = forward_weight
+        self.consistency_weight = consistency_weight
+        self.optimizer: OptimizerName = optimizer
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.warmup_steps = warmup_steps
+        self.gradient_clip = gradient_clip
+        self.ema = None if ema_decay is None else ExponentialMovingAverage(self.lat, ema_decay)
+        self.grid: Grid | None = None
+        self._seen_actions: list[Tensor] = []
+
+    def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
+        """Take the grid, the statistics and the tokenizer's digest from the data."""
+        meta: LatentMeta = self.trainer.datamodule.meta  # pyright: ignore[reportAttributeAccessIssue]
+        self.grid = meta.grid
+        self.lat.config = self.lat.config.fitted_to(meta)
+
+    def training_step(self, batch: TransitionBatch) -> Tensor:
+        """forward_weight * L_fwd + consistency_weight * L_cons, plus the control's own loss."""
+        losses = transition_losses(self.lat, batch.z_t, batch.z_next, self.grid)
+        loss = self.forward_weight * losses.forward + self.consistency_weight * losses.consistency
+        self.log("train/loss", loss)
+        self.log("train/forward_loss", losses.forward)
+        self.log("train/consistency_loss", losses.consistency)
+        if self.control is None:
+            return loss
+        zero_action = self._control_loss(batch)
+        self.log("train/zero_action_loss", zero_action)
+        # The two share no parameter, so the sum trains each on its own loss.
+        return loss + zero_action
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Move the average of the weights."""
+        if self.ema is not None:
+            self.ema.update(self.lat)
+
+    def on_fit_start(self) -> None:
+        """Put the average where the weights are."""
+        if self.ema is not None:
+            self.ema.to(self.device)
+
+    def validation_step(self, batch: TransitionBatch) -> None:
+        """Held-out losses beside the copy baseline and the zero-action control."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: TransitionBatch) -> None:
+        """As in validation."""
+        self._evaluate(batch, "test")
+
+    def predict_step(self, batch: TransitionBatch) -> Tensor:
+        """Latent actions of a batch."""
+        with self._averaged():
+            return self.lat.encode(torch.stack(batch, dim=1), self.grid)[:, 0]
+
+    def on_validation_epoch_end(self) -> None:
+        """Log how much each dimension of the latent action varies."""
+        self._log_deviation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """As in validation."""
+        self._log_deviation("test")
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer for the LAT and its control; warmup, then cosine to the trainer's max_steps."""
+        optimizer = build_optimizer(
+            self,
+            self.optimizer,
+            lr=self.learning_rate,
+            weight_decay=self.weight_decay,
+            newton_schulz_dtype="float32" if self.device.type == "cpu" else "bfloat16",
+            is_hidden=_is_hidden,
+        )
+        total = self.trainer.max_steps
+        if total < 1:
+            raise ValueError(f"trainer.max_steps must be set: the learning rate falls to zero there; got {total}.")
+        schedule = warmup_cosine_schedule(optimizer, self.warmup_steps, total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
+        """Clip the LAT's gradient by itself, so that the control cannot change how it trains."""
+        if self.gradient_clip is not None:
+            for module in filter(None, (self.lat, self.control)):
+                nn.utils.clip_grad_norm_(module.parameters(), self.gradient_clip)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what makes the weights usable without this run's recipe."""
+        ema = None if self.ema is None else self.ema.state_dict()
+        checkpoint[CHECKPOINT_KEY] = {"config": self.lat.config.to_dict(), "ema": ema}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of other settings, other data or without the average that is asked for."""
+        stored = read_stored(checkpoint)
+        self.lat.config.require_same(LatentActionConfig.from_dict(stored["config"]))
+        if (stored["ema"] is None) != (self.ema is None):
+            raise ValueError("The checkpoint and this run differ in ema_decay: use the run's own config.yaml.")
+        if self.ema is not None:
+            self.ema.load_state_dict(stored["ema"])
+
+    def _evaluate(self, batch: TransitionBatch, split: str) -> None:
+        size = batch.z_t.shape[0]
+        with self._averaged():
+            losses = transition_losses(self.lat, batch.z_t, batch.z_next, self.grid)
+        self._seen_actions.append(losses.latent_actions)
+        values = {
+            "forward_loss": losses.forward,
+            "consistency_loss": losses.consistency,
+            "copy_loss": copy_loss(batch.z_t, batch.z_next),
+        }
+        if self.control is not None:
+            values["zero_action_loss"] = self._control_loss(batch)
+        for name, value in values.items():
+            self.log(f"{split}/{name}", value, batch_size=size, sync_dist=True)
+
+    def _control_loss(self, batch: TransitionBatch) -> Tensor:
+        assert self.control is not None
+        action = batch.z_t.new_zeros(batch.z_t.shape[0], self.lat.config.action_dim)
+        transport, residual = self.control(batch.z_t, action, self.grid)
+        return (transport.apply(batch.z_t) + residual - batch.z_next).square().mean()
+
+    def _log_deviation(self, split: str) -> None:
+        deviation = torch.cat(self._seen_actions).float().std(dim=0, correction=0)
+        self._seen_actions = []
+        for index, value in enumerate(deviation):
+            self.log(f"{split}/action_std_{index}", value, sync_dist=True)
+
+    def _averaged(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.ema is None else self.ema.swapped(self.lat)
+
+
+def _is_hidden(name: str, parameter: nn.Parameter) -> bool:
+    """The square matrices inside an MLP: all but its first and last layer (and the view embeddings)."""
+    return ".mlp." in name and parameter.shape[0] == parameter.shape[1]

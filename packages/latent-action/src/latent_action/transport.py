@@ -1,0 +1,89 @@
+"""The soft transport operator K_t of RepWAM Eq. (3), kept as two thin factors.
+
+Row i of K_t is a softmax over source tokens j of
+
+    q_i . k_j  -  s_i |p_j - (p_i + delta_i)|^2  +  stay_i [view_j == view_i]
+
+a content term of small rank plus a soft flow: token i gathers from around the place p_i + delta_i, s_i says how
+sharply, stay_i how firmly inside its own camera. Expanding the square, the terms that do not depend on j cancel
+in the softmax and the rest is an inner product of (transport_rank + 3 + views) numbers. So K_t z is one call of
+scaled dot-product attention, and the L x L matrix exists only where somebody asks for it.
+"""
+
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from latent_action.grid import Grid, token_coordinates, token_views
+
+
+class Flow(NamedTuple):
+    """Per-token parameters of a transport operator.
+
+    Attributes:
+        displacement: delta, from a token to the place it gathers from, in token units (row, column).
+        sharpness: s > 0, per squared token unit.
+        stay: bonus for sources in the token's own view.
+        content_query: q.
+        content_key: k.
+    """
+
+    displacement: Float[Tensor, "b tokens 2"]
+    sharpness: Float[Tensor, "b tokens"]
+    stay: Float[Tensor, "b tokens"]
+    content_query: Float[Tensor, "b tokens rank"]
+    content_key: Float[Tensor, "b tokens rank"]
+
+
+class Transport(NamedTuple):
+    """K_t = softmax(query @ key^T) as its two factors, always in float32.
+
+    The flow's logits reach thousands on large grids and cancel; bfloat16 cannot hold them.
+    """
+
+    query: Float[Tensor, "b tokens factors"]
+    key: Float[Tensor, "b tokens factors"]
+
+    @classmethod
+    def from_flow(cls, flow: Flow, grid: Grid) -> "Transport":
+        """The factors of the operator described by `flow` on `grid`."""
+        place = token_coordinates(grid, flow.displacement.device)
+        target = place + flow.displacement.float()
+        s = flow.sharpness.float()[..., None]
+        query = [flow.content_query.float(), 2 * s * target, -s]
+        key = [flow.content_key.float(), place, place.square().sum(-1, keepdim=True)]
+        if grid[0] > 1:
+            view = F.one_hot(token_views(grid, place.device), grid[0]).float()
+            query.append(flow.stay.float()[..., None] * view)
+            key.append(view)
+        batch = flow.displacement.shape[0]
+        return cls(torch.cat(query, -1), torch.cat([k.expand(batch, *k.shape[-2:]) for k in key], -1))
+
+    def matrix(self) -> Float[Tensor, "b tokens tokens"]:
+        """K_t itself; every row is non-negative and sums to one."""
+        with torch.autocast(self.query.device.type, enabled=False):
+            return (self.query @ self.key.mT).softmax(-1)
+
+    def apply(self, values: Float[Tensor, "b tokens channels"]) -> Float[Tensor, "b tokens channels"]:
+        """K_t @ values without forming K_t.
+
+        The CPU's memory-saving kernel wants one size for queries, keys and values, so the thinner of the two
+        is padded with zeros, which changes no inner product.
+        """
+        with torch.autocast(self.query.device.type, enabled=False):
+            width = max(self.query.shape[-1], values.shape[-1])
+            query, key, value = (
+                rearrange(F.pad(x, (0, width - x.shape[-1])), "b tokens e -> b 1 tokens e")
+                for x in (self.query, self.key, values.float())
+            )
+            moved = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+            return rearrange(moved, "b 1 tokens e -> b tokens e")[..., : values.shape[-1]]
+
+    def source(self, grid: Grid) -> Float[Tensor, "b tokens 2"]:
+        """Mean place, in token units relative to the view's centre, that each token gathers from."""
+        place = token_coordinates(grid, self.query.device)
+        return self.apply(place.expand(self.query.shape[0], *place.shape))

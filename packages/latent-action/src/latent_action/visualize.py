@@ -1,0 +1,145 @@
+"""Where a latent action acts in the image, and how it moves what is there (RepWAM Fig. 4, left)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from latent_action.grid import Grid, resolve_grid, token_coordinates
+from latent_action.model import LatentActionTokenizer
+
+# A change of a token by this many standard deviations (root mean square over the channels) is drawn at full heat
+# where nothing in the frame changes more; without it, noise on a still frame would glow.
+HEAT_FLOOR = 0.25
+# Arrows shorter than this many tokens are not drawn.
+SHORTEST_ARROW = 0.15
+_ARROW = (40, 255, 120)
+_SIDE = 256
+
+
+@torch.no_grad()
+def acting_map(
+    lat: LatentActionTokenizer,
+    z_t: Float[Tensor, "tokens d"],
+    l_t: Float[Tensor, " action"],
+    grid: Grid | None = None,
+) -> Float[np.ndarray, "views h w"]:
+    """How strongly a latent action changes each token, in [0, 1].
+
+    The change is the root mean square over channels of f(z_t, l_t) - f(z_t, l_0), both by Eq. (3), where l_0 =
+    q(z_t, z_t) is the latent action of nothing happening. It is divided by its maximum over the frame, or by
+    `HEAT_FLOOR` where that is larger.
+
+    Args:
+        lat: the latent action tokenizer.
+        z_t: one standardised latent frame.
+        l_t: the latent action of the transition that starts there.
+        grid: (views, rows, columns).
+    """
+    views, rows, columns = resolve_grid(z_t.shape[0], grid)
+    frame = z_t[None]
+    still = lat.encode(torch.stack([frame, frame], dim=1), (views, rows, columns))[:, 0]
+    both = torch.stack([l_t, still[0]])
+    moved, kept = lat.decode(frame.expand(2, -1, -1).contiguous(), both, (views, rows, columns))
+    change = (moved - kept).square().mean(-1).sqrt()
+    heat = (change / change.max().clamp(min=HEAT_FLOOR)).float().cpu().numpy()
+    return rearrange(heat, "(v h w) -> v h w", v=views, h=rows, w=columns)
+
+
+@torch.no_grad()
+def transport_arrows(
+    lat: LatentActionTokenizer,
+    z_t: Float[Tensor, "tokens d"],
+    l_t: Float[Tensor, " action"],
+    grid: Grid | None = None,
+) -> Float[np.ndarray, "views h w 2"]:
+    """How far the content that arrives at each token has come, (rows down, columns right), in tokens.
+
+    Row i of K_t says where token i gathers from; the arrow is p_i - sum_j K_t[i, j] p_j, with p the place in its
+    view. It points the way the content moves.
+    """
+    views, rows, columns = resolve_grid(z_t.shape[0], grid)
+    transport, _ = lat.forward_dynamics(z_t[None], l_t[None], (views, rows, columns))
+    place = token_coordinates((views, rows, columns), z_t.device)
+    arrows = (place - transport.source((views, rows, columns))[0]).float().cpu().numpy()
+    return rearrange(arrows, "(v h w) two -> v h w two", v=views, h=rows, w=columns)
+
+
+def draw_transition(
+    image: UInt8[np.ndarray, "H W 3"],
+    heat: Float[np.ndarray, "views h w"],
+    arrows: Float[np.ndarray, "views h w 2"],
+) -> UInt8[np.ndarray, "H2 W2 3"]:
+    """The frame with the heat laid over it and an arrow per token that moved.
+
+    Args:
+        image: the frame; several cameras stand side by side in the order of the views.
+        heat: from `acting_map`, in [0, 1].
+        arrows: from `transport_arrows`; drawn to scale, ending at the token they arrive at.
+
+    Returns:
+        The picture, enlarged by a whole factor so that a view is at least 256 pixels high.
+
+    Raises:
+        ValueError: the heat leaves [0, 1], or the shapes do not belong together.
+    """
+    _check_drawing(image, heat, arrows)
+    views, rows, columns = heat.shape
+    scale = max(1, -(-_SIDE // image.shape[0]))
+    height, width = image.shape[0] * scale, image.shape[1] * scale
+    canvas = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
+    side_by_side = rearrange(heat, "v h w -> h (v w)")
+    smooth = Image.fromarray((255 * side_by_side).astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    canvas = Image.fromarray(_blend(np.asarray(canvas), np.asarray(smooth) / 255))
+    pen = ImageDraw.Draw(canvas)
+    cell = np.array([height / rows, width / (views * columns)])
+    for view, row, column in np.ndindex(views, rows, columns):
+        arrow = arrows[view, row, column]
+        if np.hypot(*arrow) >= SHORTEST_ARROW:
+            tip = (np.array([row, view * columns + column]) + 0.5) * cell
+            _draw_arrow(pen, tip - arrow * cell, tip, width=max(1, height // 160))
+    return np.asarray(canvas)
+
+
+def side_by_side(pictures: list[UInt8[np.ndarray, "H W 3"]], columns: int) -> UInt8[np.ndarray, "H2 W2 3"]:
+    """Equal pictures in rows of `columns`, left to right, with a thin white gap; the rest of a row stays white."""
+    if not pictures:
+        raise ValueError("There is no picture to draw: the episode has no transition.")
+    gap = 4
+    height, width = pictures[0].shape[0] + gap, pictures[0].shape[1] + gap
+    rows = -(-len(pictures) // columns)
+    sheet = np.full((rows * height - gap, min(columns, len(pictures)) * width - gap, 3), 255, dtype=np.uint8)
+    for index, picture in enumerate(pictures):
+        top, left = index // columns * height, index % columns * width
+        sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    return sheet
+
+
+def _blend(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """Darken what is cold a little and colour what is hot, from red to yellow."""
+    colour = np.stack([np.full_like(heat, 255), 200 * heat, np.zeros_like(heat)], axis=-1)
+    weight = 0.6 * heat[..., None]
+    return ((1 - weight) * 0.85 * image + weight * colour).clip(0, 255).astype(np.uint8)
+
+
+def _draw_arrow(pen: ImageDraw.ImageDraw, tail: np.ndarray, tip: np.ndarray, width: int) -> None:
+    """A line with a two-stroke head; points are (row, column)."""
+    along = (tip - tail) / max(float(np.hypot(*(tip - tail))), 1e-6)
+    across = np.array([-along[1], along[0]])
+    for end in (tail, tip - 5 * width * along + 3 * width * across, tip - 5 * width * along - 3 * width * across):
+        pen.line([tuple(end[::-1]), tuple(tip[::-1])], fill=_ARROW, width=width)
+
+
+def _check_drawing(image: np.ndarray, heat: np.ndarray, arrows: np.ndarray) -> None:
+    if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"image: expected uint8 (H, W, 3), got {image.dtype} {image.shape}.")
+    if heat.ndim != 3 or arrows.shape != (*heat.shape, 2):
+        raise ValueError(
+            f"heat and arrows: expected (views, h, w) and (views, h, w, 2), got {heat.shape} and {arrows.shape}."
+        )
+    if heat.min() < 0 or heat.max() > 1:
+        raise ValueError(f"heat: expected values in [0, 1], got [{heat.min():.3g}, {heat.max():.3g}].")

@@ -1,0 +1,178 @@
+"""Training: better than copying and than a blind model, resumable to the bit, exportable, strict about its data."""
+
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from latent_action.cli import main
+from latent_action.config import LatentActionConfig
+from latent_action.datamodule import LatentActionData, TrainingBatches, TransitionBatch
+from latent_action.export import export_checkpoint
+from latent_action.labelling import label_shards
+from latent_action.losses import transition_losses
+from latent_action.model import LatentActionTokenizer
+from latent_action.probe import probe_shards
+from latent_action.training import LatentActionTraining
+from repvitok.checkpointing import read_checkpoint
+from repvitok.curves import read_curves
+
+
+def lat_config() -> LatentActionConfig:
+    return LatentActionConfig(latent_dim=8, hidden=16)
+
+
+def fit(run: Path, latents: Path, steps: int, *more: str) -> int:
+    return main(
+        [
+            "fit",
+            "--model.lat.latent_dim=8",
+            "--model.lat.hidden=64",
+            "--model.learning_rate=3e-3",
+            "--model.warmup_steps=20",
+            f"--data.latents={latents}",
+            "--data.batch_size=64",
+            "--data.held_out_fraction=0.25",
+            f"--trainer.max_steps={steps}",
+            "--trainer.val_check_interval=100000",
+            f"--trainer.default_root_dir={run}",
+            "--trainer.accelerator=cpu",
+            *more,
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def run(blobs, tmp_path_factory) -> Path:
+    """A short training run on the moving blobs."""
+    folder = tmp_path_factory.mktemp("run")
+    assert fit(folder, blobs, 200, "--trainer.val_check_interval=200", "--model.ema_decay=0.95") == 0
+    return folder
+
+
+def test_a_trained_lat_beats_copying_and_the_zero_action_control(run):
+    last = {name: curve[-1, 1] for name, curve in read_curves(run).items()}
+    assert last["val/forward_loss"] < 0.8 * last["val/zero_action_loss"]
+    assert last["val/zero_action_loss"] < last["val/copy_loss"]
+    assert last["val/consistency_loss"] < last["val/copy_loss"]
+    assert last["val/action_std_0"] > 0
+
+
+def test_export_gives_the_averaged_weights_and_what_was_validated(run, blobs, tmp_path):
+    lat = export_checkpoint(run / "last.ckpt", tmp_path / "lat")
+    again = LatentActionTokenizer.from_pretrained(tmp_path / "lat")
+    assert again.digest() == lat.digest()
+    average = read_checkpoint(run / "last.ckpt")["latent_action"]["ema"]["average"]
+    torch.testing.assert_close(
+        dict(again.named_parameters())["inverse_dynamics.mlp.0.weight"].data,
+        average["inverse_dynamics.mlp.0.weight"],
+        atol=0,
+        rtol=0,
+    )
+    data = LatentActionData(str(blobs), held_out_fraction=0.25)
+    data.setup()
+    assert again.config.tokenizer_digest == data.meta.tokenizer_digest
+    assert again.config.latent_mean == tuple(data.meta.mean.tolist())
+    with torch.no_grad():
+        losses = [transition_losses(again, *batch, data.meta.grid).forward for batch in data.val_dataloader()]
+    assert losses[0].item() == pytest.approx(read_curves(run)["val/forward_loss"][-1, 1], rel=1e-4)
+
+
+def test_labels_of_a_trained_lat_predict_the_motion(run, blobs, tmp_path):
+    lat = export_checkpoint(run / "last.ckpt", tmp_path / "lat")
+    label_shards(lat, blobs, tmp_path / "labelled")
+    report = probe_shards(lat, blobs, head_steps=200, frames_steps=40)
+    assert report.channels == ("down", "right", "still")
+    assert report.latent_action.mean_r2 > 0.3
+    assert report.latent_action.mean_r2 > report.untrained.mean_r2
+    assert abs(report.mean_action.mean_r2) < 0.1
+    assert report.latent_action.r2[2] is None
+
+
+def test_validate_verb_reads_the_last_checkpoint(run, blobs, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    assert main(["validate", "-c", str(config), "--trainer.default_root_dir", str(tmp_path / "run")]) == 0
+
+
+def test_resuming_equals_not_stopping(blobs, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert fit(whole, blobs, 6, "--model.ema_decay=0.9") == 0
+    assert (
+        fit(parts, blobs, 6, "--model.ema_decay=0.9", "--trainer.limit_train_batches=3", "--trainer.max_epochs=1") == 0
+    )
+    assert read_checkpoint(parts / "last.ckpt")["global_step"] == 3
+    assert fit(parts, blobs, 6, "--model.ema_decay=0.9", "--ckpt_path=last") == 0
+    one, other = (read_checkpoint(folder / "last.ckpt") for folder in (whole, parts))
+    assert one["global_step"] == other["global_step"] == 6
+    for name, value in one["state_dict"].items():
+        torch.testing.assert_close(other["state_dict"][name], value, atol=0, rtol=0)
+    for name, value in one["latent_action"]["ema"]["average"].items():
+        torch.testing.assert_close(other["latent_action"]["ema"]["average"][name], value, atol=0, rtol=0)
+
+
+def test_a_killed_run_resumes_inside_the_epoch(blobs, tmp_path):
+    """Ctrl-C after step 3 of 6: the state saved then leads to the same weights."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert fit(whole, blobs, 6) == 0
+    batches, batch = [], TrainingBatches.batch
+
+    def interrupted(self, number):
+        batches.append(number)
+        if len(batches) == 4:
+            signal.raise_signal(signal.SIGINT)
+        return batch(self, number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingBatches, "batch", interrupted)
+        assert fit(parts, blobs, 6) == 130
+    assert 0 < read_checkpoint(parts / "last.ckpt")["global_step"] < 6
+    assert fit(parts, blobs, 6, "--ckpt_path=last") == 0
+    one, other = (read_checkpoint(folder / "last.ckpt") for folder in (whole, parts))
+    for name, value in one["state_dict"].items():
+        torch.testing.assert_close(other["state_dict"][name], value, atol=0, rtol=0)
+
+
+def test_control_never_touches_the_lat():
+    """Gradients of the LAT are the same with and without the control beside it."""
+    torch.manual_seed(0)
+    batch = TransitionBatch(torch.randn(4, 16, 8), torch.randn(4, 16, 8))
+    gradients = []
+    for with_control in (True, False):
+        torch.manual_seed(1)
+        module = LatentActionTraining(lat_config(), zero_action_control=with_control)
+        module.grid = (1, 4, 4)
+        module.log = lambda *_, **__: None
+        module.training_step(batch).backward()
+        gradients.append([p.grad for p in module.lat.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, atol=0, rtol=0)
+
+
+def test_control_is_blind_to_the_action():
+    module = LatentActionTraining(lat_config())
+    module.grid = (1, 4, 4)
+    z_t, z_next = torch.randn(4, 16, 8), torch.randn(4, 16, 8)
+    assert module.control is not None
+    expected = module.control(z_t, torch.zeros(4, 4), (1, 4, 4))
+    moved = expected[0].matrix() @ z_t + expected[1]
+    loss = module._control_loss(TransitionBatch(z_t, z_next))
+    torch.testing.assert_close(loss, (moved - z_next).square().mean())
+
+
+def test_bad_weights_are_refused():
+    for weights in ((-1.0, 1.0), (0.0, 0.0)):
+        with pytest.raises(ValueError, match="weights"):
+            LatentActionTraining(lat_config(), *weights)
+
+
+def test_muon_takes_the_inner_matrices_only():
+    module = LatentActionTraining(lat_config(), optimizer="muon")
+    module._trainer = type("T", (), {"max_steps": 10})()
+    groups = module.configure_optimizers()["optimizer"].param_groups
+    muon = [p for group in groups if group["kind"] == "muon" for p in group["params"]]
+    assert {tuple(p.shape) for p in muon} == {(16, 16)}
+    assert len(muon) == 2 * 3

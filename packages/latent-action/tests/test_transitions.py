@@ -1,0 +1,104 @@
+"""Transitions as tensors: none crosses an episode, splits are by episode, sampling depends on the seed and the step."""
+
+import numpy as np
+import pytest
+import torch
+from latent_action.datamodule import EvaluationBatches, LatentActionData, TrainingBatches
+from latent_action.transitions import load_transitions, split_episodes
+from repvitok.data.latents import LatentEpisode
+from repvitok.data.shards import LatentShards
+
+
+def episode(index: int, frames: int, offset: int = 0) -> LatentEpisode:
+    latents = np.full((frames, 4, 2), 100.0 * index, np.float32) + np.arange(frames, dtype=np.float32)[:, None, None]
+    actions = np.arange(max(frames - 1, 0) * 8, dtype=np.float32).reshape(-1, 4, 2)
+    return LatentEpisode(f"e{index}-{offset}", index, offset, "task", latents, actions=actions)
+
+
+def identity(latents: torch.Tensor) -> torch.Tensor:
+    return latents
+
+
+def test_transitions_never_cross_an_episode():
+    table = load_transitions([episode(1, 3), episode(2, 1), episode(3, 4)], identity)
+    z_t, z_next = table.pairs(torch.arange(len(table)))
+    assert table.episode.tolist() == [1, 1, 3, 3, 3]
+    assert (z_next - z_t == 1).all()
+    assert z_t[:, 0, 0].tolist() == [100, 101, 300, 301, 302]
+    assert table.actions is not None
+    assert table.actions[0].tolist() == [3, 4]
+
+
+def test_standardisation_is_applied():
+    table = load_transitions([episode(1, 3)], lambda raw: raw / 2)
+    assert table.frames[2, 0, 0] == 51
+
+
+def test_no_transition_is_an_error():
+    with pytest.raises(ValueError, match="two latent frames"):
+        load_transitions([episode(1, 1)], identity)
+
+
+def test_selecting_episodes_keeps_everything_aligned():
+    table = load_transitions([episode(1, 3), episode(3, 4), episode(1, 2, offset=2)], identity)
+    chosen = table.of_episodes([1])
+    assert chosen.episode.tolist() == [1, 1, 1]
+    assert chosen.pairs(torch.arange(3))[0][:, 0, 0].tolist() == [100, 101, 100]
+
+
+def test_split_holds_out_whole_episodes_by_seed_only():
+    train, held_out = split_episodes([3, 3, 1, 2, 7, 7, 9], 0.4, seed=1)
+    assert sorted(train + held_out) == [1, 2, 3, 7, 9]
+    assert len(held_out) == 2
+    assert split_episodes([9, 7, 2, 1, 3], 0.4, seed=1) == (train, held_out)
+    assert len({tuple(split_episodes(range(9), 0.3, seed=s)[1]) for s in range(8)}) > 1
+    assert split_episodes([0, 1], 0.9, seed=0)[0] != []
+    for episodes, fraction in (([4, 4], 0.5), ([1, 2], 0.0), ([1, 2], 1.0)):
+        with pytest.raises(ValueError, match=r"(?i)hold"):
+            split_episodes(episodes, fraction, seed=0)
+
+
+def test_batch_k_depends_on_seed_k_and_rank_only(blobs):
+    data = LatentActionData(str(blobs), batch_size=8, held_out_fraction=0.25, seed=3)
+    data.setup()
+    batches = data.train_dataloader()
+    first = [batch for batch, _ in zip(batches, range(6), strict=False)]
+    later = TrainingBatches(batches.table, 8, seed=3, first_batch=4)
+    for batch, number in zip(later, (4, 5), strict=False):
+        torch.testing.assert_close(batch.z_t, first[number].z_t, atol=0, rtol=0)
+    assert (TrainingBatches(batches.table, 8, seed=4).batch(0).z_t != first[0].z_t).any()
+    assert (TrainingBatches(batches.table, 8, seed=3, rank=1).batch(0).z_t != first[0].z_t).any()
+
+
+def test_data_module_standardises_and_splits(blobs):
+    data = LatentActionData(str(blobs), held_out_fraction=0.25, val_transitions=50, batch_size=16)
+    data.setup()
+    train, held_out = data.train_dataloader().table, data.val_dataloader().table
+    assert not set(train.episode.tolist()) & set(held_out.episode.tolist())
+    assert len(train) + len(held_out) == 23 * len(LatentShards(blobs))
+    flat = train.frames.reshape(-1, train.frames.shape[-1])
+    torch.testing.assert_close(flat.mean(0), torch.zeros(8), atol=1e-3, rtol=0)
+    torch.testing.assert_close(flat.std(0), torch.ones(8), atol=1e-2, rtol=0)
+    assert sum(len(batch.z_t) for batch in data.val_dataloader()) == 50
+    assert sum(len(batch.z_t) for batch in data.test_dataloader()) == len(held_out)
+    assert data.meta.grid == LatentShards(blobs).meta.grid
+
+
+def test_evaluation_batches_are_spread_and_ordered(blobs):
+    data = LatentActionData(str(blobs))
+    data.setup()
+    table = data.train_dataloader().table
+    index = torch.cat(list(EvaluationBatches(table, 7, 20).index))
+    assert len(index) == 20
+    assert index[0] == 0
+    assert index[-1] == len(table) - 1
+    assert (index.diff() > 0).all()
+
+
+def test_bad_data_arguments(blobs, tmp_path):
+    with pytest.raises(ValueError, match="batch_size"):
+        LatentActionData(str(blobs), batch_size=0)
+    with pytest.raises(ValueError, match="memory_limit_gb"):
+        LatentActionData(str(blobs), memory_limit_gb=1e-6).setup()
+    with pytest.raises(FileNotFoundError):
+        LatentActionData(str(tmp_path / "missing")).setup()

@@ -1,0 +1,76 @@
+"""Video in, clips and latents out: data sets on disk and how they are read.
+
+The names below load on first use, so that `import repvitok.data` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from repvitok.data.clips import ClipDataset
+    from repvitok.data.latents import LatentEpisode, LatentMeta
+    from repvitok.data.lerobot import EpisodeInfo, LeRobotReader
+    from repvitok.data.lerobot_writer import LeRobotWriter
+    from repvitok.data.shards import LatentShards, LatentShardWriter
+    from repvitok.data.sources import ImageFolder, LeRobotSource, VideoFolder, VideoSource, lerobot_sources
+    from repvitok.data.transforms import prepare_frames, resize_frames, to_uint8, to_unit
+    from repvitok.data.video import VideoFile, concatenate_videos, write_video
+
+_HOME = {
+    "ClipDataset": "clips",
+    "EpisodeInfo": "lerobot",
+    "ImageFolder": "sources",
+    "LatentEpisode": "latents",
+    "LatentMeta": "latents",
+    "LatentShardWriter": "shards",
+    "LatentShards": "shards",
+    "LeRobotReader": "lerobot",
+    "LeRobotSource": "sources",
+    "LeRobotWriter": "lerobot_writer",
+    "VideoFile": "video",
+    "VideoFolder": "sources",
+    "VideoSource": "sources",
+    "concatenate_videos": "video",
+    "lerobot_sources": "sources",
+    "prepare_frames": "transforms",
+    "resize_frames": "transforms",
+    "to_uint8": "transforms",
+    "to_unit": "transforms",
+    "write_video": "video",
+}
+
+__all__ = [
+    "ClipDataset",
+    "EpisodeInfo",
+    "ImageFolder",
+    "LatentEpisode",
+    "LatentMeta",
+    "LatentShardWriter",
+    "LatentShards",
+    "LeRobotReader",
+    "LeRobotSource",
+    "LeRobotWriter",
+    "VideoFile",
+    "VideoFolder",
+    "VideoSource",
+    "concatenate_videos",
+    "lerobot_sources",
+    "prepare_frames",
+    "resize_frames",
+    "to_uint8",
+    "to_unit",
+    "write_video",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public name from its module on first use (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

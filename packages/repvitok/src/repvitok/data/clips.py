@@ -1,0 +1,171 @@
+"""Clips for training: which frames of which video item i is depends on the seed and i alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from repvitok.data.sources import BadFiles, VideoSource
+from repvitok.data.transforms import prepare_frames, resize_frames, to_unit
+from repvitok.progress import progress
+
+
+@dataclass(frozen=True)
+class ClipPosition:
+    """Where a clip lies: `frames` frames of sources[source]'s `video`, every `stride`-th from `start` on."""
+
+    source: int
+    video: int
+    start: int
+    stride: int
+
+
+class ClipDataset(Dataset[Tensor]):
+    """Random clips of videos, drawn anew for every index, each possible clip equally likely.
+
+    Item i is the same whatever the number of workers or ranks, and whatever was drawn before it.
+
+    Args:
+        sources: the videos.
+        frames: T, frames of a clip (1 + 4n for the tokenizer).
+        size: (H, W) clips are resized to.
+        stride: every stride-th frame of the video, or (lowest, highest) to draw it for each clip.
+        seed: which clips are drawn.
+        length: number of items; None: as many as there are clips (at the lowest stride).
+        cache: "memory" decodes every video once, resized, on construction, and cuts clips out of memory (under 1 ms
+            each); None decodes each clip when asked for.
+        cache_bytes: a cache larger than this is refused.
+        skip_short: leave out videos shorter than a clip, instead of refusing them.
+        max_bad_fraction: how many of the videos may turn out unreadable (logged; another clip is drawn). 0: none.
+
+    Raises:
+        ValueError: no video, one too short, or a setting out of range; names the video.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[VideoSource],
+        *,
+        frames: int = 17,
+        size: tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        seed: int = 0,
+        length: int | None = None,
+        cache: str | None = None,
+        cache_bytes: int = 8 * 2**30,
+        skip_short: bool = False,
+        max_bad_fraction: float | int = 0.0,
+    ) -> None:
+        if cache not in (None, "memory"):
+            raise ValueError(f'cache must be "memory" or None, got {cache!r}')
+        if frames < 1 or min(size) < 1:
+            raise ValueError(f"a clip needs at least one frame and pixel, got {frames} frames of {size}")
+        self.sources, self.frames, self.seed = list(sources), frames, seed
+        self.size = (int(size[0]), int(size[1]))
+        self._strides = _stride_range(stride)
+        self._videos = [(s, v) for s, source in enumerate(self.sources) for v in range(len(source))]
+        self._bad = BadFiles(max_bad_fraction, len(self._videos))
+        self._cache: dict[tuple[int, int], Tensor] = {}
+        lengths = np.array([self.sources[s].num_frames(v) for s, v in self._videos], dtype=np.int64)
+        self._refuse_short(lengths, skip_short)
+        if cache == "memory":
+            self._fill_cache(lengths, cache_bytes)
+        self._ends = {stride: self._cumulative_starts(lengths, stride) for stride in self._strides}
+        self._length = int(self._ends[self._strides[0]][-1]) if length is None else length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Float[Tensor, "3 T H W"]:
+        """Clip `index`, float32 in [-1, 1]."""
+        if not 0 <= index < self._length:
+            raise IndexError(f"clip {index} of {self._length}")
+        random = np.random.default_rng([self.seed, index])
+        while True:
+            position = self._draw(random)
+            try:
+                return self._read(position)
+            except ValueError as error:
+                self._bad.count(self.sources[position.source].describe(position.video), error)
+
+    def position(self, index: int) -> ClipPosition:
+        """Which frames of which video item `index` is, unless that video is unreadable."""
+        return self._draw(np.random.default_rng([self.seed, index]))
+
+    def _draw(self, random: np.random.Generator) -> ClipPosition:
+        stride = self._strides[int(random.integers(len(self._strides)))]
+        ends = self._ends[stride]
+        number = int(random.integers(ends[-1]))
+        video = int(np.searchsorted(ends, number, side="right"))
+        start = number - (int(ends[video - 1]) if video else 0)
+        return ClipPosition(*self._videos[video], start, stride)
+
+    def _read(self, position: ClipPosition) -> Tensor:
+        stop = position.start + (self.frames - 1) * position.stride + 1
+        cached = self._cache.get((position.source, position.video))
+        if cached is not None:
+            return to_unit(cached[:, position.start : stop : position.stride].contiguous())
+        source = self.sources[position.source]
+        pixels = source.read(position.video, range(position.start, stop, position.stride))
+        return prepare_frames(pixels, self.size)
+
+    def _fill_cache(self, lengths: np.ndarray, cache_bytes: int) -> None:
+        needed = int(lengths.sum()) * 3 * self.size[0] * self.size[1]
+        if needed > cache_bytes:
+            raise ValueError(
+                f'cache="memory" would take {needed / 2**30:.1f} GiB, over the {cache_bytes / 2**30:.1f} GiB allowed; '
+                "set cache to None, choose a smaller size, or raise cache_bytes"
+            )
+        for number, (s, v) in enumerate(progress(self._videos, desc="decode", unit="video")):
+            try:
+                resized = _read_resized(self.sources[s], v, self.size)
+                self._cache[s, v] = rearrange(torch.from_numpy(resized), "t h w rgb -> rgb t h w").contiguous()
+            except ValueError as error:
+                self._bad.count(self.sources[s].describe(v), error)
+                lengths[number] = 0
+
+    def _refuse_short(self, lengths: np.ndarray, skip_short: bool) -> None:
+        if not len(lengths):
+            raise ValueError("no videos to draw clips from")
+        needed = (self.frames - 1) * self._strides[0] + 1
+        short = np.flatnonzero(lengths < needed)
+        if len(short) and not skip_short:
+            s, v = self._videos[int(short[0])]
+            raise ValueError(
+                f"{self.sources[s].describe(v)}: {lengths[short[0]]} frames, a clip of {self.frames} frames at stride "
+                f"{self._strides[0]} needs {needed} ({len(short)} of {len(lengths)} videos are too short); use shorter "
+                "clips or skip_short=True"
+            )
+
+    def _cumulative_starts(self, lengths: np.ndarray, stride: int) -> np.ndarray:
+        ends = np.cumsum(np.maximum(lengths - (self.frames - 1) * stride, 0))
+        if ends[-1] == 0:
+            raise ValueError(
+                f"no video is long enough for {self.frames} frames at stride {stride}: that needs "
+                f"{(self.frames - 1) * stride + 1} frames, the longest has {lengths.max()}"
+            )
+        return ends
+
+
+def _stride_range(stride: int | tuple[int, int]) -> list[int]:
+    low, high = (stride, stride) if isinstance(stride, int) else stride
+    if not 1 <= low <= high:
+        raise ValueError(f"stride must be 1 or more, or (lowest, highest), got {stride}")
+    return list(range(low, high + 1))
+
+
+def _read_resized(source: VideoSource, video: int, size: tuple[int, int], block: int = 64) -> np.ndarray:
+    """A whole video at `size`, decoded `block` frames at a time, so that it never lies in memory at full size."""
+    count = source.num_frames(video)
+    parts = [
+        resize_frames(source.read(video, range(start, min(start + block, count))), size)
+        for start in range(0, count, block)
+    ]
+    return np.concatenate(parts)

@@ -1,0 +1,164 @@
+"""Latents as data: one episode of them, and what a folder of them has in common."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+
+@dataclass(frozen=True, eq=False)
+class LatentEpisode:
+    """One episode (or one tubelet offset of it) as latents, with what the robot felt and did.
+
+    Latent 0 stands for raw frame `offset` alone; latent k > 0 for the tubelet whose last raw frame is
+    `offset + 4 * stride * k`.
+
+    Attributes:
+        key: name of the sample, unique in its data set, without dots.
+        episode_index: index of the episode in the data set the latents were made from.
+        offset: the first raw frame used.
+        task: the instruction, in words.
+        latents: (frames, tokens, d), as the tokenizer gave them, NOT standardised; tokens = views*h*w, camera-major.
+        state: (frames, S) robot state at the last raw frame of each latent, or None.
+        actions: (frames-1, a, C): the a = 4 * stride actions executed after the last raw frame of latent k and
+            up to the last raw frame of latent k+1, or None.
+        latent_actions: (frames-1, d_l) latent actions, as their tokenizer gave them, or None.
+    """
+
+    key: str
+    episode_index: int
+    offset: int
+    task: str
+    latents: Float[np.ndarray, "frames tokens d"]
+    state: Float[np.ndarray, "_ s"] | None = None
+    actions: Float[np.ndarray, "_ a c"] | None = None
+    latent_actions: Float[np.ndarray, "_ l"] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.key or "." in self.key or "/" in self.key:
+            raise ValueError(f"an episode's key must be non-empty, without '.' and '/'; got {self.key!r}")
+        if self.latents.ndim != 3 or not self.latents.shape[0]:
+            raise ValueError(f"{self.key}: expected latents (frames, tokens, d), got {self.latents.shape}")
+        frames = self.latents.shape[0]
+        for name, length, ndim in (
+            ("state", frames, 2),
+            ("actions", frames - 1, 3),
+            ("latent_actions", frames - 1, 2),
+        ):
+            array = getattr(self, name)
+            if array is not None and (array.ndim != ndim or array.shape[0] != length):
+                raise ValueError(
+                    f"{self.key}: {frames} latent frames need {name} with {ndim} axes, the first of {length}; "
+                    f"got shape {array.shape}"
+                )
+
+
+@dataclass(frozen=True, eq=False)
+class LatentMeta:
+    """What a folder of latent shards holds and which tokenizer made it.
+
+    Attributes:
+        tokenizer_digest: `RepViTok.digest()` of the tokenizer the latents come from.
+        frame_rate_hz: frames per second of the source video, before `stride`.
+        stride: every stride-th source frame was encoded.
+        grid: (views, h, w): tokens per latent frame = views * h * w.
+        cameras: the source's camera keys, in token order.
+        latent_dim: channels of a latent.
+        window: latent frames the encoding stream attended over, its own included; None: the whole prefix.
+        source: name of the data set the latents were made from.
+        action_names, state_names: channel names, empty without actions or state.
+        mean, std: (d,) of the latents over all episodes, tokens and frames; 0 and 1 until measured.
+        lat_digest: digest of the latent action tokenizer, once latent actions are there.
+        latent_action_mean, latent_action_std: (d_l,) of the latent actions, or None.
+    """
+
+    tokenizer_digest: str
+    frame_rate_hz: float | int
+    stride: int
+    grid: tuple[int, int, int]
+    cameras: tuple[str, ...]
+    latent_dim: int
+    window: int | None
+    source: str
+    action_names: tuple[str, ...] = ()
+    state_names: tuple[str, ...] = ()
+    mean: Float[np.ndarray, " d"] = None  # type: ignore[assignment]  # None becomes zeros below
+    std: Float[np.ndarray, " d"] = None  # type: ignore[assignment]  # None becomes ones below
+    lat_digest: str | None = None
+    latent_action_mean: Float[np.ndarray, " l"] | None = None
+    latent_action_std: Float[np.ndarray, " l"] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("cameras", "action_names", "state_names"):
+            object.__setattr__(self, name, tuple(str(value) for value in getattr(self, name)))
+        object.__setattr__(self, "grid", tuple(int(n) for n in self.grid))
+        for name, default in (("mean", np.zeros), ("std", np.ones)):
+            value = getattr(self, name)
+            value = default(self.latent_dim) if value is None else value
+            object.__setattr__(self, name, np.asarray(value, dtype=np.float32))
+            if getattr(self, name).shape != (self.latent_dim,):
+                raise ValueError(f"{name} must have shape ({self.latent_dim},), got {getattr(self, name).shape}")
+        for name in ("latent_action_mean", "latent_action_std"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=np.float32))
+        if len(self.grid) != 3 or min(self.grid) < 1 or self.grid[0] != len(self.cameras):
+            raise ValueError(f"grid must be (views, h, w) with one view per camera of {self.cameras}, got {self.grid}")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per latent frame over all cameras."""
+        views, height, width = self.grid
+        return views * height * width
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types only; floats keep float32's exact value."""
+        return {
+            field.name: value.tolist() if isinstance(value, np.ndarray) else value
+            for field in dataclasses.fields(self)
+            for value in [getattr(self, field.name)]
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LatentMeta:
+        """The inverse of `to_dict`; strict about its keys."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if set(values) != known:
+            raise ValueError(
+                f"latent meta: missing {sorted(known - set(values))}, unknown {sorted(set(values) - known)}; "
+                "were the latents written by another version of repvitok?"
+            )
+        arrays = ("mean", "std", "latent_action_mean", "latent_action_std")
+        converted = {
+            name: np.array(value, dtype=np.float32) if name in arrays else tuple(value)
+            for name, value in values.items()
+            if isinstance(value, list)
+        }
+        return cls(**{**values, **converted})
+
+
+class ChannelStatistics:
+    """Mean and standard deviation per channel of a stream of arrays, accumulated in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sum = np.zeros(())
+        self._sum_of_squares = np.zeros(())
+
+    def add(self, values: Float[np.ndarray, "*axes d"]) -> None:
+        """Counts every vector along the last axis."""
+        flat = values.reshape(-1, values.shape[-1]).astype(np.float64)
+        self.count += len(flat)
+        self._sum = self._sum + flat.sum(0)
+        self._sum_of_squares = self._sum_of_squares + np.square(flat).sum(0)
+
+    def mean_std(self, floor: float = 1e-6) -> tuple[np.ndarray, np.ndarray]:
+        """(mean, std), both (d,) float32; std at least `floor`, so that dividing by it is safe."""
+        if not self.count:
+            raise ValueError("no values were counted: there is nothing to take a mean of")
+        mean = self._sum / self.count
+        variance = np.maximum(self._sum_of_squares / self.count - np.square(mean), 0.0)
+        return mean.astype(np.float32), np.maximum(np.sqrt(variance), floor).astype(np.float32)

@@ -1,0 +1,301 @@
+"""Latent episodes on disk: WebDataset tar shards of npy and json members, described by one meta.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from repvitok.data.atomic import partial_path, replace_durably, write_json_atomic
+from repvitok.data.latents import ChannelStatistics, LatentEpisode, LatentMeta
+
+__all__ = [
+    "ChannelStatistics",
+    "LatentEpisode",
+    "LatentMeta",
+    "LatentShardWriter",
+    "LatentShards",
+    "add_episode_to_tar",
+    "read_episode_file",
+    "write_episode_file",
+]
+
+FORMAT = "repvitok-latents"
+FORMAT_VERSION = 1
+_ARRAYS = ("latents", "state", "actions", "latent_actions")
+
+
+class LatentShardWriter:
+    """Writes latent episodes into a folder that counts as finished once `close` wrote meta.json.
+
+    Use it as a context manager: leaving it on an exception writes no meta.json.
+
+    Args:
+        root: the folder; created. It must not hold finished shards already.
+        meta: what the shards hold. With `measure`, its mean and std are replaced on `close` by those of the
+            episodes written; without, they are kept (the same latents, labelled).
+        measure: see `meta`. Statistics of latent actions are always measured where `meta` has none.
+        shard_bytes: a shard is closed once it holds this much.
+        dtype: "float32", or "float16" to store latents in half the space (states and actions stay float32).
+        provenance: JSON values that say how the latents were made, kept in meta.json.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        meta: LatentMeta,
+        *,
+        measure: bool = True,
+        shard_bytes: int = 2**28,
+        dtype: str = "float32",
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        if dtype not in ("float32", "float16"):
+            raise ValueError(f'dtype must be "float32" or "float16", got {dtype!r}')
+        self.root, self.meta = Path(root), meta
+        self._measure, self._shard_bytes, self._dtype = measure, shard_bytes, np.dtype(dtype)
+        self._provenance = dict(provenance or {})
+        self._statistics, self._latent_actions = ChannelStatistics(), ChannelStatistics()
+        self._shards: list[dict[str, Any]] = []
+        self._open: tuple[tarfile.TarFile, Path, list[str]] | None = None
+        self._keys: set[str] = set()
+        self._closed = False
+        if (self.root / "meta.json").exists():
+            raise ValueError(
+                f"{self.root} already holds finished latents (meta.json); remove it or choose another folder"
+            )
+        self.root.mkdir(parents=True, exist_ok=True)
+        for unfinished in self.root.glob("*latents-*.tar"):
+            unfinished.unlink()  # of a writer that never came to its meta.json
+
+    def add(self, episode: LatentEpisode) -> None:
+        """Appends one episode; raises ValueError where it does not fit the meta or its key is taken."""
+        self._check(episode)
+        stored = np.ascontiguousarray(episode.latents.astype(self._dtype))
+        self._statistics.add(stored)
+        if episode.latent_actions is not None and len(episode.latent_actions):
+            self._latent_actions.add(episode.latent_actions)
+        tar, _, keys = self._open or self._start_shard()
+        add_episode_to_tar(tar, dataclasses.replace(episode, latents=stored))
+        keys.append(episode.key)
+        if tar.fileobj is not None and tar.fileobj.tell() >= self._shard_bytes:
+            self._finish_shard()
+
+    def close(self) -> LatentMeta:
+        """Finishes the last shard and writes meta.json, last and atomically; returns the final meta."""
+        if self._closed:
+            return self.meta
+        if self._open:
+            self._finish_shard()
+        if not self._keys:
+            raise ValueError(f"{self.root}: no episode was added; a folder of latents holds at least one")
+        changes: dict[str, Any] = {}
+        if self._measure:
+            changes["mean"], changes["std"] = self._statistics.mean_std()
+        if self._latent_actions.count and self.meta.latent_action_mean is None:
+            changes["latent_action_mean"], changes["latent_action_std"] = self._latent_actions.mean_std()
+        self.meta = dataclasses.replace(self.meta, **changes)
+        document = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "dtype": str(self._dtype),
+            "num_episodes": len(self._keys),
+            "meta": self.meta.to_dict(),
+            "provenance": self._provenance,
+            "shards": self._shards,
+        }
+        write_json_atomic(self.root / "meta.json", document)
+        self._closed = True
+        return self.meta
+
+    def __enter__(self) -> LatentShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        elif self._open:
+            tar, path, _ = self._open
+            tar.close()
+            partial_path(path).unlink(missing_ok=True)
+            self._open = None
+
+    def _check(self, episode: LatentEpisode) -> None:
+        expected = (self.meta.tokens, self.meta.latent_dim)
+        if episode.latents.shape[1:] != expected:
+            raise ValueError(
+                f"{episode.key}: expected latents (frames, {expected[0]}, {expected[1]}) for grid {self.meta.grid}, "
+                f"got {episode.latents.shape}"
+            )
+        if not np.isfinite(episode.latents).all():
+            raise ValueError(f"{episode.key}: some latents are not finite numbers; did the tokenizer diverge?")
+        if episode.key in self._keys:
+            raise ValueError(f"{episode.key}: an episode with this key was already written to {self.root}")
+        self._keys.add(episode.key)
+
+    def _start_shard(self) -> tuple[tarfile.TarFile, Path, list[str]]:
+        path = self.root / f"latents-{len(self._shards):06d}.tar"
+        tar = tarfile.open(partial_path(path), "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 - open across calls
+        self._open = (tar, path, [])
+        return self._open
+
+    def _finish_shard(self) -> None:
+        assert self._open is not None
+        tar, path, keys = self._open
+        tar.close()
+        self._open = None
+        replace_durably(partial_path(path), path)
+        self._shards.append({"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path), "keys": keys})
+
+
+class LatentShards(Sequence[LatentEpisode]):
+    """Random access to a finished folder of latent shards.
+
+    Args:
+        root: folder written by `LatentShardWriter`.
+        expect_digest: refuse latents that another tokenizer made (`RepViTok.digest()`).
+
+    Raises:
+        FileNotFoundError: the folder is missing.
+        ValueError: it is unfinished, a shard is missing or truncated, or the digest differs.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], *, expect_digest: str | None = None) -> None:
+        self.root = Path(root)
+        document = _read_document(self.root)
+        self.meta = LatentMeta.from_dict(document["meta"])
+        if expect_digest is not None and expect_digest != self.meta.tokenizer_digest:
+            raise ValueError(
+                f"{self.root}: these latents were made by tokenizer {self.meta.tokenizer_digest[:16]}, expected "
+                f"{expect_digest[:16]}; encode the data set again with the tokenizer in use, or load the other one"
+            )
+        self.provenance: dict[str, Any] = document.get("provenance", {})
+        self._shards: list[dict[str, Any]] = document["shards"]
+        for shard in self._shards:
+            self._check_shard(shard)
+        self._where = [(number, key) for number, shard in enumerate(self._shards) for key in shard["keys"]]
+        self._members: dict[int, dict[str, tuple[int, int]]] = {}
+
+    @property
+    def keys(self) -> list[str]:
+        """The episodes' keys, in order."""
+        return [key for _, key in self._where]
+
+    @property
+    def paths(self) -> list[Path]:
+        """The tar files, readable by webdataset too."""
+        return [self.root / shard["name"] for shard in self._shards]
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def __getitem__(self, index: int) -> LatentEpisode:  # type: ignore[override]  # no slices
+        number, key = self._where[index]
+        path = self.root / self._shards[number]["name"]
+        if number not in self._members:
+            self._members[number] = _member_ranges(path)
+        return _read_episode(path, key, self._members[number])
+
+    def __iter__(self) -> Iterator[LatentEpisode]:
+        return (self[index] for index in range(len(self)))
+
+    def verify(self) -> None:
+        """Compares every shard's SHA-256 with meta.json; ValueError names the first that differs."""
+        for shard, path in zip(self._shards, self.paths, strict=True):
+            if _sha256(path) != shard["sha256"]:
+                raise ValueError(f"{path}: its SHA-256 is not the one in meta.json; the file was changed or damaged")
+
+    def _check_shard(self, shard: dict[str, Any]) -> None:
+        path = self.root / shard["name"]
+        if not path.is_file():
+            raise ValueError(f"{path}: missing, though meta.json lists it; copy the whole folder or encode again")
+        if path.stat().st_size != shard["bytes"]:
+            raise ValueError(
+                f"{path}: expected {shard['bytes']} bytes, found {path.stat().st_size}; the shard is truncated or "
+                "damaged: copy it again or encode again"
+            )
+
+
+def add_episode_to_tar(tar: tarfile.TarFile, episode: LatentEpisode) -> None:
+    """Appends one episode as WebDataset members `<key>.<array>.npy` and `<key>.json`; the same bytes every time."""
+    for name in _ARRAYS:
+        array = getattr(episode, name)
+        if array is not None:
+            buffer = io.BytesIO()
+            np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
+            _add_member(tar, f"{episode.key}.{name}.npy", buffer.getvalue())
+    described = {"episode_index": episode.episode_index, "offset": episode.offset, "task": episode.task}
+    _add_member(tar, f"{episode.key}.json", json.dumps(described, sort_keys=True).encode())
+
+
+def write_episode_file(path: Path, episode: LatentEpisode, *, dtype: str = "float32") -> None:
+    """Writes one episode as a tar of its own, whole or not at all: what a resumable job keeps while it runs."""
+    stored = dataclasses.replace(episode, latents=np.ascontiguousarray(episode.latents.astype(dtype)))
+    with tarfile.open(partial_path(path), "w", format=tarfile.USTAR_FORMAT) as tar:
+        add_episode_to_tar(tar, stored)
+    replace_durably(partial_path(path), path)
+
+
+def read_episode_file(path: Path) -> LatentEpisode:
+    """Reads a file written by `write_episode_file`; its name without the suffix is the episode's key."""
+    return _read_episode(path, path.stem, _member_ranges(path))
+
+
+def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_document(root: Path) -> dict[str, Any]:
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder; expected latent shards written by `repvitok encode`")
+    path = root / "meta.json"
+    if not path.is_file():
+        raise ValueError(f"{root} has no meta.json: it holds no latent shards, or encoding them never finished")
+    document = json.loads(path.read_text(encoding="utf-8"))
+    found = (document.get("format"), document.get("format_version")) if isinstance(document, dict) else None
+    if found != (FORMAT, FORMAT_VERSION):
+        raise ValueError(f"{path}: expected format {FORMAT!r} version {FORMAT_VERSION}, found {found}")
+    return document
+
+
+def _member_ranges(path: Path) -> dict[str, tuple[int, int]]:
+    """Member name -> (first byte, length) of an uncompressed tar."""
+    with tarfile.open(path, "r:") as tar:
+        return {member.name: (member.offset_data, member.size) for member in tar}
+
+
+def _read_episode(path: Path, key: str, members: dict[str, tuple[int, int]]) -> LatentEpisode:
+    def member(name: str) -> bytes:
+        start, length = members[f"{key}.{name}"]
+        file.seek(start)
+        return file.read(length)
+
+    with open(path, "rb") as file:
+        try:
+            described = json.loads(member("json"))
+            arrays = {
+                name: np.load(io.BytesIO(member(f"{name}.npy")), allow_pickle=False).astype(np.float32, copy=False)
+                for name in _ARRAYS
+                if f"{key}.{name}.npy" in members
+            }
+            return LatentEpisode(key=key, **described, **arrays)
+        except (KeyError, TypeError, EOFError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}: episode {key} cannot be read ({error}); encode the data set again") from error

@@ -1,0 +1,223 @@
+"""Where clips come from: the cameras of LeRobot data sets, folders of videos, folders of images."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, UnidentifiedImageError
+
+from repvitok.data.lerobot import LeRobotReader
+from repvitok.data.video import VideoFile
+
+log = logging.getLogger(__name__)
+
+VIDEO_SUFFIXES = frozenset({".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts"})
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+Episodes = str | Sequence[int]  # "all", or their numbers
+
+
+@runtime_checkable
+class VideoSource(Protocol):
+    """Some videos, readable at any frame."""
+
+    def __len__(self) -> int:
+        """Number of videos."""
+        ...
+
+    def num_frames(self, video: int) -> int:
+        """Frames of one video."""
+        ...
+
+    def read(self, video: int, frames: Sequence[int] | None = None) -> UInt8[np.ndarray, "n h w 3"]:
+        """Frames of one video as uint8 RGB, None for all."""
+        ...
+
+    def describe(self, video: int) -> str:
+        """What an error should call this video: its file, or its data set, episode and camera."""
+        ...
+
+
+class LeRobotSource:
+    """One camera of a LeRobot data set; video i is `reader.episodes[i]`."""
+
+    def __init__(self, reader: LeRobotReader, camera: str) -> None:
+        if camera not in reader.camera_keys:
+            raise ValueError(f"{reader.root}: no camera {camera!r}; there are {reader.camera_keys}")
+        self.reader, self.camera = reader, camera
+
+    def __len__(self) -> int:
+        return self.reader.num_episodes
+
+    def num_frames(self, video: int) -> int:
+        return self.reader.episodes[video].length
+
+    def read(self, video: int, frames: Sequence[int] | None = None) -> UInt8[np.ndarray, "n h w 3"]:
+        return self.reader.frames(self.reader.episodes[video].index, self.camera, frames)
+
+    def describe(self, video: int) -> str:
+        return f"{self.reader.root}, episode {self.reader.episodes[video].index}, {self.camera}"
+
+
+class VideoFolder:
+    """Every video file in a folder and its subfolders, in the order of their paths.
+
+    Args:
+        root: the folder.
+        max_bad_fraction: how many of the files may be unreadable; they are left out and logged. 0: none.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: no video in it, or more unreadable ones than allowed; names the file.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], *, max_bad_fraction: float | int = 0.0) -> None:
+        paths = _files(Path(root), VIDEO_SUFFIXES, "videos")
+        bad = BadFiles(max_bad_fraction, len(paths))
+        self._videos: list[VideoFile] = []
+        for path in paths:
+            try:
+                self._videos.append(VideoFile(path))
+            except ValueError as error:
+                bad.count(str(path), error)
+        if not self._videos:
+            raise ValueError(f"{root}: none of its {len(paths)} video files can be read")
+
+    def __len__(self) -> int:
+        return len(self._videos)
+
+    def num_frames(self, video: int) -> int:
+        return len(self._videos[video])
+
+    def read(self, video: int, frames: Sequence[int] | None = None) -> UInt8[np.ndarray, "n h w 3"]:
+        return self._videos[video].read(frames)
+
+    def describe(self, video: int) -> str:
+        return str(self._videos[video].path)
+
+
+class ImageFolder:
+    """Every image in a folder and its subfolders, each a video of one frame (the tokenizer's T = 1)."""
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self._paths = _files(Path(root), IMAGE_SUFFIXES, "images")
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def num_frames(self, video: int) -> int:  # noqa: ARG002 - every image is one frame
+        return 1
+
+    def read(self, video: int, frames: Sequence[int] | None = None) -> UInt8[np.ndarray, "n h w 3"]:
+        path = self._paths[video]
+        if frames is not None and any(frame != 0 for frame in frames):
+            raise ValueError(f"{path}: an image has frame 0 only, asked for {list(frames)}")
+        try:
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB"))
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"{path}: not a readable image ({error})") from error
+        return np.repeat(pixels[None], 1 if frames is None else len(frames), axis=0)
+
+    def describe(self, video: int) -> str:
+        return str(self._paths[video])
+
+
+class SelectedVideos:
+    """Some of another source's videos: video i is `source`'s `videos[i]`."""
+
+    def __init__(self, source: VideoSource, videos: Sequence[int]) -> None:
+        outside = [video for video in videos if not 0 <= video < len(source)]
+        if outside or not len(videos):
+            raise ValueError(f"select at least one of videos 0..{len(source) - 1}, got {list(videos)}")
+        self._source, self._videos = source, [int(video) for video in videos]
+
+    def __len__(self) -> int:
+        return len(self._videos)
+
+    def num_frames(self, video: int) -> int:
+        return self._source.num_frames(self._videos[video])
+
+    def read(self, video: int, frames: Sequence[int] | None = None) -> UInt8[np.ndarray, "n h w 3"]:
+        return self._source.read(self._videos[video], frames)
+
+    def describe(self, video: int) -> str:
+        return self._source.describe(self._videos[video])
+
+
+class BadFiles:
+    """Counts files that cannot be read, and stops once they are more than allowed."""
+
+    def __init__(self, max_fraction: float | int, total: int) -> None:
+        if not 0 <= max_fraction < 1:
+            raise ValueError(f"max_bad_fraction must be in [0, 1), got {max_fraction}")
+        self._allowed, self._total = int(max_fraction * total), total
+        self._names: set[str] = set()
+
+    def count(self, name: str, error: ValueError) -> None:
+        """Notes one bad file; raises `error`, with the count, once the bound is passed."""
+        self._names.add(name)
+        if len(self._names) > self._allowed:
+            bound = f"{len(self._names)} of {self._total} files cannot be read, {self._allowed} may"
+            raise ValueError(f"{error} ({bound}: see max_bad_fraction)") from error
+        log.warning("left out: %s", error)
+
+
+def lerobot_sources(
+    root: str | os.PathLike[str] | LeRobotReader,
+    *,
+    cameras: Sequence[str] | None = None,
+    episodes: Episodes = "all",
+) -> list[VideoSource]:
+    """One source per camera (None: every camera) of a LeRobot data set, over all or some of its episodes."""
+    reader = root if isinstance(root, LeRobotReader) else LeRobotReader(root)
+    if not reader.camera_keys:
+        raise ValueError(f"{reader.root}: the data set has no camera stored as video")
+    sources: list[VideoSource] = [LeRobotSource(reader, camera) for camera in cameras or reader.camera_keys]
+    if isinstance(episodes, str):
+        if episodes != "all":
+            raise ValueError(f'episodes must be "all" or a list of numbers, got {episodes!r}')
+        return sources
+    return [SelectedVideos(source, episodes) for source in sources]
+
+
+def split_episodes(count: int, held_out: float | int | Sequence[int], seed: int = 0) -> tuple[list[int], list[int]]:
+    """(train, held out) episode numbers, both sorted, from the seed alone.
+
+    Args:
+        count: number of episodes.
+        held_out: a fraction in [0, 1) (rounded, at least one episode if above 0), or the episodes themselves.
+        seed: which ones a fraction takes.
+
+    Raises:
+        ValueError: a number is no episode, or none would be left to train on.
+    """
+    if isinstance(held_out, Sequence):
+        chosen = {int(episode) for episode in held_out}
+    elif 0 <= held_out < 1:
+        number = max(round(held_out * count), 1) if held_out else 0
+        chosen = set(np.random.default_rng(seed).permutation(count)[:number].tolist())
+    else:
+        raise ValueError(f"held_out must be a fraction in [0, 1) or a list of episodes, got {held_out}")
+    outside = sorted(episode for episode in chosen if not 0 <= episode < count)
+    if outside:
+        raise ValueError(f"held-out episodes {outside} do not exist: there are 0..{count - 1}")
+    train = [episode for episode in range(count) if episode not in chosen]
+    if not train:
+        raise ValueError(f"holding out {len(chosen)} of {count} episodes leaves none to train on")
+    return train, sorted(chosen)
+
+
+def _files(root: Path, suffixes: frozenset[str], what: str) -> list[Path]:
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder; expected a folder of {what}")
+    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+    visible = [path for path in paths if not path.name.startswith(".")]
+    if not visible:
+        raise ValueError(f"{root}: no {what} in this folder; looked for {', '.join(sorted(suffixes))}")
+    return visible

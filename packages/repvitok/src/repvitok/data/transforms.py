@@ -1,0 +1,59 @@
+"""Pixels between their two forms: uint8 frames as cameras give them, floats in [-1, 1] as models take them.
+
+Training, encoding and the policy at work all go through `prepare_frames`, so that they see the same numbers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+
+def resize_frames(frames: UInt8[np.ndarray, "n H W 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "n h w 3"]:
+    """Resizes to size = (h, w) with an antialiased bilinear filter, rounded to uint8; each frame on its own.
+
+    The aspect ratio follows `size`: choose one with the camera's ratio to keep it. torch's uint8 kernel does 7 to 10
+    times as many frames a second as Pillow's, equal to it within 1 of 255.
+
+    Raises:
+        ValueError: `frames` is no (n, H, W, 3) uint8, or a size is not positive.
+    """
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
+        raise ValueError(f"expected frames (n, H, W, 3) uint8, got {frames.shape} {frames.dtype}")
+    if min(size) < 1:
+        raise ValueError(f"size must be (height, width), both positive, got {size}")
+    if frames.shape[1:3] == tuple(size) or not len(frames):
+        return frames if len(frames) else np.empty((0, *size, 3), dtype=np.uint8)
+    pixels = rearrange(_as_tensor(frames), "n h w rgb -> n rgb h w")
+    resized = F.interpolate(pixels, size=tuple(size), mode="bilinear", antialias=True, align_corners=False)
+    return rearrange(resized, "n rgb h w -> n h w rgb").numpy()
+
+
+def to_unit(frames: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """uint8 0..255 to float32 -1..1: x / 127.5 - 1."""
+    return frames.to(torch.float32).div_(127.5).sub_(1.0)
+
+
+def to_uint8(video: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
+    """Floats -1..1 (values outside are clamped) to uint8 0..255; the inverse of `to_unit`."""
+    return video.detach().float().clamp(-1.0, 1.0).add(1.0).mul(127.5).round().to(torch.uint8)
+
+
+def prepare_frames(frames: UInt8[np.ndarray, "n H W 3"], size: tuple[int, int]) -> Float[Tensor, "3 n h w"]:
+    """What a model sees of camera frames: resized to size = (h, w), channels first, float32 in [-1, 1]."""
+    return to_unit(rearrange(_as_tensor(resize_frames(frames, size)), "n h w rgb -> rgb n h w").contiguous())
+
+
+def to_frames(video: Float[Tensor, "3 n h w"]) -> UInt8[np.ndarray, "n h w 3"]:
+    """A model's video as camera frames; the inverse of `prepare_frames` at the same size."""
+    return rearrange(to_uint8(video), "rgb n h w -> n h w rgb").cpu().contiguous().numpy()
+
+
+def _as_tensor(frames: np.ndarray) -> Tensor:
+    """Shares memory where torch can: it takes neither reversed axes nor read-only arrays."""
+    shareable = frames.flags.writeable and min(frames.strides) >= 0
+    return torch.from_numpy(frames if shareable else frames.copy())

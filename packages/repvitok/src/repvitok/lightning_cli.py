@@ -1,0 +1,173 @@
+"""fit, validate, test and predict on LightningCLI, as a function that can be called many times in one process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from repvitok.callbacks import AtomicCheckpointIO, CurveLogger, SaveLast, StageProgress, TrainingInterrupted
+from repvitok.checkpointing import read_checkpoint, resume_path
+from repvitok.commands import TrainingStage, import_object
+from repvitok.errors import UserError
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "accelerator": "auto",
+    "devices": 1,
+    "check_val_every_n_epoch": None,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    "enable_progress_bar": False,
+    "log_every_n_steps": 20,
+    "max_epochs": -1,
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,
+}
+"""Trainer arguments of every stage: checkpoints and progress are our callbacks, data modules split over ranks."""
+
+_ENVIRONMENT = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+_LOGGERS = ("lightning.pytorch", "lightning.fabric", "lightning", "pytorch_lightning")
+
+
+def run_lightning(verb: str, argv: list[str], stage: TrainingStage) -> int:
+    """Runs one of LightningCLI's verbs.
+
+    The random state, logging levels and environment of the process are as before when this returns.
+
+    Args:
+        verb: "fit", "validate", "test" or "predict".
+        argv: everything after the verb: `-c recipe.yaml`, dotted overrides, `--ckpt_path last|FILE`.
+        stage: what is trained, on which data.
+
+    Returns:
+        0, or 143 when SIGTERM ended training after its state was saved.
+
+    Raises:
+        UserError: for a configuration that cannot be parsed or built.
+        KeyboardInterrupt: when Ctrl-C ended training after its state was saved.
+    """
+    with isolate_rng(), _quiet(), _environment_kept():
+        try:
+            _stage_cli(verb, stage)(argv)
+        except (ArgumentError, MisconfigurationException) as error:
+            raise UserError(_one_line(error)) from error
+        except TrainingInterrupted as error:
+            if error.signal_number == signal.SIGINT:
+                raise KeyboardInterrupt(str(error)) from error
+            return 128 + error.signal_number
+    return 0
+
+
+class StageCLI(LightningCLI):
+    """LightningCLI with this project's callbacks, loss curves, run folder and checkpoint rules."""
+
+    verb: str
+    stage: TrainingStage
+
+    def __init__(self, argv: list[str]) -> None:
+        """Parses `argv` (without the verb), builds everything and runs the verb."""
+        trainer_defaults = TRAINER_DEFAULTS | {"default_root_dir": str(Path("runs") / self.stage.name)}
+        super().__init__(
+            import_object(self.stage.module),
+            import_object(self.stage.data) if self.stage.data else None,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults=trainer_defaults | self.stage.trainer_defaults,
+            seed_everything_default=0,
+            parser_kwargs={"exit_on_error": False, self.verb: {"exit_on_error": False}},
+            subclass_mode_data=self.stage.subclass_data,
+            auto_configure_optimizers=False,
+            args=[self.verb, *argv],
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses without looking at `sys.argv`."""
+        self.config = parser.parse_args(args)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the sections `checkpoint` and `progress`, and the stage's links."""
+        parser.add_lightning_class_args(SaveLast, "checkpoint")
+        parser.add_lightning_class_args(StageProgress, "progress")
+        parser.set_defaults({"progress.stage": self.stage.name})
+        for source, target in self.stage.links:
+            parser.link_arguments(source, target)
+
+    def _parse_ckpt_path(self) -> None:
+        """Turns `--ckpt_path last` into a file and checks that the file can be read, before anything is built.
+
+        `fit` with `last` starts anew where there is none; the other verbs take the last checkpoint by default, because
+        numbers of untrained weights help nobody.
+        """
+        options = self.config[self.verb]
+        wanted = options.get("ckpt_path")
+        if wanted == "last" or (wanted is None and self.verb != "fit"):
+            folder = Path(options.trainer.default_root_dir)
+            found = resume_path(folder)
+            if found is None and self.verb != "fit":
+                raise UserError(f"no readable checkpoint in {folder}: train first, or give --ckpt_path FILE")
+            options["ckpt_path"] = str(found) if found else None
+        elif wanted is not None:
+            read_checkpoint(wanted, mmap=True)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Builds the trainer with whole checkpoint files, and loss curves unless a logger is configured."""
+        configured = self.config_init[self.verb].trainer
+        plugins = configured.get("plugins") or []
+        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
+        if configured.get("logger") is None:
+            kwargs["logger"] = CurveLogger(configured.default_root_dir)
+        return super().instantiate_trainer(**kwargs)
+
+
+def _stage_cli(verb: str, stage: TrainingStage) -> type[StageCLI]:
+    """A StageCLI that knows one verb only: building the parsers of all four takes four times as long."""
+    only = {verb: LightningCLI.subcommands()[verb]}
+    return type("StageCLI", (StageCLI,), {"verb": verb, "stage": stage, "subcommands": staticmethod(lambda: only)})
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines()]
+    return " ".join(line for line in lines if line)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides Lightning's banners and its advice about loader workers, for the length of a run."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=PossibleUserWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+@contextmanager
+def _environment_kept() -> Iterator[None]:
+    """Puts back the environment variables that Lightning sets."""
+    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,1 @@
+"""The parts of the tokenizer's transformer: rotary positions, attention, blocks, patches."""

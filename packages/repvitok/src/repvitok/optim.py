@@ -1,0 +1,267 @@
+"""Optimizers and their schedule: AdamW, or Muon for hidden matrices with AdamW for the rest in one optimizer."""
+
+# pyright: reportPrivateImportUsage=false
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+from torch.optim.lr_scheduler import LambdaLR
+
+OptimizerName = Literal["adamw", "muon"]
+NewtonSchulzDtype = Literal["bfloat16", "float32", "float64"]
+
+# The quintic a x + b x^3 + c x^5 with the steepest slope at 0 that still keeps singular values in about [0.5, 1.5].
+QUINTIC = (3.4445, -4.7750, 2.0315)
+
+
+@torch.no_grad()
+def orthogonalize(
+    matrix: Float[Tensor, "*batch rows cols"], steps: int = 5, dtype: torch.dtype = torch.bfloat16
+) -> Float[Tensor, "*batch rows cols"]:
+    """Returns U S' V^T for a matrix U S V^T, with S' near one, by the Newton-Schulz iteration (Muon).
+
+    Each step is X <- a X + (b A + c A^2) X with A = X X^T, after scaling X to Frobenius norm one.
+
+    Args:
+        matrix: one matrix, or a batch of equally shaped ones.
+        steps: number of iterations.
+        dtype: type the iteration computes in. bfloat16 is Muon's own and the fastest on a GPU; float32 is several
+            times faster than bfloat16 on a CPU without bf16 units (docs/decisions/003).
+
+    Returns:
+        The orthogonalised matrix in `dtype`.
+    """
+    a, b, c = QUINTIC
+    x = matrix.to(dtype)
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    with torch.autocast(x.device.type, enabled=False):
+        for _ in range(steps):
+            gram = x @ x.mT
+            x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def parameter_groups(
+    module: nn.Module, is_hidden: Callable[[str, nn.Parameter], bool] | None = None
+) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+    """Splits trainable parameters into (hidden matrices, other matrices, vectors).
+
+    A hidden matrix is the weight of an `nn.Linear` inside an `nn.ModuleList`, a stack of blocks: what Muon is made for.
+    Weights of linear layers outside of any stack are embeddings, projections between spaces or heads; with embedding
+    tables and convolutions they are the second list. All else (norms, biases, gains and other bare parameters, whatever
+    their shape) is the third, and never decays.
+
+    Args:
+        module: the module whose parameters are split.
+        is_hidden: replaces the rule for hidden matrices, (name, parameter) -> bool; asked for 2-D parameters only.
+
+    Returns:
+        Three disjoint lists that together hold every trainable parameter once.
+    """
+    stacks = [f"{name}." if name else "" for name, child in module.named_modules() if isinstance(child, nn.ModuleList)]
+    linear = _weights_of(module, (nn.Linear,))
+    matrix = linear | _weights_of(module, (nn.Embedding, nn.modules.conv._ConvNd))
+    hidden: list[nn.Parameter] = []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        stacked = id(parameter) in linear and any(name.startswith(stack) for stack in stacks)
+        if parameter.ndim == 2 and (is_hidden(name, parameter) if is_hidden else stacked):
+            hidden.append(parameter)
+        else:
+            (matrices if id(parameter) in matrix else vectors).append(parameter)
+    return hidden, matrices, vectors
+
+
+def _weights_of(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> set[int]:
+    return {id(child.weight) for child in module.modules() if isinstance(child, kinds)}
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon on the groups marked `kind="muon"`, AdamW on those marked `kind="adamw"`: one optimizer, one state dict.
+
+    Muon: m <- beta m + (1 - beta) g;  u = orthogonalize(g + beta (m - g));
+    w <- (1 - lr decay) w - lr sqrt(max(1, rows / cols)) u   (SPEC decision 8).
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
+        """Takes groups with `params`, `kind`, `lr`, `weight_decay`, and `momentum`, `dtype` or `betas`, `eps`."""
+        super().__init__(list(groups), {})
+        for group in self.param_groups:
+            if group["kind"] not in ("muon", "adamw"):
+                raise ValueError(f'expected a group of kind "muon" or "adamw", got {group["kind"]!r}')
+            wrong = [tuple(p.shape) for p in group["params"] if group["kind"] == "muon" and p.ndim != 2]
+            if wrong:
+                raise ValueError(f"Muon takes 2-D parameters, got shape {wrong[0]}: put it in an adamw group")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Updates every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                (self._step_muon if group["kind"] == "muon" else self._step_adamw)(group, parameters)
+        return loss
+
+    def _step_muon(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+        for parameter in parameters:
+            by_shape[parameter.shape].append(parameter)
+        dtype = getattr(torch, group["dtype"])
+        for (rows, cols), same in by_shape.items():
+            grads = [p.grad for p in same if p.grad is not None]
+            moments = [self._momentum(p) for p in same]
+            torch._foreach_lerp_(moments, grads, 1 - group["momentum"])
+            nesterov = torch._foreach_lerp(grads, moments, group["momentum"])
+            updates = orthogonalize(torch.stack(list(nesterov)), dtype=dtype).to(same[0].dtype)
+            torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
+            scale = group["lr"] * math.sqrt(max(1.0, rows / cols))
+            torch._foreach_add_(same, list(updates.unbind()), alpha=-scale)
+
+    def _momentum(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(parameter)
+        return state["momentum"]
+
+    def _step_adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        states = [self._adamw_state(p) for p in parameters]
+        adamw(
+            parameters,
+            [p.grad for p in parameters if p.grad is not None],
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [],
+            [s["step"] for s in states],
+            foreach=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _adamw_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state
+
+
+def build_optimizer(
+    module: nn.Module,
+    name: OptimizerName = "adamw",
+    lr: float = 1e-3,
+    weight_decay: float = 0.01,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    muon_momentum: float = 0.95,
+    adamw_lr: float | None = None,
+    newton_schulz_dtype: NewtonSchulzDtype = "bfloat16",
+    is_hidden: Callable[[str, nn.Parameter], bool] | None = None,
+) -> MuonAdamW:
+    """Builds the optimizer of a module's trainable parameters.
+
+    Args:
+        module: the model.
+        name: "adamw" for AdamW everywhere, "muon" for Muon on hidden matrices and AdamW on the rest.
+        lr: peak learning rate; Muon's own when name is "muon".
+        weight_decay: decoupled decay of matrices; norms and biases never decay.
+        betas: AdamW's decay rates of its two moments.
+        eps: AdamW's epsilon.
+        muon_momentum: Muon's momentum.
+        adamw_lr: peak learning rate of the AdamW groups beside Muon; `lr` when None.
+        newton_schulz_dtype: type of Muon's iteration; "float32" on a CPU.
+        is_hidden: see `parameter_groups`.
+
+    Raises:
+        ValueError: for an unknown name, or a learning rate that is not positive.
+    """
+    if name not in ("adamw", "muon"):
+        raise ValueError(f'expected optimizer "adamw" or "muon", got {name!r}')
+    if lr <= 0 or (adamw_lr is not None and adamw_lr <= 0):
+        raise ValueError(f"expected positive learning rates, got lr={lr}, adamw_lr={adamw_lr}")
+    hidden, matrices, vectors = parameter_groups(module, is_hidden)
+    if name == "adamw":
+        hidden, matrices = [], hidden + matrices
+    rest = {"kind": "adamw", "lr": adamw_lr if name == "muon" and adamw_lr else lr, "betas": betas, "eps": eps}
+    groups: list[dict[str, Any]] = [
+        {"params": hidden, "kind": "muon", "lr": lr, "weight_decay": weight_decay}
+        | {"momentum": muon_momentum, "dtype": newton_schulz_dtype},
+        {"params": matrices, "weight_decay": weight_decay} | rest,
+        {"params": vectors, "weight_decay": 0.0} | rest,
+    ]
+    return MuonAdamW(group for group in groups if group["params"])
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """What a recipe says about optimisation; fields as in `build_optimizer` and `warmup_cosine`."""
+
+    name: OptimizerName = "muon"
+    lr: float = 1e-2
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    muon_momentum: float = 0.95
+    adamw_lr: float | None = 1e-3
+    newton_schulz_dtype: NewtonSchulzDtype = "bfloat16"
+    warmup_steps: int = 1000
+    lr_floor: float = 0.0
+
+    def build(self, module: nn.Module, total_steps: int) -> tuple[MuonAdamW, LambdaLR]:
+        """The optimizer of a module's trainable parameters, and its schedule over `total_steps` steps."""
+        optimizer = build_optimizer(
+            module,
+            self.name,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            betas=self.betas,
+            eps=self.eps,
+            muon_momentum=self.muon_momentum,
+            adamw_lr=self.adamw_lr,
+            newton_schulz_dtype=self.newton_schulz_dtype,
+        )
+        return optimizer, warmup_cosine_schedule(optimizer, self.warmup_steps, total_steps, self.lr_floor)
+
+
+def warmup_cosine(step: int, warmup: int, total: int, floor: float = 0.0) -> float:
+    """Factor on the peak learning rate: linear from 1 / warmup to 1 over `warmup` steps, then a cosine to `floor`.
+
+    Args:
+        step: steps done so far, from 0.
+        warmup: length of the warmup.
+        total: step at which the floor is reached; the factor stays there afterwards.
+        floor: last factor, in [0, 1].
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def warmup_cosine_schedule(optimizer: torch.optim.Optimizer, warmup: int, total: int, floor: float = 0.0) -> LambdaLR:
+    """Applies `warmup_cosine` to every group of the optimizer; call `.step()` after each training step."""
+    if not 0 <= floor <= 1 or warmup < 0 or total < 1:
+        raise ValueError(f"expected warmup >= 0, total >= 1, floor in [0, 1]; got {warmup=}, {total=}, {floor=}")
+    return LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, total, floor))

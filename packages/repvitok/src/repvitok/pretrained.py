@@ -1,0 +1,254 @@
+"""Models as folders: config.json and model.safetensors, written whole, loaded strictly, named by a digest.
+
+Shared by RepViTok, the latent action tokenizer and the world action model, so that all three save and load
+alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+Model = TypeVar("Model", bound="PretrainedModel")  # beartype cannot check typing.Self on a lone method
+
+
+class Config(Protocol):
+    """What a stored config must offer: strict conversion to and from plain values."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], /) -> Any: ...
+
+
+class PretrainedModel(nn.Module):
+    """An `nn.Module` built from one config that can be saved to, loaded from, and named by its contents.
+
+    A subclass takes its config as the only required argument, keeps it in `self.config`, and sets:
+
+    Attributes:
+        format: what config.json calls this kind of model, e.g. "repvitok".
+        format_version: raised when old files can no longer be read.
+        config_class: the class with `to_dict` and a strict `from_dict`.
+    """
+
+    format: ClassVar[str]
+    format_version: ClassVar[int] = 1
+    config_class: ClassVar[type[Config]]
+    config: Any
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write config.json and model.safetensors into `folder`, each whole or not at all.
+
+        Both are written to a temporary sibling folder, flushed to disk, and renamed into place, the weights
+        first; the weights carry the config's hash, so that a pair torn by a crash between the two renames is
+        refused on loading.
+
+        Returns:
+            The folder.
+        """
+        folder = Path(folder)
+        config = self.describe()
+        temporary = folder.parent / f".{folder.name}.tmp-{os.getpid()}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+            metadata = {"format": "pt", "config_sha256": config_sha256(config)}
+            save_file(tensors, temporary / WEIGHTS_FILE, metadata=metadata)
+            (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            move_files(temporary, folder, (WEIGHTS_FILE, CONFIG_FILE))
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return folder
+
+    @classmethod
+    def from_pretrained(cls: type[Model], source: str | Path, *, revision: str | None = None) -> Model:
+        """The model stored in a folder, or under a Hugging Face hub id, on the CPU, in evaluation mode.
+
+        Args:
+            source: a folder, or a string "owner/name" where no such folder exists. A `Path` never asks the
+                hub.
+            revision: branch, tag or commit on the hub.
+
+        Raises:
+            FileNotFoundError: no such folder, or one of its two files is missing, or the hub could not give
+                them.
+            ValueError: the folder holds another kind of model, or the files do not fit each other.
+        """
+        folder = find_folder(source, (CONFIG_FILE, WEIGHTS_FILE), revision)
+        stored = read_config(folder, cls.format, cls.format_version)
+        try:
+            config = cls.config_class.from_dict(stored["config"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{folder / CONFIG_FILE}: {error}") from error
+        with torch.device("meta"):
+            model = cls(config)
+        tensors = read_weights(folder / WEIGHTS_FILE, model.state_dict(), config_sha256(stored))
+        model.load_state_dict(tensors, strict=True, assign=True)
+        return model.eval()
+
+    def describe(self) -> dict[str, Any]:
+        """What config.json holds: the format, its version, and the config."""
+        return {
+            "format": self.format,
+            "format_version": self.format_version,
+            "config": self.config.to_dict(),
+        }
+
+    def digest(self) -> str:
+        """The identity of this model: sha256 (hex) over its config and weights.
+
+        Every tensor enters by name, dtype, shape and bytes, so two models have one digest exactly if they
+        compute the same function from the same files. What a model made carries this, and a mismatch is an
+        error.
+        """
+        sha = hashlib.sha256(config_sha256(self.describe()).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            flat = tensor.detach().cpu().contiguous()
+            sha.update(f"{name} {flat.dtype} {tuple(flat.shape)}".encode())
+            sha.update(flat.reshape(-1).view(torch.uint8).numpy().data)
+        return sha.hexdigest()
+
+
+def config_sha256(config: Mapping[str, Any]) -> str:
+    """sha256 (hex) of a config's values, whatever the order of its keys or the layout of its file."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def find_folder(source: str | Path, files: tuple[str, ...], revision: str | None = None) -> Path:
+    """The local folder of a stored model; a string "owner/name" that is no folder is fetched from the hub.
+
+    Raises:
+        FileNotFoundError: neither a folder nor obtainable from the hub, or a file is missing in it.
+    """
+    folder = Path(source)
+    if not folder.exists() and isinstance(source, str) and _HUB_ID.fullmatch(source):
+        folder = _download(source, files, revision)
+    if not folder.is_dir():
+        kind = "is a file" if folder.exists() else "does not exist"
+        raise FileNotFoundError(
+            f"{source} {kind}; expected a folder with {' and '.join(files)}, or a hub id owner/name"
+        )
+    for name in files:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} holds no {name}; expected a folder written by save_pretrained")
+    return folder
+
+
+def read_config(folder: Path, expected_format: str, expected_version: int) -> dict[str, Any]:
+    """The contents of `folder`/config.json, if it describes this kind of model.
+
+    Raises:
+        ValueError: no JSON object with exactly "format", "format_version" and "config", or another format or
+            version.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(stored, dict) or "format" not in stored:
+        raise ValueError(f'{path}: expected a JSON object with "format": "{expected_format}"; it names no format')
+    if stored["format"] != expected_format:
+        raise ValueError(f'{path}: expected a "{expected_format}" folder, this one holds a "{stored["format"]}" model')
+    if stored.get("format_version") != expected_version:
+        raise ValueError(
+            f"{path}: this version reads {expected_format} format version {expected_version}, the file has "
+            f"{stored.get('format_version')!r}; install the version that wrote it, or export the model again"
+        )
+    if set(stored) != {"format", "format_version", "config"} or not isinstance(stored["config"], dict):
+        raise ValueError(f'{path}: expected the keys "format", "format_version", "config", got {sorted(stored)}')
+    return stored
+
+
+def read_weights(path: Path, expected: Mapping[str, Tensor], config_hash: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, if their names and shapes are exactly those of `expected`.
+
+    Args:
+        path: the file.
+        expected: a state dict of the right names and shapes; meta tensors will do.
+        config_hash: `config_sha256` of the config that was read beside it; compared with what the file says,
+            if it does.
+
+    Raises:
+        ValueError: unreadable or truncated, of another config, or a tensor is missing, unexpected or of
+            another shape.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            stored_hash = (file.metadata() or {}).get("config_sha256")
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            _require_same_tensors(path, shapes, {name: tuple(tensor.shape) for name, tensor in expected.items()})
+            tensors = {name: file.get_tensor(name) for name in shapes}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no complete safetensors file ({error}); copy or download it again") from error
+    if config_hash is not None and stored_hash is not None and stored_hash != config_hash:
+        raise ValueError(
+            f"{path} was saved with another {CONFIG_FILE} than the one beside it; a save was interrupted or a file "
+            "was edited: save the model again"
+        )
+    return tensors
+
+
+def move_files(source: Path, target: Path, names: tuple[str, ...]) -> None:
+    """Flush `names` in `source` to disk and rename them into `target`, in order; the two must share a file system."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        with open(source / name, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(source / name, target / name)
+    directory = os.open(target, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _require_same_tensors(
+    path: Path, stored: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    missing, unexpected = sorted(set(expected) - set(stored)), sorted(set(stored) - set(expected))
+    if missing or unexpected:
+        raise ValueError(
+            f"{path} does not hold this model's weights: {len(missing)} tensors missing ({_some(missing)}), "
+            f"{len(unexpected)} unexpected ({_some(unexpected)})"
+        )
+    wrong = [f"{name} is {stored[name]}, not {expected[name]}" for name in expected if stored[name] != expected[name]]
+    if wrong:
+        raise ValueError(
+            f"{path} does not fit its {CONFIG_FILE}: {len(wrong)} tensors of another shape ({_some(wrong)})"
+        )
+
+
+def _some(names: list[str]) -> str:
+    """The first three of `names`, for a message."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") if names else "none"
+
+
+def _download(source: str, files: tuple[str, ...], revision: str | None) -> Path:
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=list(files)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FileNotFoundError(
+            f"{source} is no folder here, and the Hugging Face hub gave no model of that name ({reason}); check the "
+            "spelling and the network, or give the path of a folder"
+        ) from error

@@ -1,0 +1,161 @@
+"""Which clip item i is depends on the seed and i alone; its pixels do not depend on how they were read."""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from repvitok.data.clips import ClipDataset
+from repvitok.data.sources import VideoFolder, lerobot_sources
+from repvitok.data.transforms import to_frames
+from repvitok.data.video import write_video
+from torch.utils.data import DataLoader
+
+
+class Counting:
+    """Videos in memory whose frame i holds (video, i)."""
+
+    def __init__(self, lengths: Sequence[int], broken: Sequence[int] = ()) -> None:
+        self.lengths, self.broken = list(lengths), set(broken)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def num_frames(self, video: int) -> int:
+        return self.lengths[video]
+
+    def read(self, video: int, frames: Sequence[int] | None = None) -> np.ndarray:
+        if video in self.broken:
+            raise ValueError(f"video {video} is broken")
+        wanted = list(range(self.lengths[video]) if frames is None else frames)
+        assert all(0 <= frame < self.lengths[video] for frame in wanted)
+        pixels = np.zeros((len(wanted), 8, 8, 3), dtype=np.uint8)
+        pixels[..., 0], pixels[..., 1] = video, np.array(wanted)[:, None, None]
+        return pixels
+
+    def describe(self, video: int) -> str:
+        return f"video {video}"
+
+
+def shown(clip: torch.Tensor) -> tuple[int, list[int]]:
+    """(video, frame numbers) of a clip of `Counting`."""
+    frames = to_frames(clip)
+    return int(frames[0, 0, 0, 0]), frames[:, 0, 0, 1].tolist()
+
+
+@pytest.mark.parametrize("cache", [None, "memory"])
+@pytest.mark.parametrize("stride", [1, 3, (1, 4)])
+def test_items_depend_on_seed_and_index_only(cache, stride):
+    def dataset(seed: int) -> ClipDataset:
+        return ClipDataset(
+            [Counting([30, 25]), Counting([40])],
+            frames=5,
+            size=(8, 8),
+            stride=stride,
+            seed=seed,
+            length=60,
+            cache=cache,
+        )
+
+    first, other = dataset(3), dataset(4)
+    forward = [first[index] for index in range(60)]
+    backward = [dataset(3)[index] for index in reversed(range(60))][::-1]
+    assert all(torch.equal(one, two) for one, two in zip(forward, backward, strict=True))
+    assert any(not torch.equal(first[index], other[index]) for index in range(60))
+    for index, clip in enumerate(forward):
+        position = first.position(index)
+        assert clip.shape == (3, 5, 8, 8)
+        assert shown(clip) == (
+            position.video,
+            [position.start + frame * position.stride for frame in range(5)],
+        )
+    loader = DataLoader(first, batch_size=8, num_workers=2)
+    assert torch.equal(torch.cat(list(loader)), torch.stack(forward))
+
+
+def test_every_clip_is_equally_likely():
+    dataset = ClipDataset([Counting([5, 8])], frames=5, size=(8, 8), seed=1, length=4000)
+    count = Counter((position.video, position.start) for position in map(dataset.position, range(4000)))
+    assert set(count) == {(0, 0), (1, 0), (1, 1), (1, 2), (1, 3)}
+    assert max(count.values()) < 1.15 * 4000 / 5
+    assert min(count.values()) > 0.85 * 4000 / 5
+
+
+def test_length_defaults_to_the_number_of_clips():
+    dataset = ClipDataset([Counting([5, 8])], frames=5, size=(8, 8))
+    assert len(dataset) == 5
+    with pytest.raises(IndexError):
+        dataset[5]
+    assert len(list(dataset)) == 5
+
+
+def test_a_cached_clip_equals_a_decoded_one_and_is_fast(data_sets):
+    sources = lerobot_sources(data_sets["v3.0"])
+    decoded, cached = (
+        ClipDataset(sources, frames=5, size=(16, 32), seed=2, length=40, cache=cache) for cache in (None, "memory")
+    )
+    for index in range(40):
+        assert torch.equal(decoded[index], cached[index])
+    start = time.process_time()
+    for index in range(40):
+        cached[index]
+    assert (time.process_time() - start) / 40 < 0.005  # 0.3 ms without the tests' type checks
+
+
+def test_datasets_can_be_sent_to_workers(data_sets):
+    dataset = ClipDataset(lerobot_sources(data_sets["v2.1"]), frames=5, size=(16, 16))
+    assert torch.equal(pickle.loads(pickle.dumps(dataset))[3], dataset[3])
+
+
+def test_images_serve_as_clips_of_one_frame():
+    dataset = ClipDataset([Counting([1, 1, 1])], frames=1, size=(8, 8), length=9)
+    assert {shown(clip)[0] for clip in dataset} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("cache", [None, "memory"])
+def test_broken_videos_stop_training_or_count_against_the_bound(cache, caplog):
+    def dataset(broken: Sequence[int], bound: float) -> ClipDataset:
+        return ClipDataset(
+            [Counting([9] * 8, broken)], frames=5, size=(8, 8), length=40, cache=cache, max_bad_fraction=bound
+        )
+
+    with pytest.raises(ValueError, match=r"video 2 is broken \(1 of 8 files cannot be read, 0 may"):
+        list(dataset([2], 0.0))
+    videos = {shown(clip)[0] for clip in dataset([2, 5], 0.25)}
+    assert videos == {0, 1, 3, 4, 6, 7}
+    assert "video 5 is broken" in caplog.text
+    with pytest.raises(ValueError, match="3 of 8 files cannot be read, 2 may"):
+        list(dataset([2, 5, 6], 0.25))
+
+
+def test_a_truncated_file_is_named(tmp_path, make_frames):
+    for name in ("a", "b"):
+        write_video(tmp_path / f"{name}.mp4", make_frames(20, (16, 16)), 10)
+    data = (tmp_path / "b.mp4").read_bytes()
+    (tmp_path / "b.mp4").write_bytes(data[: len(data) - 200])
+    with pytest.raises(ValueError, match=r"b\.mp4"):
+        ClipDataset([VideoFolder(tmp_path)], frames=5, size=(16, 16))
+
+
+def test_settings_that_cannot_work_are_refused():
+    def dataset(**changes: object) -> ClipDataset:
+        return ClipDataset([Counting([9, 4, 30])], **{"frames": 5, "size": (8, 8), **changes})  # type: ignore[arg-type]
+
+    with pytest.raises(ValueError, match=r"video 1: 4 frames, a clip of 5 frames at stride 1 needs 5 \(1 of 3"):
+        dataset()
+    assert len(dataset(skip_short=True)) == 5 + 26
+    with pytest.raises(ValueError, match="no video is long enough for 5 frames at stride 9: that needs 37"):
+        dataset(stride=9, skip_short=True)
+    with pytest.raises(ValueError, match="stride must be 1 or more"):
+        dataset(stride=0)
+    with pytest.raises(ValueError, match='cache must be "memory" or None'):
+        dataset(cache="disk")
+    with pytest.raises(ValueError, match=r"would take .* GiB, over the"):
+        dataset(cache="memory", cache_bytes=100, skip_short=True)
+    with pytest.raises(ValueError, match="no videos to draw clips from"):
+        ClipDataset([], frames=5, size=(8, 8))

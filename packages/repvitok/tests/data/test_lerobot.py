@@ -1,0 +1,170 @@
+"""Our reader agrees with LeRobot's own on real recordings, and with what was written on small ones."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from einops import reduce
+from repvitok.data.lerobot import LeRobotReader
+from repvitok.data.lerobot_format import flat_names
+
+VERSIONS = ("v2.1", "v3.0")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_agrees_with_lerobot_on_real_recordings(shared_data, version):
+    reader = LeRobotReader(shared_data / f"unitree-g1-lerobot-{version}")
+    reference = json.loads((shared_data / "unitree-g1-reference.json").read_text())
+    assert (len(reader), reader.num_episodes, reader.fps) == (1630, 6, 30.0)
+    for expected in reference["items"]:
+        item = reader[expected["index"]]
+        for ours, theirs in (("action", "action"), ("observation.state", "state"), ("timestamp", "timestamp")):
+            assert item[ours].dtype == np.float32
+            np.testing.assert_allclose(item[ours], expected[theirs], rtol=0, atol=5.1e-7)  # the file has 6 digits
+        for key in ("index", "episode_index", "frame_index", "task"):
+            assert item[key] == expected[key]
+        frame = item["observation.images.cam_high"]
+        means = reduce(frame / 255.0, "(r h) (c w) rgb -> rgb r c", "mean", r=6, c=8)
+        assert np.abs(means - np.array(expected["rgb_mean_6x8"])).max() < 2 / 255
+
+
+@pytest.mark.slow
+def test_both_versions_of_a_real_recording_are_the_same(shared_data):
+    old, new = (LeRobotReader(shared_data / f"unitree-g1-lerobot-{version}") for version in VERSIONS)
+    camera = old.camera_keys[0]
+    for info in old.episodes:
+        for key, column in old.episode(info.index).items():
+            np.testing.assert_array_equal(column, new.episode(info.index)[key])
+        wanted = [0, 1, info.length // 2, info.length - 1]
+        np.testing.assert_array_equal(old.frames(info.index, camera, wanted), new.frames(info.index, camera, wanted))
+    assert len(old.frames(0, camera)) == 221
+    assert old.channel_names("action")[13] == "kRightWristYaw"
+
+
+def test_versions_give_the_same_items(data_sets):
+    old, new = (LeRobotReader(data_sets[version]) for version in VERSIONS)
+    assert (old.version, new.version) == VERSIONS
+    assert old.episodes == new.episodes
+    assert len(old) == len(new) == 40
+    for index in range(len(old)):
+        first, second = old[index], new[index]
+        assert first.keys() == second.keys()
+        for key in first:
+            np.testing.assert_array_equal(first[key], second[key])
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_items_are_what_was_written(data_sets, make_episode, read_number, version):
+    reader = LeRobotReader(data_sets[version])
+    index = 0
+    for number, info in enumerate(reader.episodes):
+        written = make_episode(number)
+        assert (info.index, info.task, info.metadata) == (number, written["task"], written["metadata"])
+        for frame in range(info.length):
+            item = reader[index]
+            np.testing.assert_array_equal(item["action"], written["action"][frame].astype(np.float32))
+            np.testing.assert_array_equal(item["observation.state"], written["state"][frame].astype(np.float32))
+            np.testing.assert_array_equal(item["contact"], written["extra"]["contact"][frame])
+            assert item["next.success"] == (frame == info.length - 1)
+            assert (item["index"], item["frame_index"], item["episode_index"]) == (index, frame, number)
+            assert item["timestamp"] == np.float32(frame / 20)
+            assert item["task"] == written["task"]
+            for camera in reader.camera_keys:
+                assert read_number(item[camera]) == 10 * number + frame
+                assert np.abs(item[camera].astype(int) - written["frames"][camera][frame]).mean() < 4
+            index += 1
+    assert reader[-1]["index"] == index - 1
+    with pytest.raises(IndexError):
+        reader[index]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_episodes_come_whole_or_in_part(data_sets, read_number, version):
+    reader = pickle.loads(pickle.dumps(LeRobotReader(data_sets[version])))
+    columns = reader.episode(1)
+    assert columns["action"].shape == (14, 2)
+    assert columns["action"].dtype == np.float32
+    assert columns["next.success"].dtype == bool
+    assert columns["frame_index"].tolist() == list(range(14))
+    frames = reader.frames(1, "observation.images.wrist", [13, 2, 2])
+    assert [read_number(frame) for frame in frames] == [23, 12, 12]
+    assert reader.frames(2, "observation.images.top").shape == (6, 32, 48, 3)
+    with pytest.raises(ValueError, match=r"episode 2 has frames 0\.\.5, asked for 3\.\.6"):
+        reader.frames(2, "observation.images.top", [3, 6])
+    with pytest.raises(ValueError, match=r"no camera 'left'; there are \['observation"):
+        reader.frames(2, "left")
+    with pytest.raises(ValueError, match="no episode 4; there are 4"):
+        reader.episode(4)
+
+
+def test_channel_names_in_every_form():
+    assert flat_names([["a", "b"], ["c"]]) == ("a", "b", "c")
+    assert flat_names(["a", "b"]) == ("a", "b")
+    assert flat_names({"motors": ["a", "b"]}) == ("a", "b")
+    assert flat_names({"b": 1, "a": 0}) == ("a", "b")
+    assert flat_names(None) == ()
+
+
+def test_columns_without_names_are_numbered(data_sets):
+    reader = LeRobotReader(data_sets["v2.1"])
+    assert reader.channel_names("action") == ("dx", "dy")
+    assert reader.channel_names("contact") == ("contact_0", "contact_1", "contact_2", "contact_3")
+    with pytest.raises(ValueError, match="no feature 'torque'"):
+        reader.channel_names("torque")
+
+
+def test_what_is_no_data_set_says_what_was_looked_for(tmp_path, data_sets):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        LeRobotReader(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"not a LeRobot data set: it has no meta/info\.json"):
+        LeRobotReader(tmp_path)
+    (tmp_path / "meta").mkdir()
+    info = tmp_path / "meta/info.json"
+    info.write_text("{")
+    with pytest.raises(ValueError, match=r"info\.json: not a JSON document"):
+        LeRobotReader(tmp_path)
+    info.write_text('{"fps": 30}')
+    with pytest.raises(ValueError, match=r"'codebase_version'.* missing"):
+        LeRobotReader(tmp_path)
+    known = json.loads((data_sets["v2.1"] / "meta/info.json").read_text())
+    info.write_text(json.dumps({**known, "codebase_version": "v1.6"}))
+    with pytest.raises(ValueError, match=r"v1\.6 is not supported; expected v2\.0, v2\.1 or v3\.0"):
+        LeRobotReader(tmp_path)
+    info.write_text(json.dumps({**known, "features": {"observation.image": {"dtype": "image", "shape": [8, 8, 3]}}}))
+    with pytest.raises(ValueError, match=r"\['observation.image'\] are stored as images inside parquet"):
+        LeRobotReader(tmp_path)
+
+
+def test_damaged_data_sets_name_the_file(tmp_path, data_sets):
+    root = tmp_path / "copy"
+    shutil.copytree(data_sets["v2.1"], root)
+    parquet = root / "data/chunk-000/episode_000001.parquet"
+    table = pq.read_table(parquet)
+    pq.write_table(table.slice(0, 5), parquet)
+    with pytest.raises(ValueError, match=r"episode_000001\.parquet: expected 14 rows for episode 1, found 5"):
+        LeRobotReader(root).episode(1)
+    pq.write_table(table.drop_columns(["action"]), parquet)
+    with pytest.raises(ValueError, match=r"columns \['action'\] are missing"):
+        LeRobotReader(root).episode(1)
+    ragged = pa.array([[1.0]] * 14, pa.list_(pa.float32()))
+    pq.write_table(table.set_column(table.schema.get_field_index("action"), "action", ragged), parquet)
+    with pytest.raises(ValueError, match=r"column 'action' should hold \[2\] numbers"):
+        LeRobotReader(root).episode(1)
+    parquet.write_bytes(b"PAR1 and nothing more")
+    with pytest.raises(ValueError, match=r"episode_000001\.parquet: not a readable parquet"):
+        LeRobotReader(root).episode(1)
+    parquet.unlink()
+    with pytest.raises(FileNotFoundError, match=r"episode_000001\.parquet"):
+        LeRobotReader(root).episode(1)
+    (root / "videos/chunk-000/observation.images.top/episode_000000.mp4").unlink()
+    with pytest.raises(FileNotFoundError, match=r"episode_000000\.mp4"):
+        LeRobotReader(root)[0]
+    (root / "meta/tasks.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"tasks\.jsonl"):
+        LeRobotReader(root)

@@ -1,0 +1,208 @@
+"""Latent episodes come back as they were written, and a damaged, unfinished or foreign folder is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from repvitok.data.latents import LatentEpisode, LatentMeta
+from repvitok.data.shards import LatentShards, LatentShardWriter, read_episode_file, write_episode_file
+
+META = LatentMeta(
+    tokenizer_digest="a" * 64,
+    frame_rate_hz=30,
+    stride=2,
+    grid=(2, 2, 3),
+    cameras=("left", "right"),
+    latent_dim=5,
+    window=5,
+    source="test",
+    action_names=("x", "y"),
+    state_names=("p",),
+)
+ARRAYS = ("latents", "state", "actions", "latent_actions")
+
+
+def episode(number: int, frames: int = 4, **changes: object) -> LatentEpisode:
+    random = np.random.default_rng(number)
+
+    def normal(*shape: int) -> np.ndarray:
+        return random.normal(loc=3.0, scale=2.0, size=shape).astype(np.float32)
+
+    values = {
+        "latents": normal(frames, 12, 5),
+        "state": normal(frames, 1),
+        "actions": normal(frames - 1, 8, 2),
+        "latent_actions": normal(frames - 1, 4),
+    }
+    return LatentEpisode(f"episode_{number:06d}-o0", number, 0, f"täsk {number}", **{**values, **changes})  # type: ignore[arg-type]
+
+
+def assert_same(one: LatentEpisode, two: LatentEpisode) -> None:
+    for field in dataclasses.fields(LatentEpisode):
+        first, second = getattr(one, field.name), getattr(two, field.name)
+        if field.name in ARRAYS and first is not None:
+            assert second.dtype == np.float32
+            np.testing.assert_array_equal(first, second)
+        else:
+            assert first == second
+
+
+def write(root, episodes, meta=META, **settings) -> LatentMeta:
+    with LatentShardWriter(root, meta, **settings) as writer:
+        for item in episodes:
+            writer.add(item)
+    return writer.meta
+
+
+def test_episodes_come_back_in_order_and_at_random(tmp_path):
+    episodes = [episode(number, frames=1 + number % 4) for number in range(9)]
+    episodes[3] = episode(3, state=None, actions=None, latent_actions=None)
+    write(tmp_path, episodes, shard_bytes=12_000, provenance={"offsets": [0]})
+    shards = LatentShards(tmp_path, expect_digest="a" * 64)
+    assert len(shards.paths) > 1
+    assert len(shards) == 9
+    assert shards.provenance == {"offsets": [0]}
+    for one, two in zip(episodes, shards, strict=True):
+        assert_same(one, two)
+    assert_same(episodes[7], shards[7])
+    assert_same(episodes[8], shards[-1])
+    with pytest.raises(IndexError):
+        shards[9]
+    shards.verify()
+
+
+def test_statistics_are_those_of_everything_written(tmp_path):
+    episodes = [episode(number, frames=2 + number) for number in range(5)]
+    meta = write(tmp_path, episodes, shard_bytes=5000)
+    everything = np.concatenate([item.latents.reshape(-1, 5) for item in episodes]).astype(np.float64)
+    np.testing.assert_allclose(meta.mean, everything.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(meta.std, everything.std(0), rtol=1e-6)
+    actions = np.concatenate([item.latent_actions for item in episodes if item.latent_actions is not None])
+    assert meta.latent_action_mean is not None
+    np.testing.assert_allclose(meta.latent_action_mean, actions.mean(0), rtol=1e-5)
+    loaded = LatentShards(tmp_path).meta
+    assert loaded.to_dict() == meta.to_dict()
+    np.testing.assert_array_equal(loaded.mean, meta.mean)
+
+
+def test_given_statistics_are_kept(tmp_path):
+    meta = dataclasses.replace(META, mean=np.arange(5, dtype=np.float32), std=np.full(5, 2, dtype=np.float32))
+    kept = write(tmp_path, [episode(0)], meta, measure=False)
+    np.testing.assert_array_equal(kept.mean, meta.mean)
+    np.testing.assert_array_equal(kept.std, meta.std)
+
+
+def test_half_precision_takes_half_the_space(tmp_path):
+    for dtype in ("float32", "float16"):
+        write(tmp_path / dtype, [episode(0, 500, latent_actions=None)], dtype=dtype)
+    plain, half = LatentShards(tmp_path / "float32"), LatentShards(tmp_path / "float16")
+    assert half.paths[0].stat().st_size < 0.75 * plain.paths[0].stat().st_size
+    assert half[0].latents.dtype == np.float32
+    np.testing.assert_allclose(half[0].latents, plain[0].latents, rtol=1e-3)
+    np.testing.assert_array_equal(half[0].actions, plain[0].actions)
+
+
+def test_the_same_episodes_give_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        write(tmp_path / name, [episode(0), episode(1)])
+    for file in ("latents-000000.tar", "meta.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_webdataset_reads_the_shards(tmp_path):
+    import webdataset
+
+    episodes = [episode(number) for number in range(3)]
+    write(tmp_path, episodes)
+    paths = [str(path) for path in LatentShards(tmp_path).paths]
+    samples = list(webdataset.WebDataset(paths, shardshuffle=False).decode())
+    assert [sample["__key__"] for sample in samples] == [item.key for item in episodes]
+    np.testing.assert_array_equal(samples[1]["latents.npy"], episodes[1].latents)
+    assert samples[2]["json"]["task"] == "täsk 2"
+
+
+def test_one_episode_can_lie_in_a_file_of_its_own(tmp_path):
+    write_episode_file(tmp_path / "episode_000003-o0.tar", episode(3))
+    assert_same(read_episode_file(tmp_path / "episode_000003-o0.tar"), episode(3))
+
+
+def test_an_unfinished_folder_is_refused_and_may_be_written_again(tmp_path):
+    def killed() -> None:
+        with LatentShardWriter(tmp_path, META, shard_bytes=1000) as writer:
+            for number in range(3):
+                writer.add(episode(number))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        killed()
+    with pytest.raises(
+        ValueError, match=r"has no meta\.json: it holds no latent shards, or encoding them never finished"
+    ):
+        LatentShards(tmp_path)
+    write(tmp_path, [episode(5)])
+    assert [item.episode_index for item in LatentShards(tmp_path)] == [5]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latents-000000.tar", "meta.json"]
+    with pytest.raises(ValueError, match="already holds finished latents"):
+        LatentShardWriter(tmp_path, META)
+
+
+def test_damage_is_named(tmp_path):
+    write(tmp_path, [episode(number) for number in range(4)], shard_bytes=3000)
+    path = tmp_path / "latents-000001.tar"
+    data = path.read_bytes()
+    path.write_bytes(data[:1000] + bytes([data[1000] ^ 1]) + data[1001:])
+    with pytest.raises(ValueError, match=r"latents-000001\.tar: its SHA-256 is not"):
+        LatentShards(tmp_path).verify()
+    path.write_bytes(data[:-512])
+    with pytest.raises(ValueError, match=rf"latents-000001\.tar: expected {len(data)} bytes, found {len(data) - 512}"):
+        LatentShards(tmp_path)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"latents-000001\.tar: missing, though meta\.json lists it"):
+        LatentShards(tmp_path)
+
+
+def test_another_tokenizer_or_format_is_refused(tmp_path):
+    write(tmp_path, [episode(0)])
+    with pytest.raises(ValueError, match=r"made by tokenizer aaaaaaaaaaaaaaaa, expected bbbbbbbbbbbbbbbb"):
+        LatentShards(tmp_path, expect_digest="b" * 64)
+    document = json.loads((tmp_path / "meta.json").read_text())
+    (tmp_path / "meta.json").write_text(json.dumps({**document, "format_version": 99}))
+    with pytest.raises(ValueError, match="expected format 'repvitok-latents' version 1"):
+        LatentShards(tmp_path)
+    document["meta"].pop("window")
+    (tmp_path / "meta.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=r"missing \['window'\]"):
+        LatentShards(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such folder; expected latent shards"):
+        LatentShards(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"latents": np.zeros((4, 11, 5), np.float32)}, r"expected latents \(frames, 12, 5\)"),
+        ({"latents": np.zeros((4, 12, 6), np.float32)}, r"expected latents \(frames, 12, 5\)"),
+        ({"state": np.zeros((3, 1), np.float32)}, "4 latent frames need state with 2 axes, the first of 4"),
+        ({"actions": np.zeros((4, 8, 2), np.float32)}, "need actions with 3 axes, the first of 3"),
+        ({"latents": np.full((4, 12, 5), np.nan, np.float32)}, "not finite"),
+    ],
+)
+def test_episodes_that_do_not_fit_are_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message), LatentShardWriter(tmp_path, META) as writer:
+        writer.add(episode(0, **changes))
+
+
+def test_keys_and_grids_are_checked(tmp_path):
+    with pytest.raises(ValueError, match=r"without '\.' and '/'"):
+        dataclasses.replace(episode(0), key="a.b")
+    with pytest.raises(ValueError, match="one view per camera"):
+        dataclasses.replace(META, grid=(1, 2, 3))
+    with pytest.raises(ValueError, match="no episode was added"):
+        write(tmp_path / "empty", [])
+    with pytest.raises(ValueError, match="already written"):
+        write(tmp_path / "twice", [episode(0), episode(0)])
+    with pytest.raises(ValueError, match='dtype must be "float32" or "float16"'):
+        LatentShardWriter(tmp_path / "dtype", META, dtype="int8")

@@ -1,0 +1,151 @@
+"""The command line: quick help, one line for mistakes, every verb callable many times in one process."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from repvitok import RepViTok
+from repvitok.cli import main
+from repvitok.data.video import VideoFile, write_video
+
+RECIPE = """
+seed_everything: 0
+trainer: {accelerator: cpu, max_steps: 2, log_every_n_steps: 1, val_check_interval: 2}
+model:
+  tokenizer: {width: 32, depth: 1, heads: 2, latent_dim: 8}
+  weights: {perceptual: 0, gan: 0, align: 1}
+  teacher: {class_path: repvitok.teacher.HOGTeacher}
+  optimizer: {newton_schulz_dtype: float32, warmup_steps: 1}
+data: {size: [32, 32], frames: 5, batch_size: 1, held_out: 0.5, val_clips: 2}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    for number in range(2):
+        frames = np.random.default_rng(number).integers(0, 255, (9, 32, 32, 3), dtype=np.uint8)
+        (tmp_path / "videos").mkdir(exist_ok=True)
+        write_video(tmp_path / "videos" / f"{number}.mp4", frames, fps=10)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def fit(recipe: Path, *extra: str, verb: str = "fit") -> int:
+    root = recipe.parent
+    places = ["--trainer.default_root_dir", str(root / "run"), "--data.folders", f"[{root / 'videos'}]"]
+    return main([verb, "-c", str(recipe), *places, *extra])
+
+
+def test_fit_resume_test_export_in_one_process(recipe, capsys):
+    root = recipe.parent
+    before = torch.get_rng_state(), os.environ.get("PL_GLOBAL_SEED"), list(sys.argv)
+    assert fit(recipe) == 0
+    assert {"config.yaml", "last.ckpt", "metrics.csv", "reconstructions"} <= {p.name for p in (root / "run").iterdir()}
+    assert fit(recipe, "--trainer.max_steps", "4", "--ckpt_path", "last") == 0
+    assert torch.load(root / "run" / "last.ckpt", weights_only=True)["global_step"] == 4
+    assert fit(recipe, verb="test") == 0
+    assert main(["export", "--ckpt", str(root / "run"), "--out", str(root / "export")]) == 0
+    assert RepViTok.from_pretrained(root / "export").digest()[:16] in capsys.readouterr().out
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (os.environ.get("PL_GLOBAL_SEED"), list(sys.argv)) == before[1:]
+
+
+def test_the_same_seed_trains_the_same_weights(recipe):
+    digests = []
+    for _ in range(2):
+        torch.rand(3)
+        assert fit(recipe) == 0
+        out = recipe.parent / "export"
+        assert main(["export", "--ckpt", str(recipe.parent / "run"), "--out", str(out)]) == 0
+        digests.append(RepViTok.from_pretrained(out).digest())
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        (["--model.tokenizer.widht", "3"], "widht"),
+        (["--model.tokenizer.width", "wide"], "width"),
+        (["--model.tokenizer.patch_size", "0"], "patch_size"),
+        (["--data.folders", "[/nowhere/at/all]"], "/nowhere/at/all"),
+        (["--ckpt_path", "/nowhere/last.ckpt"], "no checkpoint at /nowhere/last.ckpt"),
+        (["--model.teacher", "null"], "there is no teacher"),
+        (["--data.size", "[30, 32]"], "30"),
+        (["--data.frames", "6"], "6"),
+        (["-c", "/nowhere/recipe.yaml"], "recipe.yaml"),
+    ],
+)
+def test_mistakes_end_as_one_line_and_exit_2(recipe, capsys, extra, expected):
+    assert fit(recipe, *extra) == 2
+    message = capsys.readouterr().err.strip()
+    assert message.splitlines()[-1].startswith("error: ")
+    assert expected in message.splitlines()[-1]
+    assert "Traceback" not in message
+
+
+def test_broken_yaml_and_broken_checkpoint_end_as_one_line(recipe, capsys):
+    broken = recipe.parent / "broken.yaml"
+    broken.write_text("trainer: {max_steps: [")
+    assert fit(broken) == 2
+    assert "error: " in capsys.readouterr().err
+    (recipe.parent / "cut.ckpt").write_bytes(b"PK\x03\x04 cut")
+    assert fit(recipe, "--ckpt_path", str(recipe.parent / "cut.ckpt")) == 2
+    assert "cut.ckpt (8 bytes) is not a readable checkpoint" in capsys.readouterr().err
+    assert fit(recipe, verb="validate") == 2
+    assert "train first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["frobnicate"], "frobnicate"),
+        (["export", "--out", "x"], "--ckpt"),
+        (["encode", "--tokenizer", "x", "--data", "y", "--out", "z", "--size", "big"], "64 or 96x128"),
+        (["export", "--ckpt", "/nowhere.ckpt", "--out", "x"], "no checkpoint at /nowhere.ckpt"),
+    ],
+)
+def test_mistakes_of_other_verbs(capsys, argv, expected):
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert expected in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_encode_and_decode_a_data_set(tmp_path, shared_data, capsys):
+    torch.manual_seed(0)
+    from repvitok import RepViTokConfig
+
+    RepViTok(RepViTokConfig(width=32, depth=1, heads=2)).save_pretrained(tmp_path / "tok")
+    source = shared_data / "unitree-g1-lerobot-v2.1"
+    tokenizer = ["--tokenizer", str(tmp_path / "tok")]
+    places = ["--data", str(source), "--out", str(tmp_path / "latents"), "--size", "48x64", "--stride", "8"]
+    assert main(["encode", *tokenizer, *places]) == 0
+    decode = ["decode", *tokenizer, "--latents", str(tmp_path / "latents"), "--out", str(tmp_path / "out")]
+    assert main([*decode, "--episodes", "2"]) == 0
+    (written,) = (tmp_path / "out").iterdir()
+    assert (VideoFile(written).height, VideoFile(written).width) == (48, 64)
+    assert main([*decode, "--episodes", "99"]) == 2
+    torch.manual_seed(1)
+    RepViTok(RepViTokConfig(width=32, depth=1, heads=2)).save_pretrained(tmp_path / "tok")
+    assert main(decode) == 2
+    assert "made by tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version"])
+def test_help_and_version_load_no_torch(argument):
+    code = (
+        f"import sys; from repvitok.cli import main; code = main([{argument!r}]); "
+        "heavy = {'torch', 'lightning', 'numpy'} & set(sys.modules); sys.exit(code or (3 if heavy else 0))"
+    )
+    started = time.process_time(), os.times().children_user
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert ("usage" if argument == "--help" else "repvitok 0.") in done.stdout
+    assert os.times().children_user - started[1] < 2.0

@@ -1,0 +1,198 @@
+"""Encoding a data set: latents are the stream's, actions stand beside their transition, a killed run continues."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from repvitok import RepViTok, RepViTokConfig
+from repvitok.data.lerobot_format import EpisodeInfo
+from repvitok.data.shards import LatentShards
+from repvitok.data.transforms import prepare_frames
+from repvitok.data.video import VideoFile
+from repvitok.encoding import decode_latents, decode_latents_to_video, encode_dataset
+
+LENGTHS = (23, 9, 40, 12)
+
+
+class Recording:
+    """A data set in memory with state[i] = i, action[i] = (i, episode) and smooth frames; stops after `reads` reads."""
+
+    def __init__(self, lengths: Sequence[int] = LENGTHS, cameras: int = 2, reads: int | None = None) -> None:
+        self.root = Path("recording")
+        self.fps = 20.0
+        self.camera_keys = [f"camera_{number}" for number in range(cameras)]
+        self.features = {"observation.state": {}, "action": {}}
+        self.episodes = [EpisodeInfo(index, length, f"task {index}") for index, length in enumerate(lengths)]
+        self.reads, self.read = reads, 0
+
+    def episode(self, index: int) -> dict[str, np.ndarray]:
+        frame = np.arange(self.episodes[index].length, dtype=np.float32)
+        return {"observation.state": frame, "action": np.stack([frame, np.full_like(frame, index)], axis=1)}
+
+    def frames(self, episode: int, camera: str, frames: Sequence[int] | None = None) -> np.ndarray:
+        self.read += 1
+        if self.reads is not None and self.read > self.reads:
+            raise KeyboardInterrupt
+        wanted = np.arange(self.episodes[episode].length) if frames is None else np.array(frames)
+        rows, columns = np.meshgrid(np.arange(40), np.arange(48), indexing="ij")
+        phase = wanted[:, None, None, None] / 3 + episode + 5 * self.camera_keys.index(camera) + np.arange(3)
+        wave = np.sin(rows[..., None] / 7 + phase) + np.cos(columns[..., None] / 9 - phase)
+        return (127.5 + 60 * wave).astype(np.uint8)
+
+    def channel_names(self, key: str) -> tuple[str, ...]:
+        return ("frame",) if key == "observation.state" else ("frame", "episode")
+
+
+@pytest.fixture(scope="module")
+def tok() -> RepViTok:
+    torch.manual_seed(0)
+    return RepViTok(RepViTokConfig(width=24, depth=2, heads=2, latent_dim=8, episode_window=3)).eval()
+
+
+def encode(tok, out, recording=None, **settings) -> LatentShards:
+    encode_dataset(tok, recording or Recording(), out, size=(32, 32), **settings)
+    return LatentShards(out, expect_digest=tok.digest())
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_latents_are_those_of_the_bounded_stream(tmp_path, tok, stride):
+    recording = Recording()
+    shards = encode(tok, tmp_path, stride=stride, offsets=(0, 1, 3), batch_size=7)
+    assert [(item.episode_index, item.offset) for item in shards] == [(e, o) for e in range(4) for o in (0, 1, 3)]
+    for item in shards:
+        views = []
+        for camera in recording.camera_keys:
+            frames = recording.frames(item.episode_index, camera)[item.offset :: stride]
+            frames = frames[: 1 + (len(frames) - 1) // 4 * 4]
+            video = prepare_frames(frames, (32, 32))[None]
+            views.append(tok.encode(video, window=3)[0].detach())
+        expected = torch.cat(views, dim=1).numpy()
+        assert item.latents.shape == expected.shape
+        np.testing.assert_allclose(item.latents, expected, atol=1e-5)
+        assert item.task == f"task {item.episode_index}"
+
+
+def test_actions_and_states_stand_beside_the_right_latents_by_hand(tmp_path, tok):
+    shards = encode(tok, tmp_path, stride=2, offsets=(0, 3))
+    plain, shifted = shards[0], shards[1]  # 23 frames; every second one: 0, 2, .. 22, and 3, 5, .. 21
+    assert plain.state is not None
+    assert plain.actions is not None
+    assert plain.state[:, 0].tolist() == [0, 8, 16]
+    assert plain.actions.shape == (2, 8, 2)
+    assert plain.actions[0, :, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert plain.actions[1, :, 0].tolist() == [8, 9, 10, 11, 12, 13, 14, 15]
+    assert shifted.state is not None
+    assert shifted.actions is not None
+    assert shifted.state[:, 0].tolist() == [3, 11, 19]
+    assert shifted.actions[1, :, 0].tolist() == [11, 12, 13, 14, 15, 16, 17, 18]
+    last = shards[7].actions
+    assert last is not None
+    assert (last[..., 1] == 3).all()
+
+
+def test_meta_says_how_the_latents_were_made(tmp_path, tok):
+    shards = encode(tok, tmp_path, cameras=["camera_1"], offsets=(0, 2))
+    meta = shards.meta
+    assert (meta.tokenizer_digest, meta.frame_rate_hz, meta.stride) == (tok.digest(), 20.0, 1)
+    assert (meta.grid, meta.cameras, meta.window) == ((1, 2, 2), ("camera_1",), 3)
+    assert (meta.source, meta.action_names, meta.state_names) == ("recording", ("frame", "episode"), ("frame",))
+    everything = np.concatenate([item.latents.reshape(-1, 8) for item in shards]).astype(np.float64)
+    np.testing.assert_allclose(meta.mean, everything.mean(0), atol=1e-6)
+    np.testing.assert_allclose(meta.std, everything.std(0), rtol=1e-5)
+    assert shards.provenance["offsets"] == [0, 2]
+
+
+def test_a_camera_has_the_same_latents_alone_and_beside_others(tmp_path, tok):
+    both = encode(tok, tmp_path / "both")
+    swapped = encode(tok, tmp_path / "swapped", cameras=["camera_1", "camera_0"])
+    alone = encode(tok, tmp_path / "alone", cameras=["camera_1"])
+    for first, second, third in zip(both, swapped, alone, strict=True):
+        np.testing.assert_allclose(first.latents[:, 4:], third.latents, atol=1e-5)
+        np.testing.assert_allclose(second.latents[:, :4], third.latents, atol=1e-5)
+
+
+def test_a_killed_run_continues_to_the_same_bytes(tmp_path, tok):
+    whole = encode(tok, tmp_path / "whole", offsets=(0, 1), batch_size=4)
+    for reads in (3, 5, 1):
+        with pytest.raises(KeyboardInterrupt):
+            encode(tok, tmp_path / "parts", Recording(reads=reads), offsets=(0, 1), batch_size=4)
+        (tmp_path / "parts/.work/.partial-episode_000002-o0.tar").write_bytes(b"half written")
+    with pytest.raises(ValueError, match=r"has no meta\.json"):
+        LatentShards(tmp_path / "parts")
+    recording = Recording()
+    parts = encode(tok, tmp_path / "parts", recording, offsets=(0, 1), batch_size=4)
+    assert 0 < recording.read < 8
+    assert [path.name for path in parts.paths] == [path.name for path in whole.paths]
+    for one, two in zip(whole.paths, parts.paths, strict=True):
+        assert one.read_bytes() == two.read_bytes()
+    assert not (tmp_path / "parts/.work").exists()
+
+
+def test_a_finished_run_is_not_done_again(tmp_path, tok):
+    first = encode(tok, tmp_path).meta
+    again = encode_dataset(tok, Recording(reads=0), tmp_path, size=(32, 32))
+    assert again.to_dict() == first.to_dict()
+
+
+def test_other_settings_never_mix(tmp_path, tok):
+    with pytest.raises(KeyboardInterrupt):
+        encode(tok, tmp_path, Recording(reads=2))
+    with pytest.raises(ValueError, match=r"holds latents made otherwise: stride 1 \(now 2\)"):
+        encode(tok, tmp_path, stride=2)
+    encode(tok, tmp_path)
+    with pytest.raises(ValueError, match=r"size \[32, 32\] \(now \[16, 16\]\)"):
+        encode_dataset(tok, Recording(), tmp_path, size=(16, 16))
+    other = RepViTok(tok.config)
+    with pytest.raises(ValueError, match="tokenizer_digest"):
+        encode(other, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"size": (30, 32)}, "multiples of 16"),
+        ({"stride": 0}, "stride must be 1 or more"),
+        ({"offsets": ()}, "offsets must be different numbers"),
+        ({"offsets": (0, 0)}, "offsets must be different numbers"),
+        ({"offsets": (0, 9)}, "episode 1 has 9 frames, none after offset 9"),
+        ({"cameras": ["left"]}, r"no cameras \['left'\]; there are \['camera_0', 'camera_1'\]"),
+        ({"dtype": "int8"}, 'dtype must be "float32" or "float16"'),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_before_anything_is_written(tmp_path, tok, settings, message):
+    with pytest.raises(ValueError, match=message):
+        encode_dataset(tok, Recording(), tmp_path / "out", **{"size": (32, 32), **settings})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_real_data_set_goes_all_the_way(tmp_path, tok, shared_data):
+    from repvitok.data.lerobot import LeRobotReader
+
+    reader = LeRobotReader(shared_data / "unitree-g1-lerobot-v3.0")
+    reader.episodes = reader.episodes[1:2]
+    encode_dataset(tok, reader, tmp_path, size=(48, 64))
+    shards = LatentShards(tmp_path)
+    assert [item.latents.shape for item in shards] == [(70, 12, 8)]  # 277 frames = 1 + 4 * 69
+    assert shards[0].actions is not None
+    assert shards[0].actions.shape == (69, 4, 26)
+    np.testing.assert_array_equal(shards[0].actions[2], reader.episode(1)["action"][8:12])
+    assert shards.meta.action_names[0] == "kLeftShoulderPitch"
+
+
+def test_latents_become_video_again(tmp_path, tok):
+    item = encode(tok, tmp_path / "latents")[0]
+    frames = decode_latents(tok, item.latents, size=(32, 32), views=2)
+    assert frames.shape == (2, 21, 32, 32, 3)
+    z = torch.from_numpy(item.latents)
+    expected = tok.decode(z[None, :, 4:], (32, 32), window=3)[0].detach()
+    shown = (expected.clamp(-1, 1) + 1) * 127.5
+    assert np.abs(frames[1].astype(float) - shown.permute(1, 2, 3, 0).numpy()).max() <= 0.51
+    decode_latents_to_video(tok, item.latents, tmp_path / "a.mp4", size=(32, 32), fps=20, views=2)
+    video = VideoFile(tmp_path / "a.mp4")
+    assert (len(video), video.height, video.width, video.fps) == (21, 32, 64, 20.0)
+    with pytest.raises(ValueError, match="8 tokens per latent frame cannot be 3 cameras"):
+        decode_latents(tok, item.latents, size=(32, 32), views=3)

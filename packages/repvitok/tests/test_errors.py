@@ -1,0 +1,81 @@
+"""Command lines report a user's mistakes in one line with exit code 2, and let bugs show."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+from repvitok.errors import UserError, require_disk_space, run_cli
+from repvitok.progress import progress
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("expected 5 frames,\n  got 4"),
+        UserError("expected 5 frames, got 4"),
+        FileNotFoundError("expected 5 frames, got 4"),
+        PermissionError("expected 5 frames, got 4"),
+        OSError(errno.ENOSPC, "expected 5 frames, got 4"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_two(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    @run_cli
+    def main(argv: object) -> int:
+        raise error
+
+    assert main([]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.endswith("expected 5 frames, got 4\n")
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("bug", [TypeError("a bug"), RuntimeError("a bug"), OSError(errno.EIO, "a broken disk")])
+def test_a_bug_keeps_its_traceback(bug: Exception) -> None:
+    @run_cli
+    def main(argv: object) -> int:
+        raise bug
+
+    with pytest.raises(type(bug)):
+        main([])
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"),
+    [(KeyboardInterrupt(), 130), (SystemExit(0), 0), (SystemExit(None), 0), (SystemExit(2), 2), (SystemExit("no"), 1)],
+)
+def test_other_endings_become_exit_codes(ending: BaseException, code: int) -> None:
+    @run_cli
+    def main(argv: object) -> int:
+        raise ending
+
+    assert main([]) == code
+
+
+@pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (3, 3)])
+def test_what_a_command_returns_is_its_exit_code(returned: int | None, code: int) -> None:
+    assert run_cli(lambda argv: returned)(["fit"]) == code
+
+
+def test_the_arguments_reach_the_command() -> None:
+    seen: list[object] = []
+    run_cli(lambda argv: seen.append(argv))(["fit", "-c", "base.yaml"])
+    assert seen == [["fit", "-c", "base.yaml"]]
+
+
+def test_space_is_checked_before_a_stage(tmp_path: Path) -> None:
+    target = tmp_path / "not" / "there" / "yet"
+    require_disk_space(target, 1, "latent shards")
+    with pytest.raises(UserError, match=r"latent shards: about 1000000000\.00 GB are needed in .*yet, and .* are free"):
+        require_disk_space(target, 10**18, "latent shards")
+    assert not target.parent.parent.exists()
+
+
+def test_progress_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(progress(range(3), "encode")) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+    assert list(progress(range(3), "encode", unit="clip", force=True)) == [0, 1, 2]
+    assert "encode" in capsys.readouterr().err

@@ -1,0 +1,226 @@
+"""Training: it learns, resumes exactly, stops on NaN; its adversary counts no step, batches follow their number."""
+
+import math
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from repvitok import RepViTokConfig
+from repvitok.callbacks import AtomicCheckpointIO, CurveLogger, SaveLast, TrainingInterrupted
+from repvitok.checkpointing import read_checkpoint
+from repvitok.curves import append_curves, read_curves
+from repvitok.data.datamodule import ClipDataModule, StepBatches
+from repvitok.data.video import write_video
+from repvitok.discriminator import AdversarySettings
+from repvitok.export import export_checkpoint, tokenizer_from_checkpoint
+from repvitok.lightning_cli import TRAINER_DEFAULTS
+from repvitok.losses import LossWeights
+from repvitok.model import RepViTok
+from repvitok.optim import OptimizerSettings
+from repvitok.teacher import HOGTeacher
+from repvitok.training import RepViTokTraining
+
+CONFIG = RepViTokConfig(width=32, depth=1, heads=2, latent_dim=16)
+PLAIN = LossWeights(l1=1.0, l2=2.0, gradient=0.5, perceptual=0.0, gan=0.0, align=0.0)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory) -> Path:
+    """Four short videos of a bright square that moves over a coloured ramp."""
+    folder = tmp_path_factory.mktemp("videos")
+    ramp = np.linspace(0, 255, 32, dtype=np.uint8)
+    for number in range(4):
+        frames = np.zeros((16, 32, 32, 3), dtype=np.uint8)
+        frames[..., number % 3] = ramp
+        for t in range(16):
+            frames[t, 8 + number : 18 + number, t : t + 10] = 255 - 40 * number
+        write_video(folder / f"{number}.mp4", frames, fps=10)
+    return folder
+
+
+def data(videos: Path, **options) -> ClipDataModule:
+    settings = {"size": (32, 32), "frames": 5, "batch_size": 2, "held_out": 0.25, "val_clips": 3, "seed": 1}
+    return ClipDataModule([str(videos)], **(settings | options))
+
+
+def module(weights: LossWeights = PLAIN, **options) -> RepViTokTraining:
+    torch.manual_seed(0)
+    optimizer = OptimizerSettings(lr=0.02, adamw_lr=3e-3, newton_schulz_dtype="float32", warmup_steps=2)
+    return RepViTokTraining(CONFIG, weights, optimizer, ema_decay=0.9, **options)
+
+
+def trainer(root: Path, steps: int, *callbacks: Callback, **options) -> Trainer:
+    settings = TRAINER_DEFAULTS | {"accelerator": "cpu", "log_every_n_steps": 5, "default_root_dir": str(root)}
+    return Trainer(
+        max_steps=steps,
+        callbacks=list(callbacks),
+        plugins=[AtomicCheckpointIO()],
+        logger=CurveLogger(root),
+        **(settings | options),
+    )
+
+
+class At(Callback):
+    """Does something after a step."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == self.step:
+            self.action()
+
+
+def test_it_learns_and_exports_its_average(videos, tmp_path):
+    run = trainer(tmp_path, 60, SaveLast(), val_check_interval=60)
+    run.fit(module(), data(videos))
+    curves = read_curves(tmp_path)
+    losses = curves["train/loss"]
+    assert losses[:, 0].tolist() == list(range(5, 61, 5))
+    assert losses[-1, 1] < 0.6 * losses[0, 1]
+    assert {"train/l1", "train/l2", "train/gradient", "train/lr", "val/psnr", "val/ssim"} <= set(curves)
+    pictures = list((tmp_path / "reconstructions").glob("*.png"))
+    assert [picture.name for picture in pictures] == ["step_0000060.png"]
+
+    tokenizer = export_checkpoint(tmp_path / "last.ckpt", tmp_path / "export")
+    assert RepViTok.from_pretrained(tmp_path / "export").digest() == tokenizer.digest()
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert tokenizer.digest()[:16] in card
+    assert "60 steps" in card
+    raw = tokenizer_from_checkpoint(tmp_path / "last.ckpt", averaged=False)
+    assert raw.digest() != tokenizer.digest()
+    assert run.test(module(), data(videos), ckpt_path=str(tmp_path / "last.ckpt"), verbose=False, weights_only=True)[0][
+        "test/psnr"
+    ] == pytest.approx(curves["val/psnr"][-1, 1], abs=1e-3)
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_and_resumed_equals_straight(videos, tmp_path, signal_number):
+    straight = module()
+    trainer(tmp_path / "straight", 6).fit(straight, data(videos))
+    handler = signal.getsignal(signal_number)
+
+    stopper = At(2, lambda: os.kill(os.getpid(), signal_number))
+    with pytest.raises(TrainingInterrupted, match="at step 3"):
+        trainer(tmp_path / "stopped", 6, SaveLast(), stopper).fit(module(), data(videos))
+    assert signal.getsignal(signal_number) is handler
+
+    resumed = module()
+    torch.manual_seed(99)
+    ckpt = str(tmp_path / "stopped" / "last.ckpt")
+    trainer(tmp_path / "stopped", 6).fit(resumed, data(videos), ckpt_path=ckpt, weights_only=True)
+    assert resumed.global_step == 6
+    for name, value in straight.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    for name, value in straight.ema.average.items():
+        assert torch.equal(value, resumed.ema.average[name]), name
+
+
+def test_an_error_does_not_overwrite_the_last_good_state(videos, tmp_path):
+    def fail():
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        trainer(tmp_path, 6, SaveLast(every_n_steps=2), At(5, fail)).fit(module(), data(videos))
+    assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 4
+
+
+def test_another_architecture_or_data_order_is_refused(videos, tmp_path):
+    trainer(tmp_path, 2, SaveLast()).fit(module(), data(videos))
+    path = str(tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"trained with data\.batch_size = 2, got 3"):
+        trainer(tmp_path, 4).fit(module(), data(videos, batch_size=3), ckpt_path=path, weights_only=True)
+    export_checkpoint(path, tmp_path / "export")
+    other = RepViTokConfig(width=48, depth=1, heads=2, latent_dim=16)
+    with pytest.raises(ValueError, match=r"tokenizer\.width = 48, .* has 32"):
+        RepViTokTraining(other, PLAIN, init_from=str(tmp_path / "export"))
+    started = RepViTokTraining(CONFIG, PLAIN, init_from=str(tmp_path / "export"))
+    assert started.tokenizer.digest() == tokenizer_from_checkpoint(path).digest()
+
+
+def test_nan_stops_with_the_batch_saved(videos, tmp_path):
+    broken = module()
+
+    def poison():
+        next(broken.tokenizer.parameters()).data.fill_(math.nan)
+
+    with pytest.raises(ValueError, match=r"not finite at step 2 .*nan_batch_step_2\.pt"):
+        trainer(tmp_path, 6, SaveLast(every_n_steps=1), At(2, poison)).fit(broken, data(videos))
+    saved = torch.load(tmp_path / "nan_batch_step_2.pt", weights_only=True)
+    assert saved["video"].shape == (2, 3, 5, 32, 32)
+    assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 2
+
+
+def test_adversary_enters_at_its_step_and_counts_none(videos, tmp_path):
+    weights = LossWeights(l1=1.0, perceptual=0.0, gan=0.1, align=0.0)
+    settings = AdversarySettings(start_step=2, width=4, layers=2, warmup_steps=1)
+    adversarial = module(weights, adversary=settings)
+    assert adversarial.discriminator is not None
+    before = [p.detach().clone() for p in adversarial.discriminator.parameters()]
+    run = trainer(tmp_path, 4, SaveLast(), log_every_n_steps=1)
+    run.fit(adversarial, data(videos))
+    assert run.global_step == 4
+    curves = read_curves(tmp_path)
+    assert curves["train/gan"][:, 0].tolist() == [3, 4]
+    assert curves["train/discriminator"][:, 0].tolist() == [3, 4]
+    after = adversarial.discriminator.parameters()
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    resumed = module(weights, adversary=settings)
+    trainer(tmp_path, 5).fit(resumed, data(videos), ckpt_path=str(tmp_path / "last.ckpt"), weights_only=True)
+
+
+def test_alignment_trains_its_projection_and_leaves_the_teacher_out(videos, tmp_path):
+    aligned = module(LossWeights(l1=1.0, perceptual=0.0, gan=0.0, align=1.0), teacher=HOGTeacher())
+    assert aligned.align is not None
+    before = aligned.align.weight.detach().clone()
+    trainer(tmp_path, 3, SaveLast()).fit(aligned, data(videos))
+    assert not torch.equal(before, aligned.align.weight)
+    assert not any("teacher" in name for name in read_checkpoint(tmp_path / "last.ckpt")["state_dict"])
+
+
+def test_missing_networks_are_named():
+    with pytest.raises(ValueError, match=r"weights\.align is 1\.0 and there is no teacher.*model\.teacher"):
+        module(LossWeights(perceptual=0.0, gan=0.0))
+    with pytest.raises(ValueError, match=r"weights\.perceptual is 1\.0 and there is no perceptual"):
+        module(LossWeights(gan=0.0, align=0.0))
+
+
+def test_batches_follow_their_number_over_ranks():
+    whole = [next(iter(StepBatches(4, first=k))) for k in range(3)]
+    ranks = [[next(iter(StepBatches(2, first=k, rank=r, world_size=2))) for r in range(2)] for k in range(3)]
+    assert [a + b for a, b in ranks] == whole
+
+
+def test_training_clips_do_not_depend_on_workers(videos):
+    def first_batches(workers):
+        module = data(videos, num_workers=workers)
+        module.setup("fit")
+        batches = iter(module.train_dataloader())
+        return [next(batches) for _ in range(3)]
+
+    for a, b in zip(first_batches(0), first_batches(1), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_held_out_videos_are_never_trained_on(videos):
+    module = data(videos)
+    module.setup("fit")
+    assert module._train is not None
+    assert module._val is not None
+    names = lambda set_: {s.describe(v) for s in set_.sources for v in range(len(s))}  # noqa: E731
+    assert len(names(module._val)) == 1
+    assert not names(module._train) & names(module._val)
+
+
+def test_curves_keep_the_later_of_two_values_and_skip_a_cut_line(tmp_path):
+    append_curves(tmp_path, [(1, "loss", 3.0), (2, "loss", 2.0)])
+    append_curves(tmp_path, [(2, "loss", 1.5), (3, "loss", 1.0)])
+    with (tmp_path / "metrics.csv").open("a") as file:
+        file.write("4,loss,0.")
+    assert read_curves(tmp_path)["loss"].tolist() == [[1, 3.0], [2, 1.5], [3, 1.0]]
+    with pytest.raises(FileNotFoundError, match=r"no metrics\.csv in"):
+        read_curves(tmp_path / "nowhere")

@@ -1,0 +1,1 @@
+"""From latent shards to training segments."""

@@ -1,0 +1,296 @@
+"""From a training checkpoint to folders that stand alone: a model to go on from, and a policy that can be run.
+
+A policy folder holds everything that turns camera frames into actions, each part named by its digest:
+
+    policy.json       what it is: spaces, cameras, sizes, latents' moments, how to plan, digests of the parts
+    wam/ tokenizer/   the models (config.json + model.safetensors); lat/ the latent action tokenizer, if given
+    statistics.json   scaling of actions and states
+    text.safetensors  hidden states of the training instructions, so that these need no text model
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from repvitok import RepViTok
+from repvitok.checkpointing import read_checkpoint
+from repvitok.data import LatentMeta, LatentShards
+from repvitok.errors import UserError, require_disk_space
+
+from repwam_core.data.episodes import text_cache
+from repwam_core.embodiment import ActionStatistics, Embodiment, StateStatistics, Statistics
+from repwam_core.model.config import LATENT_SPACE, WAMConfig
+from repwam_core.model.wam import WorldActionModel
+from repwam_core.planning import PlanSettings
+from repwam_core.training.module import CHECKPOINT_KEY
+
+POLICY_FORMAT = "repwam-policy"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PolicyManifest:
+    """What policy.json says.
+
+    Attributes:
+        space: the action space the policy acts in.
+        embodiment: the robot: channels, cameras, control rate in Hz.
+        size: height and width, in pixels, to which every camera is resized.
+        latents: of the shards the model was trained on: moments, grid, stride, window, frame rate.
+        text_encoder: name of the text encoder.
+        plan: how actions are planned, unless asked otherwise.
+        digests: part -> sha256: "tokenizer", "wam", "statistics", and "lat" if there is one.
+    """
+
+    space: str
+    embodiment: Embodiment
+    size: tuple[int, int]
+    latents: LatentMeta
+    text_encoder: str
+    plan: PlanSettings
+    digests: dict[str, str]
+
+    def save(self, folder: Path) -> None:
+        """Write policy.json."""
+        values = {
+            "format": POLICY_FORMAT,
+            "format_version": FORMAT_VERSION,
+            "space": self.space,
+            "embodiment": self.embodiment.to_dict(),
+            "size": list(self.size),
+            "latents": self.latents.to_dict(),
+            "text_encoder": self.text_encoder,
+            "plan": asdict(self.plan),
+            "digests": self.digests,
+        }
+        (folder / "policy.json").write_text(json.dumps(values, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> PolicyManifest:
+        """Read policy.json.
+
+        Raises:
+            FileNotFoundError: when `folder` is no policy folder.
+            ValueError: when policy.json is of another format, or a key is missing or unknown.
+        """
+        path = folder / "policy.json"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{folder} is no policy folder: it has no policy.json; write one with `repwam export`"
+            )
+        values: dict[str, Any] = json.loads(path.read_text())
+        found = (values.pop("format", None), values.pop("format_version", None))
+        if found != (POLICY_FORMAT, FORMAT_VERSION):
+            raise ValueError(f"{path}: expected {POLICY_FORMAT} version {FORMAT_VERSION}, got {found[0]} {found[1]}")
+        if set(values) != {field.name for field in fields(cls)}:
+            raise ValueError(f"{path}: expected the keys {sorted(f.name for f in fields(cls))}, got {sorted(values)}")
+        return cls(
+            space=values["space"],
+            embodiment=Embodiment.from_dict(values["embodiment"]),
+            size=(values["size"][0], values["size"][1]),
+            latents=LatentMeta.from_dict(values["latents"]),
+            text_encoder=values["text_encoder"],
+            plan=PlanSettings(**values["plan"]),
+            digests=values["digests"],
+        )
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """What a checkpoint of `repwam fit` holds, ready to export: averaged weights, and the data they were trained on."""
+
+    wam: WorldActionModel
+    space: str
+    statistics: Statistics
+    latents: LatentMeta
+    text_encoder: str
+    plan: PlanSettings
+
+
+def read_trained(checkpoint: str | Path) -> TrainedModel:
+    """Rebuild the model of a checkpoint with its averaged weights.
+
+    Raises:
+        ValueError: when the file is no checkpoint of `repwam fit`.
+    """
+    content = read_checkpoint(checkpoint)
+    if CHECKPOINT_KEY not in content:
+        raise ValueError(f"{checkpoint} was not written by `repwam fit`; give that command's checkpoint")
+    stored = json.loads(content[CHECKPOINT_KEY]["json"])
+    with torch.device("meta"):
+        wam = WorldActionModel(WAMConfig.from_dict(stored["config"]))
+    prefix = "wam."
+    weights = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
+    wam.load_state_dict(weights | content[CHECKPOINT_KEY]["ema"]["average"], strict=True, assign=True)
+    return TrainedModel(
+        wam=wam.eval(),
+        space=stored["space"],
+        statistics=_statistics(stored["statistics"]),
+        latents=LatentMeta.from_dict(stored["latents"]),
+        text_encoder=stored["text_encoder"],
+        plan=PlanSettings(**stored["plan"]),
+    )
+
+
+def export_wam(checkpoint: str | Path, out: str | Path) -> Path:
+    """Write the averaged weights of a checkpoint as a model folder, for `init_from` of the next stage."""
+    trained = read_trained(checkpoint)
+    out = Path(out)
+    require_disk_space(out, _bytes(trained.wam), "export")
+    trained.wam.save_pretrained(out)
+    return out
+
+
+def export_policy(
+    checkpoint: str | Path,
+    tokenizer: str | Path,
+    out: str | Path,
+    *,
+    lat: str | Path | None = None,
+    shards: str | Path | None = None,
+    name: str | None = None,
+    plan: PlanSettings | None = None,
+) -> Path:
+    """Write one folder from which `Policy.from_pretrained` drives the robot.
+
+    Args:
+        checkpoint: last.ckpt of an adaptation run (a robot's action space).
+        tokenizer: folder of the `RepViTok` that made the latents.
+        out: the folder to write; it appears whole or not at all. An earlier policy folder there is replaced.
+        lat: folder of the latent action tokenizer, copied along.
+        shards: the latent shards that were trained on; their embedded instructions are copied along.
+        name: the embodiment's name; the data set's when None.
+        plan: how to plan; the validation's settings when None.
+
+    Raises:
+        ValueError: when the tokenizer, the latent action tokenizer or the shards are not those that were trained on, or
+            the checkpoint is of the latent space.
+    """
+    trained, out = read_trained(checkpoint), Path(out)
+    if trained.space == LATENT_SPACE:
+        raise ValueError(
+            f"{checkpoint} acts in latent actions; adapt it to a robot first, or export it with --wam-only"
+        )
+    digests = {
+        "tokenizer": _tokenizer_digest(Path(tokenizer), trained.latents),
+        "wam": trained.wam.digest(),
+        "statistics": trained.statistics.digest,
+    }
+    if lat is not None:
+        digests["lat"] = _lat_digest(Path(lat), trained.latents)
+    if shards is not None:
+        LatentShards(shards, expect_digest=trained.latents.tokenizer_digest)
+    manifest = PolicyManifest(
+        space=trained.space,
+        embodiment=_embodiment(trained, name),
+        size=_size(Path(tokenizer), trained.latents),
+        latents=trained.latents,
+        text_encoder=trained.text_encoder,
+        plan=plan or trained.plan,
+        digests=digests,
+    )
+    sources = {"tokenizer": Path(tokenizer)} | ({"lat": Path(lat)} if lat is not None else {})
+    cache = None if shards is None else text_cache(Path(shards), trained.text_encoder)
+    write_policy(out, trained.wam, trained.statistics, manifest, sources, cache)
+    return out
+
+
+def write_policy(
+    out: Path,
+    wam: WorldActionModel,
+    statistics: Statistics,
+    manifest: PolicyManifest,
+    sources: dict[str, Path],
+    text: Path | None = None,
+) -> None:
+    """Write a policy folder: filled as a hidden folder beside `out`, then renamed into place.
+
+    Args:
+        out: the folder.
+        wam, statistics, manifest: what to write.
+        sources: folders copied along, by the name of their part.
+        text: file of embedded instructions to copy, if it is there.
+    """
+    if out.exists() and any(out.iterdir()) and not (out / "policy.json").exists():
+        raise UserError(f"{out} is not empty and holds no policy; name another folder")
+    copied = sum(file.stat().st_size for source in sources.values() for file in source.iterdir() if file.is_file())
+    require_disk_space(out, copied + _bytes(wam), "export")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = (out.with_name(f".{out.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        wam.save_pretrained(temporary / "wam")
+        for part, source in sources.items():
+            shutil.copytree(source, temporary / part)
+        statistics.save(temporary / "statistics.json")
+        if text is not None and text.exists():
+            shutil.copy(text, temporary / "text.safetensors")
+        manifest.save(temporary)
+        if out.exists():
+            os.replace(out, old)
+        os.replace(temporary, out)
+    finally:
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _tokenizer_digest(folder: Path, latents: LatentMeta) -> str:
+    found = RepViTok.from_pretrained(folder).digest()
+    if found != latents.tokenizer_digest:
+        raise ValueError(
+            f"{folder}: this tokenizer is {found[:16]}, the latents that were trained on come from "
+            f"{latents.tokenizer_digest[:16]}; give the tokenizer that encoded them, or encode and train again"
+        )
+    return found
+
+
+def _lat_digest(folder: Path, latents: LatentMeta) -> str:
+    from latent_action import LatentActionTokenizer
+
+    found = LatentActionTokenizer.from_pretrained(folder).digest()
+    if latents.lat_digest is not None and found != latents.lat_digest:
+        raise ValueError(
+            f"{folder}: this latent action tokenizer is {found[:16]}, the latents were labelled by "
+            f"{latents.lat_digest[:16]}; give the one that labelled them"
+        )
+    return found
+
+
+def _size(tokenizer: Path, latents: LatentMeta) -> tuple[int, int]:
+    """Pixels of a camera as the tokenizer saw it: its token grid times the patch size."""
+    patch = RepViTok.from_pretrained(tokenizer).config.patch_size
+    _, rows, columns = latents.grid
+    return rows * patch, columns * patch
+
+
+def _embodiment(trained: TrainedModel, name: str | None) -> Embodiment:
+    statistics = trained.statistics
+    return Embodiment.from_names(
+        name or trained.latents.source,
+        statistics.actions.channels,
+        statistics.state.channels if statistics.state is not None else (),
+        trained.latents.cameras,
+        trained.latents.frame_rate_hz,
+        units=statistics.actions.units,
+    )
+
+
+def _statistics(values: dict[str, Any]) -> Statistics:
+    def built(cls: Any, stored: dict[str, Any]) -> Any:
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()})
+
+    state = values["state"]
+    return Statistics(
+        built(ActionStatistics, values["actions"]), None if state is None else built(StateStatistics, state)
+    )
+
+
+def _bytes(model: torch.nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())

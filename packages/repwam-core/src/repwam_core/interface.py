@@ -1,0 +1,194 @@
+"""What passes between a policy and whatever it drives: numpy arrays in SI units, no torch.
+
+A robot's or simulator's own environment needs this module and nothing else of ours. Cameras give uint8 RGB, states and
+actions are float32 in SI units with named channels, and every array is checked where it is made, so that a wrong shape
+is reported at the hand-off and not inside a model.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["ActionChunk", "BasePolicy", "BatchedBasePolicy", "Observation", "stack_observations"]
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """What the robot sensed since the policy was last asked, oldest first.
+
+    Attributes:
+        images: Camera name -> uint8 RGB, ``(H, W, 3)`` for one frame or ``(n, H, W, 3)`` for all frames since the last
+            ``act``. Every camera holds the same number of frames; sizes may differ between cameras.
+        state: float32 ``(S,)`` with one frame, ``(n, S)`` with n of them, in the embodiment's units; None where the
+            robot reports none.
+        instruction: What to do, in words. None keeps the one given to ``reset``.
+        time_s: Seconds since the episode began, at the newest frame.
+
+    Raises:
+        ValueError: If a dtype, a shape, or the number of frames is wrong, or a value is not finite.
+    """
+
+    images: Mapping[str, np.ndarray]
+    state: np.ndarray | None = None
+    instruction: str | None = None
+    time_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.images:
+            raise ValueError("an observation needs at least one camera image, got none")
+        for camera, image in self.images.items():
+            _check_image(camera, image)
+        counts = {camera: self.frames(camera).shape[0] for camera in self.images}
+        if len(set(counts.values())) != 1:
+            raise ValueError(f"every camera must hold the same number of frames, got {counts}")
+        if self.state is not None:
+            _check_state(self.state, self.num_frames)
+        if not np.isfinite(self.time_s):
+            raise ValueError(f"time_s must be finite, got {self.time_s!r}")
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Camera names, in the order of ``images``."""
+        return tuple(self.images)
+
+    @property
+    def num_frames(self) -> int:
+        """Number of frames per camera, at least 1."""
+        return self.frames(next(iter(self.images))).shape[0]
+
+    def frames(self, camera: str) -> np.ndarray:
+        """The frames of one camera, uint8 ``(n, H, W, 3)``, oldest first."""
+        if camera not in self.images:
+            raise ValueError(f"no camera {camera!r} in this observation; it has {sorted(self.images)}")
+        image = self.images[camera]
+        return image if image.ndim == 4 else image[None]
+
+    def states(self) -> np.ndarray | None:
+        """The states of the frames, float32 ``(n, S)``, or None."""
+        if self.state is None:
+            return None
+        return self.state if self.state.ndim == 2 else self.state[None]
+
+
+def stack_observations(observations: Sequence[Observation]) -> Observation:
+    """Join consecutive observations, oldest first, into one that holds all their frames.
+
+    Instruction and time are those of the newest.
+
+    Raises:
+        ValueError: If there is none, or cameras or the presence of a state differ between them.
+    """
+    if not observations:
+        raise ValueError("expected at least one observation to stack, got none")
+    newest = observations[-1]
+    for observation in observations:
+        if observation.cameras != newest.cameras or (observation.state is None) != (newest.state is None):
+            raise ValueError(
+                f"observations to stack must agree in cameras and in whether they hold a state, got cameras "
+                f"{observation.cameras} and {newest.cameras}"
+            )
+    images = {
+        camera: np.concatenate([observation.frames(camera) for observation in observations])
+        for camera in newest.cameras
+    }
+    states = [states for observation in observations if (states := observation.states()) is not None]
+    state = np.concatenate(states) if states else None
+    return Observation(images, state, newest.instruction, newest.time_s)
+
+
+@dataclass(frozen=True, eq=False)
+class ActionChunk:
+    """Actions to carry out one after the other, the first one now.
+
+    Attributes:
+        actions: float32 ``(n, C)``, n >= 1, each channel in the SI unit its embodiment names.
+        channels: The C channel names.
+        rate_hz: Actions per second.
+
+    Raises:
+        ValueError: If the shape does not fit the channels, a value is not finite or the rate is not positive.
+    """
+
+    actions: np.ndarray
+    channels: tuple[str, ...]
+    rate_hz: float
+
+    def __post_init__(self) -> None:
+        actions = self.actions
+        if not isinstance(actions, np.ndarray) or actions.dtype != np.float32:
+            raise ValueError(f"actions must be a float32 numpy array, got {_described(actions)}")
+        if actions.ndim != 2 or actions.shape[0] < 1 or actions.shape[1] != len(self.channels):
+            raise ValueError(
+                f"actions must have shape (n >= 1, {len(self.channels)}) for the channels "
+                f"{tuple(self.channels)}, got {actions.shape}"
+            )
+        if not np.isfinite(actions).all():
+            row, column = np.argwhere(~np.isfinite(actions))[0]
+            raise ValueError(
+                f"actions must be finite, got {actions[row, column]} in row {row}, {self.channels[column]!r}"
+            )
+        if not self.rate_hz > 0:
+            raise ValueError(f"rate_hz must be positive, got {self.rate_hz!r}")
+
+    def __len__(self) -> int:
+        return self.actions.shape[0]
+
+
+class BasePolicy(ABC):
+    """One robot, one episode at a time: ``reset`` once, then ``act`` whenever actions have run out."""
+
+    @abstractmethod
+    def reset(self, instruction: str | None, seed: int = 0) -> None:
+        """Begin an episode. ``seed`` fixes every draw of the policy in it."""
+
+    @abstractmethod
+    def act(self, observation: Observation) -> ActionChunk:
+        """The next actions, given every frame since the previous call."""
+
+
+class BatchedBasePolicy(ABC):
+    """Many episodes in step, for evaluation: entry i of every list belongs to episode i of the last ``reset``.
+
+    All observations of one call hold the same number of frames. Episodes that have ended keep their place in the list,
+    with their last frame repeated, and what is returned for them is ignored.
+    """
+
+    @abstractmethod
+    def reset(self, instructions: Sequence[str | None], seeds: Sequence[int]) -> None:
+        """Begin ``len(instructions)`` episodes, each with its own seed."""
+
+    @abstractmethod
+    def act(self, observations: Sequence[Observation]) -> list[ActionChunk]:
+        """The next actions of each episode, given every frame since the previous call."""
+
+
+def _check_image(camera: str, image: object) -> None:
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
+        raise ValueError(f"image of camera {camera!r} must be a uint8 numpy array, got {_described(image)}")
+    if image.ndim not in (3, 4) or image.shape[-1] != 3 or 0 in image.shape:
+        raise ValueError(
+            f"image of camera {camera!r} must have shape (H, W, 3) or (n, H, W, 3), none of them 0, got {image.shape}"
+        )
+
+
+def _check_state(state: object, num_frames: int) -> None:
+    if not isinstance(state, np.ndarray) or state.dtype != np.float32:
+        raise ValueError(f"state must be a float32 numpy array or None, got {_described(state)}")
+    fits = (state.ndim == 1 and num_frames == 1) or (state.ndim == 2 and state.shape[0] == num_frames)
+    if not fits:
+        raise ValueError(
+            f"state must have shape (S,) with one frame or (n, S) with n frames; there are {num_frames} frames "
+            f"and the state has shape {state.shape}"
+        )
+    if not np.isfinite(state).all():
+        raise ValueError(f"state must be finite, got {state[~np.isfinite(state)][0]}")
+
+
+def _described(value: object) -> str:
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} of shape {value.shape}"
+    return type(value).__name__

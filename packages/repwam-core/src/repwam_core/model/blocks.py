@@ -1,0 +1,350 @@
+"""One layer of the world action model: two experts that meet in self-attention.
+
+The video expert works at width h_v, the action expert (action and state tokens, the "side" stream) at h_a. Both are
+diffusion-transformer layers: adaptive layer norm from the noise level of each token, self-attention, cross-attention
+to the instruction, feed-forward. Only self-attention is common to both (RepWAM Sec. 3.3, SPEC decision 5).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from repvitok.nn.rope import Rotary, rotate
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attention
+
+from repwam_core.model.config import WAMConfig
+from repwam_core.model.masks import Attend
+from repwam_core.model.sequence import Run
+
+EPSILON = 1e-6
+
+Stream = Float[Tensor, "b n width"]
+TextKeysValues = tuple[Float[Tensor, "b documents heads s c"], Float[Tensor, "b documents heads s c"]]
+
+
+@dataclass(frozen=True, eq=False)
+class TextContext:
+    """The embedded instructions, as one expert reads them.
+
+    Attributes:
+        tokens: for each document a learned null token, then the instruction's tokens.
+        mask: which of them are attended; the null token always is.
+        keys_values: of each layer, where they were computed once for many passes; else empty.
+    """
+
+    tokens: Float[Tensor, "b documents s width"]
+    mask: Bool[Tensor, "b documents s"]
+    keys_values: Sequence[TextKeysValues] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class StreamContext:
+    """What a layer needs to know about one stream besides its tokens.
+
+    Attributes:
+        modulation: six vectors per group of tokens of one noise level; n is a multiple of the number of groups.
+        text: the instructions.
+        documents: the ranges of tokens of one document, and which it is; they cover the stream in order.
+    """
+
+    modulation: Float[Tensor, "b groups 6 width"]
+    text: TextContext
+    documents: Sequence[tuple[Run, int]]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerContext:
+    """What all layers share in one pass: both streams' contexts, the rotary tables, the attention."""
+
+    video: StreamContext
+    side: StreamContext
+    rotary: Rotary
+    attend: Attend
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """The tokens that leave the last layer: of the others only keys and values matter there.
+
+    Attributes:
+        video_runs, side_runs: ranges of the tokens of each stream.
+        video, side: the contexts of those tokens alone.
+    """
+
+    video_runs: list[Run]
+    side_runs: list[Run]
+    video: StreamContext
+    side: StreamContext
+
+
+def take(x: Float[Tensor, "b n width"], ranges: Sequence[Run]) -> Float[Tensor, "b m width"]:
+    """The tokens in `ranges`; a view if there is only one."""
+    parts = [x[:, start:stop] for start, stop in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) if parts else x[:, :0]
+
+
+def normalise(x: Stream) -> Stream:
+    """Layer norm over the channels without learned scale and shift."""
+    return layer_norm(x, x.shape[-1:], eps=EPSILON)
+
+
+def modulate(x: Stream, shift: Float[Tensor, "b groups width"], scale: Float[Tensor, "b groups width"]) -> Stream:
+    """x * (1 + scale) + shift, where each of the groups holds n / groups consecutive tokens."""
+    if not x.shape[1]:
+        return x
+    grouped = x.unflatten(1, (shift.shape[1], -1))
+    return torch.addcmul(shift[:, :, None], grouped, 1 + scale[:, :, None]).flatten(1, 2)
+
+
+def add_gated(x: Stream, gate: Float[Tensor, "b groups width"], update: Stream) -> Stream:
+    """x + gate * update, grouped as in `modulate`."""
+    groups = (gate.shape[1], -1)
+    return torch.addcmul(x.unflatten(1, groups), gate[:, :, None], update.unflatten(1, groups)).flatten(1, 2)
+
+
+def split_heads(x: Stream, head_dim: int) -> Float[Tensor, "b heads n c"]:
+    """Channels to heads, heads before tokens."""
+    return rearrange(x, "b n (heads c) -> b heads n c", c=head_dim)
+
+
+def join_heads(x: Float[Tensor, "b heads n c"]) -> Stream:
+    """The inverse of `split_heads`."""
+    return rearrange(x, "b heads n c -> b n (heads c)")
+
+
+class Projections(nn.Module):
+    """Queries, keys and values out of a stream, with RMS-normalised queries and keys, and the way back.
+
+    Args:
+        width: channels of the stream.
+        inner: channels over all heads.
+        head_dim: channels of a head.
+    """
+
+    def __init__(self, width: int, inner: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.query = nn.Linear(width, inner)
+        self.key = nn.Linear(width, inner)
+        self.value = nn.Linear(width, inner)
+        self.out = nn.Linear(inner, width)
+        self.query_scale = nn.Parameter(torch.ones(head_dim))
+        self.key_scale = nn.Parameter(torch.ones(head_dim))
+
+    def queries(self, x: Stream) -> Float[Tensor, "b heads n c"]:
+        """Normalised queries of a stream."""
+        return self._normalised(self.query(x), self.query_scale)
+
+    def keys_values(self, x: Stream) -> tuple[Float[Tensor, "b heads n c"], Float[Tensor, "b heads n c"]]:
+        """Normalised keys, and values, of a stream."""
+        return self._normalised(self.key(x), self.key_scale), split_heads(self.value(x), self.head_dim)
+
+    def _normalised(self, x: Stream, scale: Float[Tensor, " c"]) -> Float[Tensor, "b heads n c"]:
+        """Heads divided by their root mean square, times a learned scale that all heads share."""
+        by_head = x.unflatten(-1, (-1, self.head_dim))
+        return rms_norm(by_head, (self.head_dim,), scale.to(x.dtype), EPSILON).transpose(1, 2)
+
+
+class SharedAttention(nn.Module):
+    """`attention: shared`: one q, k, v, o for all tokens; the side stream enters and leaves through adapters."""
+
+    def __init__(self, config: WAMConfig) -> None:
+        super().__init__()
+        self.shared = Projections(config.width, config.width, config.head_dim)
+        self.action_enter = nn.Linear(config.action_width, config.width)
+        self.action_leave = nn.Linear(config.width, config.action_width)
+
+    def enter(self, video: Tensor, side: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (b, heads, n, c) of all tokens, video first."""
+        x = torch.cat([video, self.action_enter(side)], dim=1)
+        return self.shared.queries(x), *self.shared.keys_values(x)
+
+    def leave(self, video: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:
+        """The updates of both streams from what their tokens attended to, (b, n, width) each."""
+        x = self.shared.out(torch.cat([video, side], dim=1))
+        return x[:, : video.shape[1]], self.action_leave(x[:, video.shape[1] :])
+
+
+class PerModalityAttention(nn.Module):
+    """`attention: per_modality`: each stream has its own q, k, v, o; a mixture of transformers."""
+
+    def __init__(self, config: WAMConfig) -> None:
+        super().__init__()
+        self.video = Projections(config.width, config.width, config.head_dim)
+        self.action = Projections(config.action_width, config.width, config.head_dim)
+
+    def enter(self, video: Tensor, side: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (b, heads, n, c) of all tokens, video first."""
+        of_video = self.video.queries(video), *self.video.keys_values(video)
+        of_side = self.action.queries(side), *self.action.keys_values(side)
+        q, k, v = (torch.cat(parts, dim=2) for parts in zip(of_video, of_side, strict=True))
+        return q, k, v
+
+    def leave(self, video: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:
+        """The updates of both streams from what their tokens attended to, (b, n, width) each."""
+        return self.video.out(video), self.action.out(side)
+
+
+class CrossAttention(nn.Module):
+    """Attention of a stream to its documents' instructions; padding is never attended."""
+
+    def __init__(self, width: int, head_dim: int) -> None:
+        super().__init__()
+        self.projections = Projections(width, width, head_dim)
+
+    def keys_values(self, text: TextContext) -> TextKeysValues:
+        """Keys and values of this layer, for every document."""
+        documents = text.tokens.shape[1]
+        k, v = self.projections.keys_values(text.tokens.flatten(1, 2))
+        k = rearrange(k, "b heads (docs s) c -> b docs heads s c", docs=documents)
+        return k, rearrange(v, "b heads (docs s) c -> b docs heads s c", docs=documents)
+
+    def forward(self, layer: int, x: Stream, context: StreamContext) -> Stream:
+        """The update of the stream."""
+        text = context.text
+        k, v = text.keys_values[layer] if text.keys_values else self.keys_values(text)
+        q, outputs = self.projections.queries(x), []
+        for (start, stop), document in context.documents:
+            mask = text.mask[:, document, None, None, :]
+            part = q[:, :, start:stop]
+            outputs.append(scaled_dot_product_attention(part, k[:, document], v[:, document], attn_mask=mask))
+        return self.projections.out(join_heads(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)))
+
+
+class ExpertLayer(nn.Module):
+    """What one layer holds for one modality alone: modulation table, cross-attention, feed-forward."""
+
+    def __init__(self, width: int, ffn: int, head_dim: int) -> None:
+        super().__init__()
+        # Shift, scale, gate of self-attention and of the feed-forward; open gates: at first a plain pre-norm layer.
+        table = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0, 1.0])
+        self.table = nn.Parameter(table[None, :, None].repeat(1, 1, width))
+        self.cross_norm = nn.LayerNorm(width, eps=EPSILON)
+        self.cross = CrossAttention(width, head_dim)
+        self.ffn_in = nn.Linear(width, ffn)
+        self.ffn_out = nn.Linear(ffn, width)
+
+    def before_attention(self, x: Stream, context: StreamContext) -> Stream:
+        """Normalised and modulated tokens for self-attention."""
+        shift, scale = (context.modulation[:, :, :2] + self.table[:, :2]).unbind(dim=2)
+        return modulate(normalise(x), shift, scale)
+
+    def after_attention(self, layer: int, x: Stream, update: Stream, context: StreamContext) -> Stream:
+        """Self-attention's update added, then cross-attention and feed-forward."""
+        if not x.shape[1]:
+            return x
+        gate, shift, scale, ffn_gate = (context.modulation[:, :, 2:] + self.table[:, 2:]).unbind(dim=2)
+        x = add_gated(x, gate, update)
+        x = x + self.cross(layer, self.cross_norm(x), context)
+        hidden = nn.functional.gelu(self.ffn_in(modulate(normalise(x), shift, scale)))
+        return add_gated(x, ffn_gate, self.ffn_out(hidden))
+
+
+class WAMLayer(nn.Module):
+    """Both experts' layer around one self-attention."""
+
+    def __init__(self, config: WAMConfig) -> None:
+        super().__init__()
+        kind = SharedAttention if config.attention == "shared" else PerModalityAttention
+        self.attention = kind(config)
+        self.video = ExpertLayer(config.width, config.ffn, config.head_dim)
+        self.action = ExpertLayer(config.action_width, config.action_ffn, config.head_dim)
+
+    def forward(
+        self, layer: int, video: Stream, side: Tensor, context: LayerContext, kept: Kept | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Both streams after this layer, or the kept tokens of them.
+
+        Args:
+            layer: number of this layer, for `context.attend` and the texts' `keys_values`.
+            video: (b, n_video, width).
+            side: action and state tokens, (b, n_side, action_width).
+            context: the rest.
+            kept: what leaves the last layer.
+        """
+        attended_video, attended_side = self._attend(layer, video, side, context)
+        of_video, of_side = context.video, context.side
+        if kept is not None:
+            of_video, of_side = kept.video, kept.side
+            video, attended_video = take(video, kept.video_runs), take(attended_video, kept.video_runs)
+            side, attended_side = take(side, kept.side_runs), take(attended_side, kept.side_runs)
+        updates = self.attention.leave(attended_video, attended_side)
+        return (
+            self.video.after_attention(layer, video, updates[0], of_video),
+            self.action.after_attention(layer, side, updates[1], of_side),
+        )
+
+    def _attend(self, layer: int, video: Tensor, side: Tensor, context: LayerContext) -> tuple[Tensor, Tensor]:
+        """What the tokens of both streams attended to, heads joined, at the width of the video expert."""
+        q, k, v = self.attention.enter(
+            self.video.before_attention(video, context.video), self.action.before_attention(side, context.side)
+        )
+        attended = join_heads(context.attend(layer, rotate(q, context.rotary), rotate(k, context.rotary), v))
+        return attended[:, : video.shape[1]], attended[:, video.shape[1] :]
+
+
+class NoiseLevelEmbedding(nn.Module):
+    """Embeds noise times and turns them into the modulation that all layers of one expert share.
+
+    The layers add a table of their own, so that one projection width -> 6 width serves the whole depth.
+    """
+
+    frequencies = 128
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.time_in = nn.Linear(2 * self.frequencies, width)
+        self.time_out = nn.Linear(width, width)
+        self.project = nn.Linear(width, 6 * width)
+        nn.init.zeros_(self.project.weight)
+        nn.init.zeros_(self.project.bias)
+
+    def forward(
+        self, times: Float[Tensor, "b levels"]
+    ) -> tuple[Float[Tensor, "b levels width"], Float[Tensor, "b levels 6 width"]]:
+        """The embedding of each noise time, and its modulation."""
+        octaves = torch.arange(self.frequencies, device=times.device, dtype=torch.float32) / self.frequencies
+        angles = 1000 * times.float()[..., None] * torch.exp(-math.log(10_000) * octaves)
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.time_in.weight.dtype)
+        embedding = self.time_out(nn.functional.silu(self.time_in(features)))
+        modulation = self.project(nn.functional.silu(embedding))
+        return embedding, rearrange(modulation, "b levels (six width) -> b levels six width", six=6)
+
+
+class TextEmbedding(nn.Module):
+    """Maps the text encoder's hidden states to an expert's width, after a learned null token.
+
+    The null token is always attended: an empty instruction is an instruction, not a division by zero.
+    """
+
+    def __init__(self, text_dim: int, width: int) -> None:
+        super().__init__()
+        self.text_in = nn.Linear(text_dim, width)
+        self.text_out = nn.Linear(width, width)
+        self.null = nn.Parameter(torch.zeros(1, 1, 1, width))
+
+    def forward(self, text: Float[Tensor, "b docs s text"], mask: Bool[Tensor, "b docs s"]) -> TextContext:
+        """Null token and embedded tokens."""
+        tokens = self.text_out(nn.functional.gelu(self.text_in(text)))
+        null = self.null.expand(*text.shape[:2], 1, -1)
+        attended = torch.cat([mask.new_ones(*mask.shape[:2], 1), mask], dim=2)
+        return TextContext(torch.cat([null, tokens.to(null.dtype)], dim=2), attended)
+
+
+class OutputHead(nn.Module):
+    """The last norm, modulated by the noise level."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(1, 2, width))
+
+    def forward(self, x: Stream, embedding: Float[Tensor, "b groups width"]) -> Stream:
+        """Normalised tokens, ready for the linear layer that gives velocities."""
+        shift, scale = (embedding[:, :, None] + self.table).unbind(dim=2)
+        return modulate(normalise(x), shift, scale)

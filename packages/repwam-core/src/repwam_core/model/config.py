@@ -1,0 +1,211 @@
+"""The settings of a world action model, checked where they are written down; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+COUPLINGS = ("joint", "sequential")
+ATTENTIONS = ("shared", "per_modality")
+LATENT_SPACE = "latent"
+"""Name of the action space of stage one: the latent actions of the paper's Eq. 3."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActionSpace:
+    """What an action is: its own input and output projections in the model (SPEC decision 7).
+
+    Attributes:
+        channels: numbers c in one action vector; the named-channel layout shared by a set of embodiments.
+        vectors_per_transition: action vectors a between two latent frames.
+        state_channels: numbers in the robot state that enters with each observed frame; 0 for none.
+    """
+
+    channels: int
+    vectors_per_transition: int = 1
+    state_channels: int = 0
+
+    def __post_init__(self) -> None:
+        _require_at_least("ActionSpace.channels", self.channels, 1)
+        _require_at_least("ActionSpace.vectors_per_transition", self.vectors_per_transition, 1)
+        _require_at_least("ActionSpace.state_channels", self.state_channels, 0)
+
+
+def _latent_space() -> dict[str, ActionSpace]:
+    return {LATENT_SPACE: ActionSpace(channels=4)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WAMConfig:
+    """Shape of a `WorldActionModel`. The defaults are the paper's 1.3 B model (Sec. 4.1).
+
+    Attributes:
+        width: hidden size h_v of the video expert and of the shared attention.
+        depth: transformer layers, of both experts.
+        heads: attention heads at `width`; the head size, width / heads, is also that of the action expert's
+            cross-attention.
+        ffn: hidden size of the video expert's feed-forward layers.
+        action_width: hidden size h_a of the action expert.
+        action_ffn: hidden size of the action expert's feed-forward layers.
+        text_dim: width D of the text encoder's hidden states.
+        latent_dim: channels d of a visual latent token.
+        coupling: what video and action of one noisy chunk see of each other, "joint" or "sequential"
+            (SPEC decision 3, `masks.visible`).
+        attention: "shared" (one q, k, v, o at `width`; the action stream enters and leaves through adapters) or
+            "per_modality" (the action stream has its own q, k, v, o), SPEC decision 5.
+        window: latent frames of history a chunk sees, before its own frames (SPEC decision 6).
+        action_history: whether executed actions are part of the history. Without them a policy cannot copy its
+            own past.
+        state_token: whether the robot state enters with each observed frame (SPEC decision 11).
+        max_views: cameras for which a view embedding exists.
+        rope_base: base of the rotary frequencies.
+        spaces: the action spaces by name.
+
+    Raises:
+        ValueError: a size that is not positive or does not divide, or an unknown choice.
+    """
+
+    width: int = 1536
+    depth: int = 30
+    heads: int = 12
+    ffn: int = 7680
+    action_width: int = 768
+    action_ffn: int = 4480
+    text_dim: int = 2048
+    latent_dim: int = 96
+    coupling: str = "joint"
+    attention: str = "shared"
+    window: int = 32
+    action_history: bool = True
+    state_token: bool = False
+    max_views: int = 4
+    rope_base: float = 10_000.0
+    spaces: Mapping[str, ActionSpace] = field(default_factory=_latent_space)
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "heads", "ffn", "action_width", "action_ffn", "text_dim", "latent_dim"):
+            _require_at_least(name, getattr(self, name), 1)
+        _require_at_least("window", self.window, 1)
+        _require_at_least("max_views", self.max_views, 1)
+        _require_choice("coupling", self.coupling, COUPLINGS)
+        _require_choice("attention", self.attention, ATTENTIONS)
+        if self.rope_base <= 1:
+            raise ValueError(f"rope_base: expected a number above 1, got {self.rope_base}.")
+        self._check_heads()
+        if not self.spaces:
+            raise ValueError("spaces: expected at least one action space, got none.")
+        for name in self.spaces:
+            if not name.isidentifier():
+                raise ValueError(f"spaces: expected names like 'latent' or 'metaworld', got {name!r}.")
+
+    def _check_heads(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"width: expected a multiple of heads = {self.heads}, got {self.width}.")
+        if self.head_dim % 2 or self.head_dim < 8:
+            raise ValueError(
+                f"heads: expected an even head size width / heads of at least 8 (rotary over three axes), got "
+                f"{self.width} / {self.heads} = {self.head_dim}."
+            )
+        if self.action_width % self.head_dim:
+            raise ValueError(
+                f"action_width: expected a multiple of the head size {self.head_dim} = width / heads, got "
+                f"{self.action_width}."
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one attention head, in both experts."""
+        return self.width // self.heads
+
+    def space(self, name: str) -> ActionSpace:
+        """The action space called `name`.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if name not in self.spaces:
+            raise ValueError(
+                f"expected one of the model's action spaces {sorted(self.spaces)}, got {name!r}; add it with "
+                "WorldActionModel.add_action_space."
+            )
+        return self.spaces[name]
+
+    def has_state(self, space: str) -> bool:
+        """Whether sequences in this space hold a state token with each observed frame."""
+        return self.state_token and self.space(space).state_channels > 0
+
+    def with_space(self, name: str, space: ActionSpace) -> WAMConfig:
+        """This config with one more action space.
+
+        Raises:
+            ValueError: another space has that name.
+        """
+        if self.spaces.get(name, space) != space:
+            raise ValueError(f"action space {name!r} is already {self.spaces[name]}; choose another name.")
+        return replace(self, spaces={**self.spaces, name: space})
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> WAMConfig:
+        """A named size, with some fields changed.
+
+        "1.3b" and "5b" are the paper's: 1.30 B and 5.00 B parameters for video and 357 M and 363 M more for actions
+        (docs/decisions: our reading of "about 350M"). "tiny" trains on a CPU in minutes.
+
+        Raises:
+            ValueError: unknown preset.
+        """
+        if name not in _PRESETS:
+            raise ValueError(f"preset: expected one of {sorted(_PRESETS)}, got {name!r}.")
+        return cls(**{**_PRESETS[name], **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as JSON can hold it."""
+        return asdict(replace(self, spaces=dict(self.spaces)))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> WAMConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: a key is missing or unknown.
+        """
+        _require_keys("WAMConfig", {item.name for item in fields(cls)}, values)
+        space_keys = {item.name for item in fields(ActionSpace)}
+        for name, space in values["spaces"].items():
+            _require_keys(f"WAMConfig.spaces[{name!r}]", space_keys, space)
+        spaces = {name: ActionSpace(**space) for name, space in values["spaces"].items()}
+        return cls(**{**values, "spaces": spaces})
+
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    "1.3b": {},
+    "5b": {"width": 3072, "heads": 24, "ffn": 14336, "action_ffn": 3072},
+    "tiny": {
+        "width": 128,
+        "depth": 4,
+        "heads": 4,
+        "ffn": 512,
+        "action_width": 128,
+        "action_ffn": 512,
+        "text_dim": 384,
+        "rope_base": 100.0,
+    },
+}
+
+
+def _require_at_least(name: str, value: int, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name}: expected an integer of at least {minimum}, got {value!r}.")
+
+
+def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {choices}, got {value!r}.")
+
+
+def _require_keys(what: str, expected: set[str], values: Mapping[str, Any]) -> None:
+    if missing := sorted(expected - set(values)):
+        raise ValueError(f"{what}: missing {missing}. Was this file written by another version?")
+    if unknown := sorted(set(values) - expected):
+        raise ValueError(f"{what}: unknown {unknown}; expected only {sorted(expected)}.")

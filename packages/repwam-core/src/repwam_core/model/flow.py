@@ -1,0 +1,117 @@
+"""Noise time: the path from noise to data, its velocity, how levels are drawn, and the Euler solver.
+
+The only home of noise time in this package: t = 0 is noise, t = 1 is data (RepWAM Eq. 6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def interpolate(noise: Float[Tensor, "*x"], data: Float[Tensor, "*x"], t: Float[Tensor, " ..."]) -> Float[Tensor, "*x"]:
+    """The point (1 - t) * noise + t * data of the straight path, RepWAM Eq. 6.
+
+    Args:
+        noise: a draw from the standard normal, of the shape of `data`.
+        data: what the path ends in.
+        t: noise time in [0, 1]; its axes are the leading axes of `data`.
+    """
+    t = _over(t, data)
+    return (1 - t) * noise + t * data
+
+
+def velocity_target(noise: Float[Tensor, "*x"], data: Float[Tensor, "*x"]) -> Float[Tensor, "*x"]:
+    """The velocity data - noise of the straight path, what the model learns, RepWAM Eq. 6-7."""
+    return data - noise
+
+
+def clean_estimate(
+    x: Float[Tensor, "*x"], velocity: Float[Tensor, "*x"], t: Float[Tensor, " ..."]
+) -> Float[Tensor, "*x"]:
+    """The data x + (1 - t) * velocity at the end of the straight path through `x` at time t."""
+    return x + (1 - _over(t, x)) * velocity
+
+
+def noise_estimate(
+    x: Float[Tensor, "*x"], velocity: Float[Tensor, "*x"], t: Float[Tensor, " ..."]
+) -> Float[Tensor, "*x"]:
+    """The noise x - t * velocity at the start of the straight path through `x` at time t."""
+    return x - _over(t, x) * velocity
+
+
+def shift_noise_level(level: Float[Tensor, "*x"], shift: float) -> Float[Tensor, "*x"]:
+    """Move noise levels in [0, 1] towards 1: s * u / (1 + (s - 1) * u); 0, 1 and, for s = 1, all u stay."""
+    return shift * level / (1 + (shift - 1) * level)
+
+
+class UniformSNRSampler:
+    """Draws noise times: uniform noise levels, shifted towards noise (SPEC decision 4).
+
+    u ~ U[0, 1], noise level = s * u / (1 + (s - 1) * u), t = 1 - noise level.
+
+    Args:
+        shift: s > 0; 1 is uniform, 5 spends most draws near noise.
+
+    Raises:
+        ValueError: the shift is not positive.
+    """
+
+    def __init__(self, shift: float = 1.0) -> None:
+        if shift <= 0:
+            raise ValueError(f"shift: expected a positive number, got {shift}.")
+        self.shift = shift
+
+    def __call__(
+        self,
+        shape: tuple[int, ...],
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Float[Tensor, " ..."]:
+        """Independent noise times of the given shape, in [0, 1]."""
+        u = torch.rand(shape, generator=generator, device=device)
+        return 1 - shift_noise_level(u, self.shift)
+
+
+def time_grid(steps: int, shift: float = 1.0, device: torch.device | str | None = None) -> Float[Tensor, " times"]:
+    """The `steps` + 1 noise times of a solver, 0 to 1: even in noise level, shifted as in `UniformSNRSampler`.
+
+    Raises:
+        ValueError: no step, or a shift that is not positive.
+    """
+    if steps < 1:
+        raise ValueError(f"steps: expected at least 1, got {steps}.")
+    if shift <= 0:
+        raise ValueError(f"shift: expected a positive number, got {shift}.")
+    level = torch.linspace(1, 0, steps + 1, device=device)
+    return 1 - shift_noise_level(level, shift)
+
+
+def euler(
+    velocity_fn: Callable[[Tensor, Tensor], Tensor],
+    noise: Float[Tensor, "*x"],
+    steps: int,
+    shift: float = 1.0,
+) -> Float[Tensor, "*x"]:
+    """Integrate dx/dt = velocity_fn(x, t) from `noise` at t = 0 to data at t = 1.
+
+    Args:
+        velocity_fn: takes x and the scalar tensor t.
+        noise: x at t = 0.
+        steps: evaluations of `velocity_fn`.
+        shift: bends the time grid, see `time_grid`.
+    """
+    times = time_grid(steps, shift, noise.device)
+    x = noise
+    for t, t_next in pairwise(times):
+        x = x + (t_next - t) * velocity_fn(x, t)
+    return x
+
+
+def _over(t: Tensor, data: Tensor) -> Tensor:
+    """`t` with trailing axes of size one, so that its axes meet the leading axes of `data`."""
+    return t.reshape(t.shape + (1,) * (data.ndim - t.ndim))

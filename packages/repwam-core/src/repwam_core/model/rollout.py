@@ -1,0 +1,331 @@
+"""Closed loop: what was observed and done goes into the cache, the next chunk is planned from it, chunk by chunk.
+
+Equal to the teacher-forced pass over the same frames, at a cost that does not grow with the episode.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from repwam_core.model.blocks import TextContext
+from repwam_core.model.cache import CachedAttend, KeyValueCache
+from repwam_core.model.flow import time_grid
+from repwam_core.model.inputs import Velocities, WAMInputs
+from repwam_core.model.sequence import SequenceLayout, chunk_layout, history_layout
+from repwam_core.model.wam import WorldActionModel
+
+VIDEO_MODES = ("imagine", "skip")
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedChunk:
+    """What the model expects of the next `frames` latent frames.
+
+    Attributes:
+        actions: normalised action vectors of the transitions into them.
+        latents: imagined standardised latents; None if the video was skipped.
+    """
+
+    actions: Float[Tensor, "b frames a c"]
+    latents: Float[Tensor, "b frames tokens d"] | None
+
+
+class Rollout:
+    """A batch of episodes driven in step: `observe` the first frame, then `plan`, act, `observe`, `plan`, ...
+
+    Args:
+        wam: the model; used without gradients.
+        space: name of the action space.
+        grid: views, rows, columns of a latent frame.
+        text: token-level hidden states of each episode's instruction.
+        text_mask: which of them are real.
+        chunk_frames: the largest chunk, in latent frames, that will be observed or planned.
+        guidance: classifier-free guidance of the video against no instruction; 1 is off and costs nothing, anything
+            else runs a second, unconditional copy of every episode. Actions are never guided.
+        static_shapes: see `KeyValueCache`; None means only on a GPU.
+
+    Attributes:
+        frame: number of the next latent frame.
+        chunk: number of the next chunk.
+    """
+
+    def __init__(
+        self,
+        wam: WorldActionModel,
+        *,
+        space: str,
+        grid: tuple[int, int, int],
+        text: Float[Tensor, "b s width"],
+        text_mask: Bool[Tensor, "b s"],
+        chunk_frames: int = 2,
+        guidance: float = 1.0,
+        static_shapes: bool | None = None,
+    ) -> None:
+        if chunk_frames < 1:
+            raise ValueError(f"chunk_frames: expected at least 1, got {chunk_frames}.")
+        self.wam, self.space, self.grid, self.guidance = wam, space, grid, guidance
+        self.sizes = wam.config.space(space)
+        self.chunk_frames, self.batch, self.frame, self.chunk = chunk_frames, text.shape[0], 0, 0
+        weight = wam.video_in.weight
+        self.device = weight.device
+        self._text = self._double(text.to(self.device))[:, None]
+        self._text_mask = self._double(text_mask.to(self.device))[:, None].clone()
+        self._text_mask[self.batch :] = False
+        with torch.no_grad():
+            self._contexts = wam.embed_text(self._text, self._text_mask, per_layer=True)
+        self.cache = KeyValueCache(
+            wam.config,
+            batch=len(self._text),
+            grid=grid,
+            vectors=self.sizes.vectors_per_transition,
+            room=chunk_frames,
+            static_shapes=self.device.type == "cuda" if static_shapes is None else static_shapes,
+            device=self.device,
+            dtype=weight.dtype,
+        )
+        self._passes: dict[tuple[str, int], tuple[SequenceLayout, CachedAttend]] = {}
+
+    @torch.no_grad()
+    def observe(
+        self,
+        latents: Float[Tensor, "b frames tokens d"],
+        states: Float[Tensor, "b frames state"] | None = None,
+        actions: Float[Tensor, "b frames a c"] | None = None,
+    ) -> None:
+        """Append observed frames to the history as one clean chunk; the first call gives frame 0 alone.
+
+        Args:
+            latents: standardised latents of the frames.
+            states: normalised robot state at each frame, where the model takes it.
+            actions: normalised actions that were executed in the transitions into the frames (not the planned ones),
+                where the model has an action history; None for frame 0, which nothing led to.
+
+        Raises:
+            ValueError: too many frames, or states or actions missing.
+        """
+        frames = latents.shape[1]
+        self._check_frames(frames)
+        if self.frame == 0 and frames != 1:
+            raise ValueError(f"latents: expected the first observation to be frame 0 alone, got {frames} frames.")
+        config = self.wam.config
+        has_state, has_actions = config.has_state(self.space), config.action_history and self.frame > 0
+        if has_state and states is None:
+            raise ValueError(f"states: space {self.space!r} expects a robot state with each observed frame, got none.")
+        if has_actions and actions is None:
+            raise ValueError(f"actions: expected those executed on the way to frame {self.frame}, got none.")
+        layout = history_layout(*self._place(frames), state=has_state, action_history=config.action_history).to(
+            self.device
+        )
+        inputs = self._inputs(
+            layout,
+            _flat(latents),
+            _flat(actions) if has_actions else None,
+            states if has_state else None,
+            (1.0, 1.0),
+        )
+        self._clear()
+        self.wam(inputs, self.cache.attend_history(layout.streams), self._contexts)
+        self.frame, self.chunk = self.frame + frames, self.chunk + 1
+
+    @torch.no_grad()
+    def plan(
+        self,
+        frames: int | None = None,
+        *,
+        video: str = "imagine",
+        video_steps: int = 5,
+        action_steps: int = 10,
+        video_shift: float = 1.0,
+        action_shift: float = 1.0,
+        generator: torch.Generator | None = None,
+        video_noise: Float[Tensor, "b frames tokens d"] | None = None,
+        action_noise: Float[Tensor, "b frames a c"] | None = None,
+    ) -> PlannedChunk:
+        """Draw the next chunk; the history is left as it is.
+
+        `joint`: video and actions are refined together in max(video_steps, action_steps) passes; the modality with
+        fewer steps waits at its own noise time between its steps (their levels are independent in training). "skip"
+        leaves the video at pure noise. `sequential`: first the video, then, with the keys of the finished video
+        cached, the actions alone; "skip" cannot do without the video and only does not return it.
+
+        Args:
+            frames: latent frames k of the chunk; None is the largest.
+            video: "imagine" or "skip".
+            video_steps, action_steps: Euler steps of each modality.
+            video_shift, action_shift: bend their time grids, see `flow.time_grid`.
+            generator: source of the noise.
+            video_noise, action_noise: the noise itself, e.g. drawn episode by episode.
+
+        Raises:
+            ValueError: nothing was observed yet, or an argument out of range.
+        """
+        frames = self.chunk_frames if frames is None else frames
+        self._check_frames(frames)
+        if self.frame == 0:
+            raise ValueError("expected an observed first frame before planning; call observe first.")
+        if video not in VIDEO_MODES:
+            raise ValueError(f"video: expected one of {VIDEO_MODES}, got {video!r}.")
+        self._clear()
+        latent_dim, sizes = self.wam.config.latent_dim, self.sizes
+        x_video = self._noise((self.batch, frames, self.cache.tokens, latent_dim), generator, video_noise)
+        shape = (self.batch, frames, sizes.vectors_per_transition, sizes.channels)
+        x_action = self._noise(shape, generator, action_noise)
+        video_times = time_grid(video_steps, video_shift).tolist()
+        action_times = time_grid(action_steps, action_shift).tolist()
+        if self.wam.config.coupling == "sequential":
+            x_video, x_action = self._solve_sequential(x_video, x_action, video_times, action_times)
+        else:
+            held = [0.0] if video == "skip" else video_times
+            x_video, x_action = self._solve_joint(x_video, x_action, held, action_times)
+        return PlannedChunk(x_action, x_video if video == "imagine" else None)
+
+    @torch.no_grad()
+    def velocities(
+        self,
+        video: Float[Tensor, "b frames tokens d"] | None,
+        actions: Float[Tensor, "b frames a c"] | None,
+        video_time: float = 0.0,
+        action_time: float = 0.0,
+    ) -> tuple[Float[Tensor, "b video_frames tokens d"], Float[Tensor, "b action_frames a c"]]:
+        """One pass over the noisy next chunk, or one modality of it; the other then comes back empty.
+
+        Args:
+            video, actions: the chunk on its path; None leaves the modality out (`sequential` only makes sense of it).
+            video_time, action_time: their noise times.
+        """
+        given = video if video is not None else actions
+        if given is None:
+            raise ValueError("expected the video or the actions of the chunk, got neither.")
+        kind = "both" if video is not None and actions is not None else "actions" if video is None else "video"
+        layout, attend = self._scratch_pass(kind, given.shape[1])
+        inputs = self._inputs(layout, _flat(video), _flat(actions), None, (video_time, action_time))
+        output = self._guided(self.wam(inputs, attend, self._contexts))
+        return (
+            rearrange(output.video, "b (frames tokens) d -> b frames tokens d", tokens=self.cache.tokens),
+            rearrange(output.actions, "b (frames a) c -> b frames a c", a=self.sizes.vectors_per_transition),
+        )
+
+    @torch.no_grad()
+    def imagine(self, latents: Float[Tensor, "b frames tokens d"]) -> None:
+        """Let the planned chunk's actions see this as the clean video of their chunk (`sequential`)."""
+        layout, attend = self._scratch_pass("imagined", latents.shape[1])
+        self._passes.pop(("actions", latents.shape[1]), None)
+        self.wam(self._inputs(layout, _flat(latents), None, None, (1.0, 1.0)), attend, self._contexts)
+
+    def select(self, rows: Int[Tensor, " kept"]) -> None:
+        """Go on with only these episodes of the batch, in this order."""
+        rows = rows.to(self.device)
+        both = torch.cat([rows, rows + self.batch]) if self.guidance != 1.0 else rows
+        self.cache.select(both)
+        self._text, self._text_mask = self._text[both], self._text_mask[both]
+        self._contexts = (_select_text(self._contexts[0], both), _select_text(self._contexts[1], both))
+        self.batch = len(rows)
+        self._clear()
+
+    def _clear(self) -> None:
+        """Forget what was planned."""
+        self._passes.clear()
+        self.cache.clear_scratch()
+
+    def _place(self, frames: int) -> tuple[int, int, int, tuple[int, int, int], int]:
+        """The first arguments of the layout of the next chunk."""
+        return self.frame, frames, self.chunk, self.grid, self.sizes.vectors_per_transition
+
+    def _scratch_pass(self, kind: str, frames: int) -> tuple[SequenceLayout, CachedAttend]:
+        """Layout and attention of a pass over the next chunk, made once for all its steps."""
+        if any(length != frames for _, length in self._passes):
+            self._clear()
+        if (kind, frames) not in self._passes:
+            if kind == "imagined":
+                layout = history_layout(*self._place(frames), action_history=False)
+            else:
+                layout = chunk_layout(*self._place(frames), video=kind != "actions", actions=kind != "video")
+            layout = layout.to(self.device)
+            self._passes[kind, frames] = layout, self.cache.attend_scratch(layout.streams)
+        return self._passes[kind, frames]
+
+    def _solve_joint(
+        self, video: Tensor, action: Tensor, video_times: list[float], action_times: list[float]
+    ) -> tuple[Tensor, Tensor]:
+        """Refine both together; in pass p of n a modality with s steps is in its step p * s // n."""
+        video_steps, action_steps = len(video_times) - 1, len(action_times) - 1
+        passes = max(video_steps, action_steps)
+        for number in range(passes):
+            i, j = number * video_steps // passes, number * action_steps // passes
+            to_video, to_action = self.velocities(video, action, video_times[i], action_times[j])
+            if (number + 1) * video_steps // passes > i:
+                video = video + (video_times[i + 1] - video_times[i]) * to_video
+            if (number + 1) * action_steps // passes > j:
+                action = action + (action_times[j + 1] - action_times[j]) * to_action
+        return video, action
+
+    def _solve_sequential(
+        self, video: Tensor, action: Tensor, video_times: list[float], action_times: list[float]
+    ) -> tuple[Tensor, Tensor]:
+        """First the video, then the actions that lead to it."""
+        for t, t_next in pairwise(video_times):
+            video = video + (t_next - t) * self.velocities(video, None, video_time=t)[0]
+        self.imagine(video)
+        for t, t_next in pairwise(action_times):
+            action = action + (t_next - t) * self.velocities(None, action, action_time=t)[1]
+        return video, action
+
+    def _inputs(
+        self, layout: SequenceLayout, video: Tensor | None, actions: Tensor | None, states: Tensor | None,
+        times: tuple[float, float],
+    ) -> WAMInputs:  # fmt: skip
+        """One pass's inputs, for both copies of the batch where the video is guided."""
+        config = self.wam.config
+        empty_video = torch.zeros(self.batch, 0, config.latent_dim, device=self.device)
+        empty_actions = torch.zeros(self.batch, 0, self.sizes.channels, device=self.device)
+        return WAMInputs(
+            layout=layout,
+            video=self._double(empty_video if video is None else video.to(self.device)),
+            actions=self._double(empty_actions if actions is None else actions.to(self.device)),
+            states=None if states is None else self._double(states.to(self.device)),
+            times=torch.tensor(times, device=self.device).expand(len(self._text), 2),
+            text=self._text,
+            text_mask=self._text_mask,
+            space=self.space,
+        )
+
+    def _double(self, values: Tensor) -> Tensor:
+        """The batch once, or twice where the video is guided: with the instruction, then without."""
+        return values if self.guidance == 1.0 else torch.cat([values, values])
+
+    def _guided(self, output: Velocities) -> Velocities:
+        """Video: without + guidance * (with - without); actions: with."""
+        if self.guidance == 1.0:
+            return output
+        given, without = output.video.split(self.batch)
+        return Velocities(without + self.guidance * (given - without), output.actions[: self.batch])
+
+    def _noise(self, shape: tuple[int, ...], generator: torch.Generator | None, given: Tensor | None) -> Tensor:
+        if given is None:
+            where = self.device if generator is None else generator.device
+            return torch.randn(shape, generator=generator, device=where).to(self.device)
+        if tuple(given.shape) != shape:
+            raise ValueError(f"noise: expected the shape of the chunk, {shape}, got {tuple(given.shape)}.")
+        return given.to(self.device)
+
+    def _check_frames(self, frames: int) -> None:
+        if not 1 <= frames <= self.chunk_frames:
+            raise ValueError(
+                f"expected 1 to chunk_frames = {self.chunk_frames} latent frames, got {frames}; give Rollout a larger "
+                "chunk_frames, or observe in smaller chunks."
+            )
+
+
+def _flat(values: Tensor | None) -> Tensor | None:
+    """(b, frames, tokens, channels) to (b, frames * tokens, channels)."""
+    return None if values is None else rearrange(values, "b frames tokens c -> b (frames tokens) c")
+
+
+def _select_text(text: TextContext, rows: Tensor) -> TextContext:
+    return TextContext(text.tokens[rows], text.mask[rows], [(k[rows], v[rows]) for k, v in text.keys_values])

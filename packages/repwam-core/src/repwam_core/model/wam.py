@@ -1,0 +1,273 @@
+"""The world action model: noisy video and action tokens in, their velocities out (RepWAM Sec. 3.3, Eq. 5-7)."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from repvitok.nn.rope import Rotary, axis_pairs
+from repvitok.pretrained import PretrainedModel
+from torch import Tensor, nn
+
+from repwam_core.model.blocks import (
+    Kept,
+    LayerContext,
+    NoiseLevelEmbedding,
+    OutputHead,
+    StreamContext,
+    TextContext,
+    TextEmbedding,
+    WAMLayer,
+    take,
+)
+from repwam_core.model.config import ActionSpace, WAMConfig
+from repwam_core.model.inputs import Velocities, WAMInputs
+from repwam_core.model.masks import Attend, masked_attend
+from repwam_core.model.sequence import Run, SequenceLayout, runs
+
+
+class SpaceProjections(nn.Module):
+    """Where one action space enters and leaves the model (SPEC decision 7); everything else is common to all spaces.
+
+    Args:
+        space: the sizes.
+        width: of the action expert.
+        state_token: whether states enter too.
+    """
+
+    def __init__(self, space: ActionSpace, width: int, state_token: bool) -> None:
+        super().__init__()
+        self.action_in = nn.Linear(space.channels, width)
+        self.action_out = nn.Linear(width, space.channels)
+        self.slots = nn.Parameter(torch.zeros(1, space.vectors_per_transition, width))
+        self.state_in = nn.Linear(space.state_channels, width) if state_token and space.state_channels else None
+        nn.init.normal_(self.slots, std=0.02)
+        nn.init.zeros_(self.action_out.weight)
+        nn.init.zeros_(self.action_out.bias)
+
+
+class Expert(nn.Module):
+    """What one expert holds outside the layers: noise level and text embeddings, the last norm."""
+
+    def __init__(self, width: int, text_dim: int) -> None:
+        super().__init__()
+        self.levels = NoiseLevelEmbedding(width)
+        self.text = TextEmbedding(text_dim, width)
+        self.head = OutputHead(width)
+
+
+class WorldActionModel(PretrainedModel):
+    """A causal flow-matching transformer over video and action tokens.
+
+    Parameters (SPEC decision 5; `parameter_counts`, checked on the meta device):
+
+    | preset | video, per layer                  | action, per layer                                | video  | action |
+    |--------|-----------------------------------|--------------------------------------------------|--------|--------|
+    | 1.3b   | 8 h^2 + 2 h * 7680,  h = 1536     | 2 h h_a + 4 h_a^2 + 2 h_a * 4480,  h_a = 768     | 1.30 B | 357 M  |
+    | 5b     | 8 h^2 + 2 h * 14336, h = 3072     | 2 h h_a + 4 h_a^2 + 2 h_a * 3072                 | 5.00 B | 363 M  |
+
+    times 30 layers, plus for each expert, at its width w: noise level embedding 256 -> w -> w, one projection
+    w -> 6 w for all layers, text embedding text_dim -> w -> w. 4 h^2 each are self-attention and cross-attention;
+    2 h h_a are the adapters through which the action stream uses the shared attention.
+
+    Args:
+        config: the sizes.
+    """
+
+    format = "repwam"
+    config_class = WAMConfig
+
+    def __init__(self, config: WAMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.video_in = nn.Linear(config.latent_dim, config.width)
+        self.video_out = nn.Linear(config.width, config.latent_dim)
+        self.views = nn.Parameter(torch.zeros(config.max_views, config.width))
+        self.video = Expert(config.width, config.text_dim)
+        self.action = Expert(config.action_width, config.text_dim)
+        self.action_kinds = nn.Parameter(torch.zeros(1, 2, config.action_width))
+        self.layers = nn.ModuleList(WAMLayer(config) for _ in range(config.depth))
+        self.spaces = nn.ModuleDict()
+        self._initialise()
+        for name, space in config.spaces.items():
+            self.spaces[name] = SpaceProjections(space, config.action_width, config.state_token)
+
+    def _initialise(self) -> None:
+        """Xavier weights and zero biases, as in DiT; no modulation by the noise level and zero velocities at first."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for expert in (self.video, self.action):
+            nn.init.zeros_(expert.levels.project.weight)
+        nn.init.zeros_(self.video_out.weight)
+        nn.init.zeros_(self.video_out.bias)
+        for embedding in (self.views, self.action_kinds, self.video.text.null, self.action.text.null):
+            nn.init.normal_(embedding, std=0.02)
+
+    def add_action_space(self, name: str, space: ActionSpace) -> None:
+        """Give the model projections for a further action space; everything it knows is kept.
+
+        Adding a space that is there already, with the same sizes, changes nothing. `self.config` becomes a new object.
+
+        Raises:
+            ValueError: another space has that name.
+        """
+        config = self.config.with_space(name, space)
+        if name not in self.spaces:
+            projections = SpaceProjections(space, config.action_width, config.state_token)
+            self.spaces[name] = projections.to(self.video_in.weight.device, self.video_in.weight.dtype)
+        self.config = config
+
+    def parameter_counts(self) -> dict[str, int]:
+        """How many parameters the video expert ("video", with the shared attention) and the action expert hold."""
+        counts = {"video": 0, "action": 0}
+        for name, parameter in self.named_parameters():
+            of_action = any(part.startswith("action") or part == "spaces" for part in name.split("."))
+            counts["action" if of_action else "video"] += parameter.numel()
+        return counts
+
+    def embed_text(
+        self, text: Float[Tensor, "b docs s text"], mask: Bool[Tensor, "b docs s"], *, per_layer: bool = False
+    ) -> tuple[TextContext, TextContext]:
+        """Instructions as the video and the action expert read them.
+
+        Args:
+            text: hidden states of the text encoder.
+            mask: which are real.
+            per_layer: also compute the keys and values of every layer, worth it where many passes share the text.
+        """
+        contexts = []
+        for name, expert in (("video", self.video), ("action", self.action)):
+            context = expert.text(text, mask)
+            if per_layer:
+                of_layers = [getattr(layer, name).cross.keys_values(context) for layer in self.layers]
+                context = TextContext(context.tokens, context.mask, of_layers)
+            contexts.append(context)
+        return contexts[0], contexts[1]
+
+    def forward(
+        self,
+        inputs: WAMInputs,
+        attend: Attend | None = None,
+        text: tuple[TextContext, TextContext] | None = None,
+    ) -> Velocities:
+        """Velocities of the noisy tokens.
+
+        Args:
+            inputs: the batch.
+            attend: self-attention over the tokens in `layout.streams` order; None is the teacher-forced pass, in which
+                the tokens of `inputs` see each other as `masks.visible` says.
+            text: from `embed_text`, if it was computed before; None computes it from `inputs`.
+
+        Raises:
+            ValueError: tensors that do not fit the layout or the model.
+        """
+        inputs.check(self.config)
+        layout = inputs.layout.to(inputs.video.device)
+        streams, n_video = layout.streams, len(layout.video)
+        video, side = self._embed(inputs, streams, n_video)
+        of_video, of_side = self.embed_text(inputs.text, inputs.text_mask) if text is None else text
+        video_context, video_levels = _stream_context(
+            self.video, inputs.times, streams.level[: n_video : layout.group], of_video, _documents(streams, 0, n_video)
+        )
+        side_context, side_levels = _stream_context(
+            self.action, inputs.times, streams.level[n_video:], of_side, _documents(streams, n_video, len(streams))
+        )
+        if attend is None:
+            attend = masked_attend(inputs.layout, self.config.coupling, self.config.window)
+        context = LayerContext(video_context, side_context, self._rotary(streams.position), attend)
+        kept = _noisy_tokens(layout, video_context, side_context)
+        for number, layer in enumerate(self.layers):
+            video, side = layer(number, video, side, context, kept if number == self.config.depth - 1 else None)
+        video_levels = take(video_levels, _in_groups(kept.video_runs, layout.group))
+        return self._velocities(inputs.space, video, side, video_levels, take(side_levels, kept.side_runs))
+
+    def _space(self, name: str) -> SpaceProjections:
+        return cast(SpaceProjections, self.spaces[name])
+
+    def _embed(self, inputs: WAMInputs, streams: SequenceLayout, n_video: int) -> tuple[Tensor, Tensor]:
+        """Video tokens (b, n_video, width), and action then state tokens (b, n_side, action_width)."""
+        space = self._space(inputs.space)
+        view = streams.view[:n_video]
+        if len(view) and int(view.max()) >= self.config.max_views:
+            raise ValueError(
+                f"expected at most max_views = {self.config.max_views} cameras, got {int(view.max()) + 1}."
+            )
+        video = self.video_in(inputs.video) + self.views[view]
+        vectors = streams.vector[n_video : n_video + inputs.actions.shape[1]]
+        side = space.action_in(inputs.actions) + self.action_kinds[:, :1] + space.slots[:, vectors]
+        if inputs.states is not None:
+            if space.state_in is None:
+                raise ValueError(
+                    f"the layout holds state tokens, but space {inputs.space!r} takes no states; build the "
+                    "layout with state=config.has_state(space)."
+                )
+            side = torch.cat([side, space.state_in(inputs.states) + self.action_kinds[:, 1:]], dim=1)
+        return video, side
+
+    def _rotary(self, position: Float[Tensor, "n 3"]) -> Rotary:
+        """Rotary tables of arbitrary, also fractional, coordinates; angles in float64 so that frames may grow."""
+        angles = [
+            torch.outer(
+                position[:, axis].double(),
+                self.config.rope_base ** -(torch.arange(pairs, device=position.device, dtype=torch.float64) / pairs),
+            )
+            for axis, pairs in enumerate(axis_pairs(self.config.head_dim))
+        ]
+        table = torch.cat(angles, dim=-1)
+        return Rotary(table.cos().float(), table.sin().float())
+
+    def _velocities(
+        self, space: str, video: Tensor, side: Tensor, video_levels: Tensor, side_levels: Tensor
+    ) -> Velocities:
+        """Velocities of the noisy tokens in float32, whatever the precision of the layers."""
+        with torch.autocast(video.device.type, enabled=False):
+            video = self.video.head(video.float(), video_levels.float())
+            side = self.action.head(side.float(), side_levels.float())
+            return Velocities(self.video_out(video), self._space(space).action_out(side))
+
+
+def _stream_context(
+    expert: Expert, times: Tensor, level: Int[Tensor, " groups"], text: TextContext, documents: list[tuple[Run, int]]
+) -> tuple[StreamContext, Float[Tensor, "b groups width"]]:
+    """The context of one stream, and the noise level embedding of each of its groups."""
+    with torch.autocast(times.device.type, enabled=False):
+        embedding, modulation = expert.levels(times)
+    return StreamContext(modulation[:, level], text, documents), embedding[:, level]
+
+
+def _documents(streams: SequenceLayout, start: int, stop: int) -> list[tuple[Run, int]]:
+    """Ranges of one document within the tokens start .. stop of the streams, counted from `start`."""
+    if streams.documents == 1:
+        return [((0, stop - start), 0)]
+    document = streams.document[start:stop]
+    borders = [0, *(document.diff().nonzero()[:, 0] + 1).tolist(), len(document)]
+    return [((a, b), int(document[a])) for a, b in pairwise(borders) if b > a]
+
+
+def _noisy_tokens(layout: SequenceLayout, video: StreamContext, side: StreamContext) -> Kept:
+    """What leaves the last layer: the tokens whose velocities are asked for."""
+    of_video = runs(layout.noisy[layout.video].nonzero()[:, 0])
+    of_side = runs(layout.noisy[layout.actions].nonzero()[:, 0])
+    groups = _in_groups(of_video, layout.group)
+    return Kept(of_video, of_side, _narrow(video, of_video, groups), _narrow(side, of_side, of_side))
+
+
+def _narrow(context: StreamContext, tokens: list[Run], groups: list[Run]) -> StreamContext:
+    """The context of some of the tokens of a stream."""
+    documents, position = [], 0
+    for start, stop in tokens:
+        for (first, last), document in context.documents:
+            if (length := min(stop, last) - max(start, first)) > 0:
+                documents.append(((position, position + length), document))
+                position += length
+    modulation = take(context.modulation.flatten(2), groups).unflatten(2, (6, -1))
+    return StreamContext(modulation, context.text, documents)
+
+
+def _in_groups(tokens: list[Run], group: int) -> list[Run]:
+    """Ranges of tokens as ranges of groups of tokens."""
+    return [(start // group, stop // group) for start, stop in tokens]

@@ -1,0 +1,230 @@
+"""Open-loop evaluation: on recorded episodes, what the policy would do and see next against what was done and seen.
+
+The policy gets the recorded frames and states as it would while driving, plans, and is then told which actions were
+really carried out. So every chunk is planned after a true prefix, by the code that drives a robot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float, UInt8
+from repvitok.data import LeRobotReader, prepare_frames, to_frames
+from repvitok.progress import progress
+
+from repwam_core.interface import Observation
+from repwam_core.policy.policy import BatchedPolicy
+from repwam_core.training.metrics import psnr_db
+
+BASELINES = ("mean action", "last action repeated")
+
+
+@dataclass(frozen=True, eq=False)
+class OpenLoopEpisode:
+    """One recorded episode beside what the policy planned for it.
+
+    Attributes:
+        index: the episode's index in its data set.
+        instruction: what it was told.
+        rate_hz: control rate of the rows below.
+        real: recorded actions in their units.
+        predicted: the policy's.
+        baselines: `BASELINES`, by name.
+        frames: what the cameras saw from the second latent frame on, resized; None without imagined video.
+        imagined: what the model expected instead.
+        reconstructed: what the tokenizer makes of the true latents: the best that can be imagined.
+        copied: the last observed frame repeated.
+    """
+
+    index: int
+    instruction: str
+    rate_hz: float
+    real: Float[np.ndarray, "T C"]
+    predicted: Float[np.ndarray, "T C"]
+    baselines: dict[str, Float[np.ndarray, "T C"]]
+    frames: UInt8[np.ndarray, "views n H W 3"] | None = None
+    imagined: UInt8[np.ndarray, "views n H W 3"] | None = None
+    reconstructed: UInt8[np.ndarray, "views n H W 3"] | None = None
+    copied: UInt8[np.ndarray, "views n H W 3"] | None = None
+
+    def psnr(self) -> dict[str, float]:
+        """PSNR in dB against the real frames of imagined, reconstructed and copied ones; empty without video."""
+        if self.frames is None:
+            return {}
+        names = ("imagined", "reconstructed", "copied")
+        return {name: psnr_db(getattr(self, name), self.frames) for name in names}
+
+
+@dataclass(frozen=True, eq=False)
+class OpenLoopResult:
+    """Errors over all episodes; `to_dict` is what is written to disk."""
+
+    channels: tuple[str, ...]
+    units: tuple[str, ...]
+    episodes: list[OpenLoopEpisode]
+
+    def errors(self) -> dict[str, dict[str, float]]:
+        """Mean absolute error per channel in its unit: method -> channel -> error, "policy" first."""
+        real = np.concatenate([episode.real for episode in self.episodes])
+        methods = {"policy": [episode.predicted for episode in self.episodes]}
+        methods |= {name: [episode.baselines[name] for episode in self.episodes] for name in BASELINES}
+        errors = {name: np.abs(np.concatenate(rows) - real).mean(axis=0) for name, rows in methods.items()}
+        return {name: dict(zip(self.channels, map(float, error), strict=True)) for name, error in errors.items()}
+
+    def psnr(self) -> dict[str, float]:
+        """Mean over episodes of their PSNR in dB; empty without imagined video."""
+        each = [episode.psnr() for episode in self.episodes]
+        return {name: float(np.mean([values[name] for values in each])) for name in (each[0] if each else {})}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers without arrays, for JSON."""
+        return {
+            "channels": list(self.channels),
+            "units": list(self.units),
+            "mean_absolute_error": self.errors(),
+            "psnr_db": self.psnr(),
+            "episodes": [
+                {"index": e.index, "instruction": e.instruction, "actions": len(e.real)} for e in self.episodes
+            ],
+        }
+
+
+def evaluate_open_loop(
+    policy: BatchedPolicy,
+    reader: LeRobotReader,
+    episodes: Sequence[int] | None = None,
+    *,
+    instruction: str | None = None,
+    seed: int = 0,
+) -> OpenLoopResult:
+    """Compare the policy with recorded episodes, chunk by chunk.
+
+    Args:
+        policy: what is evaluated; how it plans is its own setting.
+        reader: the data set, with the policy's cameras, state and action channels.
+        episodes: indices; None is all of them.
+        instruction: what the policy is told instead of each episode's own instruction.
+        seed: of the policy's draws.
+
+    Raises:
+        ValueError: when the data set's cameras or channels are not the policy's, or no episode is long enough.
+    """
+    _check_data(policy, reader)
+    wanted = {info.index for info in reader.episodes} if episodes is None else set(episodes)
+    chosen = [info for info in reader.episodes if info.index in wanted]
+    if missing := sorted(wanted - {info.index for info in chosen}):
+        raise ValueError(f"{reader.root}: no episodes {missing}; there are {reader.num_episodes}")
+    chosen = [info for info in chosen if info.length > policy.frames_per_latent]
+    if not chosen:
+        raise ValueError(f"{reader.root}: no chosen episode has more than {policy.frames_per_latent} frames")
+    results = [
+        _Replay(policy, reader, info.index).run(info.task if instruction is None else instruction, seed)
+        for info in progress(chosen, desc="open loop", unit="episode")
+    ]
+    statistics = policy.parts.statistics.actions
+    return OpenLoopResult(statistics.channels, statistics.units, results)
+
+
+class _Replay:
+    """Walks through one recorded episode, chunk by chunk."""
+
+    def __init__(self, policy: BatchedPolicy, reader: LeRobotReader, index: int) -> None:
+        self.policy, self.reader, self.index = policy, reader, index
+        columns = reader.episode(index)
+        self.actions = columns["action"].reshape(len(columns["action"]), -1).astype(np.float32)
+        state = columns.get("observation.state")
+        self.state = None if state is None else state.reshape(len(state), -1).astype(np.float32)
+        manifest = policy.parts.manifest
+        self.size, self.views, self.stride = manifest.size, manifest.latents.grid[0], manifest.latents.stride
+        self._stream = policy.parts.tokenizer.stream(self.views, window=manifest.latents.window)
+        self._video: dict[str, list[np.ndarray]] = {"frames": [], "imagined": [], "reconstructed": [], "copied": []}
+
+    def run(self, instruction: str, seed: int) -> OpenLoopEpisode:
+        """Plan along the whole episode."""
+        per, policy = self.policy.frames_per_latent, self.policy
+        policy.reset([instruction], [seed])
+        span = policy.plan.executed * per
+        first, seen, predicted = 0, 0, []
+        # Frame `first` is the newest seen; the actions first .. last - 1 lead from it to frame `last`.
+        while (left := (len(self.actions) - 1 - first) // per) > 0:
+            chunk = policy.act([self._observation(seen, first)])[0]
+            last = first + min(span, left * per)
+            predicted.append(chunk.actions[: last - first])
+            self._keep_video(first, last)
+            policy.record([self.actions[first:last]])
+            seen, first = first + 1, last
+        self._finish_video(seen, first)
+        return self._result(instruction, np.concatenate(predicted))
+
+    def _observation(self, seen: int, last: int) -> Observation:
+        """Frames and states `seen` .. `last`, both included."""
+        frames = range(seen, last + 1)
+        cameras = self.policy.embodiment.cameras
+        images = {camera: self.reader.frames(self.index, camera, frames) for camera in cameras}
+        return Observation(images=images, state=None if self.state is None else self.state[seen : last + 1])
+
+    def _keep_video(self, first: int, last: int) -> None:
+        """Decode what was expected, beside what came; the stream that decodes follows the true latents only."""
+        frames = (last - first) // self.policy.frames_per_latent
+        imagined = self.policy.imagined_latents()
+        if imagined is None:
+            return
+        self._reconstruct()
+        kept = self._stream.state
+        self._video["imagined"].append(self._decode(imagined[:, :frames]))
+        self._stream.state = kept
+        real = self._resized(range(first + self.stride, last + 1, self.stride))
+        newest = self._resized(range(first, first + 1))
+        self._video["frames"].append(real)
+        self._video["copied"].append(np.repeat(newest, real.shape[1], axis=1))
+
+    def _finish_video(self, seen: int, last: int) -> None:
+        """Show the policy the frames after its last plan too, so that reconstructions cover all that was imagined."""
+        if self._video["frames"]:
+            self.policy.act([self._observation(seen, last)])
+            self._reconstruct()
+
+    def _reconstruct(self) -> None:
+        begins = self._stream.state.decoder is None
+        frames = self._decode(self.policy.observed_latents())
+        if not begins:
+            self._video["reconstructed"].append(frames)
+
+    def _decode(self, latents: torch.Tensor) -> np.ndarray:
+        z = rearrange(latents, "1 frames (views tokens) d -> views frames tokens d", views=self.views)
+        return np.stack([to_frames(view) for view in self._stream.decode(z.contiguous(), self.size)])
+
+    def _resized(self, frames: range) -> np.ndarray:
+        cameras = self.policy.embodiment.cameras
+        raw = [self.reader.frames(self.index, camera, frames) for camera in cameras]
+        return np.stack([to_frames(prepare_frames(view, self.size)) for view in raw])
+
+    def _result(self, instruction: str, predicted: np.ndarray) -> OpenLoopEpisode:
+        real, span = self.actions[: len(predicted)], self.policy.plan.executed * self.policy.frames_per_latent
+        mean = np.array(self.policy.parts.statistics.actions.mean, np.float32)
+        before = np.arange(len(real)) // span * span - 1
+        repeated = np.where(before[:, None] >= 0, real[np.maximum(before, 0)], mean)
+        baselines = {BASELINES[0]: np.broadcast_to(mean, real.shape).copy(), BASELINES[1]: repeated}
+        video = {name: np.concatenate(parts, axis=1) for name, parts in self._video.items() if parts}
+        rate_hz = self.policy.embodiment.rate_hz
+        return OpenLoopEpisode(self.index, instruction, rate_hz, real, predicted, baselines, **video)
+
+
+def _check_data(policy: BatchedPolicy, reader: LeRobotReader) -> None:
+    """The data set must be of the policy's robot."""
+    if missing := [camera for camera in policy.embodiment.cameras if camera not in reader.camera_keys]:
+        raise ValueError(f"{reader.root}: the policy needs the cameras {missing}, there are {reader.camera_keys}")
+    if "action" not in reader.features:
+        raise ValueError(f"{reader.root}: no recorded actions to compare with; its features are {sorted(reader.features)}")
+    names = reader.channel_names("action")
+    if names != policy.parts.statistics.actions.channels:
+        raise ValueError(
+            f"{reader.root}: expected the action channels {policy.parts.statistics.actions.channels}, got {names}"
+        )
+    if reader.fps != policy.embodiment.rate_hz:
+        raise ValueError(f"{reader.root}: expected {policy.embodiment.rate_hz} frames per second, got {reader.fps}")

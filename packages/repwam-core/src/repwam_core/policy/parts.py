@@ -1,0 +1,49 @@
+"""A policy folder in memory: model, tokenizer, text encoder and statistics, checked against each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from repvitok import RepViTok
+
+from repwam_core.embodiment import Statistics
+from repwam_core.export import PolicyManifest
+from repwam_core.model.wam import WorldActionModel
+from repwam_core.text import TextEncoder
+
+
+@dataclass(frozen=True)
+class PolicyParts:
+    """What a policy folder holds, loaded and checked against each other."""
+
+    manifest: PolicyManifest
+    wam: WorldActionModel
+    tokenizer: RepViTok
+    statistics: Statistics
+    text: TextEncoder
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str = "cpu") -> PolicyParts:
+        """Load a folder written by `repwam export`.
+
+        Raises:
+            FileNotFoundError: when it is no policy folder.
+            ValueError: when a part is not the one that policy.json names.
+        """
+        folder = Path(folder)
+        manifest = PolicyManifest.load(folder)
+        wam = WorldActionModel.from_pretrained(folder / "wam")
+        tokenizer = RepViTok.from_pretrained(folder / "tokenizer")
+        statistics = Statistics.load(folder / "statistics.json")
+        found = {"wam": wam.digest(), "tokenizer": tokenizer.digest(), "statistics": statistics.digest}
+        for part, digest in found.items():
+            if digest != manifest.digests[part]:
+                raise ValueError(
+                    f"{folder / part}: expected {manifest.digests[part][:16]} as policy.json says, got {digest[:16]}; "
+                    "a part was exchanged: export the policy again"
+                )
+        text = TextEncoder(manifest.text_encoder, device=device)
+        if (folder / "text.safetensors").exists():
+            text.load_cache(folder / "text.safetensors")
+        return cls(manifest, wam.to(device), tokenizer.to(device), statistics, text)

@@ -1,0 +1,307 @@
+"""The policy: camera frames, robot state and an instruction in, a chunk of actions in SI units out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from repvitok.data import prepare_frames
+from torch import Tensor
+
+from repwam_core.embodiment import Embodiment
+from repwam_core.interface import ActionChunk, BasePolicy, BatchedBasePolicy, Observation
+from repwam_core.model.rollout import Rollout
+from repwam_core.planning import PlanSettings
+from repwam_core.policy.parts import PolicyParts
+from repwam_core.training.metrics import plan_chunk, start_rollout
+
+
+@dataclass
+class _Episodes:
+    """What the policy remembers of the episodes under way; a reset begins a new one.
+
+    Attributes:
+        instructions: what each is to do; "" for no instruction.
+        seeds: of every draw.
+        acts: how often the policy was asked.
+        sizes: camera -> picture size of the first frame.
+        history: observed latents, states and the actions that led there, the newest last.
+        returned: scaled actions of the last chunk, (n, frames, a, c).
+        executed: scaled actions that were carried out instead, if `record` was told.
+    """
+
+    instructions: list[str]
+    seeds: list[int]
+    rollout: Rollout
+    stream: Any
+    acts: int
+    sizes: dict[str, tuple[int, int]]
+    history: list[tuple[Tensor, Tensor | None, Tensor | None]]
+    returned: Tensor | None = None
+    executed: Tensor | None = None
+
+
+class BatchedPolicy(BatchedBasePolicy):
+    """Many episodes in step, each exactly as it would run alone.
+
+    The first `act` of an episode takes one frame per camera. Every later one takes all the frames since, which are
+    4 * stride frames for each latent frame that was carried out, the newest last; the actions carried out are taken to
+    be the ones returned, unless `record` says otherwise.
+
+    Args:
+        parts: the loaded policy folder.
+        **plan: fields of `PlanSettings` that differ from the folder's.
+
+    Attributes:
+        planned: what the model expects of the chunk returned last: scaled actions and standardised latents.
+    """
+
+    def __init__(self, parts: PolicyParts, **plan: Any) -> None:
+        self.parts, self.plan = parts, replace(parts.manifest.plan, **plan)
+        latents = parts.manifest.latents
+        self.device = next(parts.wam.parameters()).device
+        self.frames_per_latent = parts.tokenizer.config.tubelet_frames * latents.stride
+        self._mean = torch.from_numpy(latents.mean).to(self.device)
+        self._std = torch.from_numpy(latents.std).to(self.device)
+        self.planned: Any = None
+        self._now: _Episodes | None = None
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str = "cpu", **plan: Any) -> BatchedPolicy:
+        """Load a policy folder; `plan` overrides how it plans, for example `execute_frames=1`."""
+        return cls(PolicyParts.load(folder, device), **plan)
+
+    @property
+    def embodiment(self) -> Embodiment:
+        """The robot that this policy drives."""
+        return self.parts.manifest.embodiment
+
+    def reset(self, instructions: Sequence[str | None], seeds: Sequence[int]) -> None:
+        """Begin episodes; None or "" is no instruction."""
+        if len(instructions) != len(seeds) or not instructions:
+            raise ValueError(f"expected one seed per instruction, got {len(instructions)} and {len(seeds)}")
+        told = [instruction or "" for instruction in instructions]
+        latents = self.parts.manifest.latents
+        stream = self.parts.tokenizer.stream(len(told) * latents.grid[0], window=latents.window)
+        self._now = _Episodes(told, list(seeds), self._rollout(told), stream, 0, {}, [])
+        self.planned = None
+
+    def record(self, actions_si: Sequence[np.ndarray]) -> None:
+        """Tell which actions were carried out since the last `act`, (frames, C) each, if not those returned."""
+        now = self._episodes()
+        a, norm = self.parts.wam.config.space(self.parts.manifest.space).vectors_per_transition, []
+        for actions in actions_si:
+            if len(actions) % a:
+                raise ValueError(f"expected whole latent transitions of {a} actions, got {len(actions)} actions")
+            norm.append(torch.from_numpy(self.parts.statistics.actions.normalise(np.asarray(actions))))
+        now.executed = rearrange(torch.stack(norm), "n (frames a) c -> n frames a c", a=a)
+
+    @torch.no_grad()
+    def act(self, observations: Sequence[Observation]) -> list[ActionChunk]:
+        """Return the next chunk of each episode.
+
+        Raises:
+            ValueError: for a camera, frame count, picture size or state that does not fit; the message says what would.
+        """
+        now = self._episodes()
+        self._check(observations)
+        states = self._states(observations)
+        actions = self._executed(observations[0].num_frames // self.frames_per_latent) if now.acts else None
+        self._follow_instructions(observations)
+        latents = self._encode(observations)
+        now.rollout.observe(latents, states, actions)
+        keep = self.parts.wam.config.window + 1
+        now.history = [*now.history, (latents, states, actions)][-keep:]
+        self.planned = self._plan(now)
+        now.acts, now.returned, now.executed = now.acts + 1, self.planned.actions, None
+        return self._chunks(self.planned.actions[:, : self.plan.executed])
+
+    def imagined_latents(self) -> Float[Tensor, "n frames tokens d"] | None:
+        """Latents that the model expects of the chunk returned last, as the tokenizer speaks them; None if skipped."""
+        if self.planned is None or self.planned.latents is None:
+            return None
+        return self.planned.latents * self._std + self._mean
+
+    def observed_latents(self) -> Float[Tensor, "n frames tokens d"]:
+        """Latents of the frames seen in the last `act`, as the tokenizer speaks them."""
+        return self._episodes().history[-1][0] * self._std + self._mean
+
+    # -- observations --------------------------------------------------------------------------------------------
+
+    def _check(self, observations: Sequence[Observation]) -> None:
+        now = self._episodes()
+        if len(observations) != len(now.seeds):
+            raise ValueError(f"expected {len(now.seeds)} observations, one per episode, got {len(observations)}")
+        for observation in observations:
+            self._check_frames(observation, now.acts)
+            self._check_cameras(observation, now.sizes)
+        if len({observation.num_frames for observation in observations}) != 1:
+            counts = [observation.num_frames for observation in observations]
+            raise ValueError(f"expected the same number of frames in every observation of a batch, got {counts}")
+
+    def _check_frames(self, observation: Observation, acts: int) -> None:
+        per, most = self.frames_per_latent, self.plan.chunk_frames
+        frames = observation.num_frames
+        if acts == 0 and frames != 1:
+            raise ValueError(f"expected one frame per camera in the first observation after reset, got {frames}")
+        if acts and (frames % per or not 1 <= frames // per <= most):
+            raise ValueError(
+                f"expected all frames since the last act, {per} per latent frame carried out, at most {most * per}; "
+                f"got {frames}: carry out whole multiples of {per} actions"
+            )
+
+    def _check_cameras(self, observation: Observation, sizes: dict[str, tuple[int, int]]) -> None:
+        for camera in self.embodiment.cameras:
+            if camera not in observation.images:
+                raise ValueError(
+                    f"expected the cameras {list(self.embodiment.cameras)}, got {list(observation.images)}; "
+                    f"{camera!r} is missing"
+                )
+            size = observation.frames(camera).shape[1:3]
+            before = sizes.setdefault(camera, (size[0], size[1]))
+            if size != before:
+                raise ValueError(f"camera {camera!r} gave {before} pixels before, now {size}; call reset first")
+
+    def _encode(self, observations: Sequence[Observation]) -> Tensor:
+        """Standardised latents (n, frames, tokens, d) of the new frames, as `repvitok encode` makes them."""
+        now, latents = self._episodes(), self.parts.manifest.latents
+        every = slice(None) if now.acts == 0 else slice(latents.stride - 1, None, latents.stride)
+        clips = [
+            prepare_frames(observation.frames(camera)[every], self.parts.manifest.size)
+            for observation in observations
+            for camera in self.embodiment.cameras
+        ]
+        z = now.stream.encode(torch.stack(clips).to(self.device))
+        z = rearrange(z, "(n views) frames tokens d -> n frames (views tokens) d", views=latents.grid[0])
+        return (z - self._mean) / self._std
+
+    def _states(self, observations: Sequence[Observation]) -> Tensor | None:
+        """Standardised states (n, frames, S) at the last raw frame of each new latent frame."""
+        if not self.parts.wam.config.has_state(self.parts.manifest.space):
+            return None
+        statistics, rows = self.parts.statistics.state, []
+        if statistics is None:
+            raise ValueError("this policy's model takes a robot state, but its statistics.json has none; export again")
+        every = self.frames_per_latent if self._episodes().acts else 1
+        for observation in observations:
+            states = observation.states()
+            if states is None:
+                names = ", ".join(statistics.channels)
+                raise ValueError(f"expected a state of {len(statistics.channels)} numbers ({names}), got none")
+            rows.append(torch.from_numpy(statistics.standardise(states[every - 1 :: every])))
+        return torch.stack(rows).to(self.device)
+
+    def _executed(self, frames: int) -> Tensor:
+        """Scaled actions (n, frames, a, c) that were carried out since the last act."""
+        now = self._episodes()
+        actions = now.executed if now.executed is not None else now.returned
+        if actions is None or actions.shape[1] < frames or len(actions) != len(now.seeds):
+            got = None if actions is None else tuple(actions.shape[:2])
+            raise ValueError(f"expected the actions of {len(now.seeds)} episodes and {frames} latent frames, got {got}")
+        return actions[:, :frames].to(self.device)
+
+    # -- planning ------------------------------------------------------------------------------------------------
+
+    def _plan(self, now: _Episodes) -> Any:
+        """Plan with noise that depends on each episode's seed and the number of the act, not on its neighbours."""
+        config, frames, tokens = self.parts.wam.config, self.plan.chunk_frames, self.parts.manifest.latents.tokens
+        space = config.space(self.parts.manifest.space)
+        video, actions = [], []
+        for seed in now.seeds:
+            key = np.random.SeedSequence((seed, now.acts)).generate_state(1, np.uint64)[0]
+            generator = torch.Generator().manual_seed(int(key >> 1))
+            actions.append(torch.randn(frames, space.vectors_per_transition, space.channels, generator=generator))
+            video.append(torch.randn(frames, tokens, config.latent_dim, generator=generator))
+        return plan_chunk(now.rollout, self.plan, video_noise=torch.stack(video), action_noise=torch.stack(actions))
+
+    def _chunks(self, actions_norm: Tensor) -> list[ActionChunk]:
+        """Actions in SI units, clipped to the recorded range if the plan says so."""
+        statistics, rate_hz = self.parts.statistics.actions, self.embodiment.rate_hz
+        rows = rearrange(actions_norm.float().cpu().numpy(), "n frames a c -> n (frames a) c")
+        actions_si = statistics.denormalise(rows)
+        if self.plan.clip:
+            actions_si = statistics.clip(actions_si)
+        return [ActionChunk(np.ascontiguousarray(row), statistics.channels, rate_hz) for row in actions_si]
+
+    def _follow_instructions(self, observations: Sequence[Observation]) -> None:
+        """A new instruction in mid-episode: what is remembered is read again in its light."""
+        now = self._episodes()
+        told = [
+            old if observation.instruction is None else observation.instruction
+            for observation, old in zip(observations, now.instructions, strict=True)
+        ]
+        if told == now.instructions:
+            return
+        now.instructions, now.rollout = told, self._rollout(told)
+        for latents, states, actions in now.history:
+            for frame in range(latents.shape[1]):
+                at = slice(frame, frame + 1)
+                first = now.rollout.frame == 0
+                now.rollout.observe(
+                    latents[:, at],
+                    None if states is None else states[:, at],
+                    None if first or actions is None else actions[:, at],
+                )
+
+    def _rollout(self, instructions: list[str]) -> Rollout:
+        told = torch.tensor([[bool(text)] for text in instructions])
+        if told.any():
+            filler = next(text for text in instructions if text)
+            tokens, mask = self.parts.text.encode([text or filler for text in instructions])
+        else:
+            tokens = torch.zeros(len(instructions), 1, self.parts.wam.config.text_dim)
+            mask = torch.zeros(len(instructions), 1, dtype=torch.bool)
+        manifest = self.parts.manifest
+        return start_rollout(
+            self.parts.wam,
+            self.plan,
+            space=manifest.space,
+            grid=manifest.latents.grid,
+            text=tokens.to(self.device),
+            text_mask=(mask & told).to(self.device),
+        )
+
+    def _episodes(self) -> _Episodes:
+        if self._now is None:
+            raise ValueError("call reset before act: no episode has begun")
+        return self._now
+
+
+class Policy(BasePolicy):
+    """One robot, one episode at a time; see `BatchedPolicy` for which frames `act` takes."""
+
+    def __init__(self, parts: PolicyParts, **plan: Any) -> None:
+        self.batched = BatchedPolicy(parts, **plan)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str = "cpu", **plan: Any) -> Policy:
+        """Load a policy folder; `plan` overrides how it plans, for example `execute_frames=1`."""
+        return cls(PolicyParts.load(folder, device), **plan)
+
+    @property
+    def embodiment(self) -> Embodiment:
+        """The robot that this policy drives."""
+        return self.batched.embodiment
+
+    @property
+    def plan(self) -> PlanSettings:
+        """How it plans."""
+        return self.batched.plan
+
+    def reset(self, instruction: str | None, seed: int = 0) -> None:
+        """Begin an episode; None or "" is no instruction."""
+        self.batched.reset([instruction], [seed])
+
+    def record(self, actions_si: np.ndarray) -> None:
+        """Tell which actions (frames, C) were carried out since the last `act`, if not those returned."""
+        self.batched.record([actions_si])
+
+    def act(self, observation: Observation) -> ActionChunk:
+        """Return the next actions, given every frame since the last call."""
+        return self.batched.act([observation])[0]

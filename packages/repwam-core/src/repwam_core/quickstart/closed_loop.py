@@ -1,0 +1,120 @@
+"""The last stages of a simulator run: the policy on unseen seeds, what it is compared with, and language."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from repvitok.data.atomic import write_json_atomic
+
+from repwam_core.policy.policy import BatchedPolicy
+from repwam_core.quickstart.plan import Plan
+from repwam_core.sim.baselines import Baseline, run_baseline
+from repwam_core.sim.collect import collect
+from repwam_core.sim.demonstrations import NOISE_MODES
+from repwam_core.sim.evaluate import evaluate
+from repwam_core.sim.instructions import instruction
+from repwam_core.sim.metaworld import MetaWorldSettings
+from repwam_core.sim.results import EpisodeResult, load_results, save_results, success_rates
+from repwam_core.sim.seeds import evaluation_seeds
+
+BASELINES: tuple[Baseline, ...] = ("random", "replay", "expert")
+FILMED_PER_TASK = 8
+LANGUAGE = ("right", "other", "none")
+
+
+def settings_of(plan: Plan) -> MetaWorldSettings:
+    """How the run's simulator is driven and seen, in collection and evaluation alike."""
+    return MetaWorldSettings(size=plan.size, same_scene=(plan.same_scene,) if plan.same_scene else ())
+
+
+def collect_demonstrations(folder: Path, *, plan: Plan, seed: int, workers: int) -> dict[str, Any]:
+    """Record the experts into ``folder/dataset``."""
+    summary = collect(
+        folder / "dataset",
+        plan.all_tasks,
+        episodes_per_task=plan.episodes,
+        seed=seed,
+        settings=settings_of(plan),
+        noise=NOISE_MODES[plan.noise],
+        workers=workers,
+    )
+    return {"episodes": summary.episodes, "frames": summary.frames}
+
+
+def run_baselines(folder: Path, *, plan: Plan, dataset: Path, workers: int) -> dict[str, Any]:
+    """Random actions, a replayed demonstration and the expert on the evaluation seeds."""
+    counts: dict[str, Any] = {}
+    for baseline in BASELINES:
+        results = run_baseline(
+            baseline,
+            plan.all_tasks,
+            evaluation_seeds(plan.eval_episodes),
+            settings=settings_of(plan),
+            demonstrations=dataset,
+            workers=workers,
+        )
+        save_results(folder / f"{baseline}.json", results, method=baseline)
+        counts[baseline] = told(results)
+    return counts
+
+
+def run_policy(
+    folder: Path, *, plan: Plan, policy: Path, workers: int, tasks: Sequence[str], filmed: int = FILMED_PER_TASK
+) -> dict[str, Any]:
+    """The policy on the evaluation seeds of ``tasks``, under the right instruction; films a few episodes of each."""
+    results = _drive(plan, policy, tasks, instruction, workers, filmed)
+    save_results(folder / "policy.json", results, method="policy")
+    films = {f"{r.task}/{r.seed}": r.frames for r in results if r.frames is not None}
+    np.savez_compressed(folder / "films.npz", **films)  # type: ignore[arg-type]
+    return {"policy": told(results)}
+
+
+def run_language(folder: Path, *, plan: Plan, policy: Path, workers: int) -> dict[str, Any]:
+    """The same-scene pair told the other task's instruction, and told nothing."""
+    first, second = plan.same_scene
+    other = {first: second, second: first}
+    told_what: dict[str, Callable[[str, int], str | None]] = {
+        "other": lambda task, seed: instruction(other[task], seed),
+        "none": lambda task, seed: None,
+    }
+    counts: dict[str, Any] = {}
+    for name, instruction_of in told_what.items():
+        results = _drive(plan, policy, plan.same_scene, instruction_of, workers, 0)
+        save_results(folder / f"{name}.json", results, method="policy", instruction=name)
+        counts[name] = told(results)
+    write_json_atomic(folder / "pair.json", list(plan.same_scene))
+    return counts
+
+
+def read_results(folder: Path, name: str) -> list[EpisodeResult]:
+    """The episodes that a stage above saved under ``name``."""
+    return load_results(folder / f"{name}.json")[0]
+
+
+def told(results: Sequence[EpisodeResult]) -> str:
+    """Successes per task in a few words: "button-press-topdown 19/20, window-open 17/20"."""
+    return ", ".join(f"{task} {rate.successes}/{rate.episodes}" for task, rate in success_rates(results).items())
+
+
+def _drive(
+    plan: Plan,
+    policy: Path,
+    tasks: Sequence[str],
+    instruction_of: Callable[[str, int], str | None],
+    workers: int,
+    filmed: int,
+) -> list[EpisodeResult]:
+    return evaluate(
+        BatchedPolicy.from_pretrained(policy),
+        tasks,
+        evaluation_seeds(plan.eval_episodes),
+        settings=settings_of(plan),
+        instruction_of=instruction_of,
+        execute=plan.execute,
+        batch_size=50,
+        workers=workers,
+        filmed_per_task=filmed,
+    )

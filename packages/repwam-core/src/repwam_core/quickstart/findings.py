@@ -1,0 +1,123 @@
+"""Plain sentences of what a run shows at this size, and what it does not."""
+
+from __future__ import annotations
+
+from repwam_core.report import Count, LanguageRow, ReportData
+
+
+def findings(data: ReportData) -> list[str]:
+    """One sentence per claim that the run's own numbers support or refute."""
+    told = [_closed_loop(data), *_language(data), _open_loop(data), _tokenizer(data), *_latent_actions(data)]
+    told.append(_imagination(data))
+    return [sentence for sentence in told if sentence] + [LIMITS]
+
+
+LIMITS = (
+    "Not shown by this run: whether latent actions, the video objective or a trained tokenizer help the policy. Each "
+    "of them needs a run without it; recipes/RESULTS.md has the ones that were made at this size, with their numbers. "
+    "The alignment teacher here is a stand-in (histograms of oriented gradients), so nothing here tests the paper's "
+    "claims about semantic latents."
+)
+
+
+def _closed_loop(data: ReportData) -> str:
+    if not data.success:
+        return ""
+    rows = {row.method: row for row in data.success}
+    policy = rows["policy"].total
+    others = ", ".join(f"{name} {_percent(rows[name].total)}" for name in ("replay", "random", "expert") if name in rows)
+    verdict = "above" if policy.interval[0] > rows["replay"].total.interval[1] else "not clearly above"
+    return (
+        f"In closed loop on unseen layouts the policy solves {_percent(policy)} of its episodes (95 % interval "
+        f"{_interval(policy)}), against {others}: {verdict} a replayed demonstration."
+    )
+
+
+def _language(data: ReportData) -> list[str]:
+    rows = [row for row in data.language if row.right and row.other]
+    if not rows:
+        return []
+    right, other = _total(rows, "right"), _total(rows, "other")
+    follows = "so it follows the instruction" if right.interval[0] > other.interval[1] else (
+        "so this run does not show that it follows the instruction"
+    )
+    none = _total([row for row in rows if row.none], "none") if any(row.none for row in rows) else None
+    untold = f" and {_percent(none)} with none" if none else ""
+    return [
+        f"On the pair of tasks that share a scene it solves {_percent(right)} with the right instruction, "
+        f"{_percent(other)} with the other task's{untold}, {follows}."
+    ]
+
+
+def _open_loop(data: ReportData) -> str:
+    if data.open_loop is None:
+        return ""
+    channels = [c for c in data.open_loop.channels if c.baselines]
+    if not channels:
+        return ""
+    won = sum(c.error < min(c.baselines.values()) for c in channels)
+    return (
+        f"In open loop on held-out episodes its action error is below both baselines (the mean action, the last action "
+        f"repeated) on {won} of {len(channels)} channels."
+    )
+
+
+def _tokenizer(data: ReportData) -> str:
+    if data.reconstruction is None:
+        return ""
+    best = max((values[0], name) for name, values in data.reconstruction.baselines.items())
+    return (
+        f"The tokenizer reconstructs held-out episodes at {data.reconstruction.psnr_db:.1f} dB PSNR; the best trivial "
+        f"baseline ({best[1]}) has {best[0]:.1f} dB."
+    )
+
+
+def _latent_actions(data: ReportData) -> list[str]:
+    found = data.latent_actions
+    if found is None or found.copy_loss is None or found.zero_action_loss is None:
+        return []
+    gain = 1 - found.forward_loss / found.zero_action_loss
+    sentences = [
+        f"Latent actions lower the error of the next latents to {found.forward_loss:.3f}, from {found.copy_loss:.3f} "
+        f"for copying the current ones and {found.zero_action_loss:.3f} for the same forward model without an action: "
+        f"{100 * gain:.0f} % of the latter is the action's doing."
+    ]
+    untrained = found.probe_controls.get("untrained latent action")
+    if found.probe_r2 and untrained:
+        ours, theirs = _mean(found.probe_r2), _mean(untrained)
+        verdict = "carry" if ours > theirs + 0.05 else "do not measurably carry"
+        sentences.append(
+            f"A small head reads robot actions from latent actions with R^2 {ours:.2f} on held-out episodes, {theirs:.2f} "
+            f"from those of an untrained model: trained latent actions {verdict} more of the robot's motion."
+        )
+    return sentences
+
+
+def _imagination(data: ReportData) -> str:
+    found = data.imagination
+    if found is None or found.copy_psnr_db is None:
+        return ""
+    difference = found.psnr_db - found.copy_psnr_db
+    verdict = "better than" if difference > 0.2 else "no better than" if difference > -0.2 else "worse than"
+    return (
+        f"Imagined video has {found.psnr_db:.1f} dB PSNR against what really followed, {verdict} repeating the last "
+        f"observed frame ({found.copy_psnr_db:.1f} dB)."
+    )
+
+
+def _total(rows: list[LanguageRow], told: str) -> Count:
+    counts = [getattr(row, told) for row in rows]
+    return sum(counts[1:], start=counts[0])
+
+
+def _percent(count: Count) -> str:
+    return f"{100 * count.rate:.0f} % ({count.successes}/{count.episodes})"
+
+
+def _interval(count: Count) -> str:
+    low, high = count.interval
+    return f"{100 * low:.0f} to {100 * high:.0f} %"
+
+
+def _mean(values: dict[str, float]) -> float:
+    return sum(values.values()) / len(values)

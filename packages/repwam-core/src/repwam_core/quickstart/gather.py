@@ -1,0 +1,209 @@
+"""Turns a finished run's folders into what the report shows: pictures, curves, counts, findings."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import yaml
+from repvitok.curves import read_curves
+
+from repwam_core.quickstart import closed_loop, pictures
+from repwam_core.quickstart.findings import findings
+from repwam_core.quickstart.training import FIT
+from repwam_core.report import (
+    Count,
+    Curve,
+    LanguageRow,
+    ReportData,
+    Rollout,
+    RunInfo,
+    Stage,
+    SuccessRow,
+)
+from repwam_core.sim.results import EpisodeResult
+
+if TYPE_CHECKING:
+    from repwam_core.quickstart.pipeline import Run, Trained
+    from repwam_core.quickstart.stages import StageResult
+
+PACKAGES = ("repvitok", "latent-action", "repwam-core", "torch", "lightning", "numpy", "metaworld", "mujoco")
+SHOWN_PER_TASK = 3
+
+
+def report_data(this: Run, trained: Trained, outcome: dict[str, StageResult]) -> ReportData:
+    """Everything the run has to say.
+
+    Args:
+        this: the invocation.
+        trained: the training stages.
+        outcome: the closed-loop stages by name; empty for a data set run, which gets an open-loop evaluation.
+    """
+    open_loop = pictures.open_loop(this, trained)
+    data = ReportData(
+        run=_run_info(this, trained),
+        success=_success(outcome) if outcome else (),
+        language=_language(outcome) if "language" in outcome else (),
+        rollouts=_rollouts(outcome) if outcome else (),
+        open_loop=open_loop.actions,
+        reconstruction=pictures.reconstruction(this, trained),
+        latent_actions=pictures.latent_actions(this, trained),
+        imagination=open_loop.imagination,
+        curves=_curves(trained),
+    )
+    return ReportData(**{**vars(data), "findings": findings(data)})
+
+
+def _run_info(this: Run, trained: Trained) -> RunInfo:
+    stages = [
+        Stage(r.name, r.seconds, r.cached, r.digest[:10], _key_result(r.summary)) for r in this.runner.results
+    ]
+    what = trained.dataset.name if not this.plan.all_tasks else "Meta-World"
+    return RunInfo(
+        title=f"RepWAM quickstart on {what}",
+        command=this.command,
+        stages=stages,
+        summary=(
+            "Video to semantic latents, latent actions between them, a causal world action model over both, adapted "
+            "to robot actions and run as a policy."
+        ),
+        commit=_commit(),
+        versions={name: version(name) for name in PACKAGES if _installed(name)} | {"python": platform.python_version()},
+        hardware=f"{_processor()}, {_cores()} cores, {platform.system()} {platform.machine()}",
+        seeds=(this.seed,),
+        config_yaml=_configuration(this, trained),
+        peak_memory_bytes=_peak_memory_bytes(),
+        wall_seconds=time.monotonic() - this.started_s,
+        date=datetime.now(UTC).strftime("%Y-%m-%d"),
+    )
+
+
+def _key_result(summary: dict[str, Any]) -> str:
+    numbers = {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in summary.items()}
+    return "; ".join(f"{key} {value}" for key, value in numbers.items())
+
+
+def _configuration(this: Run, trained: Trained) -> str:
+    """The plan, then the resolved configuration of every training stage."""
+    parts = [f"# plan\n{yaml.safe_dump(json.loads(json.dumps(this.plan.to_dict())), sort_keys=False)}"]
+    for stage in (trained.tokenizer, trained.lat, trained.pretrained, trained.adapted):
+        parts.append(f"# {stage.name}\n{(stage.folder / FIT / 'config.yaml').read_text()}")
+    return "\n".join(parts)
+
+
+def _curves(trained: Trained) -> dict[str, dict[str, Curve]]:
+    stages = {
+        "visual tokenizer": trained.tokenizer,
+        "latent actions": trained.lat,
+        "pretraining": trained.pretrained,
+        "adaptation": trained.adapted,
+    }
+    shown = {}
+    for name, stage in stages.items():
+        curves = read_curves(stage.folder / FIT)
+        kept = {key: rows for key, rows in curves.items() if key.startswith("train/") and len(rows) > 1}
+        kept = {key: rows for key, rows in kept.items() if not key.endswith(("/lr", "/gradient_norm"))}
+        shown[name] = {key: Curve(rows[:, 0], rows[:, 1]) for key, rows in kept.items()}
+    return shown
+
+
+def count(results: Sequence[EpisodeResult]) -> Count:
+    """Successes among results."""
+    return Count(sum(result.success for result in results), len(results))
+
+
+def _per_task(results: Sequence[EpisodeResult]) -> dict[str, Count]:
+    tasks = dict.fromkeys(result.task for result in results)
+    return {task: count([result for result in results if result.task == task]) for task in tasks}
+
+
+def _success(outcome: dict[str, StageResult]) -> list[SuccessRow]:
+    rows = [SuccessRow("policy", _per_task(closed_loop.read_results(outcome["rollouts"].folder, "policy")))]
+    notes = {
+        "random": "uniform actions",
+        "replay": "a demonstration of the task, carried out blindly",
+        "expert": "Meta-World's scripted policy",
+    }
+    for baseline in closed_loop.BASELINES:
+        results = closed_loop.read_results(outcome["baselines"].folder, baseline)
+        rows.append(SuccessRow(baseline, _per_task(results), notes[baseline]))
+    return rows
+
+
+def _language(outcome: dict[str, StageResult]) -> list[LanguageRow]:
+    folder = outcome["language"].folder
+    told = {
+        "right": _per_task(closed_loop.read_results(outcome["rollouts"].folder, "policy")),
+        "other": _per_task(closed_loop.read_results(folder, "other")),
+        "none": _per_task(closed_loop.read_results(folder, "none")),
+    }
+    pair = json.loads((folder / "pair.json").read_text())
+    return [LanguageRow(task, *(told[name].get(task) for name in closed_loop.LANGUAGE)) for task in pair]
+
+
+def _rollouts(outcome: dict[str, StageResult]) -> list[Rollout]:
+    """A few filmed episodes of each task, failures first among equals so that none are hidden."""
+    folder = outcome["rollouts"].folder
+    results = closed_loop.read_results(folder, "policy")
+    with np.load(folder / "films.npz") as films:
+        shown: list[Rollout] = []
+        for task in dict.fromkeys(result.task for result in results):
+            filmed = [r for r in results if r.task == task and f"{task}/{r.seed}" in films]
+            failures = [r for r in filmed if not r.success][:1]
+            successes = [r for r in filmed if r.success][: SHOWN_PER_TASK - len(failures)]
+            for r in successes + failures:
+                frames = films[f"{task}/{r.seed}"]
+                shown.append(Rollout(task, r.seed, r.success, frames[::2], r.instruction or "", 20.0))
+    return shown
+
+
+def _installed(name: str) -> bool:
+    from importlib.metadata import PackageNotFoundError
+
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _commit() -> str:
+    """Commit of the checkout this code runs from, with a mark if it was changed; empty outside of one."""
+    here = Path(__file__).parent
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip()
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or "unknown processor"
+
+
+def _cores() -> int:
+    from repwam_core.sim.workers import default_workers
+
+    return default_workers()
+
+
+def _peak_memory_bytes() -> int:
+    """Peak resident memory of this process plus that of its largest child; an upper bound is not measured."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return (own + children) * unit

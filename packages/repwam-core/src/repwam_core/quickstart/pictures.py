@@ -1,0 +1,191 @@
+"""The report's pictures and measurements that need the models: reconstructions, latent actions, imagination."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from latent_action import LatentActionTokenizer
+from latent_action.visualize import acting_map, draw_transition, transport_arrows
+from repvitok import RepViTok
+from repvitok.data import LatentShards, LeRobotReader, prepare_frames, to_frames
+from repvitok.data.split import held_out_episodes
+from repvitok.metrics import psnr, ssim
+
+from repwam_core.policy.openloop import OpenLoopEpisode, OpenLoopResult, evaluate_open_loop
+from repwam_core.policy.policy import BatchedPolicy
+from repwam_core.report import (
+    ActionTrace,
+    ChannelError,
+    Imagination,
+    ImaginedClip,
+    LatentActions,
+    OpenLoop,
+    ReconstructedClip,
+    Reconstruction,
+    TransitionPicture,
+)
+
+if TYPE_CHECKING:
+    from repwam_core.quickstart.pipeline import Run, Trained
+
+MEASURED_EPISODES = 10
+SHOWN = 4
+TRACED_CHANNELS = 6
+
+
+@dataclass(frozen=True)
+class OpenLoopFindings:
+    """Actions and imagined video of held-out episodes."""
+
+    actions: OpenLoop
+    imagination: Imagination | None
+
+
+def held_out(this: Run, trained: Trained) -> tuple[LeRobotReader, list[int]]:
+    """The data set and the episodes that no training stage saw, at most ``MEASURED_EPISODES``."""
+    reader = LeRobotReader(trained.dataset)
+    indices = [info.index for info in reader.episodes]
+    return reader, sorted(held_out_episodes(indices, this.plan.val_fraction))[:MEASURED_EPISODES]
+
+
+def reconstruction(this: Run, trained: Trained) -> Reconstruction:
+    """Held-out episodes through the tokenizer's stream and back, beside two trivial baselines."""
+    reader, episodes = held_out(this, trained)
+    tokenizer = RepViTok.from_pretrained(trained.tokenizer_folder)
+    camera, size = reader.camera_keys[0], this.plan.size
+    clips, baselines = [], []
+    for index in episodes:
+        length = reader.episodes[index].length
+        frames = range(0, 1 + (length - 1) // (4 * this.plan.stride) * 4 * this.plan.stride, this.plan.stride)
+        video = prepare_frames(reader.frames(index, camera, frames), size)[None]
+        with torch.no_grad():
+            stream = tokenizer.stream(window=tokenizer.config.episode_window)
+            video_hat = stream.decode(stream.encode(video), size).clamp(-1, 1)
+        clip = ReconstructedClip(
+            f"episode {index}",
+            to_frames(video[0]),
+            to_frames(video_hat[0]),
+            float(psnr(video_hat, video)),
+            float(ssim(video_hat, video)),
+        )
+        clips.append(clip)
+        mean_colour = video.mean(dim=(2, 3, 4), keepdim=True).expand_as(video)
+        first_frame = video[:, :, :1].expand_as(video)
+        baselines.append([(float(psnr(x, video)), float(ssim(x, video))) for x in (mean_colour, first_frame)])
+    means = np.mean(baselines, axis=0)
+    shown = [_shortened(clip) for clip in clips[:: max(1, len(clips) // SHOWN)][:SHOWN]]
+    return Reconstruction(
+        shown,
+        float(np.mean([clip.psnr_db for clip in clips])),
+        float(np.mean([clip.ssim for clip in clips if clip.ssim is not None])),
+        len(clips),
+        {name: tuple(map(float, means[i])) for i, name in enumerate(("mean colour", "first frame repeated"))},
+    )
+
+
+def latent_actions(this: Run, trained: Trained) -> LatentActions:
+    """Where latent actions of held-out episodes act, and how much of the next latents they explain."""
+    reader, episodes = held_out(this, trained)
+    lat = LatentActionTokenizer.from_pretrained(trained.lat_folder)
+    shards = LatentShards(trained.latents)
+    by_index = {e.episode_index: e for e in shards if e.offset == 0 and e.episode_index in episodes}
+    pictures = [
+        _transition(this, reader, lat, by_index[index], shards.meta.grid) for index in episodes if index in by_index
+    ]
+    probe = json.loads((trained.labelled.folder / "probe.json").read_text())
+    summary = trained.lat.summary
+    r2 = {name: dict(zip(probe["channels"], probe[name]["r2"], strict=True)) for name in ("latent_action", "untrained")}
+    r2["frames"] = dict(zip(probe["channels"], probe["frames"]["r2"], strict=True))
+    varying = {name: {c: v for c, v in values.items() if v is not None} for name, values in r2.items()}
+    return LatentActions(
+        pictures[:SHOWN],
+        summary["val/forward_loss"],
+        summary["val/copy_loss"],
+        summary["val/zero_action_loss"],
+        varying["latent_action"],
+        {"untrained latent action": varying["untrained"], "head on both latents": varying["frames"]},
+    )
+
+
+def _transition(this: Run, reader: LeRobotReader, lat: LatentActionTokenizer, episode, grid) -> TransitionPicture:
+    """The held-out episode's transition that changes the latents most, drawn on its frame (first camera)."""
+    z = lat.standardise(torch.from_numpy(episode.latents)[None])
+    with torch.no_grad():
+        actions = lat.encode(z, grid)[0]
+        step = int((z[0, 1:] - z[0, :-1]).square().mean(dim=(1, 2)).argmax())
+        heat = acting_map(lat, z[0, step], actions[step], grid)[:1]
+        arrows = transport_arrows(lat, z[0, step], actions[step], grid)[:1]
+    per_latent = 4 * this.plan.stride
+    at = [step * per_latent, (step + 1) * per_latent]
+    raw = reader.frames(episode.episode_index, reader.camera_keys[0], at)
+    frame, following = to_frames(prepare_frames(raw, this.plan.size))
+    drawn = draw_transition(frame, heat, arrows)
+    return TransitionPicture(
+        f"episode {episode.episode_index}, latent frame {step}: {episode.task}",
+        drawn,
+        frame,
+        following,
+        actions[step].numpy(),
+    )
+
+
+def open_loop(this: Run, trained: Trained) -> OpenLoopFindings:
+    """The policy's actions and imagined video along held-out episodes."""
+    reader, episodes = held_out(this, trained)
+    policy = BatchedPolicy.from_pretrained(trained.policy, video="imagine")
+    result = evaluate_open_loop(policy, reader, episodes, seed=this.seed)
+    errors = result.errors()
+    baselines = {name: values for name, values in errors.items() if name != "policy"}
+    channels = [
+        ChannelError(name, unit, errors["policy"][name], {b: values[name] for b, values in baselines.items()})
+        for name, unit in zip(result.channels, result.units, strict=True)
+    ]
+    note = f"{len(result.episodes)} held-out episodes, each chunk planned after the recorded frames and actions."
+    return OpenLoopFindings(OpenLoop(channels, _traces(result), note), _imagination(result))
+
+
+def _traces(result: OpenLoopResult) -> list[ActionTrace]:
+    """Recorded and predicted actions of one episode, the channels that move most."""
+    episode = result.episodes[0]
+    moving = np.argsort(-episode.real.std(axis=0), kind="stable")[:TRACED_CHANNELS]
+    time_s = np.arange(len(episode.real)) / episode.rate_hz
+    return [
+        ActionTrace(
+            f"{result.channels[c]} (episode {episode.index})",
+            result.units[c],
+            time_s,
+            episode.real[:, c],
+            episode.predicted[:, c],
+        )
+        for c in sorted(moving)
+    ]
+
+
+def _imagination(result: OpenLoopResult) -> Imagination | None:
+    measured = result.psnr()
+    if not measured:
+        return None
+    clips = [_imagined(episode) for episode in result.episodes[:SHOWN]]
+    return Imagination(clips, measured["imagined"], measured["copied"], len(result.episodes))
+
+
+def _imagined(episode: OpenLoopEpisode) -> ImaginedClip:
+    assert episode.frames is not None
+    assert episode.imagined is not None
+    psnr_db = episode.psnr()
+    real, imagined = (_thinned(video[0]) for video in (episode.frames, episode.imagined))
+    name = f"episode {episode.index}: {episode.instruction}"
+    return ImaginedClip(name, real, imagined, psnr_db["imagined"], psnr_db["copied"])
+
+
+def _thinned(frames: np.ndarray, count: int = 10) -> np.ndarray:
+    """At most ``count`` frames, evenly spread."""
+    return frames[np.unique(np.linspace(0, len(frames) - 1, count).round().astype(int))]
+
+
+def _shortened(clip: ReconstructedClip) -> ReconstructedClip:
+    return ReconstructedClip(clip.name, _thinned(clip.original), _thinned(clip.reconstructed), clip.psnr_db, clip.ssim)

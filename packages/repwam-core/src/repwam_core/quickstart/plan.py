@@ -1,0 +1,113 @@
+"""What a quickstart run does: tasks, sizes, counts and training steps, read from its recipe and the options."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from repvitok.errors import UserError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Optimizer steps of each training stage."""
+
+    repvitok: int
+    latent_action: int
+    pretrain: int
+    adapt: int
+
+    def scaled(self, budget: float) -> Steps:
+        """Every stage's steps times ``budget``, at least two."""
+        return Steps(**{name: max(2, round(value * budget)) for name, value in asdict(self).items()})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The settings of one run.
+
+    Attributes:
+        tasks: Meta-World tasks that the success table is about.
+        same_scene: two tasks told apart by the instruction alone; may be empty.
+        episodes: demonstrations per task.
+        eval_episodes: unseen seeds per task in closed loop.
+        eval_seed: first evaluation seed; collection seeds lie below it.
+        size: frame height and width in pixels, multiples of 16.
+        stride: raw frames per frame read from the data set.
+        offsets: first raw frames at which every episode is encoded once.
+        noise: how demonstrations are perturbed; ``none`` or a mode of ``repwam collect``.
+        val_fraction: share of the episodes held out of every training stage.
+        steps: optimizer steps of each training stage.
+        execute: action vectors executed before the policy plans again.
+    """
+
+    tasks: tuple[str, ...]
+    same_scene: tuple[str, ...]
+    episodes: int
+    eval_episodes: int
+    eval_seed: int
+    size: tuple[int, int]
+    stride: int
+    offsets: tuple[int, ...]
+    noise: str
+    val_fraction: float
+    steps: Steps
+    execute: int
+
+    @property
+    def all_tasks(self) -> tuple[str, ...]:
+        return self.tasks + self.same_scene
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, for digests and for the report."""
+        return asdict(self)
+
+
+def load_plan(path: Path, arguments: argparse.Namespace) -> Plan:
+    """Read a plan and lay the command line's options over it.
+
+    Raises:
+        UserError: a key is missing or unknown, or an option is out of range.
+    """
+    values = yaml.safe_load(path.read_text())
+    names = {field.name for field in fields(Plan)}
+    if set(values) != names:
+        raise UserError(f"{path}: expected the keys {sorted(names)}, got {sorted(values)}")
+    values["steps"] = Steps(**values["steps"])
+    for name in ("tasks", "same_scene", "size", "offsets"):
+        values[name] = tuple(values[name])
+    return _with_options(Plan(**values), arguments)
+
+
+def _with_options(plan: Plan, arguments: argparse.Namespace) -> Plan:
+    if arguments.tasks:
+        plan = replace(plan, tasks=tuple(arguments.tasks), same_scene=())
+    if arguments.episodes is not None:
+        plan = replace(plan, episodes=_positive("--episodes", arguments.episodes, at_least=2))
+    if arguments.eval_episodes is not None:
+        plan = replace(plan, eval_episodes=_positive("--eval-episodes", arguments.eval_episodes))
+    if arguments.size is not None:
+        plan = replace(plan, size=_size(arguments.size))
+    if not arguments.budget > 0:
+        raise UserError(f"--budget must be above 0, got {arguments.budget}")
+    return replace(plan, steps=plan.steps.scaled(arguments.budget))
+
+
+def _positive(option: str, value: int, at_least: int = 1) -> int:
+    if value < at_least:
+        raise UserError(f"{option} must be at least {at_least}, got {value}")
+    return value
+
+
+def _size(size: list[int]) -> tuple[int, int]:
+    height, width = size
+    if height < 16 or width < 16 or height % 16 or width % 16:
+        near = tuple(max(16, 16 * round(value / 16)) for value in size)
+        raise UserError(f"--size must be multiples of 16, got {height} {width}; the nearest is {near[0]} {near[1]}")
+    return height, width

@@ -1,0 +1,156 @@
+"""The training stages of a quickstart: each calls the command line a user would type for that stage alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from latent_action.cli import main as latent_action
+from repvitok.checkpointing import LAST
+from repvitok.cli import main as repvitok
+from repvitok.curves import read_curves
+
+from repwam_core.cli import main as repwam
+from repwam_core.quickstart.plan import RECIPES, Plan
+
+Main = Callable[[Sequence[str] | None], int]
+FIT = "fit"
+"""Folder of a training run inside its stage's folder: loss curves, config.yaml, last.ckpt."""
+
+
+class StageFailed(SystemExit):
+    """A command ended with a non-zero exit code; it has printed why."""
+
+
+def call(main: Main, *arguments: object) -> None:
+    """Run a command in this process.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C ended it.
+        StageFailed: it failed, with its exit code.
+    """
+    code = main([str(argument) for argument in arguments])
+    if code == 130:
+        raise KeyboardInterrupt
+    if code:
+        raise StageFailed(code)
+
+
+def train_tokenizer(folder: Path, *, plan: Plan, seed: int, dataset: Path) -> dict[str, Any]:
+    """Train RepViTok on the data set's video and export it to ``folder/tokenizer``."""
+    _fit(
+        repvitok,
+        "repvitok.yaml",
+        folder,
+        plan.steps.repvitok,
+        seed,
+        f"--data.dataset={dataset}",
+        f"--data.size=[{plan.size[0]},{plan.size[1]}]",
+        f"--data.stride={plan.stride}",
+        f"--data.val_fraction={plan.val_fraction}",
+    )
+    call(repvitok, "export", "--checkpoint", folder / FIT / LAST, "--out", folder / "tokenizer")
+    return last_values(folder / FIT, "val/psnr", "val/ssim")
+
+
+def encode(folder: Path, *, plan: Plan, dataset: Path, tokenizer: Path) -> dict[str, Any]:
+    """Encode the data set's video into latent shards."""
+    call(
+        repvitok,
+        "encode",
+        *("--tokenizer", tokenizer, "--dataset", dataset, "--out", folder / "latents"),
+        *("--size", *plan.size, "--stride", plan.stride, "--offsets", *plan.offsets),
+    )
+    return {}
+
+
+def train_latent_actions(folder: Path, *, plan: Plan, seed: int, latents: Path) -> dict[str, Any]:
+    """Train the latent action tokenizer on the latents and export it to ``folder/lat``."""
+    _fit(
+        latent_action,
+        "latent_action.yaml",
+        folder,
+        plan.steps.latent_action,
+        seed,
+        f"--data.latents={latents}",
+        f"--data.val_fraction={plan.val_fraction}",
+    )
+    call(latent_action, "export", "--checkpoint", folder / FIT / LAST, "--out", folder / "lat")
+    return last_values(folder / FIT, "val/forward_loss", "val/copy_loss", "val/zero_action_loss")
+
+
+def label(folder: Path, *, lat: Path, latents: Path) -> dict[str, Any]:
+    """Label the latents with latent actions, and probe what these hold of the robot's actions."""
+    call(latent_action, "label", "--lat", lat, "--latents", latents, "--out", folder / "latents")
+    call(latent_action, "probe", "--lat", lat, "--latents", latents, "--out", folder / "probe.json")
+    return {}
+
+
+def pretrain(folder: Path, *, plan: Plan, seed: int, latents: Path) -> dict[str, Any]:
+    """Stage one: video latents and latent actions."""
+    _fit(
+        repwam,
+        "pretrain.yaml",
+        folder,
+        plan.steps.pretrain,
+        seed,
+        f"--data.shards={latents}",
+        f"--data.val_fraction={plan.val_fraction}",
+    )
+    call(repwam, "export", "--checkpoint", folder / FIT / LAST, "--out", folder / "wam", "--wam-only")
+    return last_values(folder / FIT, "val/video", "val/action")
+
+
+def adapt(
+    folder: Path,
+    *,
+    plan: Plan,
+    seed: int,
+    latents: Path,
+    pretrained: Path | None,
+    tokenizer: Path,
+    lat: Path,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Stage two: robot actions, starting from the pretrained model; exports the policy to ``folder/policy``."""
+    _fit(
+        repwam,
+        "adapt.yaml",
+        folder,
+        plan.steps.adapt,
+        seed,
+        f"--data.shards={latents}",
+        f"--data.val_fraction={plan.val_fraction}",
+        f"--model.init_from={'null' if pretrained is None else pretrained}",
+        *overrides,
+    )
+    call(
+        repwam,
+        "export",
+        *("--checkpoint", folder / FIT / LAST, "--tokenizer", tokenizer, "--lat", lat, "--shards", latents),
+        *("--out", folder / "policy"),
+    )
+    return last_values(folder / FIT, "val/video", "val/action")
+
+
+def last_values(folder: Path, *names: str) -> dict[str, float]:
+    """The last logged value of each metric that the run has logged."""
+    curves = read_curves(folder)
+    return {name: float(curves[name][-1, 1]) for name in names if name in curves}
+
+
+def _fit(main: Main, recipe: str, folder: Path, steps: int, seed: int, *overrides: str) -> None:
+    """Train by a recipe, going on from the stage's last checkpoint if it was interrupted."""
+    call(
+        main,
+        "fit",
+        *("-c", RECIPES / recipe),
+        f"--seed_everything={seed}",
+        f"--data.seed={seed}",
+        f"--trainer.max_steps={steps}",
+        f"--trainer.val_check_interval={steps}",
+        f"--trainer.default_root_dir={folder / FIT}",
+        "--ckpt_path=last",
+        *overrides,
+    )

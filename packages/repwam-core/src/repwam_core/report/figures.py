@@ -1,0 +1,127 @@
+"""Frames to pictures inside the page: stills, strips and small looping animations as data URIs."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from repwam_core.report.markup import Markup, el, join
+
+MAX_HEIGHT = 144  #: pixels stored per frame; larger frames are reduced with a box filter
+STRIP_WIDTH = 1060  #: CSS pixels a strip may take on a desktop screen
+GAP = 4  #: CSS pixels between the frames of a strip
+MAX_ANIMATION_FRAMES = 60
+HOLD_S = 1.2  #: how long an animation rests on its last frame
+
+
+def reduce(frames: np.ndarray) -> np.ndarray:
+    """Frames (n, H, W, 3) no higher than MAX_HEIGHT."""
+    height, width = frames.shape[1:3]
+    if height <= MAX_HEIGHT:
+        return frames
+    size = (max(1, round(width * MAX_HEIGHT / height)), MAX_HEIGHT)
+    return np.stack([np.asarray(Image.fromarray(f).resize(size, Image.Resampling.BOX)) for f in frames])
+
+
+def zoom(height: int, target: int) -> int:
+    """The whole number by which pixels are enlarged so that a frame is about ``target`` CSS pixels high."""
+    return max(1, round(target / height))
+
+
+def evenly(n: int, most: int) -> list[int]:
+    """At most ``most`` indices of range(n), evenly spread, first and last included."""
+    return [int(i) for i in np.linspace(0, n - 1, min(n, most)).round()]
+
+
+def data_uri(image: Image.Image, **options: object) -> str:
+    """The image as a WebP data URI; lossless unless the options say otherwise."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="WEBP", **({"lossless": True, "method": 4} | options))
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def still(image: np.ndarray, alt: str, target: int = 128, class_: str = "") -> Markup:
+    """One image (H, W, 3), enlarged by a whole number to about ``target`` CSS pixels."""
+    image = reduce(image[None])[0]
+    height, width = image.shape[:2]
+    scale = zoom(height, target)
+    return el(
+        "img",
+        src=data_uri(Image.fromarray(image)),
+        alt=alt,
+        width=width * scale,
+        height=height * scale,
+        class_=f"px {class_}".strip(),
+    )
+
+
+def side_by_side(frames: np.ndarray, gap: int) -> np.ndarray:
+    """Frames (n, H, W, 3) in one RGBA picture (H, n W + (n-1) gap, 4), transparent between them."""
+    n, height, width = frames.shape[:3]
+    picture = np.zeros((height, n * (width + gap) - gap, 4), dtype=np.uint8)
+    for i, frame in enumerate(frames):
+        start = i * (width + gap)
+        picture[:, start : start + width, :3] = frame
+        picture[:, start : start + width, 3] = 255
+    return picture
+
+
+def strips(rows: Sequence[tuple[str, np.ndarray]], alt: str, target: int = 128) -> Markup:
+    """Rows of frames under each other, the same frames of each, in one box that scrolls sideways on its own.
+
+    Args:
+        rows: (label, frames (n, H, W, 3)) of one shape. At most as many frames as fit a desktop line are shown.
+        alt: what the picture shows, for readers who do not see it.
+        target: height of a frame in CSS pixels.
+    """
+    frames = [(label, reduce(array)) for label, array in rows]
+    n, height, width = frames[0][1].shape[:3]
+    scale = zoom(height, target)
+    gap = max(1, GAP // scale)
+    shown = evenly(n, max(4, (STRIP_WIDTH + gap * scale) // ((width + gap) * scale)))
+    parts: list[Markup] = []
+    for label, array in frames:
+        picture = side_by_side(array[shown], gap)
+        parts.append(el("div", label, class_="strip-label"))
+        parts.append(
+            el(
+                "img",
+                src=data_uri(Image.fromarray(picture)),
+                alt=f"{alt}: {label}",
+                width=picture.shape[1] * scale,
+                height=height * scale,
+                class_="px",
+            )
+        )
+    ticks = [el("span", i, style=f"width:{width * scale}px;margin-right:{gap * scale}px") for i in shown]
+    return el("div", *parts, el("div", *ticks, class_="ticks"), class_="scroll strips", tabindex=0)
+
+
+def animation(frames: np.ndarray, frame_rate_hz: float, alt: str, target: int = 192) -> Markup:
+    """Frames (n, H, W, 3) as a looping picture in real time, resting on the last frame.
+
+    Readers who ask their system for less motion get the last frame as a still.
+    """
+    frames = reduce(frames)
+    shown = evenly(len(frames), MAX_ANIMATION_FRAMES)
+    images = [Image.fromarray(frames[i]) for i in shown]
+    step_ms = 1000 * len(frames) / len(shown) / frame_rate_hz
+    durations = [max(20, round(step_ms))] * (len(shown) - 1) + [round(1000 * HOLD_S)]
+    moving = data_uri(
+        images[0],
+        lossless=False,
+        quality=82,
+        save_all=True,
+        append_images=images[1:],
+        duration=durations,
+        loop=0,
+    )
+    height, width = frames.shape[1:3]
+    scale = zoom(height, target)
+    picture = el("img", src=moving, alt=alt, width=width * scale, height=height * scale, class_="px")
+    quiet = el("source", srcset=data_uri(images[-1]), media="(prefers-reduced-motion: reduce)")
+    return el("picture", join(quiet, picture))

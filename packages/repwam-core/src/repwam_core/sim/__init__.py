@@ -1,0 +1,1 @@
+"""Simulated tasks: collecting demonstrations from them, and measuring policies in them."""

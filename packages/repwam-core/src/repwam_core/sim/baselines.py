@@ -1,0 +1,123 @@
+"""What a success rate has to be compared with: the expert, random actions, a replayed demonstration (no rendering)."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from repvitok.data import LeRobotReader
+from repvitok.errors import UserError
+from repvitok.progress import progress
+
+from repwam_core.sim.base import SimTask
+from repwam_core.sim.metaworld import MetaWorldSettings, TaskPool, canonical_name, canonical_names
+from repwam_core.sim.results import EpisodeResult
+from repwam_core.sim.workers import default_workers, map_jobs
+
+__all__ = ["Baseline", "demonstrated_actions", "run_baseline"]
+
+Baseline = Literal["expert", "random", "replay"]
+
+
+def run_baseline(
+    baseline: Baseline,
+    tasks: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    settings: MetaWorldSettings | None = None,
+    demonstrations: str | Path | None = None,
+    workers: int | None = None,
+) -> list[EpisodeResult]:
+    """Drive every task at every seed without a policy.
+
+    ``expert`` is Meta-World's scripted policy; ``random`` draws every action uniformly; ``replay`` carries out the
+    actions of one demonstration of the task, drawn by the seed, whatever the layout, and then stands still.
+
+    Args:
+        baseline: Who drives.
+        tasks: Names of Meta-World tasks.
+        seeds: The simulator's seeds.
+        settings: As for the policy it is compared with; cameras and size do not matter.
+        demonstrations: A data set made by ``collect``, for ``replay``.
+        workers: Processes; None as many as there are cores, 1 this one.
+
+    Returns:
+        One result per episode, all tasks of the first seed, then of the next.
+
+    Raises:
+        UserError: If a task is unknown, or has no demonstrations to replay.
+    """
+    names = canonical_names(tasks)
+    if baseline not in ("expert", "random", "replay"):
+        raise UserError(f"baseline must be 'expert', 'random' or 'replay', got {baseline!r}")
+    actions: dict[str, list[np.ndarray]] = {}
+    if baseline == "replay":
+        if demonstrations is None:
+            raise UserError("replaying needs a data set of demonstrations, got none")
+        actions = demonstrated_actions(demonstrations, names)
+    make = partial(BaselineRunner, baseline, settings or MetaWorldSettings(), actions)
+    jobs = sorted((name, seed) for seed in seeds for name in names)  # a worker stays with a task while it can
+    results: dict[tuple[str, int], EpisodeResult] = {}
+    with progress(jobs, baseline, unit="episode") as bar:
+        for index, result in map_jobs(make, "run", jobs, workers or default_workers()):
+            results[jobs[index]] = result
+            bar.update(1)
+    return [results[name, seed] for seed in seeds for name in names]
+
+
+def demonstrated_actions(root: str | Path, tasks: Sequence[str]) -> dict[str, list[np.ndarray]]:
+    """Task -> the actions of each of its demonstrations, float32 ``(T, C)``.
+
+    Raises:
+        UserError: If a task has none in this data set.
+    """
+    reader = LeRobotReader(root)
+    actions: dict[str, list[np.ndarray]] = {canonical_name(task): [] for task in tasks}
+    for episode in reader.episodes:
+        name = episode.metadata.get("task_name")
+        if name in actions:
+            actions[name].append(reader.episode(episode.index)["action"])
+    without = [name for name, found in actions.items() if not found]
+    if without:
+        raise UserError(f"{root} holds no demonstrations of {', '.join(without)} made by `repwam collect`")
+    return actions
+
+
+class BaselineRunner:
+    """Runs single episodes; lives in a worker process."""
+
+    def __init__(self, baseline: Baseline, settings: MetaWorldSettings, actions: dict[str, list[np.ndarray]]) -> None:
+        self._baseline = baseline
+        self._actions = actions
+        self._tasks = TaskPool(settings)
+
+    def run(self, name: str, seed: int) -> EpisodeResult:
+        """One episode, until success or the last step."""
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode()), 2])
+        replayed: np.ndarray | None = None
+        if self._baseline == "replay":
+            replayed = self._actions[name][int(rng.integers(len(self._actions[name])))]
+        task = self._tasks.take(name)
+        task.start(seed)
+        while not task.done:
+            task.advance(self._action(task, rng, replayed))
+        self._tasks.give_back(task)
+        return EpisodeResult(name, seed, None, task.success, task.steps)
+
+    def close(self) -> None:
+        """Close every simulator."""
+        self._tasks.close()
+
+    def _action(self, task: SimTask, rng: np.random.Generator, replayed: np.ndarray | None) -> np.ndarray:
+        if self._baseline == "expert":
+            return task.expert_action()
+        if replayed is None:
+            return task.random_action(rng)
+        if task.steps < len(replayed):
+            return replayed[task.steps]
+        motion = np.array([unit != "1" for unit in task.embodiment.action_units])
+        return np.where(motion, 0.0, replayed[-1]).astype(np.float32)

@@ -1,0 +1,272 @@
+"""Many demonstrations of many tasks, written as a LeRobot data set: parallel, resumable, the same for the same seed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from repvitok.data import LeRobotReader, LeRobotWriter
+from repvitok.data.atomic import write_json_atomic
+from repvitok.errors import UserError, require_disk_space
+from repvitok.progress import progress
+
+from repwam_core.sim.demonstrations import Noise, record_demonstration
+from repwam_core.sim.instructions import instruction
+from repwam_core.sim.metaworld import MetaWorldSettings, TaskPool, canonical_names
+from repwam_core.sim.seeds import MAX_ATTEMPTS, MAX_EPISODES_PER_TASK, collection_seed
+from repwam_core.sim.workers import default_workers, map_jobs
+
+__all__ = ["CollectionPlan", "CollectionSummary", "collect", "read_plan"]
+
+PLAN_FILE = "collection.json"
+FORMAT, FORMAT_VERSION = "repwam-collection", 1
+BYTES_PER_PIXEL = 0.4
+"""Of a frame on disk, generously: H.264 needs about 0.2 at 64 px."""
+TYPICAL_FRAMES = 60
+
+
+@dataclass(frozen=True)
+class CollectionPlan:
+    """Everything that decides what a collection holds; kept beside the data as ``collection.json``.
+
+    Attributes:
+        tasks: Canonical task names. Episode i of the data set shows task ``i % len(tasks)``.
+        episodes_per_task: Demonstrations of each task.
+        seed: The data set's seed, 0 to 99; see ``seeds.collection_seed``.
+        settings: Cameras, size, rate and length.
+        noise: How the expert is disturbed.
+        extra_steps: Control steps recorded after success.
+        version: LeRobot's format version, "v2.1" or "v3.0".
+    """
+
+    tasks: tuple[str, ...]
+    episodes_per_task: int
+    seed: int
+    settings: MetaWorldSettings
+    noise: Noise
+    extra_steps: int
+    version: str
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.episodes_per_task <= MAX_EPISODES_PER_TASK:
+            raise UserError(f"episodes per task must lie in 1 .. {MAX_EPISODES_PER_TASK}, got {self.episodes_per_task}")
+        if self.extra_steps < 0:
+            raise UserError(f"extra_steps must not be negative, got {self.extra_steps}")
+        collection_seed(self.seed, 0)
+
+    @property
+    def num_episodes(self) -> int:
+        """Episodes of all tasks together."""
+        return len(self.tasks) * self.episodes_per_task
+
+    def task_of(self, index: int) -> tuple[str, int]:
+        """Task and number among its task's demonstrations of episode ``index``."""
+        return self.tasks[index % len(self.tasks)], index // len(self.tasks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; ``from_dict`` inverts it."""
+        values = {**asdict(self), "tasks": list(self.tasks)}
+        values |= {"settings": self.settings.to_dict(), "noise": self.noise.to_dict()}
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, **values}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CollectionPlan:
+        """Invert ``to_dict``; another format, a missing or an unknown key is a ValueError."""
+        values = dict(values)
+        name, version = values.pop("format", None), values.pop("format_version", None)
+        if (name, version) != (FORMAT, FORMAT_VERSION) or set(values) != set(cls.__dataclass_fields__):
+            raise ValueError(f"expected a {FORMAT} file of version {FORMAT_VERSION}, got {name!r} version {version!r}")
+        settings = MetaWorldSettings.from_dict(values.pop("settings"))
+        noise = Noise.from_dict(values.pop("noise"))
+        return cls(**{**values, "tasks": tuple(values["tasks"])}, settings=settings, noise=noise)
+
+
+@dataclass(frozen=True)
+class CollectionSummary:
+    """What a run of ``collect`` did.
+
+    Attributes:
+        root: The data set's folder.
+        episodes: Episodes it holds now.
+        frames: Frames it holds now.
+        recorded: Episodes this run added; the others were there.
+        failed_attempts: Task -> attempts at which the expert failed, over all episodes.
+        seconds: Wall time of this run.
+    """
+
+    root: Path
+    episodes: int
+    frames: int
+    recorded: int
+    failed_attempts: dict[str, int]
+    seconds: float
+
+
+def collect(
+    out: str | Path,
+    tasks: Sequence[str],
+    *,
+    episodes_per_task: int,
+    seed: int = 0,
+    settings: MetaWorldSettings | None = None,
+    noise: Noise | None = None,
+    extra_steps: int = 4,
+    version: str = "v2.1",
+    workers: int | None = None,
+) -> CollectionSummary:
+    """Record demonstrations of the scripted experts into ``out``, a LeRobot data set with an instruction per episode.
+
+    What comes out depends on the arguments alone, never on ``workers`` or on interruptions. Episodes that are already
+    there are kept, so a killed run is continued by running it again, and a v2.1 data set is made longer by asking for
+    more episodes per task. Where the expert fails, the episode is tried again with its next seed; the row of each
+    episode in LeRobot's episodes table holds ``task_name``, ``environment_seed`` and ``failed_attempts``.
+
+    Args:
+        out: Folder; new, empty, or one with the same plan.
+        tasks: Names of Meta-World tasks.
+        episodes_per_task: Demonstrations of each.
+        seed: The data set's seed; other seeds give other layouts.
+        settings: Cameras, size, rate and length.
+        noise: How the expert is disturbed; None not at all.
+        extra_steps: Control steps recorded after success.
+        version: "v2.1" or "v3.0".
+        workers: Processes; None as many as there are cores, 1 this one.
+
+    Raises:
+        UserError: If a task is unknown, the folder holds something else, the disk is too full, the simulator is not
+            installed or cannot render, or an expert fails ten times at one episode.
+    """
+    started_s = time.monotonic()
+    root = Path(out)
+    plan = CollectionPlan(
+        canonical_names(tasks),
+        episodes_per_task,
+        seed,
+        settings or MetaWorldSettings(),
+        noise or Noise(),
+        extra_steps,
+        version,
+    )
+    _require_room(root, plan)
+    writer = _writer(root, plan)  # refuses an unknown version before anything is written
+    _keep_plan(root, plan)
+    missing = [index for index in range(plan.num_episodes) if not writer.episode_exists(index)]
+    missing.sort(key=lambda index: (index % len(plan.tasks), index))  # a worker stays with a task while it can
+    _record_all(root, plan, missing, workers or default_workers())
+    writer.finalize()
+    return _summary(root, len(missing), time.monotonic() - started_s)
+
+
+def read_plan(root: str | Path) -> CollectionPlan:
+    """The plan of a collected data set.
+
+    Raises:
+        UserError: If the folder was not made by ``collect``.
+    """
+    path = Path(root) / PLAN_FILE
+    if not path.is_file():
+        raise UserError(f"{root} holds no {PLAN_FILE}: it was not made by `repwam collect`")
+    return CollectionPlan.from_dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+class DemonstrationRecorder:
+    """Records single episodes of a plan into its data set; lives in a worker process."""
+
+    def __init__(self, root: Path, plan: CollectionPlan) -> None:
+        self._plan = plan
+        self._writer = _writer(root, plan)
+        self._tasks = TaskPool(plan.settings)
+
+    def record(self, index: int) -> int:
+        """Record episode ``index`` with the first of its seeds at which the expert succeeds; failed attempts."""
+        name, episode = self._plan.task_of(index)
+        task = self._tasks.take(name)
+        for attempt in range(MAX_ATTEMPTS):
+            seed = collection_seed(self._plan.seed, episode, attempt)
+            demonstration = record_demonstration(task, seed, self._plan.noise, self._plan.extra_steps)
+            if demonstration is not None:
+                break
+        else:
+            raise UserError(
+                f"the expert of {name!r} failed {MAX_ATTEMPTS} times at episode {episode} (last seed {seed}); "
+                "use less noise or more environment steps"
+            )
+        self._tasks.give_back(task)
+        self._writer.add_episode(
+            index,
+            frames=demonstration.frames,
+            state=demonstration.state,
+            action=demonstration.action,
+            task=instruction(name, seed),
+            metadata={"task_name": name, "environment_seed": seed, "failed_attempts": attempt},
+        )
+        return attempt
+
+    def close(self) -> None:
+        """Free simulators and renderer."""
+        self._tasks.close()
+
+
+def _record_all(root: Path, plan: CollectionPlan, missing: Sequence[int], workers: int) -> None:
+    make: Callable[[], DemonstrationRecorder] = partial(DemonstrationRecorder, root, plan)
+    jobs = [(index,) for index in missing]
+    failed = 0
+    with progress(range(plan.num_episodes), "collect", unit="episode") as bar:
+        bar.update(plan.num_episodes - len(missing))
+        for _, attempts in map_jobs(make, "record", jobs, workers):
+            failed += attempts
+            bar.set_postfix(expert_failures=failed)
+            bar.update(1)
+
+
+def _writer(root: Path, plan: CollectionPlan) -> LeRobotWriter:
+    settings = plan.settings
+    return LeRobotWriter(
+        root,
+        version=plan.version,
+        fps=settings.rate_hz,
+        cameras=dict.fromkeys(settings.camera_keys, settings.size),
+        state_names=settings.embodiment.state_channels,
+        action_names=settings.embodiment.action_names,
+        robot_type=settings.embodiment.name,
+    )
+
+
+def _keep_plan(root: Path, plan: CollectionPlan) -> None:
+    """Write the plan, or check that it continues the one that is there."""
+    path = root / PLAN_FILE
+    if not path.exists():
+        if root.exists() and (not root.is_dir() or any(root.iterdir())):
+            raise UserError(f"{root} exists and was not made by `repwam collect`; choose another folder")
+        write_json_atomic(path, plan.to_dict())
+        return
+    before, now = read_plan(root).to_dict(), plan.to_dict()
+    changed = [key for key in now if before[key] != now[key] and key != "episodes_per_task"]
+    if changed or now["episodes_per_task"] < before["episodes_per_task"]:
+        key = changed[0] if changed else "episodes_per_task"
+        raise UserError(
+            f"{root} holds a collection with {key} {before[key]!r}, not {now[key]!r}; choose another folder, or the "
+            "same settings to continue it"
+        )
+    if now != before:
+        write_json_atomic(path, now)
+
+
+def _require_room(root: Path, plan: CollectionPlan) -> None:
+    height, width = plan.settings.size
+    pixels = plan.num_episodes * TYPICAL_FRAMES * len(plan.settings.cameras) * height * width
+    require_disk_space(root, int(pixels * BYTES_PER_PIXEL), "collecting demonstrations")
+
+
+def _summary(root: Path, recorded: int, seconds: float) -> CollectionSummary:
+    reader = LeRobotReader(root)
+    failed: Counter[str] = Counter()
+    for episode in reader.episodes:
+        failed[episode.metadata["task_name"]] += episode.metadata["failed_attempts"]
+    return CollectionSummary(root, reader.num_episodes, len(reader), recorded, dict(failed), seconds)

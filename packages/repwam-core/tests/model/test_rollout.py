@@ -1,0 +1,239 @@
+"""The cached rollout equals the teacher-forced pass, forgets what the window forgets, and refuses what it cannot do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from repwam_core.model.config import ActionSpace, WAMConfig
+from repwam_core.model.inputs import WAMInputs, document_inputs
+from repwam_core.model.rollout import Rollout
+from repwam_core.model.sequence import training_layout
+from repwam_core.model.wam import WorldActionModel
+from torch import Tensor
+
+GRID, VECTORS = (2, 1, 2), 2
+TOKENS = 4
+
+
+def small_model(**changes: object) -> WorldActionModel:
+    """A model of a few thousand weights, none of them zero, so that every path shows in the output."""
+    space = ActionSpace(channels=3, vectors_per_transition=VECTORS, state_channels=2)
+    settings = {
+        "width": 32, "depth": 2, "heads": 2, "ffn": 48, "action_width": 16, "action_ffn": 32, "text_dim": 6,
+        "latent_dim": 5, "state_token": True, "spaces": {"robot": space},
+    }  # fmt: skip
+    model = WorldActionModel(WAMConfig(**{**settings, **changes}))
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def episode(model: WorldActionModel, chunks: tuple[int, ...], batch: int = 2, seed: int = 0) -> WAMInputs:
+    """Random tensors for one document of the given chunks; clean levels at 1."""
+    generator = torch.Generator().manual_seed(seed)
+    frames = sum(chunks) + 1
+    layout = training_layout(
+        frames, chunks, GRID, VECTORS,
+        state=model.config.has_state("robot"), action_history=model.config.action_history,
+    )  # fmt: skip
+    noisy = layout.levels.noisy
+    times = torch.where(noisy, torch.rand(batch, len(noisy), generator=generator), torch.ones(()))
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(batch, *shape, generator=generator)
+
+    mask = torch.ones(batch, 3, dtype=torch.bool)
+    mask[0, 2:] = False
+    return document_inputs(
+        layout,
+        latents=draw(frames, TOKENS, 5), noisy_latents=draw(frames - 1, TOKENS, 5),
+        actions=draw(frames - 1, VECTORS, 3), noisy_actions=draw(frames - 1, VECTORS, 3),
+        states=draw(frames, 2), times=times, text=draw(3, 6), text_mask=mask, space="robot",
+    )  # fmt: skip
+
+
+def parts(inputs: WAMInputs, frames: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Clean and noisy latents and actions of `episode`, frame by frame; clean actions may be absent (0 frames)."""
+    video = inputs.video.unflatten(1, (-1, TOKENS))
+    actions = inputs.actions.unflatten(1, (-1, VECTORS))
+    history = actions.shape[1] - (frames - 1)
+    return video[:, :frames], video[:, frames:], actions[:, :history], actions[:, history:]
+
+
+def start(model: WorldActionModel, inputs: WAMInputs, chunk_frames: int, **settings: object) -> Rollout:
+    return Rollout(
+        model, space="robot", grid=GRID, text=inputs.text[:, 0], text_mask=inputs.text_mask[:, 0],
+        chunk_frames=chunk_frames, **settings,
+    )  # fmt: skip
+
+
+def replay(
+    model: WorldActionModel, inputs: WAMInputs, chunks: Sequence[int], **settings: object
+) -> tuple[Tensor, Tensor]:
+    """Velocities of every noisy chunk, each computed from the cache after observing what came before it."""
+    latents, noisy_latents, actions, noisy_actions = parts(inputs, sum(chunks) + 1)
+    rollout = start(model, inputs, max(chunks), **settings)
+    levels = inputs.layout.levels
+    states = inputs.states
+    rollout.observe(latents[:, :1], None if states is None else states[:, :1])
+    videos, planned, frame = [], [], 1
+    for number, size in enumerate(chunks):
+        now, noisy_now = slice(frame, frame + size), slice(frame - 1, frame - 1 + size)
+        t_video = inputs.times[0, levels.noisy_video[number]].item()
+        t_action = inputs.times[0, levels.noisy_actions[number]].item()
+        noisy = noisy_latents[:, noisy_now], noisy_actions[:, noisy_now]
+        if model.config.coupling == "joint":
+            of_video, of_action = rollout.velocities(*noisy, t_video, t_action)
+        else:
+            of_video = rollout.velocities(noisy[0], None, video_time=t_video)[0]
+            rollout.imagine(latents[:, now])
+            of_action = rollout.velocities(None, noisy[1], action_time=t_action)[1]
+        videos.append(of_video.flatten(1, 2))
+        planned.append(of_action.flatten(1, 2))
+        executed = actions[:, noisy_now] if actions.shape[1] else None
+        rollout.observe(latents[:, now], None if states is None else states[:, now], executed)
+        frame += size
+    return torch.cat(videos, 1), torch.cat(planned, 1)
+
+
+@pytest.mark.parametrize("coupling", ["joint", "sequential"])
+@pytest.mark.parametrize("attention", ["shared", "per_modality"])
+@pytest.mark.parametrize(("action_history", "state_token"), [(True, True), (False, True), (True, False)])
+def test_cached_equals_teacher_forced_also_past_the_window(
+    coupling: str, attention: str, action_history: bool, state_token: bool
+) -> None:
+    model = small_model(
+        coupling=coupling, attention=attention, action_history=action_history, state_token=state_token, window=3
+    )
+    chunks = (2, 1, 3, 1, 2, 2, 1)  # 12 frames; the ring holds 3 + 3, so it wraps twice
+    inputs = episode(model, chunks)
+    inputs.times[1] = inputs.times[0]
+    with torch.no_grad():
+        expected = model(inputs)
+    of_video, of_actions = replay(model, inputs, chunks)
+    torch.testing.assert_close(of_video, expected.video, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(of_actions, expected.actions, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("coupling", ["joint", "sequential"])
+def test_static_shapes_change_nothing(coupling: str) -> None:
+    model = small_model(coupling=coupling, window=2)
+    inputs = episode(model, (1, 2, 1, 2))
+    for static, dynamic in zip(
+        replay(model, inputs, (1, 2, 1, 2), static_shapes=True),
+        replay(model, inputs, (1, 2, 1, 2), static_shapes=False), strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(static, dynamic, atol=1e-5, rtol=1e-4)
+
+
+def observed(model: WorldActionModel, frames: int = 3, *, instruction: bool = True, **settings: object) -> Rollout:
+    """A rollout that has seen `frames` random frames one by one."""
+    inputs = episode(model, (1,) * (frames - 1))
+    latents, _, actions, _ = parts(inputs, frames)
+    inputs.text_mask[:] &= instruction
+    rollout = start(model, inputs, 2, **settings)
+    for frame in range(frames):
+        executed = actions[:, frame - 1 : frame] if frame else None
+        rollout.observe(latents[:, frame : frame + 1], inputs.states[:, frame : frame + 1], executed)
+    return rollout
+
+
+def plan(rollout: Rollout, seed: int = 0, **settings: object) -> tuple[Tensor, Tensor | None]:
+    chunk = rollout.plan(generator=torch.Generator().manual_seed(seed), **settings)
+    return chunk.actions, chunk.latents
+
+
+@pytest.mark.parametrize("coupling", ["joint", "sequential"])
+def test_planning_is_repeatable_and_leaves_the_history_alone(coupling: str) -> None:
+    rollout = observed(small_model(coupling=coupling))
+    first = plan(rollout)
+    plan(rollout, seed=1, frames=1, video_steps=1)
+    again = plan(rollout)
+    assert first[0].shape == (2, 2, VECTORS, 3)
+    assert first[1] is not None
+    assert first[1].shape == (2, 2, TOKENS, 5)
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], plan(rollout, seed=2)[0])
+
+
+def test_joint_plan_is_the_interleaved_euler_solution() -> None:
+    """Two video and four action steps, written out: the video moves after passes 2 and 4 only."""
+    rollout = observed(small_model())
+    generator = torch.Generator().manual_seed(3)
+    video, action = (
+        torch.randn(2, 2, TOKENS, 5, generator=generator),
+        torch.randn(2, 2, VECTORS, 3, generator=generator),
+    )
+    given = rollout.plan(video_steps=2, action_steps=4, video_noise=video, action_noise=action)
+    for number, (t_video, t_action) in enumerate([(0.0, 0.0), (0.0, 0.25), (0.5, 0.5), (0.5, 0.75)]):
+        of_video, of_action = rollout.velocities(video, action, t_video, t_action)
+        action = action + 0.25 * of_action
+        video = video + 0.5 * of_video if number % 2 else video
+    torch.testing.assert_close(given.actions, action)
+    torch.testing.assert_close(given.latents, video)
+
+
+def test_skipped_video_stays_noise_in_joint() -> None:
+    rollout = observed(small_model())
+    video, action = torch.randn(2, 2, TOKENS, 5), torch.randn(2, 2, VECTORS, 3)
+    given = rollout.plan(video="skip", action_steps=2, video_noise=video, action_noise=action)
+    assert given.latents is None
+    for t in (0.0, 0.5):
+        action = action + 0.5 * rollout.velocities(video, action, 0.0, t)[1]
+    torch.testing.assert_close(given.actions, action)
+
+
+def test_skipped_video_only_hides_the_latents_in_sequential() -> None:
+    rollout = observed(small_model(coupling="sequential"))
+    imagined, skipped = plan(rollout), plan(rollout, video="skip")
+    assert skipped[1] is None
+    assert torch.equal(imagined[0], skipped[0])
+
+
+def test_guidance_moves_the_video_between_without_and_with_instruction() -> None:
+    model = small_model(coupling="sequential")
+    x = torch.randn(2, 2, TOKENS, 5)
+    with_it, without, guided = (
+        observed(model, **settings).velocities(x, None, video_time=0.4)[0]
+        for settings in ({}, {"instruction": False}, {"guidance": 3.0})
+    )
+    torch.testing.assert_close(guided, without + 3.0 * (with_it - without), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_selected_episodes_go_on_as_if_alone(guidance: float) -> None:
+    rollout = observed(small_model(), guidance=guidance)
+    video, action = torch.randn(2, 2, TOKENS, 5), torch.randn(2, 2, VECTORS, 3)
+    both = rollout.plan(video_noise=video, action_noise=action)
+    rollout.select(torch.tensor([1]))
+    one = rollout.plan(video_noise=video[1:], action_noise=action[1:])
+    torch.testing.assert_close(one.actions, both.actions[1:], atol=1e-5, rtol=1e-4)
+
+
+def test_what_cannot_be_is_refused() -> None:
+    model = small_model()
+    inputs = episode(model, (1, 1))
+    latents, _, _, _ = parts(inputs, 3)
+    rollout = start(model, inputs, 2)
+    with pytest.raises(ValueError, match="observe first"):
+        rollout.plan()
+    with pytest.raises(ValueError, match="frame 0 alone"):
+        rollout.observe(latents[:, :2], inputs.states[:, :2])
+    with pytest.raises(ValueError, match="expects a robot state"):
+        rollout.observe(latents[:, :1])
+    rollout.observe(latents[:, :1], inputs.states[:, :1])
+    with pytest.raises(ValueError, match="those executed on the way to frame 1"):
+        rollout.observe(latents[:, :1], inputs.states[:, :1])
+    with pytest.raises(ValueError, match="1 to chunk_frames = 2"):
+        rollout.plan(3)
+    with pytest.raises(ValueError, match="'imagine', 'skip'"):
+        rollout.plan(video="maybe")
+    with pytest.raises(ValueError, match="shape of the chunk"):
+        rollout.plan(video_noise=torch.zeros(2, 1, TOKENS, 5))
+    with pytest.raises(ValueError, match="expected one of the model's action spaces"):
+        Rollout(model, space="other", grid=GRID, text=inputs.text[:, 0], text_mask=inputs.text_mask[:, 0])

@@ -1,0 +1,91 @@
+"""A tiny untrained policy folder and a LeRobot data set it fits."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from repvitok import RepViTok, RepViTokConfig
+from repvitok.data import LeRobotReader, LeRobotWriter
+from repvitok.encoding import encode_dataset
+from repwam_core.data.episodes import EpisodeStore, text_cache
+from repwam_core.embodiment import Embodiment, Statistics
+from repwam_core.export import PolicyManifest, write_policy
+from repwam_core.model.config import ActionSpace, WAMConfig
+from repwam_core.model.wam import WorldActionModel
+from repwam_core.planning import PlanSettings
+
+CAMERAS = ("observation.images.left", "observation.images.right")
+SIZE = (32, 16)
+
+
+@dataclass(frozen=True)
+class World:
+    """A data set, its latents, and a policy folder that fits them."""
+
+    dataset: Path
+    shards: Path
+    policy: Path
+    store: EpisodeStore
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory, write_text_cache) -> World:
+    """Two episodes of noise from two cameras, encoded by an untrained tokenizer; a WAM with random weights."""
+    root = tmp_path_factory.mktemp("policy")
+    torch.manual_seed(0)
+    tokenizer = RepViTok(RepViTokConfig(width=32, depth=1, heads=2, latent_dim=8, episode_window=2)).eval()
+    tokenizer.save_pretrained(root / "tokenizer")
+    _write_dataset(root / "data")
+    encode_dataset(tokenizer, LeRobotReader(root / "data"), root / "shards", size=SIZE)
+    write_text_cache(root / "shards")
+    store = EpisodeStore(root / "shards")
+    wam = _random_wam(store)
+    statistics: Statistics = store.statistics
+    manifest = PolicyManifest(
+        space="robot",
+        embodiment=Embodiment.from_names(
+            "arm", store.action_channels, store.state_channels, CAMERAS, store.meta.frame_rate_hz
+        ),
+        size=SIZE,
+        latents=store.meta,
+        text_encoder="minilm",
+        plan=PlanSettings(chunk_frames=2, execute_frames=1, video_steps=2, action_steps=3),
+        digests={"wam": wam.digest(), "tokenizer": tokenizer.digest(), "statistics": statistics.digest},
+    )
+    cache = text_cache(root / "shards", "minilm")
+    write_policy(root / "policy", wam, statistics, manifest, {"tokenizer": root / "tokenizer"}, cache)
+    return World(root / "data", root / "shards", root / "policy", store)
+
+
+def _write_dataset(root: Path) -> None:
+    writer = LeRobotWriter(
+        root,
+        version="v2.1",
+        fps=20,
+        cameras=dict.fromkeys(CAMERAS, SIZE),
+        state_names=["px", "py"],
+        action_names=["x", "y", "z"],
+        robot_type="arm",
+    )
+    rng = np.random.default_rng(0)
+    for index, length in enumerate((18, 15)):
+        frames = {camera: rng.integers(0, 256, (length, *SIZE, 3), np.uint8) for camera in CAMERAS}
+        state = rng.normal(size=(length, 2)).astype(np.float32)
+        action = rng.normal(size=(length, 3)).astype(np.float32)
+        writer.add_episode(index, frames=frames, state=state, action=action, task=("go left", "go up")[index])
+    writer.finalize()
+
+
+def _random_wam(store: EpisodeStore) -> WorldActionModel:
+    space = ActionSpace(channels=3, vectors_per_transition=4, state_channels=2)
+    config = WAMConfig.preset(
+        "tiny", width=32, depth=1, heads=2, ffn=32, action_width=32, action_ffn=32, text_dim=16, latent_dim=8,
+        window=2, state_token=True, spaces={"robot": space},
+    )  # fmt: skip
+    wam = WorldActionModel(config).eval()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in wam.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return wam

@@ -1,0 +1,140 @@
+"""The stage cache: done once, resumed after an interruption, redone when settings or inputs change."""
+
+import json
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+from repvitok.errors import UserError
+from repwam_core.quickstart.stages import StageRunner, folder_digest, stage_digest
+
+
+def _count(folder, calls):
+    calls.append(folder)
+    (folder / "out.txt").write_text("x")
+    return {"calls": len(calls)}
+
+
+def test_a_finished_stage_is_not_run_again(tmp_path):
+    calls = []
+    for _ in range(2):
+        runner = StageRunner(tmp_path / "run")
+        result = runner.run("a", lambda f: _count(f, calls), settings={"x": 1}, inputs={})
+    assert len(calls) == 1
+    assert result.cached
+    assert result.summary == {"calls": 1}
+
+
+@pytest.mark.parametrize(("settings", "inputs"), [({"x": 2}, {"d": "1"}), ({"x": 1}, {"d": "2"})])
+def test_settings_and_inputs_decide_the_folder(tmp_path, settings, inputs):
+    calls = []
+    runner = StageRunner(tmp_path / "run")
+    first = runner.run("a", lambda f: _count(f, calls), settings={"x": 1}, inputs={"d": "1"})
+    second = runner.run("a", lambda f: _count(f, calls), settings=settings, inputs=inputs)
+    assert len(calls) == 2
+    assert first.folder != second.folder
+
+
+def test_an_interrupted_stage_finds_its_partial_work(tmp_path):
+    seen = []
+
+    def work(folder):
+        part = folder / "part.txt"
+        seen.append(part.exists())
+        part.write_text("half")
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+        return {}
+
+    runner = StageRunner(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        runner.run("a", work, settings={}, inputs={})
+    result = StageRunner(tmp_path / "run").run("a", work, settings={}, inputs={})
+    assert seen == [False, True]
+    assert not result.cached
+
+
+def test_fresh_removes_stages_and_nothing_else(tmp_path):
+    root = tmp_path / "run"
+    StageRunner(root).run("a", lambda f: {}, settings={}, inputs={})
+    (root / "notes").mkdir()
+    (root / "notes" / "mine.txt").write_text("keep")
+    StageRunner(root, fresh=True)
+    assert (root / "notes" / "mine.txt").exists()
+    assert not list(root.glob("a-*"))
+
+
+def test_a_foreign_folder_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="not made by repwam quickstart"):
+        StageRunner(tmp_path, fresh=True)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_no_disk_space_is_one_clear_error_and_loses_nothing(tmp_path):
+    runner = StageRunner(tmp_path / "run")
+    runner.run("a", lambda f: {}, settings={}, inputs={})
+    with pytest.raises(UserError, match="stage b"):
+        runner.run("b", lambda f: {}, settings={}, inputs={}, needs_bytes=10**18)
+    assert runner.run("a", lambda f: {}, settings={}, inputs={}).cached
+
+
+def test_a_second_run_on_the_same_folder_is_refused(tmp_path):
+    runner = StageRunner(tmp_path / "run")
+    with runner.lock(), pytest.raises(UserError, match="another quickstart is running"):
+        StageRunner(tmp_path / "run")
+
+
+def test_kill_in_the_middle_leaves_the_stage_undone_and_resumable(tmp_path):
+    script = textwrap.dedent(
+        """
+        import sys, time, pathlib
+        from repwam_core.quickstart.stages import StageRunner
+        def work(folder):
+            (folder / "part.txt").write_text("half")
+            print("ready", flush=True)
+            time.sleep(60)
+            return {}
+        StageRunner(pathlib.Path(sys.argv[1])).run("a", work, settings={}, inputs={})
+        """
+    )
+    child = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "run")], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    assert child.stdout.readline().strip() == b"ready"
+    child.kill()
+    child.wait()
+    found = []
+
+    def work(folder):
+        found.append((folder / "part.txt").read_text())
+        return {"ok": 1}
+
+    result = StageRunner(tmp_path / "run").run("a", work, settings={}, inputs={})
+    assert found == ["half"]
+    assert json.loads((result.folder / "stage.json").read_text())["summary"] == {"ok": 1}
+
+
+def test_time_adds_up_over_interrupted_runs(tmp_path):
+    def slow(folder):
+        time.sleep(0.2)
+        if not (folder / "once").exists():
+            (folder / "once").touch()
+            raise RuntimeError("first try fails")
+        return {}
+
+    with pytest.raises(RuntimeError):
+        StageRunner(tmp_path / "run").run("a", slow, settings={}, inputs={})
+    result = StageRunner(tmp_path / "run").run("a", slow, settings={}, inputs={})
+    assert result.seconds >= 0.4
+
+
+def test_digests(tmp_path):
+    assert stage_digest("a", {"x": 1, "y": 2}, {}) == stage_digest("a", {"y": 2, "x": 1}, {})
+    assert stage_digest("a", {}, {}) != stage_digest("b", {}, {})
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta" / "info.json").write_text("{}")
+    before = folder_digest(tmp_path)
+    (tmp_path / "meta" / "info.json").write_text("[]")
+    assert folder_digest(tmp_path) != before

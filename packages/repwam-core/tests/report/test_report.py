@@ -1,0 +1,271 @@
+"""The report: self-contained, honest about what is absent, safe against markup in its data."""
+
+from __future__ import annotations
+
+import os
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from repwam_core.report import (
+    ActionTrace,
+    ChannelError,
+    Count,
+    Imagination,
+    ImaginedClip,
+    LanguageRow,
+    LatentActions,
+    OpenLoop,
+    ReconstructedClip,
+    Reconstruction,
+    ReportData,
+    Rollout,
+    RunInfo,
+    Stage,
+    SuccessRow,
+    TransitionPicture,
+    render_report,
+    write_report,
+)
+from repwam_core.report.page import duration
+
+VOID = {"img", "meta", "br", "source", "line", "rect", "circle", "polyline", "polygon"}
+ANCHORS = (
+    "findings",
+    "success",
+    "language",
+    "rollouts",
+    "open-loop",
+    "reconstruction",
+    "latent-actions",
+    "imagination",
+    "curves",
+    "run",
+)
+
+
+class Page(HTMLParser):
+    """Checks that tags are balanced and gathers what the page shows and refers to."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open_tags: list[str] = []
+        self.references: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+        self.sections: dict[str, str] = {}
+        self.current = ""
+        self.feed(html)
+        assert not self.open_tags
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.append(tag)
+        values = dict(attrs)
+        self.references += [values[name] for name in ("src", "href", "srcset", "action", "data") if name in values]
+        if tag == "section":
+            self.current = values["id"]
+            self.sections[self.current] = ""
+        if tag not in VOID:
+            self.open_tags.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list) -> None:
+        self.handle_starttag(tag, attrs)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open_tags.pop() == tag
+        if tag == "section":
+            self.current = ""
+
+    def handle_data(self, data: str) -> None:
+        if self.open_tags and self.open_tags[-1] != "style":
+            self.text += data
+            if self.current:
+                self.sections[self.current] += data
+
+
+def video(n: int, seed: int = 0, size: int = 64) -> np.ndarray:
+    """A smooth moving picture, which compresses like a camera's."""
+    y, x = np.mgrid[:size, :size] / size
+    frames = [np.stack([x * 200, y * 200, 120 + 100 * np.sin(9 * x + seed + i / 5)], axis=-1) for i in range(n)]
+    return np.stack(frames).clip(0, 255).astype(np.uint8)
+
+
+def full_report(instruction: str = "open the window") -> ReportData:
+    steps = np.arange(0, 2000)
+    return ReportData(
+        run=RunInfo(
+            title="A run",
+            command="repwam quickstart",
+            stages=[Stage("collect", 61.0, True, "0123456789abcdef", "30 demonstrations")],
+            seeds=[0, 1],
+            config_yaml="seed: 0",
+            peak_memory_bytes=2**31,
+            wall_seconds=700,
+        ),
+        findings=["Pretraining makes no measurable difference here: 52 of 60 against 53 of 60."],
+        success=[
+            SuccessRow("policy", {"window-open": Count(18, 20), "button": Count(17, 20)}),
+            SuccessRow("random", {"window-open": Count(0, 20)}),
+        ],
+        language=[LanguageRow("faucet-open", Count(17, 20), Count(2, 20), None)],
+        rollouts=[Rollout("window-open", s, s != 1, video(40, s), instruction) for s in range(4)],
+        open_loop=OpenLoop(
+            [ChannelError("elbow", "rad", 0.031, {"hold the state": 0.05})],
+            [ActionTrace("elbow", "rad", steps[:50] / 30, np.sin(steps[:50]), np.cos(steps[:50]))],
+        ),
+        reconstruction=Reconstruction(
+            [ReconstructedClip("clip 0", video(17), video(17, 1), 25.0, 0.9)],
+            24.6,
+            0.89,
+            12,
+            {"mean colour": (14.0, None)},
+        ),
+        latent_actions=LatentActions(
+            [TransitionPicture("frame 8", video(1)[0], video(1)[0], video(1, 1)[0], [0.1, -2.0, 0.0, 1.0])],
+            0.154,
+            0.542,
+            0.228,
+            {"x": 0.81, "gripper": -0.05},
+        ),
+        imagination=Imagination(
+            [ImaginedClip("episode 3", video(8), video(8, 2), 22.0, 19.0, 1)],
+            22.4,
+            19.5,
+            4,
+            {"imagined": ([4, 8], [23.0, 21.0])},
+        ),
+        curves={
+            "RepViTok": {"train/loss": (steps, np.exp(-steps / 300) + 0.01), "val/psnr_db": ([0, 500], [12.0, 24.0])}
+        },
+    )
+
+
+def test_page_needs_nothing_but_itself() -> None:
+    html = render_report(full_report())
+    page = Page(html)
+    assert page.references
+    assert all(ref.startswith(("data:image/webp;base64,", "#")) for ref in page.references)
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert "url(" not in html
+    assert "@import" not in html
+    assert "default-src 'none'" in html or "default-src &#x27;none&#x27;" in html
+
+
+def test_every_section_renders() -> None:
+    page = Page(render_report(full_report()))
+    assert tuple(page.sections) == ANCHORS
+    assert not [name for name, text in page.sections.items() if "Absent from this run" in text]
+    assert {f"#{anchor}" for anchor in ANCHORS} <= set(page.references)
+
+
+def test_absent_sections_are_said_to_be_absent() -> None:
+    page = Page(render_report(ReportData(run=RunInfo(title="Nothing", command="repwam quickstart"))))
+    assert tuple(page.sections) == ANCHORS
+    absent = {name for name, text in page.sections.items() if "Absent from this run" in text}
+    assert absent == set(ANCHORS) - {"run"}
+    assert "img" not in page.tags
+    assert not re.search(r"\d+ ?%|dB", page.text)
+
+
+def test_counts_come_with_their_interval() -> None:
+    text = Page(render_report(full_report())).sections["success"].replace("\u00a0", " ")
+    assert "90 %18/20" in text
+    assert "70–97 %" in text
+    assert "88 %35/40" in text  # pooled
+    assert "not run" in text  # random was not run on the second task
+
+
+@pytest.mark.parametrize(
+    ("successes", "episodes", "low", "high"),
+    [
+        (18, 20, 0.6990, 0.9721),
+        (0, 20, 0.0, 0.1611),
+        (20, 20, 0.8389, 1.0),
+        (53, 60, 0.7782, 0.9423),
+        (1, 2, 0.0945, 0.9055),
+    ],
+)
+def test_wilson_interval_against_hand_values(successes: int, episodes: int, low: float, high: float) -> None:
+    assert Count(successes, episodes).interval == pytest.approx((low, high), abs=2e-4)
+
+
+def test_instructions_and_names_are_escaped() -> None:
+    attack = '<script>alert("x")</script> & \'quotes\' <img src="http://example.org/a.png">'
+    data = full_report(attack)
+    html = render_report(data)
+    page = Page(html)
+    assert "script" not in page.tags
+    assert attack in page.text
+    assert not [ref for ref in page.references if "example.org" in ref]
+
+
+def test_size_is_bounded_for_many_rollouts_and_large_frames() -> None:
+    data = full_report()
+    many = [Rollout("window-open", s, True, video(200, s)) for s in range(20)]
+    large = [ReconstructedClip("large", video(9, size=480), video(9, 1, size=480), 25.0)]
+    data = ReportData(run=data.run, rollouts=many, reconstruction=Reconstruction(large, 25.0))
+    assert len(render_report(data)) < 6_000_000
+
+
+def test_failures_are_shown_beside_successes() -> None:
+    text = Page(render_report(full_report())).sections["rollouts"]
+    assert "4 shown: 3 successes, 1 failure" in text
+    assert text.count("seed ") == 4
+
+
+def test_rendering_is_deterministic() -> None:
+    assert render_report(full_report()) == render_report(full_report())
+
+
+def test_write_replaces_the_whole_file(tmp_path: os.PathLike) -> None:
+    path = tmp_path / "deep" / "report.html"  # type: ignore[operator]
+    assert write_report(full_report(), path) == path
+    first = path.read_text(encoding="utf-8")
+    assert first.startswith("<!doctype html>")
+    write_report(ReportData(run=RunInfo(title="Second", command="c")), path)
+    assert "Second" in path.read_text(encoding="utf-8")
+    assert os.listdir(path.parent) == ["report.html"]
+
+
+def test_a_failed_write_keeps_the_old_report(tmp_path: os.PathLike, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "report.html"  # type: ignore[operator]
+    write_report(ReportData(run=RunInfo(title="First", command="c")), path)
+
+    def no_space(fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(OSError, match="No space left"):
+        write_report(ReportData(run=RunInfo(title="Second", command="c")), path)
+    assert "First" in path.read_text(encoding="utf-8")
+    assert os.listdir(tmp_path) == ["report.html"]
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [np.zeros((4, 64, 64, 3), np.float32), np.zeros((64, 64, 3), np.uint8), np.zeros((0, 64, 64, 3), np.uint8)],
+)
+def test_wrong_frames_are_refused_with_what_came(frames: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=re.escape(str(frames.shape))):
+        Rollout("window-open", 7, True, frames)
+
+
+def test_pairs_must_have_one_shape() -> None:
+    with pytest.raises(ValueError, match="expected reconstruction"):
+        ReconstructedClip("a", video(9), video(5), 20.0)
+    with pytest.raises(ValueError, match="imagined"):
+        ImaginedClip("a", video(9), video(5), 20.0)
+
+
+def test_impossible_counts_are_refused() -> None:
+    for successes, episodes in ((3, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match="successes"):
+            Count(successes, episodes)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(3.21, "3.2 s"), (59.7, "1 min 00 s"), (61, "1 min 01 s"), (3700, "1 h 01 min")]
+)
+def test_durations_in_words(seconds: float, text: str) -> None:
+    assert duration(float(seconds)).replace("\u00a0", " ") == text

@@ -1,0 +1,57 @@
+"""Baselines: the expert succeeds, chance does not, a replay is the demonstration's own actions."""
+
+import numpy as np
+import pytest
+from repvitok.data import LeRobotWriter
+from repvitok.errors import UserError
+from repwam_core.sim.baselines import demonstrated_actions, run_baseline
+from repwam_core.sim.metaworld import MetaWorldTask
+from repwam_core.sim.results import success_rates
+from repwam_core.sim.seeds import evaluation_seeds
+
+TASK = "handle-press-side"
+SEEDS = evaluation_seeds(3)
+
+pytestmark = pytest.mark.sim
+
+
+@pytest.fixture(scope="module")
+def demonstrations(tmp_path_factory):
+    """The expert's actions at the first evaluation seed, so that a replay must succeed there."""
+    actions = []
+    with MetaWorldTask(TASK) as task:
+        task.start(SEEDS[0])
+        while not task.done:
+            actions.append(task.expert_action())
+            task.advance(actions[-1])
+    root = tmp_path_factory.mktemp("demonstrations")
+    names = task.embodiment.action_names
+    writer = LeRobotWriter(root, fps=40, cameras={}, state_names=(), action_names=names, robot_type="sawyer")
+    writer.add_episode(0, frames={}, action=np.stack(actions), task="press", metadata={"task_name": TASK})
+    writer.finalize()
+    return root
+
+
+def test_expert_and_chance():
+    expert, chance = (run_baseline(who, [TASK, "window-open"], SEEDS, workers=1) for who in ("expert", "random"))
+    assert [(r.task, r.seed) for r in expert] == [(task, seed) for seed in SEEDS for task in (TASK, "window-open")]
+    assert all(result.success for result in expert)
+    assert success_rates(chance)["window-open"].successes == 0
+
+
+def test_workers_do_not_matter():
+    one, two = (run_baseline("random", [TASK], SEEDS, workers=workers) for workers in (1, 2))
+    assert [r.to_dict() for r in one] == [r.to_dict() for r in two]
+
+
+def test_a_replay_succeeds_where_it_was_recorded(demonstrations):
+    results = run_baseline("replay", [TASK], SEEDS, demonstrations=demonstrations, workers=1)
+    recorded = demonstrated_actions(demonstrations, [TASK])[TASK][0]
+    assert (results[0].success, results[0].steps) == (True, len(recorded))
+
+
+def test_a_replay_needs_demonstrations(demonstrations):
+    with pytest.raises(UserError, match="no demonstrations of reach"):
+        run_baseline("replay", ["reach"], SEEDS, demonstrations=demonstrations)
+    with pytest.raises(UserError, match="needs a data set"):
+        run_baseline("replay", ["reach"], SEEDS)

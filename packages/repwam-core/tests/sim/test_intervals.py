@@ -1,0 +1,31 @@
+"""Wilson's interval against values worked out by hand."""
+
+import pytest
+from repwam_core.sim.intervals import wilson_interval
+
+
+@pytest.mark.parametrize(
+    ("successes", "episodes", "low", "high"),
+    [
+        (0, 20, 0.0, 0.1611),  # z^2 / (n + z^2) = 3.8415 / 23.8415
+        (20, 20, 0.8389, 1.0),
+        (10, 20, 0.2993, 0.7007),  # 0.5 +- 1.96 sqrt(0.0125 + 0.0024) / 1.1921
+        (51, 60, 0.7389, 0.9190),
+        (1, 1, 0.2065, 1.0),
+    ],
+)
+def test_hand_values(successes, episodes, low, high):
+    assert wilson_interval(successes, episodes) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_narrows_with_more_episodes_and_mirrors():
+    few, many = wilson_interval(5, 10), wilson_interval(500, 1000)
+    assert many[1] - many[0] < few[1] - few[0]
+    low, high = wilson_interval(3, 17)
+    assert wilson_interval(14, 17) == pytest.approx((1 - high, 1 - low))
+
+
+@pytest.mark.parametrize(("successes", "episodes"), [(0, 0), (3, 2), (-1, 5)])
+def test_impossible_counts_are_refused(successes, episodes):
+    with pytest.raises(ValueError, match=f"got {successes} of {episodes}"):
+        wilson_interval(successes, episodes)

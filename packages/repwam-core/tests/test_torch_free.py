@@ -1,0 +1,44 @@
+"""The modules that a robot's or simulator's own environment installs work where torch does not exist."""
+
+import subprocess
+import sys
+
+import pytest
+
+BLOCK = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+"""
+MODULES = [
+    "repwam_core",
+    "repwam_core.interface",
+    "repwam_core.embodiment",
+    "repwam_core.policy.chunking",
+    "repwam_core.sim.base",
+    "repwam_core.sim.baselines",
+    "repwam_core.sim.collect",
+    "repwam_core.sim.evaluate",
+    "repwam_core.sim.metaworld",
+]
+
+
+def test_all_of_them_import_with_torch_blocked():
+    code = BLOCK + "".join(f"import {module}; " for module in MODULES)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.sim
+def test_a_simulated_step_needs_no_torch():
+    code = BLOCK + (
+        "from repwam_core.sim.metaworld import MetaWorldTask; task = MetaWorldTask('reach'); task.start(0); "
+        "task.advance(task.expert_action()); print(task.steps)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr

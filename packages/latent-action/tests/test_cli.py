@@ -50,7 +50,7 @@ def test_label_and_probe(lat_folder, blobs, tmp_path, capsys):
         (["label", "--lat", "{lat}", "--latents", "{blobs}", "--out", "{tmp}/o", "--shard", "2/2"], "2/2"),
         (["label", "--lat", "{lat}", "--latents", "{blobs}"], "--out"),
         (["probe", "--lat", "{lat}", "--latents", "{tmp}"], "meta.json"),
-        (["export", "--checkpoint", "{tmp}/none.ckpt", "--out", "{tmp}/o"], "no checkpoint"),
+        (["export", "--ckpt", "{tmp}/none.ckpt", "--out", "{tmp}/o"], "no checkpoint"),
         (["fit", "--data.latents={tmp}/none", "--model.lat.latent_dim=8", "--trainer.max_steps=1"], "no such folder"),
         (["fit", "--data.latents={blobs}", "--model.lat.latent_dim=9", "--trainer.max_steps=1"], "8 channels"),
         (["fit", "--data.latents={blobs}", "--model.lat.latent_dim=8"], "max_steps"),

@@ -45,7 +45,7 @@ def test_a_finished_folder_is_returned_and_another_lat_refused(fitted_lat, lat, 
     first = label_shards(fitted_lat, blobs, tmp_path / "out")
     assert label_shards(fitted_lat, blobs, tmp_path / "out").to_dict() == first.to_dict()
     with torch.no_grad():
-        fitted_lat.inverse_dynamics.mlp[0].bias += 1
+        fitted_lat.inverse_dynamics.mlp.first.bias += 1
     with pytest.raises(ValueError, match="already holds"):
         label_shards(fitted_lat, blobs, tmp_path / "out")
 
@@ -85,7 +85,7 @@ def test_shares_together_equal_one_run(fitted_lat, blobs, tmp_path):
 def test_unfinished_work_of_another_lat_is_refused(fitted_lat, blobs, tmp_path):
     label_shards(fitted_lat, blobs, tmp_path / "out", shard=(0, 3))
     with torch.no_grad():
-        fitted_lat.inverse_dynamics.mlp[0].bias += 1
+        fitted_lat.inverse_dynamics.mlp.first.bias += 1
     with pytest.raises(ValueError, match="another LAT"):
         label_shards(fitted_lat, blobs, tmp_path / "out")
 
@@ -101,6 +101,6 @@ def test_latents_of_another_tokenizer_are_refused(fitted_lat, lat, blobs, tmp_pa
 
 def test_values_that_are_not_finite_stop_the_work(fitted_lat, blobs, tmp_path):
     with torch.no_grad():
-        fitted_lat.inverse_dynamics.mlp[0].bias.fill_(float("nan"))
+        fitted_lat.inverse_dynamics.mlp.first.bias.fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite"):
         label_shards(fitted_lat, blobs, tmp_path / "out")

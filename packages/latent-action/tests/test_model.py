@@ -105,7 +105,7 @@ def test_digest_covers_weights_and_statistics(fitted_lat):
     fitted_lat.config = dataclasses.replace(fitted_lat.config, latent_std=(3.0,) * 8)
     other_statistics = fitted_lat.digest()
     with torch.no_grad():
-        fitted_lat.inverse_dynamics.mlp[0].bias[0] += 1
+        fitted_lat.inverse_dynamics.mlp.first.bias[0] += 1
     assert len({before, other_statistics, fitted_lat.digest()}) == 3
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from latent_action.datamodule import EvaluationBatches, LatentActionData, TrainingBatches
-from latent_action.transitions import load_transitions, split_episodes
+from latent_action.transitions import load_transitions
 from repvitok.data.latents import LatentEpisode
 from repvitok.data.shards import LatentShards
 
@@ -46,20 +46,8 @@ def test_selecting_episodes_keeps_everything_aligned():
     assert chosen.pairs(torch.arange(3))[0][:, 0, 0].tolist() == [100, 101, 100]
 
 
-def test_split_holds_out_whole_episodes_by_seed_only():
-    train, held_out = split_episodes([3, 3, 1, 2, 7, 7, 9], 0.4, seed=1)
-    assert sorted(train + held_out) == [1, 2, 3, 7, 9]
-    assert len(held_out) == 2
-    assert split_episodes([9, 7, 2, 1, 3], 0.4, seed=1) == (train, held_out)
-    assert len({tuple(split_episodes(range(9), 0.3, seed=s)[1]) for s in range(8)}) > 1
-    assert split_episodes([0, 1], 0.9, seed=0)[0] != []
-    for episodes, fraction in (([4, 4], 0.5), ([1, 2], 0.0), ([1, 2], 1.0)):
-        with pytest.raises(ValueError, match=r"(?i)hold"):
-            split_episodes(episodes, fraction, seed=0)
-
-
 def test_batch_k_depends_on_seed_k_and_rank_only(blobs):
-    data = LatentActionData(str(blobs), batch_size=8, held_out_fraction=0.25, seed=3)
+    data = LatentActionData(str(blobs), batch_size=8, held_out=0.25, seed=3)
     data.setup()
     batches = data.train_dataloader()
     first = [batch for batch, _ in zip(batches, range(6), strict=False)]
@@ -71,7 +59,7 @@ def test_batch_k_depends_on_seed_k_and_rank_only(blobs):
 
 
 def test_data_module_standardises_and_splits(blobs):
-    data = LatentActionData(str(blobs), held_out_fraction=0.25, val_transitions=50, batch_size=16)
+    data = LatentActionData(str(blobs), held_out=0.25, val_transitions=50, batch_size=16)
     data.setup()
     train, held_out = data.train_dataloader().table, data.val_dataloader().table
     assert not set(train.episode.tolist()) & set(held_out.episode.tolist())

@@ -12,8 +12,7 @@ from repvitok import RepViTok, RepViTokConfig
 from repvitok.data.lerobot_format import EpisodeInfo
 from repvitok.data.shards import LatentShards
 from repvitok.data.transforms import prepare_frames
-from repvitok.data.video import VideoFile
-from repvitok.encoding import decode_latents, decode_latents_to_video, encode_dataset
+from repvitok.encoding import encode_dataset
 
 LENGTHS = (23, 9, 40, 12)
 
@@ -181,18 +180,3 @@ def test_a_real_data_set_goes_all_the_way(tmp_path, tok, shared_data):
     assert shards[0].actions.shape == (69, 4, 26)
     np.testing.assert_array_equal(shards[0].actions[2], reader.episode(1)["action"][8:12])
     assert shards.meta.action_names[0] == "kLeftShoulderPitch"
-
-
-def test_latents_become_video_again(tmp_path, tok):
-    item = encode(tok, tmp_path / "latents")[0]
-    frames = decode_latents(tok, item.latents, size=(32, 32), views=2)
-    assert frames.shape == (2, 21, 32, 32, 3)
-    z = torch.from_numpy(item.latents)
-    expected = tok.decode(z[None, :, 4:], (32, 32), window=3)[0].detach()
-    shown = (expected.clamp(-1, 1) + 1) * 127.5
-    assert np.abs(frames[1].astype(float) - shown.permute(1, 2, 3, 0).numpy()).max() <= 0.51
-    decode_latents_to_video(tok, item.latents, tmp_path / "a.mp4", size=(32, 32), fps=20, views=2)
-    video = VideoFile(tmp_path / "a.mp4")
-    assert (len(video), video.height, video.width, video.fps) == (21, 32, 64, 20.0)
-    with pytest.raises(ValueError, match="8 tokens per latent frame cannot be 3 cameras"):
-        decode_latents(tok, item.latents, size=(32, 32), views=3)

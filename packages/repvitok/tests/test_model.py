@@ -105,7 +105,7 @@ def test_clips_of_a_batch_are_strangers(tok: RepViTok, make_video: MakeVideo) ->
 def test_latents_have_unit_scale(tok: RepViTok, make_video: MakeVideo) -> None:
     z = tok.encode(make_video(5))
     torch.testing.assert_close(z.mean(-1), torch.zeros(2, 2, 6), rtol=0, atol=1e-5)
-    torch.testing.assert_close(z.std(-1, correction=0), torch.ones(2, 2, 6), rtol=0, atol=1e-3)
+    torch.testing.assert_close(z.std(-1, correction=0), torch.ones(2, 2, 6), rtol=0, atol=1e-2)
 
 
 def test_every_parameter_learns(tok: RepViTok, make_video: MakeVideo) -> None:

@@ -47,7 +47,7 @@ def _probe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lat", type=Path, required=True, help="folder of the latent action tokenizer")
     parser.add_argument("--latents", type=Path, required=True, help="folder of latent shards with robot actions")
     parser.add_argument("--held-out", type=float, default=0.25, help="share of episodes (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of split and heads (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the heads (default: %(default)s)")
     parser.add_argument("--head-steps", type=int, default=600, help="training steps of the heads (default: 600)")
     parser.add_argument(
         "--frames-steps", type=int, default=300, help="training steps of the head on latents (default: 300)"
@@ -65,7 +65,7 @@ def _probe(arguments: argparse.Namespace) -> int:
     report = probe_shards(
         lat,
         arguments.latents,
-        held_out_fraction=arguments.held_out,
+        held_out=arguments.held_out,
         head_steps=arguments.head_steps,
         frames_steps=arguments.frames_steps,
         seed=arguments.seed,
@@ -78,28 +78,23 @@ def _probe(arguments: argparse.Namespace) -> int:
 
 def _visualize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lat", type=Path, required=True, help="folder of the latent action tokenizer")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of the visual tokenizer")
-    parser.add_argument("--dataset", type=Path, required=True, help="LeRobot data set")
+    parser.add_argument("--latents", type=Path, required=True, help="folder of latent shards")
+    parser.add_argument("--dataset", type=Path, required=True, help="the LeRobot data set they were made from")
     parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
     parser.add_argument("--episode", type=int, default=0, help="episode index (default: %(default)s)")
-    parser.add_argument("--size", type=int, nargs=2, required=True, metavar=("H", "W"), help="as encoded")
-    parser.add_argument("--stride", type=int, default=1, help="every n-th frame, as encoded (default: 1)")
-    parser.add_argument("--cameras", nargs="+", help="camera keys, as encoded (default: all)")
     parser.add_argument("--transitions", type=int, default=12, help="most to draw (default: %(default)s)")
 
 
 def _visualize(arguments: argparse.Namespace) -> int:
     from latent_action.episode_pictures import write_episode_picture
+    from latent_action.model import LatentActionTokenizer
 
     write_episode_picture(
-        lat=arguments.lat,
-        tokenizer=arguments.tokenizer,
+        lat=LatentActionTokenizer.from_pretrained(arguments.lat),
+        latents=arguments.latents,
         dataset=arguments.dataset,
         out=arguments.out,
         episode=arguments.episode,
-        size=(arguments.size[0], arguments.size[1]),
-        stride=arguments.stride,
-        cameras=arguments.cameras,
         transitions=arguments.transitions,
     )
     print(f"wrote {arguments.out}")
@@ -107,14 +102,14 @@ def _visualize(arguments: argparse.Namespace) -> int:
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", type=Path, required=True, help=".ckpt written by fit")
+    parser.add_argument("--ckpt", type=Path, required=True, help=".ckpt written by fit")
     parser.add_argument("--out", type=Path, required=True, help="folder for config.json and model.safetensors")
 
 
 def _export(arguments: argparse.Namespace) -> int:
     from latent_action.export import export_checkpoint
 
-    lat = export_checkpoint(arguments.checkpoint, arguments.out)
+    lat = export_checkpoint(arguments.ckpt, arguments.out)
     print(f"{arguments.out}: LAT {lat.digest()[:16]}")
     return 0
 

@@ -86,7 +86,8 @@ class LatentActionConfig:
             raise ValueError(f"LatentActionConfig: missing {missing}. Was this file written by another version?")
         if unknown := sorted(set(values) - expected):
             raise ValueError(f"LatentActionConfig: unknown {unknown}; expected only {sorted(expected)}.")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**plain)
 
     def fitted_to(self, meta: LatentMeta) -> "LatentActionConfig":
         """This config with the tokenizer digest and the statistics of the latents to train on.

@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Float
 from repvitok.data.latents import LatentMeta
 from repvitok.data.shards import LatentShards
+from repvitok.data.split import split_episodes
 from torch import Tensor
 
-from latent_action.transitions import TransitionTable, load_transitions, split_episodes
+from latent_action.transitions import TransitionTable, load_transitions
 
 
 class TransitionBatch(NamedTuple):
@@ -71,9 +72,9 @@ class LatentActionData(L.LightningDataModule):
     Args:
         latents: folder of latent shards, from `repvitok encode` or any other visual tokenizer.
         batch_size: transitions per batch and rank.
-        held_out_fraction: share of the episodes kept for validation, in (0, 1); at least one.
+        held_out: share of the episodes kept for validation, in (0, 1); at least one.
         val_transitions: most transitions a validation looks at.
-        seed: of the batches and of the split.
+        seed: of the batches.
         memory_limit_gb: refuse latents that take more than this in memory.
 
     Raises:
@@ -84,7 +85,7 @@ class LatentActionData(L.LightningDataModule):
         self,
         latents: str,
         batch_size: int = 128,
-        held_out_fraction: float = 0.1,
+        held_out: float = 0.1,
         val_transitions: int = 1024,
         seed: int = 0,
         memory_limit_gb: float = 16.0,
@@ -95,7 +96,7 @@ class LatentActionData(L.LightningDataModule):
                 raise ValueError(f"{name}: expected at least 1, got {value}.")
         self.latents = Path(latents)
         self.batch_size = batch_size
-        self.held_out_fraction = held_out_fraction
+        self.held_out = held_out
         self.val_transitions = val_transitions
         self.seed = seed
         self.memory_limit_gb = memory_limit_gb
@@ -118,7 +119,7 @@ class LatentActionData(L.LightningDataModule):
         self._require_memory(shards)
         mean, std = torch.from_numpy(meta.mean), torch.from_numpy(meta.std)
         table = load_transitions(shards, lambda raw: (raw - mean) / std)
-        train, held_out = split_episodes(table.episode.tolist(), self.held_out_fraction, self.seed)
+        train, held_out = split_episodes(table.episode.tolist(), self.held_out)
         self._tables = table.of_episodes(train), table.of_episodes(held_out)
 
     def train_dataloader(self) -> TrainingBatches:

@@ -1,7 +1,6 @@
 """The two MLPs of RepWAM Sec. 3.2: inverse dynamics (IDM, q) and forward dynamics (FDM, f)."""
 
 import math
-from itertools import pairwise
 
 import torch
 from einops import rearrange, repeat
@@ -22,14 +21,21 @@ INITIAL_STAY = 5.0
 DISPLACEMENT_UNITS_PER_VIEW = 4
 
 
-def mlp(inputs: int, hidden: int, outputs: int, layers: int) -> nn.Sequential:
+class MLP(nn.Module):
     """`layers` linear layers of hidden size `hidden` with SiLU between them."""
-    sizes = [inputs, *[hidden] * (layers - 1), outputs]
-    linears = [nn.Linear(a, b) for a, b in pairwise(sizes)]
-    parts: list[nn.Module] = [linears[0]]
-    for linear in linears[1:]:
-        parts += [nn.SiLU(), linear]
-    return nn.Sequential(*parts)
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, layers: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(inputs, hidden)
+        self.hidden = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers - 2))
+        self.last = nn.Linear(hidden, outputs)
+
+    def forward(self, x: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
+        """The last layer's output, without a nonlinearity."""
+        x = F.silu(self.first(x))
+        for layer in self.hidden:
+            x = F.silu(layer(x))
+        return self.last(x)
 
 
 class TokenPositions(nn.Module):
@@ -72,7 +78,7 @@ class InverseDynamics(nn.Module):
         self.positions = TokenPositions(config.position_frequencies, config.max_views)
         inputs = 2 * config.latent_dim + self.positions.size
         outputs = config.action_dim * (2 if self.attends else 1)
-        self.mlp = mlp(inputs, config.hidden, outputs, config.layers)
+        self.mlp = MLP(inputs, config.hidden, outputs, config.layers)
 
     def forward(
         self, z_t: Float[Tensor, "b tokens d"], z_next: Float[Tensor, "b tokens d"], grid: Grid
@@ -100,16 +106,14 @@ class ForwardDynamics(nn.Module):
         self.sizes = [config.latent_dim, 2, 1, 1, self.rank, self.rank]
         self.positions = TokenPositions(config.position_frequencies, config.max_views)
         inputs = config.latent_dim + config.action_dim + self.positions.size
-        self.mlp = mlp(inputs, config.hidden, sum(self.sizes), config.layers)
+        self.mlp = MLP(inputs, config.hidden, sum(self.sizes), config.layers)
         self._start_at_copy()
 
     def _start_at_copy(self) -> None:
-        head = self.mlp[-1]
-        assert isinstance(head, nn.Linear)
-        keep = sum(self.sizes[:-1])
+        keys = sum(self.sizes[:-1])
         with torch.no_grad():
-            head.weight[:keep] = 0
-            head.bias.zero_()
+            self.mlp.last.weight[:keys] = 0
+            self.mlp.last.bias.zero_()
 
     def forward(
         self, z_t: Float[Tensor, "b tokens d"], l_t: Float[Tensor, "b action"], grid: Grid

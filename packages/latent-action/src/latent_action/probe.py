@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from repvitok.data.shards import LatentShards
+from repvitok.data.split import split_episodes
 from repvitok.optim import warmup_cosine_schedule
 from torch import Tensor, nn
 
-from latent_action.dynamics import InverseDynamics, mlp
+from latent_action.dynamics import MLP, InverseDynamics
 from latent_action.grid import Grid
 from latent_action.labelling import require_same_tokenizer
 from latent_action.model import LatentActionTokenizer
-from latent_action.transitions import TransitionTable, load_transitions, split_episodes
+from latent_action.transitions import TransitionTable, load_transitions
 
 Predict = Callable[[Int[Tensor, " b"]], Float[Tensor, "b c"]]
 
@@ -80,7 +81,7 @@ def probe_shards(
     lat: LatentActionTokenizer,
     latents: str | Path,
     *,
-    held_out_fraction: float = 0.25,
+    held_out: float = 0.25,
     head_steps: int = 600,
     frames_steps: int = 300,
     seed: int = 0,
@@ -92,10 +93,10 @@ def probe_shards(
     Args:
         lat: the latent action tokenizer, used as it is.
         latents: folder of latent shards with actions, of the tokenizer the LAT was trained on.
-        held_out_fraction: share of the episodes that are scored.
+        held_out: share of the episodes that are scored.
         head_steps: training steps of the heads on latent actions.
         frames_steps: training steps of the head on latent frames.
-        seed: of the split, of the untrained LAT and of the heads.
+        seed: of the untrained LAT and of the heads.
 
     Raises:
         ValueError: the latents hold no actions, come from another tokenizer, or are of one episode only.
@@ -105,7 +106,7 @@ def probe_shards(
     table = load_transitions(shards, lat.standardise)
     if table.actions is None:
         raise ValueError(f"{shards.root}: some episodes have no robot actions, so there is nothing to probe for.")
-    train, held_out = split_episodes(table.episode.tolist(), held_out_fraction, seed)
+    train, held_out = split_episodes(table.episode.tolist(), held_out)
     task = _make_task(table, train, held_out, shards.meta.grid, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -147,7 +148,7 @@ def _latent_actions(lat: LatentActionTokenizer, task: _Task) -> Float[Tensor, "n
 def _fit_head(task: _Task, features: Float[Tensor, "n f"], steps: int) -> Predict:
     """A three-layer MLP from features to actions."""
     inputs = _standardised(features, task.train)
-    head = mlp(inputs.shape[1], 128, task.targets.shape[1], 3)
+    head = MLP(inputs.shape[1], 128, task.targets.shape[1], 3)
     _regress(head, lambda index: head(inputs[index]), task, steps, batch_size=512)
     return lambda index: head(inputs[index])
 

@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from repvitok.data.latents import LatentMeta
 from repvitok.ema import ExponentialMovingAverage
-from repvitok.optim import OptimizerName, build_optimizer, warmup_cosine_schedule
+from repvitok.optim import OptimizerSettings
 from torch import Tensor, nn
 
 from latent_action.config import LatentActionConfig
@@ -19,6 +19,8 @@ from latent_action.export import CHECKPOINT_KEY, read_stored
 from latent_action.grid import Grid
 from latent_action.losses import copy_loss, transition_losses
 from latent_action.model import LatentActionTokenizer
+
+DEFAULT_OPTIMIZER = OptimizerSettings(name="adamw", lr=1e-3, warmup_steps=500)
 
 
 class LatentActionTraining(L.LightningModule):
@@ -33,10 +35,7 @@ class LatentActionTraining(L.LightningModule):
         forward_weight: weight of L_fwd.
         consistency_weight: weight of L_cons.
         zero_action_control: train the control and log its loss.
-        optimizer: "adamw" or "muon".
-        learning_rate: peak learning rate.
-        weight_decay: on matrices.
-        warmup_steps: linear warmup, before a cosine to zero at the trainer's max_steps.
+        optimizer: of the LAT and the control; its schedule ends at the trainer's max_steps.
         gradient_clip: largest norm of the gradient, of the LAT and of the control each; null for none.
         ema_decay: validate and export an average of the weights with this decay; null for none.
 
@@ -50,10 +49,7 @@ class LatentActionTraining(L.LightningModule):
         forward_weight: float = 1.0,
         consistency_weight: float = 1.0,
         zero_action_control: bool = True,
-        optimizer: OptimizerName = "adamw",
-        learning_rate: float = 1e-3,
-        weight_decay: float = 0.01,
-        warmup_steps: int = 100,
+        optimizer: OptimizerSettings = DEFAULT_OPTIMIZER,
         gradient_clip: float | None = 1.0,
         ema_decay: float | None = None,
     ) -> None:
@@ -67,10 +63,7 @@ class LatentActionTraining(L.LightningModule):
         self.control = ForwardDynamics(lat) if zero_action_control else None
         self.forward_weight = forward_weight
         self.consistency_weight = consistency_weight
-        self.optimizer: OptimizerName = optimizer
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.warmup_steps = warmup_steps
+        self.optimizer_settings = optimizer
         self.gradient_clip = gradient_clip
         self.ema = None if ema_decay is None else ExponentialMovingAverage(self.lat, ema_decay)
         self.grid: Grid | None = None
@@ -128,19 +121,11 @@ class LatentActionTraining(L.LightningModule):
         self._log_deviation("test")
 
     def configure_optimizers(self) -> Any:
-        """One optimizer for the LAT and its control; warmup, then cosine to the trainer's max_steps."""
-        optimizer = build_optimizer(
-            self,
-            self.optimizer,
-            lr=self.learning_rate,
-            weight_decay=self.weight_decay,
-            newton_schulz_dtype="float32" if self.device.type == "cpu" else "bfloat16",
-            is_hidden=_is_hidden,
-        )
+        """One optimizer for the LAT and its control, and its schedule."""
         total = self.trainer.max_steps
         if total < 1:
-            raise ValueError(f"trainer.max_steps must be set: the learning rate falls to zero there; got {total}.")
-        schedule = warmup_cosine_schedule(optimizer, self.warmup_steps, total)
+            raise ValueError(f"trainer.max_steps must be set: the learning rate falls to its floor there; got {total}.")
+        optimizer, schedule = self.optimizer_settings.build(self, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
@@ -192,8 +177,3 @@ class LatentActionTraining(L.LightningModule):
 
     def _averaged(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.ema is None else self.ema.swapped(self.lat)
-
-
-def _is_hidden(name: str, parameter: nn.Parameter) -> bool:
-    """The square matrices inside an MLP: all but its first and last layer (and the view embeddings)."""
-    return ".mlp." in name and parameter.shape[0] == parameter.shape[1]

@@ -79,23 +79,3 @@ def load_transitions(episodes: Iterable[LatentEpisode], standardise: Callable[[T
         episode=torch.cat(episode_of),
         actions=torch.from_numpy(np.concatenate(known)).float() if complete else None,
     )
-
-
-def split_episodes(episodes: Iterable[int], held_out_fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Episode indices for training and those held out, at least one of each; depends on the seed only.
-
-    Raises:
-        ValueError: fewer than two episodes, or a fraction outside (0, 1).
-    """
-    indices = sorted(set(episodes))
-    if not 0 < held_out_fraction < 1:
-        raise ValueError(f"The fraction of episodes to hold out must lie in (0, 1), got {held_out_fraction}.")
-    if len(indices) < 2:
-        raise ValueError(
-            f"Holding out episodes takes at least two, the latents have {len(indices)} (index {indices}): "
-            "encode more episodes."
-        )
-    count = min(max(1, round(held_out_fraction * len(indices))), len(indices) - 1)
-    order = np.random.default_rng(seed).permutation(len(indices))
-    held_out = sorted(indices[i] for i in order[:count])
-    return sorted(set(indices) - set(held_out)), held_out

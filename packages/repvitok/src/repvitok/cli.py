@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _encode_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", required=True, metavar="FOLDER", help="exported tokenizer, or a hub id")
-    parser.add_argument("--data", required=True, metavar="FOLDER", help="LeRobot data set (v2.1 or v3.0)")
+    parser.add_argument("--dataset", required=True, metavar="FOLDER", help="LeRobot data set (v2.1 or v3.0)")
     parser.add_argument(
         "--out", required=True, metavar="FOLDER", help="where the shards go; an interrupted run resumes"
     )
@@ -43,13 +43,13 @@ def _encode_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _encode(options: argparse.Namespace) -> None:
-    from repvitok.data.encoding import encode_dataset
+    from repvitok.encoding import encode_dataset
     from repvitok.data.lerobot import LeRobotReader
     from repvitok.model import RepViTok
 
     encode_dataset(
         RepViTok.from_pretrained(options.tokenizer),
-        LeRobotReader(options.data),
+        LeRobotReader(options.dataset),
         options.out,
         size=options.size,
         stride=options.stride,
@@ -67,7 +67,7 @@ def _decode_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _decode(options: argparse.Namespace) -> None:
-    from repvitok.data.decoding import decode_shards
+    from repvitok.decoding import decode_shards
     from repvitok.model import RepViTok
 
     decode_shards(RepViTok.from_pretrained(options.tokenizer), options.latents, options.out, options.episodes)

@@ -1,4 +1,4 @@
-"""Encodes whole data sets to latent shards, and latents back to video files."""
+"""Encodes whole data sets to latent shards."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ from repvitok.data.shards import (
     read_episode_file,
     write_episode_file,
 )
-from repvitok.data.transforms import resize_frames, to_frames, to_unit
-from repvitok.data.video import write_video
+from repvitok.data.transforms import resize_frames, to_unit
 from repvitok.errors import require_disk_space
 from repvitok.model import RepViTok
 from repvitok.progress import progress as progress_bar
@@ -144,52 +143,6 @@ def encode_dataset(
                 writer.add(read_episode_file(_work_file(work, info, offset)))
     shutil.rmtree(work)
     return writer.meta
-
-
-@torch.no_grad()
-def decode_latents(
-    tok: RepViTok, latents: Float[np.ndarray, "frames tokens d"], *, size: tuple[int, int], views: int = 1
-) -> UInt8[np.ndarray, "views T H W 3"]:
-    """Frames of latents as `encode_dataset` stores them, each camera by a stream of the same window.
-
-    Returns:
-        (views, T, H, W, 3) uint8, T = 1 + 4 (frames - 1).
-
-    Raises:
-        ValueError: the tokens do not fit `views` cameras of `size`.
-    """
-    if latents.shape[1] % views:
-        raise ValueError(f"{latents.shape[1]} tokens per latent frame cannot be {views} cameras of equal size")
-    parameter = next(tok.parameters())
-    z = torch.from_numpy(np.array(latents, dtype=np.float32)).to(parameter)
-    z = rearrange(z, "frames (views tokens) d -> views frames tokens d", views=views)
-    stream = tok.stream(batch_size=views, window=tok.config.episode_window)
-    step = max(1, _TOKENS_PER_STEP // (views * z.shape[2]))
-    parts = [stream.decode(part, size) for part in z.split(step, dim=1)]
-    return np.stack([to_frames(view) for view in torch.cat(parts, dim=2)])
-
-
-def decode_latents_to_video(
-    tok: RepViTok,
-    latents: Float[np.ndarray, "frames tokens d"],
-    path: str | os.PathLike[str],
-    *,
-    size: tuple[int, int],
-    fps: float | int,
-    views: int = 1,
-) -> None:
-    """Writes latents as a video, several cameras side by side.
-
-    Args:
-        tok: the tokenizer that made the latents.
-        latents: as stored, not standardised.
-        path: an mp4 file.
-        size: (H, W) of one camera.
-        fps: frames per second: `meta.frame_rate_hz / meta.stride`.
-        views: cameras in the latents, `meta.grid[0]`.
-    """
-    frames = decode_latents(tok, latents, size=size, views=views)
-    write_video(path, rearrange(frames, "views t h w rgb -> t h (views w) rgb"), fps)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import warnings
 from collections.abc import Iterator
@@ -137,8 +138,13 @@ def _stage_cli(verb: str, stage: TrainingStage) -> type[StageCLI]:
 
 
 def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines()]
-    return " ".join(line for line in lines if line)
+    """The message on one line; of an optional component that could not be built, only its own error.
+
+    jsonargparse reports `PerceptualLoss | None` as "... Errors: - what PerceptualLoss said - Expected a NoneType ...".
+    """
+    text = " ".join(str(error).split())
+    component = re.search(r"Errors: - (.+?) - Expected a <class 'NoneType'>", text)
+    return component.group(1) if component else text
 
 
 @contextmanager

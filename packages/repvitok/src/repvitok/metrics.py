@@ -25,7 +25,7 @@ def psnr(video_hat: Float[Tensor, "b 3 T H W"], video: Float[Tensor, "b 3 T H W"
 
 
 def ssim(video_hat: Float[Tensor, "b 3 T H W"], video: Float[Tensor, "b 3 T H W"]) -> Float[Tensor, "b T"]:
-    """Structural similarity of every frame (torchmetrics: 11 x 11 Gaussian window, sigma 1.5, range 1)."""
+    """Structural similarity of every frame (torchmetrics: 11 x 11 Gaussian window, sigma 1.5, reflected borders)."""
     frames_hat, frames = (rearrange(to_unit(v), "b c T H W -> (b T) c H W") for v in (video_hat, video))
     value = structural_similarity_index_measure(frames_hat, frames, data_range=1.0, reduction="none")
     assert isinstance(value, Tensor)

@@ -218,8 +218,7 @@ def _timm_network(name: str, weights_path: str | None, hub: bool) -> Any:
             name,
             pretrained=bool(weights_path or hub),
             pretrained_cfg_overlay=overlay,
-            num_classes=0,
-            dynamic_img_size=True,
+            dynamic_img_size=True,  # the head stays, unused: timm loads strictly only where the classes are its own
         )
     except TypeError as error:
         raise ValueError(f"timm's {name!r} is no vision transformer that takes any image size: {error}") from error

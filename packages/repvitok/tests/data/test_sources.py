@@ -13,7 +13,6 @@ from repvitok.data.sources import (
     VideoFolder,
     VideoSource,
     lerobot_sources,
-    split_episodes,
 )
 from repvitok.data.video import write_video
 
@@ -90,18 +89,3 @@ def test_folders_without_videos_or_images_say_so(tmp_path):
         VideoFolder(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"no images in this folder; looked for \.bmp"):
         ImageFolder(tmp_path)
-
-
-def test_splits_depend_on_the_seed_alone_and_never_overlap():
-    for held_out in (0, 0.01, 0.25, 0.5, [3, 1]):
-        train, val = split_episodes(20, held_out, seed=5)
-        assert (train, val) == split_episodes(20, held_out, seed=5)
-        assert sorted(train + val) == list(range(20))
-    assert split_episodes(20, [3, 1])[1] == [1, 3]
-    assert split_episodes(20, 0)[1] == []
-    assert len(split_episodes(20, 0.01)[1]) == 1
-    assert len(split_episodes(20, 0.25)[1]) == 5
-    assert split_episodes(20, 0.25, seed=1) != split_episodes(20, 0.25, seed=2)
-    for held_out, message in ((1.0, "fraction in"), ([20], "do not exist"), (list(range(20)), "none to train on")):
-        with pytest.raises(ValueError, match=message):
-            split_episodes(20, held_out)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from repvitok.data import LatentShards, LatentShardWriter
-from repwam_core.data.episodes import EpisodeStore, SegmentSampler, held_out_episodes, text_cache
+from repwam_core.data.episodes import EpisodeStore, SegmentSampler, text_cache
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def shards(tmp_path_factory, write_shards):
 
 @pytest.fixture(scope="module")
 def store(shards):
-    return EpisodeStore(shards, space="robot", val_fraction=0.2)
+    return EpisodeStore(shards, space="robot", held_out=0.2)
 
 
 def test_latents_are_standardised_by_the_shards_moments(store):
@@ -79,8 +79,8 @@ def test_evaluation_rows_cover_every_transition(store):
 def test_latent_actions_are_standardised(shards):
     store = EpisodeStore(shards, space="latent")
     assert store.actions.shape[1:] == (1, 4)
-    rows = np.concatenate([[first + np.arange(n - 1)] for first, n in zip(store._first, store.lengths, strict=True)], axis=1)[0]
-    actions = store.actions[torch.from_numpy(rows), 0]
+    episodes = [store.batch(np.array([i]), np.array([0]), int(n) - 1) for i, n in enumerate(store.lengths)]
+    actions = torch.cat([batch.actions[0, :, 0] for batch in episodes])
     torch.testing.assert_close(actions.mean(0), torch.zeros(4), atol=1e-5, rtol=0)
     torch.testing.assert_close(actions.std(0, correction=0), torch.ones(4), atol=1e-4, rtol=0)
 
@@ -98,13 +98,6 @@ def test_instructions_are_embedded_once_and_kept_beside_the_shards(tmp_path, wri
     assert not torch.equal(batch.text[0], batch.text[1])
 
 
-def test_held_out_episodes_are_spread_and_never_all():
-    assert held_out_episodes(range(10), 0.2) == {2, 7}
-    assert held_out_episodes([0, 0, 1, 1], 0.0) == set()
-    with pytest.raises(ValueError, match="leaves none to train on"):
-        held_out_episodes([4, 4, 4], 0.5)
-
-
 def test_offsets_of_one_recording_are_held_out_together(tmp_path, write_shards, write_text_cache):
     source = LatentShards(write_shards(tmp_path / "a", episodes=4))
     with LatentShardWriter(tmp_path / "b", source.meta) as writer:
@@ -112,7 +105,7 @@ def test_offsets_of_one_recording_are_held_out_together(tmp_path, write_shards, 
             writer.add(episode)
             writer.add(dataclasses.replace(episode, key=episode.key + "-1", offset=1))
     write_text_cache(tmp_path / "b")
-    store = EpisodeStore(tmp_path / "b", val_fraction=0.25)
+    store = EpisodeStore(tmp_path / "b", held_out=0.25)
     assert len(store.val_episodes) == 2
     assert len({store.keys[i].split("-")[1] for i in store.val_episodes}) == 1
 

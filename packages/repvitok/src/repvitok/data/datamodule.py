@@ -20,8 +20,8 @@ from repvitok.data.sources import (
     VideoFolder,
     VideoSource,
     lerobot_sources,
-    split_episodes,
 )
+from repvitok.data.split import split_episodes
 
 Kind = Literal["auto", "lerobot", "videos", "images"]
 
@@ -81,7 +81,7 @@ class ClipDataModule(LightningDataModule):
             stride: every stride-th frame of the video, or (lowest, highest) drawn per clip.
             batch_size: clips per process.
             num_workers: loader processes; 0 loads in the training process.
-            seed: seed of the split and of all clips.
+            seed: seed of all clips.
             held_out: fraction of each folder's episodes or videos kept for validation; 0 for no validation.
             val_clips: clips validated on, the same ones every time.
             cache: "memory" decodes everything once: for data that is small at `size`.
@@ -119,7 +119,7 @@ class ClipDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Opens the folders and splits them; with `cache: memory`, decodes what the stage needs."""
-        splits = [_split_folder(f, self.kind, self.cameras, self.held_out, self.seed) for f in self.folders]
+        splits = [_split_folder(f, self.kind, self.cameras, self.held_out) for f in self.folders]
         if stage == "fit" and self._train is None:
             sources = [source for train, _ in splits for source in train]
             self._train = ClipDataset(sources, seed=self.seed, length=sys.maxsize, **self._clip)
@@ -183,17 +183,17 @@ class ClipDataModule(LightningDataModule):
 
 
 def _split_folder(
-    folder: str, kind: Kind, cameras: Sequence[str] | None, held_out: float, seed: int
+    folder: str, kind: Kind, cameras: Sequence[str] | None, held_out: float
 ) -> tuple[list[VideoSource], list[VideoSource]]:
     """(training, held out) sources of one folder."""
     found = _kind_of(Path(folder)) if kind == "auto" else kind
     if found == "lerobot":
         reader = LeRobotReader(folder)
-        train, val = split_episodes(reader.num_episodes, held_out, seed)
+        train, val = split_episodes(range(reader.num_episodes), held_out)
         kept = lerobot_sources(reader, cameras=cameras, episodes=val) if val else []
         return lerobot_sources(reader, cameras=cameras, episodes=train), kept
     source: VideoSource = VideoFolder(folder) if found == "videos" else ImageFolder(folder)
-    train, val = split_episodes(len(source), held_out, seed)
+    train, val = split_episodes(range(len(source)), held_out)
     return [SelectedVideos(source, train)], [SelectedVideos(source, val)] if val else []
 
 

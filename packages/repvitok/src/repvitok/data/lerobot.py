@@ -62,7 +62,7 @@ class LeRobotReader(Sequence[dict[str, Any]]):
         self.episodes: list[EpisodeInfo] = self._layout.episodes
         self.tasks: dict[int, str] = self._layout.tasks
         self._starts = np.cumsum([0] + [episode.length for episode in self.episodes]).tolist()
-        self._by_index = {episode.index: number for number, episode in enumerate(self.episodes)}
+        self._by_index = {episode.index: episode for episode in self.episodes}
         self._columns: _LastUsed[Columns] = _LastUsed(8)
         self._videos: _LastUsed[VideoFile] = _LastUsed(64)
 
@@ -144,8 +144,8 @@ class LeRobotReader(Sequence[dict[str, Any]]):
 
     def _episode_info(self, index: int) -> EpisodeInfo:
         if index not in self._by_index:
-            raise ValueError(f"{self.root}: no episode {index}; there are {self.num_episodes} episodes")
-        return self.episodes[self._by_index[index]]
+            raise ValueError(f"{self.root}: no episode {index}; there are {len(self._by_index)} episodes")
+        return self._by_index[index]
 
     def _read_columns(self, path: Path) -> Columns:
         wanted = [key for key, feature in self.features.items() if feature["dtype"] != "video"]

@@ -186,33 +186,6 @@ def lerobot_sources(
     return [SelectedVideos(source, episodes) for source in sources]
 
 
-def split_episodes(count: int, held_out: float | int | Sequence[int], seed: int = 0) -> tuple[list[int], list[int]]:
-    """(train, held out) episode numbers, both sorted, from the seed alone.
-
-    Args:
-        count: number of episodes.
-        held_out: a fraction in [0, 1) (rounded, at least one episode if above 0), or the episodes themselves.
-        seed: which ones a fraction takes.
-
-    Raises:
-        ValueError: a number is no episode, or none would be left to train on.
-    """
-    if isinstance(held_out, Sequence):
-        chosen = {int(episode) for episode in held_out}
-    elif 0 <= held_out < 1:
-        number = max(round(held_out * count), 1) if held_out else 0
-        chosen = set(np.random.default_rng(seed).permutation(count)[:number].tolist())
-    else:
-        raise ValueError(f"held_out must be a fraction in [0, 1) or a list of episodes, got {held_out}")
-    outside = sorted(episode for episode in chosen if not 0 <= episode < count)
-    if outside:
-        raise ValueError(f"held-out episodes {outside} do not exist: there are 0..{count - 1}")
-    train = [episode for episode in range(count) if episode not in chosen]
-    if not train:
-        raise ValueError(f"holding out {len(chosen)} of {count} episodes leaves none to train on")
-    return train, sorted(chosen)
-
-
 def _files(root: Path, suffixes: frozenset[str], what: str) -> list[Path]:
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; expected a folder of {what}")

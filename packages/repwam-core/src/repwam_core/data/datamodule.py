@@ -66,12 +66,12 @@ class WAMDataModule(L.LightningDataModule):
     """Latent shards as training and held-out segments.
 
     Args:
-        shards: folder of latent shards (`repvitok encode`, then `latent-action label`).
+        latents: folder of latent shards (`repvitok encode`, then `latent-action label`).
         space: "latent" for latent actions, any other name for the recorded robot actions.
         transitions: latent transitions per segment, F; a segment has F + 1 latent frames.
         batch_size: segments per batch and rank.
         seed: seed of the segments' draw.
-        val_fraction: share of the recorded episodes held out, evenly spaced over the data set.
+        held_out: share of the recorded episodes held out, evenly spaced over the data set.
         val_segments: at most this many held-out segments are used.
         text_encoder: "minilm", a Hugging Face name, or a folder.
         steps_per_epoch: batches that make an epoch.
@@ -83,12 +83,12 @@ class WAMDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        shards: str | Path,
+        latents: str | Path,
         space: str = "robot",
         transitions: int = 8,
         batch_size: int = 8,
         seed: int = 0,
-        val_fraction: float = 0.05,
+        held_out: float = 0.05,
         val_segments: int = 32,
         text_encoder: str = EMBEDDED,
         steps_per_epoch: int = 1000,
@@ -105,8 +105,8 @@ class WAMDataModule(L.LightningDataModule):
         ):
             if value < 1:
                 raise ValueError(f"data.{name}: expected at least 1, got {value}")
-        self.shards, self.space, self.transitions, self.batch_size = Path(shards), space, transitions, batch_size
-        self.seed, self.val_fraction, self.val_segments = seed, val_fraction, val_segments
+        self.latents, self.space, self.transitions, self.batch_size = Path(latents), space, transitions, batch_size
+        self.seed, self.held_out, self.val_segments = seed, held_out, val_segments
         self.text_encoder, self.steps_per_epoch = text_encoder, steps_per_epoch
         self.statistics_path, self.tokenizer_digest = statistics, tokenizer_digest
         self.action_units = action_units
@@ -119,10 +119,10 @@ class WAMDataModule(L.LightningDataModule):
         if self._store is None:
             given = None if self.statistics_path is None else Statistics.load(self.statistics_path)
             self._store = EpisodeStore(
-                self.shards,
+                self.latents,
                 space=self.space,
                 text_encoder=self.text_encoder,
-                val_fraction=self.val_fraction,
+                held_out=self.held_out,
                 statistics=given,
                 expect_digest=self.tokenizer_digest,
                 units=self.action_units,

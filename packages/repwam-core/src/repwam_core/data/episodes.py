@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from repvitok.data import LatentEpisode, LatentMeta, LatentShards
+from repvitok.data.split import split_episodes
 from torch import Tensor
 
 from repwam_core.embodiment import ActionKind, ActionStatistics, StateStatistics, Statistics
@@ -67,7 +68,7 @@ class EpisodeStore:
         shards: the shards, or their folder.
         space: "latent" for latent actions, any other name for the recorded robot actions.
         text_encoder: name of the text encoder, see `TextEncoder`.
-        val_fraction: share of the recorded episodes held out, evenly spaced over the data set.
+        held_out: share of the recorded episodes held out, see `repvitok.data.split`.
         statistics: scaling to use instead of one counted on the training episodes (fine-tuning keeps its policy's).
         expect_digest: digest of the tokenizer that must have made the latents.
         units: unit of each action channel, for the statistics; "1" when None.
@@ -79,21 +80,19 @@ class EpisodeStore:
         shards: LatentShards | str | Path,
         space: str = "robot",
         text_encoder: str = EMBEDDED,
-        val_fraction: float = 0.0,
+        held_out: float = 0.0,
         statistics: Statistics | None = None,
         expect_digest: str | None = None,
         units: Sequence[str] | None = None,
         kind: ActionKind = "absolute",
     ) -> None:
-        if not 0 <= val_fraction < 1:
-            raise ValueError(f"expected val_fraction in [0, 1), got {val_fraction}")
         self.shards = shards if isinstance(shards, LatentShards) else LatentShards(shards, expect_digest=expect_digest)
         self.meta: LatentMeta = self.shards.meta
         self.space, self.text_encoder = space, text_encoder
         episodes = list(self.shards)
         _require(episodes, space, self.shards)
-        held_out = held_out_episodes([episode.episode_index for episode in episodes], val_fraction)
-        is_val = np.array([episode.episode_index in held_out for episode in episodes])
+        _, held_out_indices = split_episodes([episode.episode_index for episode in episodes], held_out)
+        is_val = np.isin([episode.episode_index for episode in episodes], held_out_indices)
         self.train_episodes, self.val_episodes = np.flatnonzero(~is_val), np.flatnonzero(is_val)
         self.keys = [episode.key for episode in episodes]
         self.tasks = [episode.task for episode in episodes]
@@ -212,20 +211,6 @@ def text_cache(shards: Path, text_encoder: str) -> Path:
     """File beside the shards that holds their embedded instructions."""
     name = "".join(letter if letter.isalnum() else "-" for letter in text_encoder)
     return shards / f"text-{name}.safetensors"
-
-
-def held_out_episodes(indices: Sequence[int], fraction: float) -> set[int]:
-    """Choose recorded episodes to hold out, evenly spaced, so that every part of the data set is represented.
-
-    Raises:
-        ValueError: when nothing would be left to train on.
-    """
-    distinct = sorted(set(indices))
-    count = 0 if fraction == 0 else max(1, round(fraction * len(distinct)))
-    if count >= len(distinct):
-        raise ValueError(f"val_fraction {fraction} of {len(distinct)} episodes leaves none to train on")
-    step = len(distinct) / max(1, count)
-    return {distinct[int((i + 0.5) * step)] for i in range(count)}
 
 
 def count_statistics(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from repwam_core.interface import ActionChunk, BasePolicy, Observation, stack_observations
 
 __all__ = ["ChunkedPolicy"]

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float, UInt8
-from repvitok.data import LeRobotReader, prepare_frames, to_frames
+from repvitok.data import LeRobotReader, prepare_frames
+from repvitok.data.transforms import to_frames
 from repvitok.progress import progress
 
 from repwam_core.interface import Observation
@@ -220,7 +221,7 @@ def _check_data(policy: BatchedPolicy, reader: LeRobotReader) -> None:
     if missing := [camera for camera in policy.embodiment.cameras if camera not in reader.camera_keys]:
         raise ValueError(f"{reader.root}: the policy needs the cameras {missing}, there are {reader.camera_keys}")
     if "action" not in reader.features:
-        raise ValueError(f"{reader.root}: no recorded actions to compare with; its features are {sorted(reader.features)}")
+        raise ValueError(f"{reader.root}: no recorded actions to compare with, only {sorted(reader.features)}")
     names = reader.channel_names("action")
     if names != policy.parts.statistics.actions.channels:
         raise ValueError(

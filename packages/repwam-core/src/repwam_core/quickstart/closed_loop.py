@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from repvitok.data.atomic import write_json_atomic
 
 from repwam_core.policy.policy import BatchedPolicy
@@ -15,6 +14,7 @@ from repwam_core.sim.baselines import Baseline, run_baseline
 from repwam_core.sim.collect import collect
 from repwam_core.sim.demonstrations import NOISE_MODES
 from repwam_core.sim.evaluate import evaluate
+from repwam_core.sim.films import save_films
 from repwam_core.sim.instructions import instruction
 from repwam_core.sim.metaworld import MetaWorldSettings
 from repwam_core.sim.results import EpisodeResult, load_results, save_results, success_rates
@@ -67,8 +67,7 @@ def run_policy(
     """The policy on the evaluation seeds of ``tasks``, under the right instruction; films a few episodes of each."""
     results = _drive(plan, policy, tasks, instruction, workers, filmed)
     save_results(folder / "policy.json", results, method="policy")
-    films = {f"{r.task}/{r.seed}": r.frames for r in results if r.frames is not None}
-    np.savez_compressed(folder / "films.npz", **films)  # type: ignore[arg-type]
+    save_films(folder / "films.npz", results)
     return {"policy": told(results)}
 
 
@@ -78,7 +77,7 @@ def run_language(folder: Path, *, plan: Plan, policy: Path, workers: int) -> dic
     other = {first: second, second: first}
     told_what: dict[str, Callable[[str, int], str | None]] = {
         "other": lambda task, seed: instruction(other[task], seed),
-        "none": lambda task, seed: None,
+        "none": lambda _task, _seed: None,
     }
     counts: dict[str, Any] = {}
     for name, instruction_of in told_what.items():

@@ -25,7 +25,9 @@ def _closed_loop(data: ReportData) -> str:
         return ""
     rows = {row.method: row for row in data.success}
     policy = rows["policy"].total
-    others = ", ".join(f"{name} {_percent(rows[name].total)}" for name in ("replay", "random", "expert") if name in rows)
+    others = ", ".join(
+        f"{name} {_percent(rows[name].total)}" for name in ("replay", "random", "expert") if name in rows
+    )
     verdict = "above" if policy.interval[0] > rows["replay"].total.interval[1] else "not clearly above"
     return (
         f"In closed loop on unseen layouts the policy solves {_percent(policy)} of its episodes (95 % interval "
@@ -38,8 +40,10 @@ def _language(data: ReportData) -> list[str]:
     if not rows:
         return []
     right, other = _total(rows, "right"), _total(rows, "other")
-    follows = "so it follows the instruction" if right.interval[0] > other.interval[1] else (
-        "so this run does not show that it follows the instruction"
+    follows = (
+        "so it follows the instruction"
+        if right.interval[0] > other.interval[1]
+        else ("so this run does not show that it follows the instruction")
     )
     none = _total([row for row in rows if row.none], "none") if any(row.none for row in rows) else None
     untold = f" and {_percent(none)} with none" if none else ""
@@ -85,10 +89,10 @@ def _latent_actions(data: ReportData) -> list[str]:
     untrained = found.probe_controls.get("untrained latent action")
     if found.probe_r2 and untrained:
         ours, theirs = _mean(found.probe_r2), _mean(untrained)
-        verdict = "carry" if ours > theirs + 0.05 else "do not measurably carry"
+        verdict = "carry" if ours > theirs + 0.05 else "carry not measurably"
         sentences.append(
-            f"A small head reads robot actions from latent actions with R^2 {ours:.2f} on held-out episodes, {theirs:.2f} "
-            f"from those of an untrained model: trained latent actions {verdict} more of the robot's motion."
+            f"A small head reads robot actions from latent actions with R^2 {ours:.2f} on held-out episodes, "
+            f"{theirs:.2f} from those of an untrained model: training makes them {verdict} more of its motion."
         )
     return sentences
 

@@ -14,7 +14,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import yaml
 from repvitok.curves import read_curves
 
@@ -31,6 +30,7 @@ from repwam_core.report import (
     Stage,
     SuccessRow,
 )
+from repwam_core.sim.films import film_key, load_films
 from repwam_core.sim.results import EpisodeResult
 
 if TYPE_CHECKING:
@@ -65,9 +65,7 @@ def report_data(this: Run, trained: Trained, outcome: dict[str, StageResult]) ->
 
 
 def _run_info(this: Run, trained: Trained) -> RunInfo:
-    stages = [
-        Stage(r.name, r.seconds, r.cached, r.digest[:10], _key_result(r.summary)) for r in this.runner.results
-    ]
+    stages = [Stage(r.name, r.seconds, r.cached, r.digest[:10], _key_result(r.summary)) for r in this.runner.results]
     what = trained.dataset.name if not this.plan.all_tasks else "Meta-World"
     return RunInfo(
         title=f"RepWAM quickstart on {what}",
@@ -152,18 +150,17 @@ def _language(outcome: dict[str, StageResult]) -> list[LanguageRow]:
 
 
 def _rollouts(outcome: dict[str, StageResult]) -> list[Rollout]:
-    """A few filmed episodes of each task, failures first among equals so that none are hidden."""
+    """A few filmed episodes of each task, a failure among them wherever there was one."""
     folder = outcome["rollouts"].folder
     results = closed_loop.read_results(folder, "policy")
-    with np.load(folder / "films.npz") as films:
-        shown: list[Rollout] = []
-        for task in dict.fromkeys(result.task for result in results):
-            filmed = [r for r in results if r.task == task and f"{task}/{r.seed}" in films]
-            failures = [r for r in filmed if not r.success][:1]
-            successes = [r for r in filmed if r.success][: SHOWN_PER_TASK - len(failures)]
-            for r in successes + failures:
-                frames = films[f"{task}/{r.seed}"]
-                shown.append(Rollout(task, r.seed, r.success, frames[::2], r.instruction or "", 20.0))
+    films = load_films(folder / "films.npz")
+    shown: list[Rollout] = []
+    for task in dict.fromkeys(result.task for result in results):
+        filmed = [r for r in results if r.task == task and film_key(r) in films]
+        failures = [r for r in filmed if not r.success][:1]
+        successes = [r for r in filmed if r.success][: SHOWN_PER_TASK - len(failures)]
+        for r in successes + failures:
+            shown.append(Rollout(task, r.seed, r.success, films[film_key(r)][::2], r.instruction or "", 20.0))
     return shown
 
 

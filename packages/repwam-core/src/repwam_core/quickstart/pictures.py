@@ -11,8 +11,9 @@ import torch
 from latent_action import LatentActionTokenizer
 from latent_action.visualize import acting_map, draw_transition, transport_arrows
 from repvitok import RepViTok
-from repvitok.data import LatentShards, LeRobotReader, prepare_frames, to_frames
-from repvitok.data.split import held_out_episodes
+from repvitok.data import LatentShards, LeRobotReader, prepare_frames
+from repvitok.data.split import split_episodes
+from repvitok.data.transforms import to_frames
 from repvitok.metrics import psnr, ssim
 
 from repwam_core.policy.openloop import OpenLoopEpisode, OpenLoopResult, evaluate_open_loop
@@ -49,7 +50,7 @@ def held_out(this: Run, trained: Trained) -> tuple[LeRobotReader, list[int]]:
     """The data set and the episodes that no training stage saw, at most ``MEASURED_EPISODES``."""
     reader = LeRobotReader(trained.dataset)
     indices = [info.index for info in reader.episodes]
-    return reader, sorted(held_out_episodes(indices, this.plan.val_fraction))[:MEASURED_EPISODES]
+    return reader, split_episodes(indices, this.plan.held_out)[1][:MEASURED_EPISODES]
 
 
 def reconstruction(this: Run, trained: Trained) -> Reconstruction:
@@ -69,13 +70,13 @@ def reconstruction(this: Run, trained: Trained) -> Reconstruction:
             f"episode {index}",
             to_frames(video[0]),
             to_frames(video_hat[0]),
-            float(psnr(video_hat, video)),
-            float(ssim(video_hat, video)),
+            float(psnr(video_hat, video).mean()),
+            float(ssim(video_hat, video).mean()),
         )
         clips.append(clip)
         mean_colour = video.mean(dim=(2, 3, 4), keepdim=True).expand_as(video)
         first_frame = video[:, :, :1].expand_as(video)
-        baselines.append([(float(psnr(x, video)), float(ssim(x, video))) for x in (mean_colour, first_frame)])
+        baselines.append([(float(psnr(x, video).mean()), float(ssim(x, video).mean())) for x in (mean_colour, first_frame)])
     means = np.mean(baselines, axis=0)
     shown = [_shortened(clip) for clip in clips[:: max(1, len(clips) // SHOWN)][:SHOWN]]
     return Reconstruction(

@@ -149,7 +149,7 @@ def _train(this: Run, dataset: Path, digest: str) -> Trained:
         seed=seed,
         size=plan.size,
         stride=plan.stride,
-        val_fraction=plan.val_fraction,
+        held_out=plan.held_out,
     )
     encoded = this.stage(
         "encode",
@@ -160,7 +160,7 @@ def _train(this: Run, dataset: Path, digest: str) -> Trained:
         offsets=plan.offsets,
     )
     latents = encoded.folder / "latents"
-    common = {"seed": seed, "val_fraction": plan.val_fraction}
+    common = {"seed": seed, "held_out": plan.held_out}
     lat = this.stage(
         "latent-actions",
         partial(training.train_latent_actions, plan=plan, seed=seed, latents=latents),
@@ -201,4 +201,3 @@ def _train(this: Run, dataset: Path, digest: str) -> Trained:
 
 def _recipe(name: str) -> str:
     return (RECIPES / name).read_text()
-

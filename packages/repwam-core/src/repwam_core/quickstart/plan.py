@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
 from repvitok.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -42,7 +41,7 @@ class Plan:
         stride: raw frames per frame read from the data set.
         offsets: first raw frames at which every episode is encoded once.
         noise: how demonstrations are perturbed; ``none`` or a mode of ``repwam collect``.
-        val_fraction: share of the episodes held out of every training stage.
+        held_out: share of the episodes held out of every training stage.
         steps: optimizer steps of each training stage.
         execute: action vectors executed before the policy plans again.
     """
@@ -56,7 +55,7 @@ class Plan:
     stride: int
     offsets: tuple[int, ...]
     noise: str
-    val_fraction: float
+    held_out: float
     steps: Steps
     execute: int
 

@@ -45,12 +45,12 @@ def train_tokenizer(folder: Path, *, plan: Plan, seed: int, dataset: Path) -> di
         folder,
         plan.steps.repvitok,
         seed,
-        f"--data.dataset={dataset}",
+        f"--data.folders=[{dataset}]",
         f"--data.size=[{plan.size[0]},{plan.size[1]}]",
         f"--data.stride={plan.stride}",
-        f"--data.val_fraction={plan.val_fraction}",
+        f"--data.held_out={plan.held_out}",
     )
-    call(repvitok, "export", "--checkpoint", folder / FIT / LAST, "--out", folder / "tokenizer")
+    call(repvitok, "export", "--ckpt", folder / FIT / LAST, "--out", folder / "tokenizer")
     return last_values(folder / FIT, "val/psnr", "val/ssim")
 
 
@@ -60,7 +60,7 @@ def encode(folder: Path, *, plan: Plan, dataset: Path, tokenizer: Path) -> dict[
         repvitok,
         "encode",
         *("--tokenizer", tokenizer, "--dataset", dataset, "--out", folder / "latents"),
-        *("--size", *plan.size, "--stride", plan.stride, "--offsets", *plan.offsets),
+        *("--size", f"{plan.size[0]}x{plan.size[1]}", "--stride", plan.stride, "--offsets", *plan.offsets),
     )
     return {}
 
@@ -74,9 +74,9 @@ def train_latent_actions(folder: Path, *, plan: Plan, seed: int, latents: Path) 
         plan.steps.latent_action,
         seed,
         f"--data.latents={latents}",
-        f"--data.val_fraction={plan.val_fraction}",
+        f"--data.held_out={plan.held_out}",
     )
-    call(latent_action, "export", "--checkpoint", folder / FIT / LAST, "--out", folder / "lat")
+    call(latent_action, "export", "--ckpt", folder / FIT / LAST, "--out", folder / "lat")
     return last_values(folder / FIT, "val/forward_loss", "val/copy_loss", "val/zero_action_loss")
 
 
@@ -95,10 +95,10 @@ def pretrain(folder: Path, *, plan: Plan, seed: int, latents: Path) -> dict[str,
         folder,
         plan.steps.pretrain,
         seed,
-        f"--data.shards={latents}",
-        f"--data.val_fraction={plan.val_fraction}",
+        f"--data.latents={latents}",
+        f"--data.held_out={plan.held_out}",
     )
-    call(repwam, "export", "--checkpoint", folder / FIT / LAST, "--out", folder / "wam", "--wam-only")
+    call(repwam, "export", "--ckpt", folder / FIT / LAST, "--out", folder / "wam", "--wam-only")
     return last_values(folder / FIT, "val/video", "val/action")
 
 
@@ -120,15 +120,15 @@ def adapt(
         folder,
         plan.steps.adapt,
         seed,
-        f"--data.shards={latents}",
-        f"--data.val_fraction={plan.val_fraction}",
+        f"--data.latents={latents}",
+        f"--data.held_out={plan.held_out}",
         f"--model.init_from={'null' if pretrained is None else pretrained}",
         *overrides,
     )
     call(
         repwam,
         "export",
-        *("--checkpoint", folder / FIT / LAST, "--tokenizer", tokenizer, "--lat", lat, "--shards", latents),
+        *("--ckpt", folder / FIT / LAST, "--tokenizer", tokenizer, "--lat", lat, "--latents", latents),
         *("--out", folder / "policy"),
     )
     return last_values(folder / FIT, "val/video", "val/action")

@@ -48,7 +48,7 @@ def key_numbers(data: ReportData) -> Markup:
     for index, row in enumerate(data.success):
         count = row.total
         detail = f"{count.successes}/{count.episodes}, 95\u00a0% interval {interval(count)}"
-        if index == 0 or row.method in ("replay", "random"):
+        if index == 0 or "replay" in row.method or "random" in row.method:
             facts.append((percent(count), f"success, {row.method}", detail))
     if data.open_loop and not data.success:
         wins = [c for c in data.open_loop.channels if c.baselines and c.error < min(c.baselines.values())]

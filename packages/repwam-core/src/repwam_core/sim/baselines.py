@@ -93,7 +93,7 @@ class BaselineRunner:
     def __init__(self, baseline: Baseline, settings: MetaWorldSettings, actions: dict[str, list[np.ndarray]]) -> None:
         self._baseline = baseline
         self._actions = actions
-        self._tasks = TaskPool(settings)
+        self._tasks = TaskPool(settings, keep=4)
 
     def run(self, name: str, seed: int) -> EpisodeResult:
         """One episode, until success or the last step."""

@@ -181,7 +181,7 @@ class DemonstrationRecorder:
     def __init__(self, root: Path, plan: CollectionPlan) -> None:
         self._plan = plan
         self._writer = _writer(root, plan)
-        self._tasks = TaskPool(plan.settings)
+        self._tasks = TaskPool(plan.settings, keep=4)
 
     def record(self, index: int) -> int:
         """Record episode ``index`` with the first of its seeds at which the expert succeeds; failed attempts."""

@@ -18,6 +18,8 @@ OVERSAMPLED_UP_TO_PX = 128
 """Pictures up to this size are drawn at twice their size and averaged down, in place of multisampling. At 64 px that
 costs 2.5 ms on top of 10: most of the time goes into the vertices, however large the picture."""
 SHADOW_MAP_PX = 512
+MAX_CONTEXTS = 16
+"""Models whose meshes and textures stay with the GL library, about 50 MB each; the one made first makes room."""
 
 _NO_GL = (
     "MuJoCo could not start headless rendering (MUJOCO_GL={backend}: {cause}). On Debian or Ubuntu install the "
@@ -137,6 +139,9 @@ class FrameRenderer:
             atexit.register(self.close)  # before MuJoCo's own exit handler, which ends EGL under us
         self._gl.make_current()
         if key not in self._contexts:
+            if len(self._contexts) >= MAX_CONTEXTS:
+                _, oldest = self._contexts.pop(next(iter(self._contexts)))
+                oldest.free()
             self._contexts[key] = self._upload(model)
         return self._contexts[key]
 

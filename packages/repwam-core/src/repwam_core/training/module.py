@@ -213,7 +213,7 @@ class WAMTraining(L.LightningModule):
         if stored["statistics_digest"] != found:
             raise ValueError(
                 f"the checkpoint was trained with action statistics {stored['statistics_digest'][:16]}, the data give "
-                f"{found[:16]}; resume on the same shards, space and val_fraction"
+                f"{found[:16]}; resume on the same shards, space and held_out"
             )
         self._average().load_state_dict(checkpoint[CHECKPOINT_KEY]["ema"])
 

@@ -1,0 +1,232 @@
+"""The command `repwam`: collect demonstrations, train the world action model, drive a robot or simulator with it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from repvitok.commands import Command, TrainingStage, run_commands, training_commands
+from repvitok.errors import UserError, run_cli
+
+from repwam_core.quickstart.arguments import add_quickstart_arguments
+
+STAGE = TrainingStage(
+    name="repwam",
+    module="repwam_core.training.module:WAMTraining",
+    data="repwam_core.data.datamodule:WAMDataModule",
+)
+NOISE_MODES = ("none", "pushes", "gaussian", "pushes+gaussian")
+BASELINES = ("expert", "random", "replay")
+
+
+@run_cli
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code: 0 done, 2 a mistake in what was given, 130 Ctrl-C."""
+    commands = [
+        Command("quickstart", "the whole pipeline, to a report", _quickstart, add_quickstart_arguments),
+        Command("collect", "expert demonstrations to a LeRobot data set", _collect, _collect_arguments),
+        *training_commands(STAGE),
+        Command("stats", "action and state statistics of latent shards", _stats, _stats_arguments),
+        Command("export", "a checkpoint to a policy folder, or a model folder", _export, _export_arguments),
+        Command("rollout", "a policy in closed loop on unseen seeds", _rollout, _rollout_arguments),
+        Command("openloop", "a policy against recorded episodes", _openloop, _openloop_arguments),
+    ]
+    return run_commands("repwam", "repwam-core", __doc__ or "", commands, argv)
+
+
+def _quickstart(options: argparse.Namespace) -> int:
+    from repwam_core.quickstart.pipeline import run
+
+    return run(options)
+
+
+# -- simulator ---------------------------------------------------------------------------------------------------
+
+
+def _simulator_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="Meta-World tasks")
+    parser.add_argument(
+        "--same-scene",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar="TASK",
+        help="tasks told apart by the instruction alone: they share layouts and hide their goal markers",
+    )
+    parser.add_argument("--cameras", nargs="+", default=["corner2"], help="camera names (default: corner2)")
+    parser.add_argument("--size", type=int, nargs=2, default=[64, 64], metavar=("H", "W"), help="pixels (64 64)")
+    parser.add_argument("--act-repeat", type=int, default=2, help="environment steps (80 Hz) per action (default: 2)")
+    parser.add_argument("--max-env-steps", type=int, default=200, help="environment steps per episode (default: 200)")
+    parser.add_argument("--workers", type=int, help="simulator processes (default: one per core)")
+
+
+def _settings(options: argparse.Namespace):
+    from repwam_core.sim.metaworld import MetaWorldSettings
+
+    return MetaWorldSettings(
+        cameras=tuple(options.cameras),
+        size=(options.size[0], options.size[1]),
+        act_repeat=options.act_repeat,
+        max_env_steps=options.max_env_steps,
+        same_scene=tuple(tuple(group) for group in options.same_scene),
+    )
+
+
+def _collect_arguments(parser: argparse.ArgumentParser) -> None:
+    _simulator_arguments(parser)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the data set; an interrupted run resumes")
+    parser.add_argument("--episodes", type=int, default=30, help="demonstrations per task (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the data set, 0 to 99 (default: %(default)s)")
+    parser.add_argument("--noise", choices=NOISE_MODES, default="none", help="how the expert is disturbed")
+    parser.add_argument("--format", choices=["v2.1", "v3.0"], default="v2.1", help="LeRobot version (default: v2.1)")
+
+
+def _collect(options: argparse.Namespace) -> None:
+    from repwam_core.sim.collect import collect
+    from repwam_core.sim.demonstrations import NOISE_MODES as MODES
+
+    summary = collect(
+        options.out,
+        options.tasks,
+        episodes_per_task=options.episodes,
+        seed=options.seed,
+        settings=_settings(options),
+        noise=MODES[options.noise],
+        version=options.format,
+        workers=options.workers,
+    )
+    failed = sum(summary.failed_attempts.values())
+    print(f"{summary.root}: {summary.episodes} episodes, {summary.frames} frames, {failed} failed attempts")
+
+
+def _rollout_arguments(parser: argparse.ArgumentParser) -> None:
+    _simulator_arguments(parser)
+    driver = parser.add_mutually_exclusive_group(required=True)
+    driver.add_argument("--policy", type=Path, help="policy folder, from `repwam export`")
+    driver.add_argument("--baseline", choices=BASELINES, help="who drives instead of a policy")
+    parser.add_argument("--demonstrations", type=Path, help="data set of `repwam collect`, for --baseline replay")
+    parser.add_argument("--episodes", type=int, default=20, help="unseen seeds per task (default: %(default)s)")
+    parser.add_argument("--instruction", help="what the policy is told in every episode; '' for nothing")
+    parser.add_argument("--execute", type=int, help="actions carried out before planning again (default: the chunk)")
+    parser.add_argument("--film", type=int, default=0, metavar="N", help="keep the frames of N episodes per task")
+    parser.add_argument("--out", type=Path, required=True, help="folder for results.json and films.npz")
+
+
+def _rollout(options: argparse.Namespace) -> None:
+    from repwam_core.sim.results import save_results, success_rates
+    from repwam_core.sim.seeds import evaluation_seeds
+
+    seeds = evaluation_seeds(options.episodes)
+    results = _drive(options, seeds)
+    about = {"policy": str(options.policy) if options.policy else None, "baseline": options.baseline}
+    options.out.mkdir(parents=True, exist_ok=True)
+    save_results(options.out / "results.json", results, settings=_settings(options).to_dict(), **about)
+    for task, rate in success_rates(results).items():
+        print(f"{task}: {rate.successes}/{rate.episodes} (95 % interval {rate.low:.2f} to {rate.high:.2f})")
+
+
+def _drive(options: argparse.Namespace, seeds: list[int]):
+    if options.baseline:
+        from repwam_core.sim.baselines import run_baseline
+
+        return run_baseline(
+            options.baseline,
+            options.tasks,
+            seeds,
+            settings=_settings(options),
+            demonstrations=options.demonstrations,
+            workers=options.workers,
+        )
+    from repwam_core.policy.policy import BatchedPolicy
+    from repwam_core.sim.evaluate import evaluate
+    from repwam_core.sim.films import save_films
+    from repwam_core.sim.instructions import instruction
+
+    given = options.instruction
+    results = evaluate(
+        BatchedPolicy.from_pretrained(options.policy),
+        options.tasks,
+        seeds,
+        settings=_settings(options),
+        instruction_of=instruction if given is None else lambda _task, _seed: given,
+        execute=options.execute,
+        workers=options.workers,
+        filmed_per_task=options.film,
+    )
+    if options.film:
+        save_films(options.out / "films.npz", results)
+    return results
+
+
+# -- data and models ---------------------------------------------------------------------------------------------
+
+
+def _stats_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--latents", type=Path, required=True, help="folder of latent shards")
+    parser.add_argument("--out", type=Path, required=True, help="statistics.json to write")
+    parser.add_argument("--held-out", type=float, default=0.0, help="share of episodes left out (default: 0)")
+
+
+def _stats(options: argparse.Namespace) -> None:
+    from repwam_core.data.episodes import EpisodeStore
+
+    statistics = EpisodeStore(options.latents, held_out=options.held_out).statistics
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    statistics.save(options.out)
+    actions = statistics.actions
+    for name, unit, low, high in zip(actions.channels, actions.units, actions.q01, actions.q99, strict=True):
+        print(f"{name}: 1st percentile {low:.4g}, 99th {high:.4g} {unit}")
+    print(f"{options.out}: {actions.kind} actions, digest {statistics.digest[:16]}")
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint written by fit, or a run's folder")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--wam-only", action="store_true", help="the model alone, for model.init_from")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer folder that made the latents")
+    parser.add_argument("--lat", type=Path, help="latent action tokenizer folder, copied along")
+    parser.add_argument("--latents", type=Path, help="latent shards trained on; their embedded instructions are kept")
+    parser.add_argument("--name", help="the robot's name (default: the data set's)")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from repvitok.checkpointing import resolve_checkpoint
+
+    from repwam_core.export import export_policy, export_wam
+
+    checkpoint = resolve_checkpoint(options.ckpt)
+    if options.wam_only:
+        print(f"{export_wam(checkpoint, options.out)}: world action model")
+        return
+    if options.tokenizer is None:
+        raise UserError("a policy needs --tokenizer FOLDER (or ask for the model alone with --wam-only)")
+    out = export_policy(
+        checkpoint, options.tokenizer, options.out, lat=options.lat, shards=options.latents, name=options.name
+    )
+    print(f"{out}: policy")
+
+
+def _openloop_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--policy", type=Path, required=True, help="policy folder, from `repwam export`")
+    parser.add_argument("--dataset", type=Path, required=True, help="LeRobot data set of the same robot")
+    parser.add_argument("--episodes", type=int, nargs="+", help="episode indices (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of the policy's draws (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+
+
+def _openloop(options: argparse.Namespace) -> None:
+    from repvitok.data import LeRobotReader
+    from repvitok.data.atomic import write_json_atomic
+
+    from repwam_core.policy.openloop import evaluate_open_loop
+    from repwam_core.policy.policy import BatchedPolicy
+
+    policy = BatchedPolicy.from_pretrained(options.policy)
+    result = evaluate_open_loop(policy, LeRobotReader(options.dataset), options.episodes, seed=options.seed)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(options.out, result.to_dict())
+    errors = result.errors()
+    for name, unit in zip(result.channels, result.units, strict=True):
+        told = ", ".join(f"{method} {values[name]:.4g}" for method, values in errors.items())
+        print(f"{name} ({unit}): mean absolute error {told}")

@@ -1,0 +1,44 @@
+"""Loaders: ranks see different items, positions are restored, held-out segments are covered once."""
+
+import pytest
+import torch
+from repwam_core.data.datamodule import SegmentLoader, WAMDataModule
+from repwam_core.data.episodes import SegmentSampler
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, write_shards) -> WAMDataModule:
+    folder = write_shards(tmp_path_factory.mktemp("datamodule") / "latents")
+    return WAMDataModule(folder, transitions=3, batch_size=2, held_out=0.25, steps_per_epoch=4)
+
+
+def test_a_restored_loader_goes_on_where_it_stopped(data):
+    whole = [batch.latents for batch in data.train_dataloader()]
+    loader = data.train_dataloader()
+    iterator = iter(loader)
+    first = [next(iterator).latents for _ in range(3)]
+    resumed = data.train_dataloader()
+    resumed.load_state_dict(loader.state_dict())
+    rest = [batch.latents for batch in resumed]
+    assert len(rest) == 1
+    assert all(torch.equal(a, b) for a, b in zip(whole, first + rest, strict=True))
+
+
+def test_ranks_share_the_items_of_one_larger_batch(data):
+    sampler = SegmentSampler(data.store, 3, seed=0)
+    one = next(iter(SegmentLoader(sampler, 4, 1)))
+    two = [next(iter(SegmentLoader(sampler, 2, 1, rank, 2))) for rank in range(2)]
+    assert torch.equal(one.latents, torch.cat([batch.latents for batch in two]))
+
+
+def test_held_out_segments_are_of_held_out_episodes_and_thinned(data):
+    batches = list(data.test_dataloader())
+    episodes = {int(index) for batch in batches for index in batch.episode}
+    assert episodes == set(data.store.val_episodes.tolist())
+    data.val_segments = 3
+    assert sum(len(batch) for batch in data.val_dataloader()) == 3
+
+
+def test_a_size_that_is_not_positive_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"data\.batch_size: expected at least 1, got 0"):
+        WAMDataModule(tmp_path, batch_size=0)

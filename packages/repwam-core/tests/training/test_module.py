@@ -1,0 +1,108 @@
+"""Training: exactly resumable, learns what can be learned, keeps what was pretrained, stops on bad numbers."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from repvitok.checkpointing import read_checkpoint
+from repvitok.curves import read_curves
+from repwam_core.data.datamodule import WAMDataModule
+from repwam_core.export import export_wam, read_trained
+from repwam_core.model.wam import WorldActionModel
+from repwam_core.training.module import CHECKPOINT_KEY, WAMTraining
+
+
+def test_six_steps_are_three_and_three_more(fit, tmp_path):
+    whole = read_checkpoint(fit(tmp_path / "whole"))
+    # The schedule spans max_steps, so the first half is stopped by a limit on batches, not by a shorter schedule.
+    fit(
+        tmp_path / "halves", "--trainer.limit_train_batches=3", "--trainer.max_epochs=1", "--checkpoint.every_n_steps=3"
+    )
+    halves = read_checkpoint(fit(tmp_path / "halves", "--ckpt_path=last"))
+    assert whole["global_step"] == halves["global_step"] == 6
+    for name, weight in whole["state_dict"].items():
+        assert torch.equal(weight, halves["state_dict"][name]), name
+    average, resumed = (c[CHECKPOINT_KEY]["ema"]["average"] for c in (whole, halves))
+    assert all(torch.equal(average[name], resumed[name]) for name in average)
+    curve = read_curves(tmp_path / "whole")["train/loss"]
+    np.testing.assert_array_equal(curve, read_curves(tmp_path / "halves")["train/loss"])
+
+
+def test_it_learns_actions_and_video(fit, tmp_path):
+    fit(tmp_path, "--trainer.max_steps=150", "--trainer.val_check_interval=150", "--model.chunk_sizes=[1,1]")
+    curves = read_curves(tmp_path)
+    last = {name: curve[-1, 1] for name, curve in curves.items()}
+    assert last["val/action_mae"] < 0.5 * last["val/action_mae_of_zero"]
+    assert curves["train/video"][-10:, 1].mean() < 0.8 * curves["train/video"][:10, 1].mean()
+    assert last["val/still_mae_si"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_pretrained_model_is_kept_and_a_space_added(fit, tmp_path):
+    latent = ("--model.space=latent", "--data.space=latent", "--trainer.max_steps=2")
+    export_wam(fit(tmp_path / "pretrain", *latent), tmp_path / "wam")
+    pretrained = WorldActionModel.from_pretrained(tmp_path / "wam")
+    overrides = (f"--model.init_from={tmp_path / 'wam'}", "--model.wam=null", "--trainer.max_steps=1")
+    adapted = read_trained(fit(tmp_path / "adapt", *overrides, "--model.optimizer.lr=1e-9")).wam
+    assert set(adapted.config.spaces) == {"latent", "robot"}
+    for name, weight in pretrained.state_dict().items():
+        torch.testing.assert_close(adapted.state_dict()[name], weight, atol=1e-6, rtol=0)
+
+
+def test_an_exported_model_has_the_averaged_weights(fit, tmp_path):
+    checkpoint = fit(tmp_path / "run")
+    loaded = WorldActionModel.from_pretrained(export_wam(checkpoint, tmp_path / "wam"))
+    content = read_checkpoint(checkpoint)
+    for name, weight in content[CHECKPOINT_KEY]["ema"]["average"].items():
+        assert torch.equal(loaded.state_dict()[name], weight)
+    assert any(
+        not torch.equal(loaded.state_dict()[k.removeprefix("wam.")], v) for k, v in content["state_dict"].items()
+    )
+    assert json.loads(content[CHECKPOINT_KEY]["json"])["space"] == "robot"
+
+
+def test_a_loss_that_is_no_number_stops_the_run(fit, tmp_path, capsys):
+    fit(tmp_path, "--model.optimizer.lr=1e30", "--trainer.max_steps=20", expect=2)
+    error = capsys.readouterr().err
+    assert "the loss is" in error
+    assert "episode-" in error
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--data.space=latent"], "model.space is 'robot', the data's space is 'latent'"),
+        (["--model.chunk_sizes=[1,9]"], "a chunk of 9 latent frames does not fit segments of 3 transitions"),
+        (["--model.chunk_sizes=[3,2]"], "1 <= smallest <= largest"),
+        (["--data.latents=/no/such/folder"], "/no/such/folder"),
+        (["--model.init_from=/no/such/folder"], "remove these fields of wam"),
+        (["--model.wam.width=33"], "width"),
+    ],
+)
+def test_what_a_user_can_get_wrong_is_one_line(fit, tmp_path, capsys, overrides, message):
+    fit(tmp_path, *overrides, expect=2)
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_a_checkpoint_of_other_data_is_not_resumed(fit, tmp_path, write_shards, capsys):
+    fit(tmp_path / "run", "--trainer.max_steps=1")
+    other = write_shards(tmp_path / "other", seed=5)
+    fit(tmp_path / "run", "--ckpt_path=last", f"--data.latents={other}", expect=2)
+    assert "action statistics" in capsys.readouterr().err
+
+
+def test_draws_of_a_step_depend_on_seed_and_step_only(shards):
+    module = WAMTraining(seed=3, space="robot", chunk_sizes=(1, 3))
+    batch = WAMDataModule(shards, transitions=3).train_dataloader().sampler.batch(range(2))
+
+    class At:
+        global_step = 7
+
+    module._trainer = At()  # type: ignore[assignment]
+    assert module._drawn_chunks(batch) == module._drawn_chunks(batch)
+    sizes = set()
+    for At.global_step in range(40):
+        sizes.add(max(module._drawn_chunks(batch)))
+    assert sizes == {1, 2, 3}

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from latent_action.config import LatentActionConfig
 from repvitok.data.latents import LatentMeta
@@ -20,8 +21,8 @@ def meta(**changes) -> LatentMeta:
         "latent_dim": 2,
         "window": None,
         "source": "test",
-        "mean": (0.5, 1.0),
-        "std": (1.0, 2.0),
+        "mean": np.array([0.5, 1.0], np.float32),
+        "std": np.array([1.0, 2.0], np.float32),
     }
     return LatentMeta(**(values | changes))
 
@@ -69,9 +70,9 @@ def test_fitted_config_refuses_other_latents():
     with pytest.raises(ValueError, match="tokenizer_digest"):
         fitted.fitted_to(meta(tokenizer_digest="e" * 64))
     with pytest.raises(ValueError, match="latent_std"):
-        fitted.fitted_to(meta(std=(1.0, 3.0)))
+        fitted.fitted_to(meta(std=np.array([1.0, 3.0], np.float32)))
     with pytest.raises(ValueError, match="3 channels"):
-        fitted.fitted_to(meta(latent_dim=3, mean=None, std=None))
+        fitted.fitted_to(meta(latent_dim=3, mean=np.zeros(3, np.float32), std=np.ones(3, np.float32)))
 
 
 def test_checkpoint_of_other_settings_is_named():

@@ -83,6 +83,19 @@ def test_evaluation_batches_are_spread_and_ordered(blobs):
     assert (index.diff() > 0).all()
 
 
+def test_nothing_held_out_means_no_validation(blobs):
+    data = LatentActionData(str(blobs), held_out=0.0)
+    data.setup()
+    assert len(data.train_dataloader().table) == 23 * len(LatentShards(blobs))
+    assert list(data.val_dataloader()) == []
+
+
+def test_episodes_can_be_held_out_by_index(blobs):
+    data = LatentActionData(str(blobs), held_out=[2, 5])
+    data.setup()
+    assert set(data.val_dataloader().table.episode.tolist()) == {2, 5}
+
+
 def test_bad_data_arguments(blobs, tmp_path):
     with pytest.raises(ValueError, match="batch_size"):
         LatentActionData(str(blobs), batch_size=0)

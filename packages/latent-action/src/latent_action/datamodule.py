@@ -52,12 +52,13 @@ class TrainingBatches:
 
 
 class EvaluationBatches:
-    """At most `limit` transitions, evenly spread over a table, in order."""
+    """At most `limit` transitions, evenly spread over a table, in order; no batch for an empty table."""
 
     def __init__(self, table: TransitionTable, batch_size: int, limit: int) -> None:
         self.table = table
         count = min(limit, len(table))
-        self.index = torch.linspace(0, len(table) - 1, count).round().long().split(batch_size)
+        index = torch.linspace(0, len(table) - 1, count).round().long()
+        self.index = index.split(batch_size) if count else ()
 
     def __len__(self) -> int:
         return len(self.index)
@@ -72,7 +73,8 @@ class LatentActionData(L.LightningDataModule):
     Args:
         latents: folder of latent shards, from `repvitok encode` or any other visual tokenizer.
         batch_size: transitions per batch and rank.
-        held_out: share of the episodes kept for validation, in (0, 1); at least one.
+        held_out: share of the episodes kept for validation, or their indices; 0 for no validation. Which ones a
+            share takes is the same in every stage, see `repvitok.data.split`.
         val_transitions: most transitions a validation looks at.
         seed: of the batches.
         memory_limit_gb: refuse latents that take more than this in memory.
@@ -85,7 +87,7 @@ class LatentActionData(L.LightningDataModule):
         self,
         latents: str,
         batch_size: int = 128,
-        held_out: float = 0.1,
+        held_out: float | list[int] = 0.1,
         val_transitions: int = 1024,
         seed: int = 0,
         memory_limit_gb: float = 16.0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ def probe_shards(
     lat: LatentActionTokenizer,
     latents: str | Path,
     *,
-    held_out: float = 0.25,
+    held_out: float | Sequence[int] = 0.25,
     head_steps: int = 600,
     frames_steps: int = 300,
     seed: int = 0,
@@ -93,7 +93,7 @@ def probe_shards(
     Args:
         lat: the latent action tokenizer, used as it is.
         latents: folder of latent shards with actions, of the tokenizer the LAT was trained on.
-        held_out: share of the episodes that are scored.
+        held_out: share of the episodes that are scored, or their indices; see `repvitok.data.split`.
         head_steps: training steps of the heads on latent actions.
         frames_steps: training steps of the head on latent frames.
         seed: of the untrained LAT and of the heads.
@@ -106,8 +106,10 @@ def probe_shards(
     table = load_transitions(shards, lat.standardise)
     if table.actions is None:
         raise ValueError(f"{shards.root}: some episodes have no robot actions, so there is nothing to probe for.")
-    train, held_out = split_episodes(table.episode.tolist(), held_out)
-    task = _make_task(table, train, held_out, shards.meta.grid, seed)
+    train, scored = split_episodes(table.episode.tolist(), held_out)
+    if not scored:
+        raise ValueError("The probe scores episodes that its heads have not seen: hold out at least one.")
+    task = _make_task(table, train, scored, shards.meta.grid, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         untrained = LatentActionTokenizer(lat.config)

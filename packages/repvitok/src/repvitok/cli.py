@@ -43,8 +43,8 @@ def _encode_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _encode(options: argparse.Namespace) -> None:
-    from repvitok.encoding import encode_dataset
     from repvitok.data.lerobot import LeRobotReader
+    from repvitok.encoding import encode_dataset
     from repvitok.model import RepViTok
 
     encode_dataset(

@@ -56,19 +56,43 @@ def run_lightning(verb: str, argv: list[str], stage: TrainingStage) -> int:
         0, or 143 when SIGTERM ended training after its state was saved.
 
     Raises:
-        UserError: for a configuration that cannot be parsed or built.
+        UserError: for a configuration that cannot be parsed or built, and any ValueError of the run.
         KeyboardInterrupt: when Ctrl-C ended training after its state was saved.
     """
     with isolate_rng(), _quiet(), _environment_kept():
         try:
             _stage_cli(verb, stage)(argv)
-        except (ArgumentError, MisconfigurationException) as error:
+        except (ArgumentError, MisconfigurationException, ValueError) as error:
             raise UserError(_one_line(error)) from error
         except TrainingInterrupted as error:
             if error.signal_number == signal.SIGINT:
                 raise KeyboardInterrupt(str(error)) from error
             return 128 + error.signal_number
     return 0
+
+
+def parse_recipe(verb: str, recipes: list[str], stage: TrainingStage) -> Any:
+    """The configuration that a verb would run with, without building anything.
+
+    Args:
+        verb: "fit", "validate", "test" or "predict".
+        recipes: YAML files, each laid over the ones before.
+        stage: what they are recipes of.
+
+    Returns:
+        The configuration, a namespace with the sections model, data, trainer, ...
+
+    Raises:
+        UserError: an unknown key, a wrong type, a class that cannot be imported.
+    """
+    arguments = [part for recipe in recipes for part in ("-c", recipe)]
+    with isolate_rng(), _quiet(), _environment_kept():
+        try:
+            _stage_cli(verb, stage, _ParsingOnly)(arguments)
+        except _Parsed as parsed:
+            return parsed.config[verb]
+        except (ArgumentError, MisconfigurationException) as error:
+            raise UserError(_one_line(error)) from error
 
 
 class StageCLI(LightningCLI):
@@ -131,10 +155,27 @@ class StageCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
-def _stage_cli(verb: str, stage: TrainingStage) -> type[StageCLI]:
+class _Parsed(Exception):
+    """Ends the construction of a command line that only parses."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+
+class _ParsingOnly(StageCLI):
+    """Stops before anything is built: LightningCLI parses, builds and runs in its constructor."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses and hands the configuration out."""
+        super().parse_arguments(parser, args)
+        raise _Parsed(self.config)
+
+
+def _stage_cli(verb: str, stage: TrainingStage, base: type[StageCLI] = StageCLI) -> type[StageCLI]:
     """A StageCLI that knows one verb only: building the parsers of all four takes four times as long."""
     only = {verb: LightningCLI.subcommands()[verb]}
-    return type("StageCLI", (StageCLI,), {"verb": verb, "stage": stage, "subcommands": staticmethod(lambda: only)})
+    return type("StageCLI", (base,), {"verb": verb, "stage": stage, "subcommands": staticmethod(lambda: only)})
 
 
 def _one_line(error: BaseException) -> str:

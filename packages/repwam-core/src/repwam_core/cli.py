@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _quickstart(options: argparse.Namespace) -> int:
     from repwam_core.quickstart.pipeline import run
 
-    return run(options)
+    return run(options, main)
 
 
 # -- simulator ---------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from enum import IntEnum
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -26,19 +25,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from repwam_core.model.tokens import Modality, Spans, TokenBlock, clean_tokens, noisy_tokens, one_chunk
+
 PADDING = -1
 """The document of a slot that holds no token: visible to no document."""
 
 Run = tuple[int, int]
 """A half-open range of positions."""
-
-
-class Modality(IntEnum):
-    """What a token carries."""
-
-    VIDEO = 0
-    ACTION = 1
-    STATE = 2
 
 
 class TokenFields(NamedTuple):
@@ -224,10 +217,10 @@ def training_layout(
     noisy_levels = [(c, m, True) for m in (Modality.VIDEO, Modality.ACTION) for c in range(1, chunks + 1)]
     clean_levels = [(c, Modality.VIDEO, False) for c in range(chunks + 1)] + [(0, Modality.ACTION, False)]
     levels = _levels(clean_levels + noisy_levels)
-    spans = _Spans(frame, chunk, start)
-    clean = _clean_tokens(spans, chunk, chunks + 1, grid, vectors, state, action_history)
+    spans = Spans(frame, chunk, start)
+    clean = clean_tokens(spans, chunk, chunks + 1, grid, vectors, state, action_history)
     later = spans.after_prefix()
-    noisy = _noisy_tokens(later, later.chunk + chunks + 1, later.chunk + 2 * chunks + 1, grid, vectors)
+    noisy = noisy_tokens(later, later.chunk + chunks + 1, later.chunk + 2 * chunks + 1, grid, vectors)
     return _layout([*clean, *noisy], levels, grid)
 
 
@@ -247,8 +240,8 @@ def history_layout(
     Its levels are clean video (0) and clean actions and states (1).
     """
     _check_sizes(grid, vectors, (frames,))
-    spans = _one_chunk(first_frame, frames, chunk)
-    tokens = _clean_tokens(spans, np.zeros(frames, int), 1, grid, vectors, state, action_history)
+    spans = one_chunk(first_frame, frames, chunk)
+    tokens = clean_tokens(spans, np.zeros(frames, int), 1, grid, vectors, state, action_history)
     return _layout(tokens, _levels([(chunk, Modality.VIDEO, False), (chunk, Modality.ACTION, False)]), grid)
 
 
@@ -268,9 +261,9 @@ def chunk_layout(
     Its levels are noisy video (0) and noisy actions (1).
     """
     _check_sizes(grid, vectors, (frames,))
-    spans = _one_chunk(first_frame, frames, chunk)
+    spans = one_chunk(first_frame, frames, chunk)
     zeros = np.zeros(frames, int)
-    tokens = _noisy_tokens(spans, zeros, zeros + 1, grid, vectors)[0 if video else 1 : 2 if actions else 1]
+    tokens = noisy_tokens(spans, zeros, zeros + 1, grid, vectors)[0 if video else 1 : 2 if actions else 1]
     return _layout(tokens, _levels([(chunk, Modality.VIDEO, True), (chunk, Modality.ACTION, True)]), grid)
 
 
@@ -307,85 +300,7 @@ def runs(index: Int[Tensor, " m"]) -> list[Run]:
     return [(int(values[a]), int(values[b - 1]) + 1) for a, b in pairwise(bounds)]
 
 
-class _Spans(NamedTuple):
-    """Frames of a document with their chunk and its first frame, (frames,) each."""
-
-    frame: np.ndarray
-    chunk: np.ndarray
-    start: np.ndarray
-
-    def after_prefix(self) -> _Spans:
-        keep = self.frame > 0
-        return _Spans(*(values[keep] for values in self))
-
-
-class _Tokens(NamedTuple):
-    """A block of tokens of one modality, frame by frame, and the key that sorts it among the others."""
-
-    columns: dict[str, np.ndarray]
-    order: np.ndarray
-
-
-def _one_chunk(first_frame: int, frames: int, chunk: int) -> _Spans:
-    if first_frame < 0 or chunk < 0:
-        raise ValueError(f"expected a frame and a chunk of at least 0, got {first_frame} and {chunk}.")
-    frame = np.arange(first_frame, first_frame + frames)
-    return _Spans(frame, np.full(frames, chunk), np.full(frames, first_frame))
-
-
-def _clean_tokens(
-    spans: _Spans, video_level: np.ndarray, side_level: int, grid: tuple[int, int, int], vectors: int, state: bool,
-    action_history: bool,
-) -> list[_Tokens]:  # fmt: skip
-    """Clean video, state and action tokens, sorted frame by frame: a window then cuts one contiguous range."""
-    blocks = [_tokens(spans, Modality.VIDEO, False, video_level, grid, 1, 3 * spans.frame)]
-    side = np.full(len(spans.frame), side_level)
-    if state:
-        blocks.append(_tokens(spans, Modality.STATE, False, side, (1, 1, 1), 1, 3 * spans.frame + 1))
-    later = spans.after_prefix()
-    if action_history and len(later.frame):
-        side = side[: len(later.frame)]
-        blocks.append(_tokens(later, Modality.ACTION, False, side, (1, 1, 1), vectors, 3 * later.frame + 2))
-    return blocks
-
-
-def _noisy_tokens(
-    spans: _Spans, video_level: np.ndarray, action_level: np.ndarray, grid: tuple[int, int, int], vectors: int
-) -> list[_Tokens]:
-    """Noisy video and action tokens, sorted chunk by chunk, after every clean token."""
-    after_clean = 3 * (int(spans.frame.max()) + 1)
-    order = after_clean + 2 * spans.chunk
-    return [
-        _tokens(spans, Modality.VIDEO, True, video_level, grid, 1, order),
-        _tokens(spans, Modality.ACTION, True, action_level, (1, 1, 1), vectors, order + 1),
-    ]
-
-
-def _tokens(
-    spans: _Spans, modality: Modality, noisy: bool, level: np.ndarray, grid: tuple[int, int, int], vectors: int,
-    order: np.ndarray,
-) -> _Tokens:  # fmt: skip
-    """All tokens of one modality: for each frame a grid of them, or for each frame its action vectors."""
-    view, row, col, vector = (axis.ravel() for axis in np.indices((*grid, vectors)))
-    count, frames = len(view), len(spans.frame)
-    columns = {
-        "frame": spans.frame.repeat(count),
-        "chunk": spans.chunk.repeat(count),
-        "chunk_start": spans.start.repeat(count),
-        "noisy": np.full(frames * count, noisy),
-        "modality": np.full(frames * count, int(modality)),
-        "view": np.tile(view, frames),
-        "row": np.tile(row, frames),
-        "col": np.tile(col, frames),
-        "vector": np.tile(vector, frames),
-        "level": level.repeat(count),
-    }
-    # Vector j of a stands at f - 1 + (j + 1) / a; video and state tokens, with j = 0 and a = 1, stand at f.
-    columns["time"] = columns["frame"] - 1 + (columns["vector"] + 1) / vectors
-    return _Tokens(columns, order.repeat(count))
-
-
-def _layout(blocks: Sequence[_Tokens], levels: LevelTable, grid: tuple[int, int, int]) -> SequenceLayout:
+def _layout(blocks: Sequence[TokenBlock], levels: LevelTable, grid: tuple[int, int, int]) -> SequenceLayout:
     order = np.argsort(np.concatenate([block.order for block in blocks]), kind="stable")
     columns = {name: np.concatenate([block.columns[name] for block in blocks])[order] for name in blocks[0].columns}
     position = np.stack([columns.pop("time"), columns["row"], columns["col"]], axis=1).astype(np.float32)

@@ -15,6 +15,7 @@ from repvitok.data import LatentShards, LeRobotReader, prepare_frames
 from repvitok.data.split import split_episodes
 from repvitok.data.transforms import to_frames
 from repvitok.metrics import psnr, ssim
+from torch import Tensor
 
 from repwam_core.policy.openloop import OpenLoopEpisode, OpenLoopResult, evaluate_open_loop
 from repwam_core.policy.policy import BatchedPolicy
@@ -70,13 +71,12 @@ def reconstruction(this: Run, trained: Trained) -> Reconstruction:
             f"episode {index}",
             to_frames(video[0]),
             to_frames(video_hat[0]),
-            float(psnr(video_hat, video).mean()),
-            float(ssim(video_hat, video).mean()),
+            *_quality(video_hat, video),
         )
         clips.append(clip)
         mean_colour = video.mean(dim=(2, 3, 4), keepdim=True).expand_as(video)
         first_frame = video[:, :, :1].expand_as(video)
-        baselines.append([(float(psnr(x, video).mean()), float(ssim(x, video).mean())) for x in (mean_colour, first_frame)])
+        baselines.append([_quality(trivial, video) for trivial in (mean_colour, first_frame)])
     means = np.mean(baselines, axis=0)
     shown = [_shortened(clip) for clip in clips[:: max(1, len(clips) // SHOWN)][:SHOWN]]
     return Reconstruction(
@@ -86,6 +86,11 @@ def reconstruction(this: Run, trained: Trained) -> Reconstruction:
         len(clips),
         {name: tuple(map(float, means[i])) for i, name in enumerate(("mean colour", "first frame repeated"))},
     )
+
+
+def _quality(video_hat: Tensor, video: Tensor) -> tuple[float, float]:
+    """Mean over the frames of PSNR (dB) and SSIM."""
+    return float(psnr(video_hat, video).mean()), float(ssim(video_hat, video).mean())
 
 
 def latent_actions(this: Run, trained: Trained) -> LatentActions:

@@ -26,6 +26,7 @@ class Run:
     runner: StageRunner
     command: str
     started_s: float
+    repwam: training.Main
 
     def stage(self, name: str, work: Any, *, inputs: dict[str, StageResult | str], **settings: Any) -> StageResult:
         """Run a stage whose inputs are earlier stages (or digests); recipes and version count as settings."""
@@ -63,8 +64,8 @@ class Trained:
         return self.adapted.folder / "policy"
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run the quickstart; returns the exit code."""
+def run(arguments: argparse.Namespace, repwam: training.Main) -> int:
+    """Run the quickstart; returns the exit code. ``repwam`` is the command that trains its later stages."""
     from repwam_core.quickstart.gather import report_data
     from repwam_core.report import write_report
 
@@ -74,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     _check(arguments, plan)
     runner = StageRunner(arguments.out, fresh=arguments.fresh)
     command = "repwam " + " ".join(sys.argv[1:])
-    this = Run(plan, arguments.seed, arguments.workers, runner, command, started_s)
+    this = Run(plan, arguments.seed, arguments.workers, runner, command, started_s, repwam)
     with runner.lock():
         trained, outcome = _from_dataset(this, arguments.dataset) if arguments.dataset else _from_simulator(this)
         report = arguments.out / "report.html"
@@ -176,7 +177,7 @@ def _train(this: Run, dataset: Path, digest: str) -> Trained:
     labelled_latents = labelled.folder / "latents"
     pretrained = this.stage(
         "pretrain",
-        partial(training.pretrain, plan=plan, seed=seed, latents=labelled_latents),
+        partial(training.pretrain, repwam=this.repwam, plan=plan, seed=seed, latents=labelled_latents),
         inputs={"latents": labelled, "recipe": _recipe("pretrain.yaml")},
         steps=steps.pretrain,
         **common,
@@ -185,6 +186,7 @@ def _train(this: Run, dataset: Path, digest: str) -> Trained:
         "adapt",
         partial(
             training.adapt,
+            repwam=this.repwam,
             plan=plan,
             seed=seed,
             latents=labelled_latents,

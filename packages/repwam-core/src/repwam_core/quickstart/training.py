@@ -11,7 +11,6 @@ from repvitok.checkpointing import LAST
 from repvitok.cli import main as repvitok
 from repvitok.curves import read_curves
 
-from repwam_core.cli import main as repwam
 from repwam_core.quickstart.plan import RECIPES, Plan
 
 Main = Callable[[Sequence[str] | None], int]
@@ -87,7 +86,7 @@ def label(folder: Path, *, lat: Path, latents: Path) -> dict[str, Any]:
     return {}
 
 
-def pretrain(folder: Path, *, plan: Plan, seed: int, latents: Path) -> dict[str, Any]:
+def pretrain(folder: Path, *, repwam: Main, plan: Plan, seed: int, latents: Path) -> dict[str, Any]:
     """Stage one: video latents and latent actions."""
     _fit(
         repwam,
@@ -105,12 +104,13 @@ def pretrain(folder: Path, *, plan: Plan, seed: int, latents: Path) -> dict[str,
 def adapt(
     folder: Path,
     *,
+    repwam: Main,
     plan: Plan,
     seed: int,
     latents: Path,
     pretrained: Path | None,
     tokenizer: Path,
-    lat: Path,
+    lat: Path | None,
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Stage two: robot actions, starting from the pretrained model; exports the policy to ``folder/policy``."""
@@ -128,8 +128,8 @@ def adapt(
     call(
         repwam,
         "export",
-        *("--ckpt", folder / FIT / LAST, "--tokenizer", tokenizer, "--lat", lat, "--latents", latents),
-        *("--out", folder / "policy"),
+        *("--ckpt", folder / FIT / LAST, "--tokenizer", tokenizer, "--latents", latents, "--out", folder / "policy"),
+        *(() if lat is None else ("--lat", lat)),
     )
     return last_values(folder / FIT, "val/video", "val/action")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import lightning as L
 import numpy as np
 import torch
 from repvitok.ema import ExponentialMovingAverage
-from repvitok.optim import NewtonSchulzDtype, OptimizerName, build_optimizer, warmup_cosine_schedule
+from repvitok.optim import OptimizerSettings
 
 from repwam_core.data.episodes import EpisodeStore, SegmentBatch
 from repwam_core.model.config import LATENT_SPACE, ActionSpace, WAMConfig
@@ -21,29 +21,6 @@ from repwam_core.training.losses import LossSettings, WAMLoss, equal_chunks, wam
 from repwam_core.training.metrics import SampledErrors, sample_segments
 
 CHECKPOINT_KEY = "repwam"
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerSettings:
-    """How the weights move; see `repvitok.optim.build_optimizer` and `warmup_cosine_schedule`.
-
-    Attributes:
-        name: "muon" or "adamw".
-        lr: peak learning rate.
-        adamw_lr: peak learning rate of what Muon does not take; `lr` when None.
-        weight_decay: decoupled decay of matrices.
-        warmup_steps: linear warmup.
-        floor: last learning rate as a share of the peak.
-        newton_schulz_dtype: type of Muon's iteration; "float32" on a CPU.
-    """
-
-    name: OptimizerName = "muon"
-    lr: float = 1e-2
-    adamw_lr: float | None = None
-    weight_decay: float = 0.01
-    warmup_steps: int = 1000
-    floor: float = 0.0
-    newton_schulz_dtype: NewtonSchulzDtype = "bfloat16"
 
 
 class WAMTraining(L.LightningModule):
@@ -112,16 +89,7 @@ class WAMTraining(L.LightningModule):
         settings, total = self.optimizer_settings, self.trainer.max_steps
         if total < 1:
             raise ValueError(f"trainer.max_steps: expected the number of training steps, got {total}")
-        optimizer = build_optimizer(
-            self._model(),
-            settings.name,
-            lr=settings.lr,
-            adamw_lr=settings.adamw_lr,
-            weight_decay=settings.weight_decay,
-            newton_schulz_dtype=settings.newton_schulz_dtype,
-        )
-        warmup = min(settings.warmup_steps, total)
-        schedule = warmup_cosine_schedule(optimizer, warmup, total, settings.floor)
+        optimizer, schedule = settings.build(self._model(), total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # -- training ------------------------------------------------------------------------------------------------
@@ -139,8 +107,9 @@ class WAMTraining(L.LightningModule):
         self.log_dict({name: value.detach() for name, value in rows.items()}, batch_size=len(batch))
         return losses.total
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Average the weights after each step."""
+    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+        """Step, then average the weights at once: a checkpoint taken after this step holds both."""
+        super().optimizer_step(*arguments, **options)
         self._average().update(self._model())
 
     # -- validation ----------------------------------------------------------------------------------------------

@@ -1,0 +1,113 @@
+"""Every recipe is parsed by the very parser that trains with it; every tiny one runs two steps and resumes."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from latent_action.cli import STAGE as LATENT_ACTION
+from repvitok.cli import STAGE as REPVITOK
+from repvitok.commands import import_object
+from repvitok.curves import read_curves
+from repwam_core.cli import STAGE as REPWAM
+from repwam_core.quickstart.plan import RECIPES as QUICKSTART
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "recipes"
+STAGES = {"1_repvitok": REPVITOK, "2_latent_action": LATENT_ACTION, "3_repwam": REPWAM}
+PLANS = {"sim.yaml", "dataset.yaml"}
+QUICKSTART_STAGES = {
+    "repvitok.yaml": REPVITOK,
+    "latent_action.yaml": LATENT_ACTION,
+    "pretrain.yaml": REPWAM,
+    "adapt.yaml": REPWAM,
+}
+
+
+def _recipes():
+    """(name, stage, the files to lay over each other) of every recipe in the tree."""
+    for folder, stage in STAGES.items():
+        for path in sorted((RECIPES / folder).glob("*.yaml")):
+            bases = [] if path.name == "base.yaml" or _is_whole(path) else [RECIPES / folder / "base.yaml"]
+            yield pytest.param(stage, [*bases, path], id=f"{folder}/{path.name}")
+    for name, stage in QUICKSTART_STAGES.items():
+        yield pytest.param(stage, [QUICKSTART / name], id=f"quickstart/{name}")
+
+
+def _is_whole(path: Path) -> bool:
+    """A recipe that says in its first lines that it stands alone has its own `seed_everything`."""
+    return "seed_everything" in yaml.safe_load(path.read_text())
+
+
+def test_every_yaml_in_the_tree_is_a_recipe_that_is_tested():
+    tested = {path for parameter in _recipes() for path in parameter.values[1]}
+    found = {path for path in RECIPES.rglob("*.yaml") if "quickstart" not in path.parts}
+    found |= {path for path in QUICKSTART.glob("*.yaml") if path.name not in PLANS}
+    assert found - tested == set()
+
+
+@pytest.mark.parametrize(("stage", "files"), _recipes())
+def test_recipe_parses(stage, files, tmp_path):
+    """Unknown keys, wrong types and missing classes are errors of the parser."""
+    from repvitok.lightning_cli import parse_recipe
+
+    config = parse_recipe("fit", [str(path) for path in files], stage)
+    assert config.trainer.max_steps is None or config.trainer.max_steps != 0
+    assert import_object(stage.module).__name__ in ("RepViTokTraining", "LatentActionTraining", "WAMTraining")
+
+
+def test_the_papers_numbers_stand_in_the_base_recipes():
+    tokenizer = yaml.safe_load((RECIPES / "1_repvitok/base.yaml").read_text())["model"]
+    assert {name: tokenizer["weights"][name] for name in ("l1", "perceptual", "gan", "align")} == {
+        "l1": 1.0,
+        "perceptual": 1.0,
+        "gan": 0.1,
+        "align": 1.0,
+    }
+    assert yaml.safe_load((RECIPES / "1_repvitok/vitok.yaml").read_text())["model"]["weights"]["align"] == 0
+    wam = yaml.safe_load((RECIPES / "3_repwam/base.yaml").read_text())
+    assert wam["model"]["optimizer"]["lr"] == 1e-2
+    assert wam["model"]["optimizer"]["name"] == "muon"
+    assert wam["model"]["optimizer"]["weight_decay"] == 0.01
+    assert wam["model"]["loss"]["action_weight"] == 1.0
+    assert wam["model"]["chunk_sizes"] == [1, 4]
+    assert wam["model"]["wam"]["window"] == 32
+    assert wam["trainer"]["gradient_clip_val"] == 2.0
+
+
+@pytest.mark.slow
+def test_quickstart_recipes_run_two_steps_one_after_the_other(tmp_path, shared_video_dataset):
+    """From video to a policy folder through the stages' own commands, two steps each, by the quickstart's recipes."""
+    import argparse
+
+    from repwam_core.cli import main as repwam
+    from repwam_core.policy.policy import Policy
+    from repwam_core.quickstart import training
+    from repwam_core.quickstart.plan import load_plan
+
+    arguments = argparse.Namespace(
+        tasks=None, episodes=None, eval_episodes=None, size=[32, 48], budget=1e-6, dataset=shared_video_dataset
+    )
+    plan = load_plan(QUICKSTART / "dataset.yaml", arguments)
+    common = {"plan": plan, "seed": 0}
+    later = {**common, "repwam": repwam}
+    training.train_tokenizer(tmp_path / "tok", **common, dataset=shared_video_dataset)
+    tokenizer = tmp_path / "tok" / "tokenizer"
+    training.encode(tmp_path / "enc", plan=plan, dataset=shared_video_dataset, tokenizer=tokenizer)
+    latents = tmp_path / "enc" / "latents"
+    training.train_latent_actions(tmp_path / "lat", **common, latents=latents)
+    lat = tmp_path / "lat" / "lat"
+    training.label(tmp_path / "label", lat=lat, latents=latents)
+    labelled = tmp_path / "label" / "latents"
+    training.pretrain(tmp_path / "pre", **later, latents=labelled)
+    training.adapt(
+        tmp_path / "ad",
+        **later,
+        latents=labelled,
+        pretrained=tmp_path / "pre" / "wam",
+        tokenizer=tokenizer,
+        lat=lat,
+    )
+    assert (tmp_path / "ad" / "policy" / "lat" / "config.json").exists()
+    assert Policy.from_pretrained(tmp_path / "ad" / "policy").embodiment.action_names == ("x", "y", "grip")
+    for stage in ("tok", "lat", "pre", "ad"):
+        assert read_curves(tmp_path / stage / training.FIT)

@@ -111,6 +111,7 @@ class RepViTokTraining(LightningModule):
         if self.align is not None:
             found["align"] = alignment_loss(self.align(z), self._teacher_features(video))
         if self.discriminator is not None and self._adversary_entered:
+            self.discriminator.requires_grad_(False)  # its own step turns them on again
             scores = self.discriminator(video_hat)
             found["gan"] = torch.stack([generator_loss(score) for score in scores]).mean()
         return found, video_hat
@@ -159,6 +160,7 @@ class RepViTokTraining(LightningModule):
         assert self.lecam is not None
         optimizer = self._optimizers()[1].optimizer
         optimizer.zero_grad()
+        self.discriminator.requires_grad_(True)
         losses = []
         for real, fake in zip(self.discriminator(video), self.discriminator(video_hat), strict=True):
             losses.append(hinge_discriminator_loss(real, fake))

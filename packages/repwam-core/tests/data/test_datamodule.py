@@ -36,6 +36,7 @@ def test_held_out_segments_are_of_held_out_episodes_and_thinned(data):
     episodes = {int(index) for batch in batches for index in batch.episode}
     assert episodes == set(data.store.val_episodes.tolist())
     data.val_segments = 3
+    assert not isinstance(data.val_dataloader(), list)
     assert sum(len(batch) for batch in data.val_dataloader()) == 3
 
 

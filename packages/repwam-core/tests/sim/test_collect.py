@@ -68,6 +68,7 @@ def test_the_state_follows_the_actions(collected):
     assert np.corrcoef(moved, asked)[0, 1] > 0.9
 
 
+@pytest.mark.slow
 def test_two_workers_write_the_same_files_and_a_killed_run_is_continued(collected, tmp_path):
     root = tmp_path / "data"
     script = tmp_path / "run.py"

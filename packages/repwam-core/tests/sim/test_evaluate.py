@@ -100,6 +100,7 @@ def test_single_policies_are_made_for_each_place():
     assert [(r.success, r.steps, r.crashed) for r in results] == [(False, 30, None)] * 2
 
 
+@pytest.mark.slow
 def test_a_killed_simulator_fails_its_episodes_and_the_rest_go_on():
     class Killer(Scripted):
         def act(self, observations):

@@ -17,6 +17,9 @@ from repvitok.data.transforms import prepare_frames, resize_frames, to_unit
 from repvitok.progress import progress
 
 
+_MAX_DRAWS = 1000
+
+
 @dataclass(frozen=True)
 class ClipPosition:
     """Where a clip lies: `frames` frames of sources[source]'s `video`, every `stride`-th from `start` on."""
@@ -88,12 +91,13 @@ class ClipDataset(Dataset[Tensor]):
         if not 0 <= index < self._length:
             raise IndexError(f"clip {index} of {self._length}")
         random = np.random.default_rng([self.seed, index])
-        while True:
+        for _ in range(_MAX_DRAWS):
             position = self._draw(random)
             try:
                 return self._read(position)
             except ValueError as error:
                 self._bad.count(self.sources[position.source].describe(position.video), error)
+        raise ValueError(f"clip {index}: {_MAX_DRAWS} draws met unreadable videos only; see max_bad_fraction")
 
     def position(self, index: int) -> ClipPosition:
         """Which frames of which video item `index` is, unless that video is unreadable."""

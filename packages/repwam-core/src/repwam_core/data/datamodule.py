@@ -141,11 +141,13 @@ class WAMDataModule(L.LightningDataModule):
         sampler = SegmentSampler(self.store, self.transitions, self.seed)
         return SegmentLoader(sampler, self.batch_size, self.steps_per_epoch, rank, world_size)
 
-    def val_dataloader(self) -> HeldOutLoader:
-        """Held-out segments, evenly thinned to `val_segments`; empty without held-out episodes."""
+    def val_dataloader(self) -> HeldOutLoader | list[HeldOutLoader]:
+        """Held-out segments, evenly thinned to `val_segments`; no loader at all without held-out episodes."""
         rows = self.store.starts(self.store.val_episodes, self.transitions)
         if len(rows) > self.val_segments:
             rows = rows[np.linspace(0, len(rows) - 1, self.val_segments).round().astype(int)]
+        if not len(rows):
+            return []
         return HeldOutLoader(self.store, rows, self.batch_size, self.transitions)
 
     def test_dataloader(self) -> HeldOutLoader:

@@ -36,7 +36,6 @@ class Plan:
         same_scene: two tasks told apart by the instruction alone; may be empty.
         episodes: demonstrations per task.
         eval_episodes: unseen seeds per task in closed loop.
-        eval_seed: first evaluation seed; collection seeds lie below it.
         size: frame height and width in pixels, multiples of 16.
         stride: raw frames per frame read from the data set.
         offsets: first raw frames at which every episode is encoded once.
@@ -50,7 +49,6 @@ class Plan:
     same_scene: tuple[str, ...]
     episodes: int
     eval_episodes: int
-    eval_seed: int
     size: tuple[int, int]
     stride: int
     offsets: tuple[int, ...]

@@ -16,7 +16,6 @@ from repvitok.data.sources import BadFiles, VideoSource
 from repvitok.data.transforms import prepare_frames, resize_frames, to_unit
 from repvitok.progress import progress
 
-
 _MAX_DRAWS = 1000
 
 

@@ -17,7 +17,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from repwam_core.model.config import WAMConfig
 from repwam_core.model.masks import pairs
-from repwam_core.model.sequence import PADDING, Modality, SequenceLayout, TokenFields
+from repwam_core.model.sequence import PADDING, SequenceLayout, TokenFields
+from repwam_core.model.tokens import Modality
 
 KeysValues = tuple[Float[Tensor, "b heads slots c"], Float[Tensor, "b heads slots c"]]
 

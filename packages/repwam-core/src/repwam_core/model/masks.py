@@ -17,7 +17,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from repwam_core.model.sequence import PADDING, Modality, SequenceLayout, TokenFields
+from repwam_core.model.sequence import PADDING, SequenceLayout, TokenFields
+from repwam_core.model.tokens import Modality
 
 Heads = Float[Tensor, "b heads n c"]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from repwam_core.report import Count, LanguageRow, ReportData
 
 
@@ -110,8 +112,8 @@ def _imagination(data: ReportData) -> str:
 
 
 def _total(rows: list[LanguageRow], told: str) -> Count:
-    counts = [getattr(row, told) for row in rows]
-    return sum(counts[1:], start=counts[0])
+    counts: list[Count] = [getattr(row, told) for row in rows]
+    return Count(sum(count.successes for count in counts), sum(count.episodes for count in counts))
 
 
 def _percent(count: Count) -> str:
@@ -123,5 +125,5 @@ def _interval(count: Count) -> str:
     return f"{100 * low:.0f} to {100 * high:.0f} %"
 
 
-def _mean(values: dict[str, float]) -> float:
+def _mean(values: Mapping[str, float]) -> float:
     return sum(values.values()) / len(values)

@@ -10,9 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from repvitok.errors import UserError
+
 from repwam_core import __version__
 from repwam_core.quickstart import closed_loop, training
-from repwam_core.quickstart.plan import RECIPES, Plan, load_plan
+from repwam_core.quickstart.plan import RECIPES, Plan, load_plan, shaped_like
 from repwam_core.quickstart.stages import StageResult, StageRunner, folder_digest
 
 
@@ -72,7 +74,7 @@ def run(arguments: argparse.Namespace, repwam: training.Main) -> int:
     started_s = time.monotonic()
     recipe = "sim.yaml" if arguments.dataset is None else "dataset.yaml"
     plan = load_plan(RECIPES / recipe, arguments)
-    _check(arguments, plan)
+    plan = _checked(arguments, plan)
     runner = StageRunner(arguments.out, fresh=arguments.fresh)
     command = "repwam " + " ".join(sys.argv[1:])
     this = Run(plan, arguments.seed, arguments.workers, runner, command, started_s, repwam)
@@ -84,18 +86,28 @@ def run(arguments: argparse.Namespace, repwam: training.Main) -> int:
     return 0
 
 
-def _check(arguments: argparse.Namespace, plan: Plan) -> None:
-    """Find what would stop a later stage before the first one starts."""
+def _checked(arguments: argparse.Namespace, plan: Plan) -> Plan:
+    """Find what would stop a later stage before the first one starts; fit the frame size to a data set's camera."""
     if arguments.dataset is None:
         from repwam_core.sim.metaworld import canonical_names
         from repwam_core.sim.rendering import import_mujoco
 
         canonical_names(plan.all_tasks)
         import_mujoco()
-    else:
-        from repvitok.data import LeRobotReader
+        return plan
+    from repvitok.data import LeRobotReader
 
-        LeRobotReader(arguments.dataset)
+    reader = LeRobotReader(arguments.dataset)
+    if not reader.camera_keys:
+        raise UserError(
+            f"{arguments.dataset}: the data set has no camera stored as video, and video is what we learn from"
+        )
+    if "action" not in reader.features:
+        raise UserError(f"{arguments.dataset}: the data set has no actions to adapt to")
+    if arguments.size is not None:
+        return plan
+    height, width = reader.features[reader.camera_keys[0]]["shape"][:2]
+    return shaped_like(plan, height, width)
 
 
 def _from_simulator(this: Run) -> tuple[Trained, dict[str, StageResult]]:

@@ -96,6 +96,16 @@ def _with_options(plan: Plan, arguments: argparse.Namespace) -> Plan:
     return replace(plan, steps=plan.steps.scaled(arguments.budget))
 
 
+def shaped_like(plan: Plan, height: int, width: int) -> Plan:
+    """The plan with frames of a camera's shape: its smallest side stays, the longer one is the nearest multiple of 16.
+
+    480 x 640 pixels and a plan of 64 x 64 give 64 x 80.
+    """
+    short = min(plan.size)
+    long = 16 * max(1, round(short * max(height, width) / min(height, width) / 16))
+    return replace(plan, size=(short, long) if width >= height else (long, short))
+
+
 def _positive(option: str, value: int, at_least: int = 1) -> int:
     if value < at_least:
         raise UserError(f"{option} must be at least {at_least}, got {value}")

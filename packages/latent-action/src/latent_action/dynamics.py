@@ -69,12 +69,16 @@ class InverseDynamics(nn.Module):
     A token-wise MLP reads [z_t, z_{t+1} - z_t, position] of every token; pooling over the tokens makes one
     vector. With "attention" pooling the MLP emits, per action number, a value and a logit, and the action is
     the softmax-weighted mean of the values; with "mean" it is their plain mean.
+
+    With `antisymmetric`, q(a, b) = g(a, b) - g(b, a) for that network g: the reversed transition has the negative
+    latent action, a still frame has exactly 0, and no part of l_t can be a description of z_{t+1} alone.
     """
 
     def __init__(self, config: LatentActionConfig) -> None:
         super().__init__()
         self.action_dim = config.action_dim
         self.attends = config.pooling == "attention"
+        self.antisymmetric = config.antisymmetric
         self.positions = TokenPositions(config.position_frequencies, config.max_views)
         inputs = 2 * config.latent_dim + self.positions.size
         outputs = config.action_dim * (2 if self.attends else 1)
@@ -84,6 +88,20 @@ class InverseDynamics(nn.Module):
         self, z_t: Float[Tensor, "b tokens d"], z_next: Float[Tensor, "b tokens d"], grid: Grid
     ) -> Float[Tensor, "b action"]:
         """l_t = q(z_t, z_{t+1})."""
+        if not self.antisymmetric:
+            return self._pooled(z_t, z_next, grid)
+        return self.both_ways(z_t, z_next, grid)[0]
+
+    def both_ways(
+        self, z_t: Float[Tensor, "b tokens d"], z_next: Float[Tensor, "b tokens d"], grid: Grid
+    ) -> tuple[Float[Tensor, "b action"], Float[Tensor, "b action"]]:
+        """q(z_t, z_{t+1}) and q(z_{t+1}, z_t), from one pass of the MLP over both orders."""
+        one, other = self._pooled(torch.cat([z_t, z_next]), torch.cat([z_next, z_t]), grid).chunk(2)
+        return (one - other, other - one) if self.antisymmetric else (one, other)
+
+    def _pooled(
+        self, z_t: Float[Tensor, "b tokens d"], z_next: Float[Tensor, "b tokens d"], grid: Grid
+    ) -> Float[Tensor, "b action"]:
         positions = repeat(self.positions(grid), "tokens p -> b tokens p", b=z_t.shape[0])
         out = self.mlp(torch.cat([z_t, z_next - z_t, positions.to(z_t.dtype)], dim=-1))
         if not self.attends:

@@ -41,11 +41,10 @@ def transition_losses(
     depend on clip length, resolution or d, and 1 is the variance of a standardised latent. Both directions run
     as one batch.
     """
+    latent_actions, reversed_actions = lat.encode_both_ways(z_t, z_next, grid)
     source, target = torch.cat([z_t, z_next]), torch.cat([z_next, z_t])
-    actions = lat.encode(torch.stack([source, target], dim=1), grid).squeeze(1)
-    error = (lat.decode(source, actions, grid) - target).square()
-    forward, backward = error.chunk(2)
-    latent_actions, reversed_actions = actions.chunk(2)
+    predicted = lat.decode(source, torch.cat([latent_actions, reversed_actions]), grid)
+    forward, backward = (predicted - target).square().chunk(2)
     return TransitionLosses(forward.mean(), backward.mean(), latent_actions, reversed_actions)
 
 

@@ -52,6 +52,22 @@ class LatentActionTokenizer(PretrainedModel):
         z_t, z_next = (rearrange(x, "b f l d -> (b f) l d") for x in (z[:, :-1], z[:, 1:]))
         return rearrange(self.inverse_dynamics(z_t, z_next, grid), "(b f) a -> b f a", b=z.shape[0])
 
+    def encode_both_ways(
+        self,
+        z_t: Float[Tensor, "b tokens d"],
+        z_next: Float[Tensor, "b tokens d"],
+        grid: Grid | None = None,
+    ) -> tuple[Float[Tensor, "b action"], Float[Tensor, "b action"]]:
+        """The latent actions of (z_t, z_{t+1}) and of the reversed pair (z_{t+1}, z_t).
+
+        Raises:
+            ValueError: shapes that do not fit the config, each other, or the grid.
+        """
+        self._require_latents(z_t, "z_t", "batch tokens channels")
+        if z_next.shape != z_t.shape:
+            raise ValueError(f"z_next {tuple(z_next.shape)} and z_t {tuple(z_t.shape)} must have one shape.")
+        return self.inverse_dynamics.both_ways(z_t, z_next, resolve_grid(z_t.shape[1], grid))
+
     def transition(
         self,
         z_t: Float[Tensor, "b tokens d"],

@@ -65,7 +65,7 @@ def run_policy(
     folder: Path, *, plan: Plan, policy: Path, workers: int, tasks: Sequence[str], filmed: int = FILMED_PER_TASK
 ) -> dict[str, Any]:
     """The policy on the evaluation seeds of ``tasks``, under the right instruction; films a few episodes of each."""
-    results = _drive(plan, policy, tasks, instruction, workers, filmed)
+    results = _drive(plan, policy, tasks, instruction, workers, filmed, plan.eval_episodes)
     save_results(folder / "policy.json", results, method="policy")
     save_films(folder / "films.npz", results)
     return {"policy": told(results)}
@@ -79,9 +79,10 @@ def run_language(folder: Path, *, plan: Plan, policy: Path, workers: int) -> dic
         "other": lambda task, seed: instruction(other[task], seed),
         "none": lambda _task, _seed: None,
     }
+    episodes = min(plan.eval_episodes, plan.language_episodes)
     counts: dict[str, Any] = {}
     for name, instruction_of in told_what.items():
-        results = _drive(plan, policy, plan.same_scene, instruction_of, workers, 0)
+        results = _drive(plan, policy, plan.same_scene, instruction_of, workers, 0, episodes)
         save_results(folder / f"{name}.json", results, method="policy", instruction=name)
         counts[name] = told(results)
     write_json_atomic(folder / "pair.json", list(plan.same_scene))
@@ -105,11 +106,12 @@ def _drive(
     instruction_of: Callable[[str, int], str | None],
     workers: int,
     filmed: int,
+    episodes: int,
 ) -> list[EpisodeResult]:
     return evaluate(
         BatchedPolicy.from_pretrained(policy),
         tasks,
-        evaluation_seeds(plan.eval_episodes),
+        evaluation_seeds(episodes),
         settings=settings_of(plan),
         instruction_of=instruction_of,
         execute=plan.execute,

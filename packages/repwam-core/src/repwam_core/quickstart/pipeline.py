@@ -142,7 +142,11 @@ def _from_simulator(this: Run) -> tuple[Trained, dict[str, StageResult]]:
     outcome = {"baselines": baselines, "rollouts": rollouts}
     if plan.same_scene:
         outcome["language"] = this.stage(
-            "language", partial(closed_loop.run_language, **drive), inputs={"policy": trained.adapted}, **sim
+            "language",
+            partial(closed_loop.run_language, **drive),
+            inputs={"policy": trained.adapted},
+            language_episodes=plan.language_episodes,
+            **sim,
         )
     return trained, outcome
 

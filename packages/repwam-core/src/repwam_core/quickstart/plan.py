@@ -36,6 +36,7 @@ class Plan:
         same_scene: two tasks told apart by the instruction alone; may be empty.
         episodes: demonstrations per task.
         eval_episodes: unseen seeds per task in closed loop.
+        language_episodes: at most this many of them with a wrong instruction, and with none.
         size: frame height and width in pixels, multiples of 16.
         stride: raw frames per frame read from the data set.
         offsets: first raw frames at which every episode is encoded once.
@@ -49,6 +50,7 @@ class Plan:
     same_scene: tuple[str, ...]
     episodes: int
     eval_episodes: int
+    language_episodes: int
     size: tuple[int, int]
     stride: int
     offsets: tuple[int, ...]

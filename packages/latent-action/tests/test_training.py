@@ -49,7 +49,7 @@ def fit(run: Path, latents: Path, steps: int, *more: str) -> int:
 def run(blobs, tmp_path_factory) -> Path:
     """A short training run on the moving blobs."""
     folder = tmp_path_factory.mktemp("run")
-    assert fit(folder, blobs, 200, "--trainer.val_check_interval=200", "--model.ema_decay=0.95") == 0
+    assert fit(folder, blobs, 600, "--trainer.val_check_interval=600", "--model.ema_decay=0.95") == 0
     return folder
 
 

@@ -102,14 +102,16 @@ def _visualize(arguments: argparse.Namespace) -> int:
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ckpt", type=Path, required=True, help=".ckpt written by fit")
+    parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint written by fit, or a run's folder")
     parser.add_argument("--out", type=Path, required=True, help="folder for config.json and model.safetensors")
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    from repvitok.checkpointing import resolve_checkpoint
+
     from latent_action.export import export_checkpoint
 
-    lat = export_checkpoint(arguments.ckpt, arguments.out)
+    lat = export_checkpoint(resolve_checkpoint(arguments.ckpt), arguments.out)
     print(f"{arguments.out}: LAT {lat.digest()[:16]}")
     return 0
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from repvitok.checkpointing import read_checkpoint
+from repvitok.data.atomic import write_text_atomic
 
 from latent_action.config import LatentActionConfig
 from latent_action.model import LatentActionTokenizer
@@ -19,7 +20,7 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path) -> LatentActionTo
 
     Args:
         checkpoint: a .ckpt file.
-        out: folder for config.json and model.safetensors.
+        out: folder for config.json, model.safetensors and a model card.
 
     Returns:
         The tokenizer that was written, in evaluation mode.
@@ -28,8 +29,10 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path) -> LatentActionTo
         FileNotFoundError: no such checkpoint.
         ValueError: it is damaged or of another stage.
     """
-    lat = read_tokenizer(read_checkpoint(checkpoint))
+    loaded = read_checkpoint(checkpoint)
+    lat = read_tokenizer(loaded)
     lat.save_pretrained(out)
+    write_text_atomic(Path(out) / "README.md", model_card(lat, int(loaded.get("global_step", 0))))
     return lat
 
 
@@ -67,3 +70,35 @@ def read_stored(checkpoint: dict[str, Any]) -> dict[str, Any]:
             "last.ckpt."
         )
     return checkpoint[CHECKPOINT_KEY]
+
+
+def model_card(lat: LatentActionTokenizer, steps: int) -> str:
+    """The README.md of an exported LAT: what it is, how to use it, which latents it is for."""
+    config = lat.config
+    plain = {name: value for name, value in config.to_dict().items() if not name.startswith("latent_")}
+    fields = "\n".join(f"| {name} | {value} |" for name, value in plain.items())
+    return f"""---
+library_name: latent-action
+tags: [robotics, latent actions]
+---
+# Latent action tokenizer
+
+{sum(p.numel() for p in lat.parameters()):,} parameters, trained for {steps:,} steps on latents of the visual tokenizer
+`{str(config.tokenizer_digest)[:16]}`; it is of no use on latents of another. Digest `{lat.digest()[:16]}`.
+
+```python
+from latent_action import LatentActionTokenizer
+
+lat = LatentActionTokenizer.from_pretrained("this/folder")
+z = lat.standardise(latents)        # raw latents (B, T', L, {config.latent_dim}) of that visual tokenizer
+l = lat.encode(z)                   # (B, T'-1, {config.action_dim})
+z_hat = lat.decode(z[:, 0], l[:, 0])  # the next latent frame
+```
+
+| setting | value |
+|---|---|
+{fields}
+
+What it was trained on, and its losses beside the copy baseline and the zero-action control, stand in config.yaml and
+metrics.csv of its run. Check it on your own data with `latent-action probe`.
+"""

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from repwam_core.model.sequence import PADDING, SequenceLayout, TokenFields
+from repwam_core.model.sequence import KEPT_LAYOUTS, PADDING, SequenceLayout, TokenFields
 from repwam_core.model.tokens import Modality
 
 Heads = Float[Tensor, "b heads n c"]
@@ -167,7 +167,7 @@ class BlockedAttend:
         return blocked_attention(q, k, v, self.plan)
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=KEPT_LAYOUTS)
 def masked_attend(layout: SequenceLayout, coupling: str, window: int, backend: str = "blocked") -> Attend:
     """The attention of a teacher-forced pass over `layout`, whose tokens are in `streams` order.
 

@@ -30,6 +30,9 @@ from repwam_core.model.tokens import Modality, Spans, TokenBlock, clean_tokens, 
 PADDING = -1
 """The document of a slot that holds no token: visible to no document."""
 
+KEPT_LAYOUTS = 64
+"""Layouts of each kind that are kept for reuse; one of 200,000 tokens takes about 40 MB."""
+
 Run = tuple[int, int]
 """A half-open range of positions."""
 
@@ -155,6 +158,37 @@ class SequenceLayout:
         return self.actions[self.noisy[self.actions]]
 
     @cached_property
+    def noisy_video_runs(self) -> list[Run]:
+        """Where the noisy tokens stand among the video tokens."""
+        return runs(self.noisy[self.video].nonzero()[:, 0])
+
+    @cached_property
+    def noisy_action_runs(self) -> list[Run]:
+        """Where the noisy tokens stand among the action tokens."""
+        return runs(self.noisy[self.actions].nonzero()[:, 0])
+
+    @cached_property
+    def document_runs(self) -> list[tuple[Run, int]]:
+        """The maximal ranges of tokens of one document, in order, and which document it is."""
+        borders = [0, *(self.document.diff().nonzero()[:, 0] + 1).tolist(), len(self)]
+        return [((a, b), int(self.document[a])) for a, b in pairwise(borders) if b > a]
+
+    @cached_property
+    def video_stream(self) -> SequenceLayout:
+        """The video tokens: the stream of the video expert."""
+        return self.take(self.video)
+
+    @cached_property
+    def side_stream(self) -> SequenceLayout:
+        """The action tokens, then the state tokens: the stream of the action expert."""
+        return self.take(torch.cat([self.actions, self.states]))
+
+    @cached_property
+    def views(self) -> int:
+        """How many cameras a frame has."""
+        return int(self.view.max()) + 1 if len(self) else 0
+
+    @cached_property
     def documents(self) -> int:
         """How many documents are packed."""
         return int(self.document.max()) + 1 if len(self) else 0
@@ -169,18 +203,20 @@ class SequenceLayout:
         return replace(self, **{name: getattr(self, name)[index] for name in _TOKEN_FIELDS})
 
     def to(self, device: torch.device | str) -> SequenceLayout:
-        """The same layout on a device; itself if it is there."""
-        if self.document.device == torch.device(device):
-            return self
-        levels = LevelTable(*(getattr(self.levels, item.name).to(device) for item in fields(LevelTable)))
-        moved = {name: getattr(self, name).to(device) for name in _TOKEN_FIELDS}
-        return replace(self, levels=levels, **moved)
+        """The same layout on a device; itself if it is there, and the same object each time it is asked for."""
+        return self if self.document.device == torch.device(device) else _moved(self, torch.device(device))
 
 
 _TOKEN_FIELDS = tuple(item.name for item in fields(SequenceLayout) if item.name not in ("levels", "group"))
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=KEPT_LAYOUTS)
+def _moved(layout: SequenceLayout, device: torch.device) -> SequenceLayout:
+    levels = LevelTable(*(getattr(layout.levels, item.name).to(device) for item in fields(LevelTable)))
+    return replace(layout, levels=levels, **{name: getattr(layout, name).to(device) for name in _TOKEN_FIELDS})
+
+
+@lru_cache(maxsize=KEPT_LAYOUTS)
 def training_layout(
     frames: int,
     chunk_sizes: tuple[int, ...],
@@ -224,7 +260,7 @@ def training_layout(
     return _layout([*clean, *noisy], levels, grid)
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=KEPT_LAYOUTS)
 def history_layout(
     first_frame: int,
     frames: int,
@@ -245,7 +281,7 @@ def history_layout(
     return _layout(tokens, _levels([(chunk, Modality.VIDEO, False), (chunk, Modality.ACTION, False)]), grid)
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=KEPT_LAYOUTS)
 def chunk_layout(
     first_frame: int,
     frames: int,

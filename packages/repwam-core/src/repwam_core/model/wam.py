@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import cast
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from repvitok.nn.rope import Rotary, axis_pairs
 from repvitok.pretrained import PretrainedModel
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from repwam_core.model.blocks import (
 from repwam_core.model.config import ActionSpace, WAMConfig
 from repwam_core.model.inputs import Velocities, WAMInputs
 from repwam_core.model.masks import Attend, masked_attend
-from repwam_core.model.sequence import Run, SequenceLayout, runs
+from repwam_core.model.sequence import Run, SequenceLayout
 
 
 class SpaceProjections(nn.Module):
@@ -167,18 +166,15 @@ class WorldActionModel(PretrainedModel):
         """
         inputs.check(self.config)
         layout = inputs.layout.to(inputs.video.device)
-        streams, n_video = layout.streams, len(layout.video)
-        video, side = self._embed(inputs, streams, n_video)
+        video, side = self._embed(inputs, layout)
         of_video, of_side = self.embed_text(inputs.text, inputs.text_mask) if text is None else text
         video_context, video_levels = _stream_context(
-            self.video, inputs.times, streams.level[: n_video : layout.group], of_video, _documents(streams, 0, n_video)
+            self.video, inputs.times, layout.video_stream, layout.group, of_video
         )
-        side_context, side_levels = _stream_context(
-            self.action, inputs.times, streams.level[n_video:], of_side, _documents(streams, n_video, len(streams))
-        )
+        side_context, side_levels = _stream_context(self.action, inputs.times, layout.side_stream, 1, of_side)
         if attend is None:
             attend = masked_attend(inputs.layout, self.config.coupling, self.config.window)
-        context = LayerContext(video_context, side_context, self._rotary(streams.position), attend)
+        context = LayerContext(video_context, side_context, self._rotary(layout.streams.position), attend)
         kept = _noisy_tokens(layout, video_context, side_context)
         for number, layer in enumerate(self.layers):
             video, side = layer(number, video, side, context, kept if number == self.config.depth - 1 else None)
@@ -188,16 +184,13 @@ class WorldActionModel(PretrainedModel):
     def _space(self, name: str) -> SpaceProjections:
         return cast(SpaceProjections, self.spaces[name])
 
-    def _embed(self, inputs: WAMInputs, streams: SequenceLayout, n_video: int) -> tuple[Tensor, Tensor]:
+    def _embed(self, inputs: WAMInputs, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
         """Video tokens (b, n_video, width), and action then state tokens (b, n_side, action_width)."""
-        space = self._space(inputs.space)
-        view = streams.view[:n_video]
-        if len(view) and int(view.max()) >= self.config.max_views:
-            raise ValueError(
-                f"expected at most max_views = {self.config.max_views} cameras, got {int(view.max()) + 1}."
-            )
-        video = self.video_in(inputs.video) + self.views[view]
-        vectors = streams.vector[n_video : n_video + inputs.actions.shape[1]]
+        space, limit = self._space(inputs.space), self.config.max_views
+        if layout.views > limit:
+            raise ValueError(f"expected at most max_views = {limit} cameras, got {layout.views}.")
+        video = self.video_in(inputs.video) + self.views[layout.video_stream.view]
+        vectors = layout.vector[layout.actions]
         side = space.action_in(inputs.actions) + self.action_kinds[:, :1] + space.slots[:, vectors]
         if inputs.states is not None:
             if space.state_in is None:
@@ -231,27 +224,18 @@ class WorldActionModel(PretrainedModel):
 
 
 def _stream_context(
-    expert: Expert, times: Tensor, level: Int[Tensor, " groups"], text: TextContext, documents: list[tuple[Run, int]]
+    expert: Expert, times: Tensor, stream: SequenceLayout, group: int, text: TextContext
 ) -> tuple[StreamContext, Float[Tensor, "b groups width"]]:
-    """The context of one stream, and the noise level embedding of each of its groups."""
+    """The context of one stream, and the noise level embedding of each group of `group` tokens."""
+    level = stream.level[::group]
     with torch.autocast(times.device.type, enabled=False):
         embedding, modulation = expert.levels(times)
-    return StreamContext(modulation[:, level], text, documents), embedding[:, level]
-
-
-def _documents(streams: SequenceLayout, start: int, stop: int) -> list[tuple[Run, int]]:
-    """Ranges of one document within the tokens start .. stop of the streams, counted from `start`."""
-    if streams.documents == 1:
-        return [((0, stop - start), 0)]
-    document = streams.document[start:stop]
-    borders = [0, *(document.diff().nonzero()[:, 0] + 1).tolist(), len(document)]
-    return [((a, b), int(document[a])) for a, b in pairwise(borders) if b > a]
+    return StreamContext(modulation[:, level], text, stream.document_runs), embedding[:, level]
 
 
 def _noisy_tokens(layout: SequenceLayout, video: StreamContext, side: StreamContext) -> Kept:
     """What leaves the last layer: the tokens whose velocities are asked for."""
-    of_video = runs(layout.noisy[layout.video].nonzero()[:, 0])
-    of_side = runs(layout.noisy[layout.actions].nonzero()[:, 0])
+    of_video, of_side = layout.noisy_video_runs, layout.noisy_action_runs
     groups = _in_groups(of_video, layout.group)
     return Kept(of_video, of_side, _narrow(video, of_video, groups), _narrow(side, of_side, of_side))
 

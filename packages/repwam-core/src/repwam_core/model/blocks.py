@@ -2,7 +2,7 @@
 
 The video expert works at width h_v, the action expert (action and state tokens, the "side" stream) at h_a. Both are
 diffusion-transformer layers: adaptive layer norm from the noise level of each token, self-attention, cross-attention
-to the instruction, feed-forward. Only self-attention is common to both (RepWAM Sec. 3.3, SPEC decision 5).
+to the instruction, feed-forward. Only self-attention is common to both (RepWAM Sec. 3.3, docs/decisions/000, entry 5).
 """
 
 from __future__ import annotations

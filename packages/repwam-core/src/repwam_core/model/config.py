@@ -14,7 +14,7 @@ LATENT_SPACE = "latent"
 
 @dataclass(frozen=True, kw_only=True)
 class ActionSpace:
-    """What an action is: its own input and output projections in the model (SPEC decision 7).
+    """What an action is: its own input and output projections in the model (docs/decisions/000, entry 7).
 
     Attributes:
         channels: numbers c in one action vector; the named-channel layout shared by a set of embodiments.
@@ -51,13 +51,13 @@ class WAMConfig:
         text_dim: width D of the text encoder's hidden states.
         latent_dim: channels d of a visual latent token.
         coupling: what video and action of one noisy chunk see of each other, "joint" or "sequential"
-            (SPEC decision 3, `masks.visible`).
+            (docs/decisions/000, entry 3, `masks.visible`).
         attention: "shared" (one q, k, v, o at `width`; the action stream enters and leaves through adapters) or
-            "per_modality" (the action stream has its own q, k, v, o), SPEC decision 5.
-        window: latent frames of history a chunk sees, before its own frames (SPEC decision 6).
+            "per_modality" (the action stream has its own q, k, v, o), docs/decisions/000, entry 5.
+        window: latent frames of history a chunk sees, before its own frames (docs/decisions/000, entry 6).
         action_history: whether executed actions are part of the history. Without them a policy cannot copy its
             own past.
-        state_token: whether the robot state enters with each observed frame (SPEC decision 11).
+        state_token: whether the robot state enters with each observed frame (docs/decisions/000, entry 11).
         max_views: cameras for which a view embedding exists.
         rope_base: base of the rotary frequencies.
         spaces: the action spaces by name.

@@ -50,7 +50,7 @@ def shift_noise_level(level: Float[Tensor, "*x"], shift: float) -> Float[Tensor,
 
 
 class UniformSNRSampler:
-    """Draws noise times: uniform noise levels, shifted towards noise (SPEC decision 4).
+    """Draws noise times: uniform noise levels, shifted towards noise (docs/decisions/000, entry 4).
 
     u ~ U[0, 1], noise level = s * u / (1 + (s - 1) * u), t = 1 - noise level.
 

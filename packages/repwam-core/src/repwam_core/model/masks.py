@@ -33,7 +33,7 @@ class Attend(Protocol):
 
 
 def visible(query: TokenFields, key: TokenFields, coupling: str, window: int) -> Bool[Tensor, " *pairs"]:
-    """Whether each query token may attend to each key token (SPEC decisions 2, 3 and 6).
+    """Whether each query token may attend to each key token (docs/decisions/000, entries 2, 3 and 6).
 
     Only tokens of one document see each other, and nobody sees the future:
 

@@ -2,7 +2,7 @@
 
 A document (an episode, or a piece of one) has latent frames 0 .. F. Frame 0 is the clean prefix, chunk 0; the frames
 1 .. F are grouped into chunks 1 .. N. Every frame appears once clean (history) and, from chunk 1 on, once noisy (what
-is predicted), so that all chunks are trained in one pass (SPEC decisions 1 and 2):
+is predicted), so that all chunks are trained in one pass (docs/decisions/000, entries 1 and 2):
 
     clean, frame by frame:  video tokens, [state token], [action tokens of the transition into the frame]
     noisy, chunk by chunk:  video tokens of its frames, action tokens of its frames

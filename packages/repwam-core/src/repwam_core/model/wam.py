@@ -28,7 +28,9 @@ from repwam_core.model.sequence import Run, SequenceLayout
 
 
 class SpaceProjections(nn.Module):
-    """Where one action space enters and leaves the model (SPEC decision 7); everything else is common to all spaces.
+    """Where one action space enters and leaves the model (docs/decisions/000, entry 7).
+
+    Everything else is common to all spaces.
 
     Args:
         space: the sizes.
@@ -60,7 +62,7 @@ class Expert(nn.Module):
 class WorldActionModel(PretrainedModel):
     """A causal flow-matching transformer over video and action tokens.
 
-    Parameters (SPEC decision 5; `parameter_counts`, checked on the meta device):
+    Parameters (docs/decisions/000, entry 5; `parameter_counts`, checked on the meta device):
 
     | preset | video, per layer                  | action, per layer                                | video  | action |
     |--------|-----------------------------------|--------------------------------------------------|--------|--------|

@@ -31,6 +31,7 @@ from repwam_core.report import (
     SuccessRow,
 )
 from repwam_core.sim.films import film_key, load_films
+from repwam_core.sim.metaworld import canonical_name
 from repwam_core.sim.results import EpisodeResult
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def report_data(this: Run, trained: Trained, outcome: dict[str, StageResult]) ->
     open_loop = pictures.open_loop(this, trained)
     data = ReportData(
         run=_run_info(this, trained),
-        success=_success(outcome) if outcome else (),
+        success=_success(this, outcome) if outcome else (),
         language=_language(outcome) if "language" in outcome else (),
         rollouts=_rollouts(outcome) if outcome else (),
         open_loop=open_loop.actions,
@@ -120,13 +121,19 @@ def count(results: Sequence[EpisodeResult]) -> Count:
     return Count(sum(result.success for result in results), len(results))
 
 
+def _of(tasks: set[str], results: Sequence[EpisodeResult]) -> list[EpisodeResult]:
+    return [result for result in results if result.task in tasks]
+
+
 def _per_task(results: Sequence[EpisodeResult]) -> dict[str, Count]:
     tasks = dict.fromkeys(result.task for result in results)
     return {task: count([result for result in results if result.task == task]) for task in tasks}
 
 
-def _success(outcome: dict[str, StageResult]) -> list[SuccessRow]:
-    rows = [SuccessRow("policy", _per_task(closed_loop.read_results(outcome["rollouts"].folder, "policy")))]
+def _success(this: Run, outcome: dict[str, StageResult]) -> list[SuccessRow]:
+    """The tasks that the success rate is about; the pair that shares a scene has a table of its own."""
+    tasks = {canonical_name(task) for task in this.plan.tasks}
+    rows = [SuccessRow("policy", _per_task(_of(tasks, closed_loop.read_results(outcome["rollouts"].folder, "policy"))))]
     notes = {
         "random": "uniform actions",
         "replay": "a demonstration of the task, carried out blindly",
@@ -134,7 +141,7 @@ def _success(outcome: dict[str, StageResult]) -> list[SuccessRow]:
     }
     for baseline in closed_loop.BASELINES:
         results = closed_loop.read_results(outcome["baselines"].folder, baseline)
-        rows.append(SuccessRow(baseline, _per_task(results), notes[baseline]))
+        rows.append(SuccessRow(baseline, _per_task(_of(tasks, results)), notes[baseline]))
     return rows
 
 

@@ -18,7 +18,7 @@ from repwam_core.model.wam import WorldActionModel
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings:
-    """Numbers of the objective that the paper gives or leaves open (SPEC decision 4).
+    """Numbers of the objective that the paper gives or leaves open (docs/decisions/000, entry 4).
 
     Attributes:
         video_shift: shift of the video's uniform SNR sampler; above 1 draws more noise.
@@ -113,7 +113,7 @@ def wam_loss(
 
 
 def draw_noise(batch: SegmentBatch, chunks: int, settings: LossSettings, generator: torch.Generator) -> Noise:
-    """Draw noise and noise times: one time per sample, chunk and modality (SPEC decision 3)."""
+    """Draw noise and noise times: one time per sample, chunk and modality (docs/decisions/000, entry 3)."""
     b, device = len(batch), batch.latents.device
 
     def normal(like: Tensor) -> Tensor:

@@ -13,6 +13,11 @@ from repwam_core.quickstart.plan import RECIPES as QUICKSTART
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
+DATA = {
+    REPVITOK.name: "--data.folders=[somewhere]",
+    LATENT_ACTION.name: "--data.latents=x",
+    REPWAM.name: "--data.latents=x",
+}
 STAGES = {"1_repvitok": REPVITOK, "2_latent_action": LATENT_ACTION, "3_repwam": REPWAM}
 PLANS = {"sim.yaml", "dataset.yaml"}
 QUICKSTART_STAGES = {
@@ -45,12 +50,12 @@ def test_every_yaml_in_the_tree_is_a_recipe_that_is_tested():
     assert found - tested == set()
 
 
-@pytest.mark.parametrize(("stage", "files"), _recipes())
+@pytest.mark.parametrize(("stage", "files"), list(_recipes()))
 def test_recipe_parses(stage, files, tmp_path):
     """Unknown keys, wrong types and missing classes are errors of the parser."""
     from repvitok.lightning_cli import parse_recipe
 
-    config = parse_recipe("fit", [str(path) for path in files], stage)
+    config = parse_recipe("fit", [str(path) for path in files], stage, [DATA[stage.name]])
     assert config.trainer.max_steps is None or config.trainer.max_steps != 0
     assert import_object(stage.module).__name__ in ("RepViTokTraining", "LatentActionTraining", "WAMTraining")
 

@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,13 +71,14 @@ def run_lightning(verb: str, argv: list[str], stage: TrainingStage) -> int:
     return 0
 
 
-def parse_recipe(verb: str, recipes: list[str], stage: TrainingStage) -> Any:
+def parse_recipe(verb: str, recipes: list[str], stage: TrainingStage, overrides: Sequence[str] = ()) -> Any:
     """The configuration that a verb would run with, without building anything.
 
     Args:
         verb: "fit", "validate", "test" or "predict".
         recipes: YAML files, each laid over the ones before.
         stage: what they are recipes of.
+        overrides: dotted options laid over them, such as the data's folder.
 
     Returns:
         The configuration, a namespace with the sections model, data, trainer, ...
@@ -85,7 +86,7 @@ def parse_recipe(verb: str, recipes: list[str], stage: TrainingStage) -> Any:
     Raises:
         UserError: an unknown key, a wrong type, a class that cannot be imported.
     """
-    arguments = [part for recipe in recipes for part in ("-c", recipe)]
+    arguments = [*(part for recipe in recipes for part in ("-c", recipe)), *overrides]
     with isolate_rng(), _quiet(), _environment_kept():
         try:
             _stage_cli(verb, stage, _ParsingOnly)(arguments)

@@ -52,9 +52,9 @@ def l2_loss(video_hat: Float[Tensor, "b 3 T H W"], video: Float[Tensor, "b 3 T H
 def gradient_loss(video_hat: Float[Tensor, "b 3 T H W"], video: Float[Tensor, "b 3 T H W"]) -> Float[Tensor, ""]:
     """Mean absolute error of differences between neighbours in time, height and width, summed over the three axes.
 
-    Gradient difference loss: sum over axes of mean |D(o_hat) - D(o)|, where D is the forward difference. It pulls a
-    small model off the mean image, where L1 alone gets stuck. An axis of length one adds nothing. Not in the paper
-    (docs/decisions/003).
+    Gradient difference loss: sum over axes of mean |D(o_hat) - D(o)|, where D is the forward difference. In a prototype
+    it helped a small model off the mean image, where L1 alone got stuck. An axis of length one adds nothing. Not in
+    the paper (docs/decisions/003).
     """
     error = video_hat - video
     axes = [axis for axis in (2, 3, 4) if error.shape[axis] > 1]

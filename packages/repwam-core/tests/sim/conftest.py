@@ -64,4 +64,6 @@ def rendering() -> None:
         with MetaWorldTask("reach") as task:
             task.reset(0)
     except UserError as error:
+        if "install" not in str(error):
+            raise
         pytest.skip(str(error))

@@ -12,6 +12,7 @@ from repwam_core.sim.metaworld import (
     canonical_name,
     canonical_names,
 )
+from repwam_core.sim.rendering import import_mujoco
 
 SMALL = MetaWorldSettings(size=(32, 32))
 
@@ -78,6 +79,7 @@ def test_settings_survive_json():
 @pytest.mark.sim
 class TestSimulation:
     def test_ours_are_all_its_tasks(self):
+        import_mujoco()
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
         assert tuple(name.removesuffix("-v3") for name in ALL_V3_ENVIRONMENTS) == TASKS

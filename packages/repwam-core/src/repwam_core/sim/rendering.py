@@ -151,7 +151,10 @@ class FrameRenderer:
             from mujoco.gl_context import GLContext  # pyright: ignore[reportAttributeAccessIssue]
 
             if GLContext.__module__ == "mujoco.glfw" and os.environ.get("MUJOCO_GL") == "egl":
-                raise RuntimeError("mujoco was imported before MUJOCO_GL was set; set it before Python starts")
+                raise UserError(
+                    "mujoco was imported before repwam_core and chose a renderer that needs a display; set "
+                    "MUJOCO_GL=egl before Python starts"
+                )
             return GLContext(width, height)
         except (ImportError, AttributeError, OSError, RuntimeError) as error:
             raise _no_gl(error) from error

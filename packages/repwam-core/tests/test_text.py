@@ -1,8 +1,5 @@
 """Token states of an instruction do not depend on its neighbours, and known instructions need no text model."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from repwam_core.text import TextEncoder
@@ -52,8 +49,3 @@ def test_no_instruction_and_a_too_long_one_are_errors(encoder):
         encoder.encode([])
     with pytest.raises(ValueError, match="the limit is 8"):
         TextEncoder(max_tokens=8).encode(["word " * 20])
-
-
-def test_transformers_is_imported_on_first_use_only():
-    code = "import sys, repwam_core.text as t; t.TextEncoder(); assert 'transformers' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)

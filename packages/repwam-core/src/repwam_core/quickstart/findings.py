@@ -91,7 +91,7 @@ def _latent_actions(data: ReportData) -> list[str]:
     untrained = found.probe_controls.get("untrained latent action")
     if found.probe_r2 and untrained:
         ours, theirs = _mean(found.probe_r2), _mean(untrained)
-        verdict = "carry" if ours > theirs + 0.05 else "carry not measurably"
+        verdict = "carry" if ours > max(theirs, 0) + 0.05 else "carry not measurably"
         sentences.append(
             f"A small head reads robot actions from latent actions with R^2 {ours:.2f} on held-out episodes, "
             f"{theirs:.2f} from those of an untrained model: training makes them {verdict} more of its motion."

@@ -89,8 +89,9 @@ class LatentActionTraining(L.LightningModule):
         # The two share no parameter, so the sum trains each on its own loss.
         return loss + zero_action
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Move the average of the weights."""
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then move the average: callbacks that save at the end of a batch must find both done."""
+        super().optimizer_step(*args, **kwargs)
         if self.ema is not None:
             self.ema.update(self.lat)
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 def progress(
     iterable: Iterable[Any] | None = None,
     desc: str = "",
-    total: float | None = None,
+    total: int | float | None = None,
     unit: str = "it",
     *,
     force: bool = False,

@@ -68,6 +68,10 @@ def run_lightning(verb: str, argv: list[str], stage: TrainingStage) -> int:
             if error.signal_number == signal.SIGINT:
                 raise KeyboardInterrupt(str(error)) from error
             return 128 + error.signal_number
+        except SystemExit as ended:
+            if isinstance(ended.__context__, KeyboardInterrupt):  # how Lightning ends on Ctrl-C outside of a step
+                raise KeyboardInterrupt from ended
+            raise
     return 0
 
 

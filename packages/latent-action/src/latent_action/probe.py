@@ -30,13 +30,18 @@ class ProbeScore:
 
     Attributes:
         loss: mean squared error over channels, in units of each channel's training variance.
-        r2: 1 - squared error / squared deviation from the held-out mean, per channel; None where it is constant.
-        mean_r2: mean over the channels that vary.
+        r2: 1 - squared error / squared error of the training mean, per channel: 0 is no better than always predicting
+            that mean, 1 is perfect. None where a held-out channel never leaves the training mean.
+        mean_r2: mean over the channels that have one. A channel that hardly moves in the held-out episodes can make
+            it very negative; then read pooled_r2.
+        pooled_r2: the same with both errors summed over the channels, each in its training deviation: 1 - loss / loss
+            of the training mean.
     """
 
     loss: float
     r2: tuple[float | None, ...]
     mean_r2: float
+    pooled_r2: float
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class ProbeReport:
         train_transitions, held_out_transitions: how many transitions each side has.
         latent_action: head on the frozen latent action l_t.
         untrained: the same head on the latent action of a LAT with random weights.
-        mean_action: always predicts the training mean.
+        mean_action: always predicts the training mean; R^2 0 by definition.
         frames: an IDM trained end to end on (z_t, z_{t+1}); what the latents themselves allow at this budget.
     """
 
@@ -186,12 +191,18 @@ def _score(task: _Task, predict: Predict) -> ProbeScore:
     predicted = torch.cat([predict(index) for index in task.held_out.split(512)])
     target = task.targets[task.held_out]
     error = (predicted - target).square().mean(dim=0)
-    variance = target.var(dim=0, correction=0)
-    r2 = [1 - float(e / v) if v > 1e-6 else None for e, v in zip(error, variance, strict=True)]
+    # Targets are centred on the training mean, so their own square is the error of predicting that mean.
+    baseline = target.square().mean(dim=0)
+    r2 = [1 - float(e / b) if b > 1e-6 else None for e, b in zip(error, baseline, strict=True)]
     known = [value for value in r2 if value is not None]
     if not known:
         raise ValueError("No action channel varies in the held-out episodes, so R^2 is not defined: hold out more.")
-    return ProbeScore(loss=float(error.mean()), r2=tuple(r2), mean_r2=sum(known) / len(known))
+    return ProbeScore(
+        loss=float(error.mean()),
+        r2=tuple(r2),
+        mean_r2=sum(known) / len(known),
+        pooled_r2=1 - float(error.sum() / baseline.sum()),
+    )
 
 
 def format_report(report: ProbeReport) -> str:
@@ -202,11 +213,13 @@ def format_report(report: ProbeReport) -> str:
         ("mean action", report.mean_action),
         ("(z_t, z_t+1) directly", report.frames),
     ]
-    header = f"{'head on':<26}{'loss':>9}{'mean R2':>9}  " + " ".join(f"{c[:12]:>12}" for c in report.channels)
+    header = f"{'head on':<26}{'loss':>9}{'pooled R2':>11}{'mean R2':>9}  " + " ".join(
+        f"{c[:12]:>12}" for c in report.channels
+    )
     lines = [header]
     for name, score in rows:
         cells = " ".join(f"{'constant' if r is None else f'{r:.3f}':>12}" for r in score.r2)
-        lines.append(f"{name:<26}{score.loss:>9.4f}{score.mean_r2:>9.3f}  {cells}")
+        lines.append(f"{name:<26}{score.loss:>9.4f}{score.pooled_r2:>11.3f}{score.mean_r2:>9.3f}  {cells}")
     counts = (
         f"{report.train_transitions} transitions to train on, {report.held_out_transitions} held out (whole episodes)"
     )

@@ -15,7 +15,7 @@ Heads = Float[Tensor, "b heads n c"]
 Tokens = Float[Tensor, "b n heads c"]
 
 KEYS_TOGETHER = 16_384
-"""Keys in one call of equal blocks at most: beyond that a call's own work hides its overhead, and copies cost memory."""
+"""Keys in one call of equal blocks at most: beyond that a call's work hides its overhead, and copies cost memory."""
 
 
 @dataclass(frozen=True)

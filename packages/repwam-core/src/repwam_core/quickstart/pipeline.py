@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -123,7 +124,8 @@ def _from_simulator(this: Run) -> tuple[Trained, dict[str, StageResult]]:
         seed=this.seed,
     )
     dataset = collected.folder / "dataset"
-    trained = _train(this, dataset, collected.digest)
+    units = closed_loop.settings_of(plan).embodiment.action_units
+    trained = _train(this, dataset, collected.digest, units)
     sim |= {"eval_episodes": plan.eval_episodes}
     baselines = this.stage(
         "baselines",
@@ -155,7 +157,7 @@ def _from_dataset(this: Run, dataset: Path) -> tuple[Trained, dict[str, StageRes
     return _train(this, dataset, folder_digest(dataset)), {}
 
 
-def _train(this: Run, dataset: Path, digest: str) -> Trained:
+def _train(this: Run, dataset: Path, digest: str, action_units: Sequence[str] = ()) -> Trained:
     """The training stages, the same for simulated and recorded data."""
     plan, seed, steps = this.plan, this.seed, this.plan.steps
     tokenizer = this.stage(
@@ -209,9 +211,11 @@ def _train(this: Run, dataset: Path, digest: str) -> Trained:
             pretrained=pretrained.folder / "wam",
             tokenizer=tokenizer.folder / "tokenizer",
             lat=lat.folder / "lat",
+            action_units=action_units,
         ),
         inputs={"latents": labelled, "pretrained": pretrained, "recipe": _recipe("adapt.yaml")},
         steps=steps.adapt,
+        action_units=list(action_units),
         **common,
     )
     return Trained(dataset, tokenizer, encoded, lat, labelled, pretrained, adapted)

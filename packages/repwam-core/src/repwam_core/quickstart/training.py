@@ -111,9 +111,13 @@ def adapt(
     pretrained: Path | None,
     tokenizer: Path,
     lat: Path | None,
+    action_units: Sequence[str] = (),
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Stage two: robot actions, starting from the pretrained model; exports the policy to ``folder/policy``."""
+    """Stage two: robot actions, starting from the pretrained model; exports the policy to ``folder/policy``.
+
+    ``action_units`` are the action channels' units where they are known; a LeRobot data set does not hold them.
+    """
     _fit(
         repwam,
         "adapt.yaml",
@@ -123,6 +127,7 @@ def adapt(
         f"--data.latents={latents}",
         f"--data.held_out={plan.held_out}",
         f"--model.init_from={'null' if pretrained is None else pretrained}",
+        *((f"--data.action_units=[{','.join(map(repr, action_units))}]",) if action_units else ()),
         *overrides,
     )
     call(

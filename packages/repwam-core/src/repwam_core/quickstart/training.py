@@ -86,7 +86,9 @@ def label(folder: Path, *, lat: Path, latents: Path) -> dict[str, Any]:
     return {}
 
 
-def pretrain(folder: Path, *, repwam: Main, plan: Plan, seed: int, latents: Path) -> dict[str, Any]:
+def pretrain(
+    folder: Path, *, repwam: Main, plan: Plan, seed: int, latents: Path, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
     """Stage one: video latents and latent actions."""
     _fit(
         repwam,
@@ -96,6 +98,7 @@ def pretrain(folder: Path, *, repwam: Main, plan: Plan, seed: int, latents: Path
         seed,
         f"--data.latents={latents}",
         f"--data.held_out={plan.held_out}",
+        *overrides,
     )
     call(repwam, "export", "--ckpt", folder / FIT / LAST, "--out", folder / "wam", "--wam-only")
     return last_values(folder / FIT, "val/video", "val/action")
@@ -107,6 +110,7 @@ def adapt(
     repwam: Main,
     plan: Plan,
     seed: int,
+    steps: int,
     latents: Path,
     pretrained: Path | None,
     tokenizer: Path,
@@ -122,7 +126,7 @@ def adapt(
         repwam,
         "adapt.yaml",
         folder,
-        plan.steps.adapt,
+        steps,
         seed,
         f"--data.latents={latents}",
         f"--data.held_out={plan.held_out}",

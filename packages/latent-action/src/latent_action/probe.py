@@ -15,6 +15,7 @@ from repvitok.data.split import split_episodes
 from repvitok.optim import warmup_cosine_schedule
 from torch import Tensor, nn
 
+from latent_action.config import LatentActionConfig
 from latent_action.dynamics import MLP, InverseDynamics
 from latent_action.grid import Grid
 from latent_action.labelling import require_same_tokenizer
@@ -80,7 +81,7 @@ class ProbeReport:
 
 
 @dataclass(frozen=True)
-class _Task:
+class ProbeTask:
     """A regression on transitions: standardised targets and who is held out."""
 
     table: TransitionTable
@@ -126,7 +127,8 @@ def probe_shards(
     whole = load_transitions(shards, lat.standardise)
     later = whole.place > 0
     features = {name: _of_all(name, values, whole)[later] for name, values in (baselines or {}).items()}
-    task = _make_task(whole.where(later), target, held_out, shards, seed)
+    train, scored = split_episodes(whole.episode.tolist(), held_out)
+    task = make_task(whole.where(later), target, train, scored, shards.meta.grid, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         features = {
@@ -134,7 +136,7 @@ def probe_shards(
             "untrained": latent_actions(LatentActionTokenizer(lat.config), task.table, task.grid),
             **features,
         }
-        scores = {name: _score(task, _fit_head(task, values, head_steps)) for name, values in features.items()}
+        scores = {name: score_features(task, values, head_steps) for name, values in features.items()}
         return ProbeReport(
             target=target,
             channels=_channels(shards, target, task.targets.shape[1]),
@@ -143,26 +145,48 @@ def probe_shards(
             latent_action=scores.pop("latent_action"),
             untrained=scores.pop("untrained"),
             mean_action=_score(task, lambda index: torch.zeros(len(index), task.targets.shape[1])),
-            frames=_score(task, _fit_frames(task, lat, frames_steps)),
+            frames=score_frames(task, lat.config, frames_steps),
             baselines=scores,
             borrowed=_borrowed(lat, task),
         )
 
 
-def _make_task(
-    table: TransitionTable, target: Target, held_out: float | Sequence[int], shards: LatentShards, seed: int
-) -> _Task:
+def make_task(
+    table: TransitionTable, target: Target, train: Sequence[int], scored: Sequence[int], grid: Grid, seed: int = 0
+) -> ProbeTask:
+    """The regression that every row of a probe is a solution of.
+
+    Args:
+        table: transitions.
+        target: "actions" or "motion", see `probe_shards`.
+        train, scored: episode indices that heads train on, and that they are scored on.
+        grid: (views, rows, columns) of a latent frame.
+        seed: of the batches.
+
+    Raises:
+        ValueError: the table holds no such target, or no transition to train on or to score.
+    """
     values = {"actions": table.actions, "motion": table.motion}[target]
     if values is None:
         what = "robot actions" if target == "actions" else "robot state"
-        raise ValueError(f"{shards.root}: some episodes have no {what}, so there is nothing to probe for.")
-    train, scored = split_episodes(table.episode.tolist(), held_out)
-    if not scored:
-        raise ValueError("The probe scores episodes that its heads have not seen: hold out at least one.")
-    train_index = torch.isin(table.episode, torch.tensor(train)).nonzero()[:, 0]
-    held_out_index = torch.isin(table.episode, torch.tensor(scored)).nonzero()[:, 0]
-    targets = _standardised(values, train_index)
-    return _Task(table, targets, train_index, held_out_index, shards.meta.grid, seed)
+        raise ValueError(f"Some episodes of these latents have no {what}, so there is nothing to probe for.")
+    sides = [torch.isin(table.episode, torch.tensor(list(side))).nonzero()[:, 0] for side in (train, scored)]
+    if not min(map(len, sides)):
+        raise ValueError(
+            f"The probe trains on {len(sides[0])} transitions and scores {len(sides[1])} of episodes that its heads "
+            "have not seen: hold out at least one episode of three latent frames, and not all."
+        )
+    return ProbeTask(table, _standardised(values, sides[0]), *sides, grid, seed)
+
+
+def score_features(task: ProbeTask, features: Float[Tensor, "transitions f"], steps: int = 600) -> ProbeScore:
+    """Score of a three-layer MLP from one vector per transition to the target, trained for `steps` steps."""
+    return _score(task, _fit_head(task, features, steps))
+
+
+def score_frames(task: ProbeTask, config: LatentActionConfig, steps: int = 300) -> ProbeScore:
+    """Score of an IDM trained end to end on both latent frames, with the target as its output."""
+    return _score(task, _fit_frames(task, config, steps))
 
 
 def _of_all(name: str, values: Tensor, table: TransitionTable) -> Tensor:
@@ -179,7 +203,7 @@ def _channels(shards: LatentShards, target: Target, count: int) -> tuple[str, ..
     return names or tuple(str(i) for i in range(count))
 
 
-def _borrowed(lat: LatentActionTokenizer, task: _Task) -> BorrowedLosses | None:
+def _borrowed(lat: LatentActionTokenizer, task: ProbeTask) -> BorrowedLosses | None:
     keep = torch.zeros(len(task.table), dtype=torch.bool)
     keep[task.held_out] = True
     table = task.table.where(keep)
@@ -194,7 +218,7 @@ def _standardised(values: Float[Tensor, "n c"], train: Int[Tensor, " m"]) -> Flo
     return (values - values[train].mean(dim=0)) / torch.where(deviation > 1e-6, deviation, 1.0)
 
 
-def _fit_head(task: _Task, features: Float[Tensor, "n f"], steps: int) -> Predict:
+def _fit_head(task: ProbeTask, features: Float[Tensor, "n f"], steps: int) -> Predict:
     """A three-layer MLP from features to actions."""
     inputs = _standardised(features, task.train)
     head = MLP(inputs.shape[1], 128, task.targets.shape[1], 3)
@@ -202,11 +226,10 @@ def _fit_head(task: _Task, features: Float[Tensor, "n f"], steps: int) -> Predic
     return lambda index: head(inputs[index])
 
 
-def _fit_frames(task: _Task, lat: LatentActionTokenizer, steps: int) -> Predict:
+def _fit_frames(task: ProbeTask, config: LatentActionConfig, steps: int) -> Predict:
     """An IDM whose vector is the robot action itself."""
     channels = task.targets.shape[1]
-    config = dataclasses.replace(lat.config, action_dim=channels, hidden=128, pooling="attention")
-    idm = InverseDynamics(config)
+    idm = InverseDynamics(dataclasses.replace(config, action_dim=channels, hidden=128, pooling="attention"))
 
     def predict(index: Tensor) -> Tensor:
         return idm(*task.table.pairs(index), task.grid)
@@ -215,7 +238,7 @@ def _fit_frames(task: _Task, lat: LatentActionTokenizer, steps: int) -> Predict:
     return predict
 
 
-def _regress(module: nn.Module, predict: Predict, task: _Task, steps: int, batch_size: int) -> None:
+def _regress(module: nn.Module, predict: Predict, task: ProbeTask, steps: int, batch_size: int) -> None:
     """Fit `predict` to the targets of the training transitions, in place."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = warmup_cosine_schedule(optimizer, warmup=20, total=steps)
@@ -229,7 +252,7 @@ def _regress(module: nn.Module, predict: Predict, task: _Task, steps: int, batch
 
 
 @torch.no_grad()
-def _score(task: _Task, predict: Predict) -> ProbeScore:
+def _score(task: ProbeTask, predict: Predict) -> ProbeScore:
     predicted = torch.cat([predict(index) for index in task.held_out.split(512)])
     target = task.targets[task.held_out]
     error = (predicted - target).square().mean(dim=0)

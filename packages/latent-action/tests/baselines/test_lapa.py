@@ -111,14 +111,14 @@ def test_codes_tell_four_motions_apart():
     lapa = LapaQuantizer(LapaConfig(size=(16, 16), patch=4, width=32, depth=1, heads=2, code_dim=8, residual=True))
     optimizer = torch.optim.AdamW(lapa.parameters(), lr=3e-3)
     used = torch.zeros(8, dtype=torch.long)
-    for step in range(400):
-        x_t, x_next, _ = moving_square(64)
+    for step in range(250):
+        x_t, x_next, _ = moving_square(48)
         loss, index = lapa(x_t, x_next)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         used += code_usage(index, 8)
-        if step % 20 == 19 and step < 200:
+        if step % 20 == 19 and step < 125:
             lapa.quantize.replace_unused(used)
             used.zero_()
     lapa.eval()

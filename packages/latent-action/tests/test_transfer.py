@@ -70,6 +70,7 @@ def test_reading_r2():
     assert reading_r2(given[torch.randperm(1000)], given) == pytest.approx(-1, abs=0.2)
     still = torch.cat([given, torch.zeros(1000, 1)], dim=1)
     assert reading_r2(still, still) == 1
+    assert reading_r2(still[:, :4], still[:, 4:].expand(-1, 4)) == 0
 
 
 def test_effective_dimensions():

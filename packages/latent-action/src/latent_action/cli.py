@@ -18,7 +18,7 @@ STAGE = TrainingStage(
 LAPA_STAGE = TrainingStage(
     name="lapa",
     module="latent_action.baselines.lapa_training:LapaTraining",
-    data="latent_action.baselines.frame_pairs:FramePairData",
+    data="latent_action.baselines.datamodule:FramePairData",
 )
 DESCRIPTION = "Learn latent actions from video latents, label data with them, and test what they hold."
 

@@ -118,12 +118,16 @@ def read_again(
 
 
 def reading_r2(read: Float[Tensor, "b action"], given: Float[Tensor, "b action"]) -> float:
-    """1 - mean over dimensions of |read - given|^2 / variance of given: 1 means read back exactly, 0 no better than
-    the mean of all latent actions. A dimension that does not vary counts with the mean variance of the others.
+    """1 - |read - given|^2 / variance of given, mean over the dimensions that vary.
+
+    1 means read back exactly, 0 no better than the mean of all latent actions; 0, too, where no dimension varies.
     """
     variance = given.var(dim=0, correction=0)
-    floor = variance.mean().clamp(min=1e-12) * 1e-3
-    return 1 - float(((read - given).square().mean(dim=0) / variance.clamp(min=floor)).mean())
+    varies = variance > 1e-9 * variance.max()
+    if not varies.any():
+        return 0.0
+    error = (read - given).square().mean(dim=0)
+    return 1 - float((error[varies] / variance[varies]).mean())
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from latent_action.baselines.lapa import LapaConfig, LapaQuantizer
 from latent_action.baselines.nsvq import code_usage
 from torch.nn import functional as F
@@ -98,7 +99,7 @@ def test_bad_frames_are_refused(lapa):
     for bad in (torch.zeros(1, 3, 16, 16), torch.zeros(0, 3, 16, 24)):
         with pytest.raises(ValueError, match="at least one frame"):
             lapa.encode(bad, bad)
-    with pytest.raises(ValueError, match="x_next"):
+    with pytest.raises((ValueError, TypeCheckError), match="x_next"):
         lapa.encode(good, torch.zeros(1, 3, 24, 16))
     with pytest.raises(ValueError, match="keys"):
         LapaConfig.from_dict({"size": [16, 16]})
@@ -111,14 +112,14 @@ def test_codes_tell_four_motions_apart():
     lapa = LapaQuantizer(LapaConfig(size=(16, 16), patch=4, width=32, depth=1, heads=2, code_dim=8, residual=True))
     optimizer = torch.optim.AdamW(lapa.parameters(), lr=3e-3)
     used = torch.zeros(8, dtype=torch.long)
-    for step in range(250):
-        x_t, x_next, _ = moving_square(48)
+    for step in range(200):
+        x_t, x_next, _ = moving_square(32)
         loss, index = lapa(x_t, x_next)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         used += code_usage(index, 8)
-        if step % 20 == 19 and step < 125:
+        if step % 20 == 19 and step < 100:
             lapa.quantize.replace_unused(used)
             used.zero_()
     lapa.eval()

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import lightning as L
 import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int, UInt8
 from repvitok.data.lerobot import LeRobotReader
 from repvitok.data.shards import LatentShards
-from repvitok.data.split import split_episodes
 from repvitok.data.transforms import resize_frames, to_unit
 from torch import Tensor
 
@@ -119,63 +117,6 @@ class PairBatches:
         while True:
             yield self.batch(number)
             number += 1
-
-
-class FramePairData(L.LightningDataModule):
-    """The transitions of some latent shards as pixels, with the episodes held out that the LAT's data hold out.
-
-    Args:
-        latents: folder of latent shards; only which transitions there are is read from it.
-        dataset: the LeRobot data set the latents were made from.
-        size: height and width of a frame, all cameras side by side.
-        batch_size: pairs per batch.
-        held_out: share of the episodes kept for validation, or their indices.
-        seed: of the batches.
-
-    Raises:
-        ValueError: on setup, where the data cannot be used.
-    """
-
-    def __init__(
-        self,
-        latents: str,
-        dataset: str,
-        size: tuple[int, int] = (64, 64),
-        batch_size: int = 64,
-        held_out: float | list[int] = 0.1,
-        seed: int = 0,
-    ) -> None:
-        super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1, got {batch_size}.")
-        self.latents = latents
-        self.dataset = dataset
-        self.size = tuple(size)
-        self.batch_size = batch_size
-        self.held_out = held_out
-        self.seed = seed
-        self._tables: tuple[FrameTable, FrameTable] | None = None
-
-    def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
-        """Read and split the frames once."""
-        if self._tables is None:
-            table = load_frame_table(self.latents, self.dataset, (self.size[0], self.size[1]))
-            train, held_out = split_episodes(table.episode.tolist(), self.held_out)
-            self._tables = table.of_episodes(train), table.of_episodes(held_out)
-
-    def train_dataloader(self) -> PairBatches:
-        """Batches from the step the trainer is at."""
-        first = 0 if self.trainer is None else self.trainer.global_step
-        return PairBatches(self._require_setup()[0], self.batch_size, self.seed, first)
-
-    def val_dataloader(self) -> PairBatches:
-        """All transitions of the held-out episodes."""
-        return PairBatches(self._require_setup()[1], self.batch_size, self.seed, in_order=True)
-
-    def _require_setup(self) -> tuple[FrameTable, FrameTable]:
-        self.setup()
-        assert self._tables is not None
-        return self._tables
 
 
 def _pixels(frames: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b 3 h w"]:

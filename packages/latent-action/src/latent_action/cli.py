@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from repvitok.commands import Command, TrainingStage, run_commands, training_commands
-from repvitok.errors import UserError, run_cli
+from repvitok.commands import Command, TrainingStage, parse_share, run_commands, training_commands
+from repvitok.errors import run_cli
 
 STAGE = TrainingStage(
     name="latent_action",
@@ -23,7 +23,7 @@ def _label_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the labelled shards")
     parser.add_argument(
         "--shard",
-        type=_share,
+        type=parse_share,
         metavar="I/N",
         help="label every N-th episode from I only (a job array); a last call without it writes the shards",
     )
@@ -114,13 +114,6 @@ def _export(arguments: argparse.Namespace) -> int:
     lat = export_checkpoint(resolve_checkpoint(arguments.ckpt), arguments.out)
     print(f"{arguments.out}: LAT {lat.digest()[:16]}")
     return 0
-
-
-def _share(text: str) -> tuple[int, int]:
-    index, _, shares = text.partition("/")
-    if not (index.isdigit() and shares.isdigit() and int(index) < int(shares)):
-        raise UserError(f"--shard: expected I/N with 0 <= I < N, for example 0/8; got {text!r}.")
-    return int(index), int(shares)
 
 
 COMMANDS = (

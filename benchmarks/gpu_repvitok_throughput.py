@@ -3,8 +3,8 @@
     uv run python benchmarks/gpu_repvitok_throughput.py --out benchmarks/results/repvitok_throughput_GPU_YYYYMM.md
 
 One row per setting, 17x256x256 clips, the paper's size, random weights and clips. A training step is encode, decode,
-L1, backward, gradient clip and AdamW (fused) under bf16 autocast, without teacher, LPIPS and adversary, whose cost depends
-on which are chosen. Operations are counted by `repvitok.flops`: three times the forward pass for a step, the
+L1, backward, gradient clip and AdamW (fused) under bf16 autocast, without teacher, LPIPS and adversary, whose cost
+depends on which are chosen. Operations are counted by `repvitok.flops`: three times the forward pass for a step, the
 recomputed one left out, so that recomputing lowers MFU. --peak-tflops is the GPU's dense bf16 peak: 989 for H100 and
 H200, 312 for A100, 148 for H20. On a machine without a GPU: --device cpu --tiny --steps 1, to see that it runs.
 """

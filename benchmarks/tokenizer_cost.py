@@ -9,6 +9,9 @@ the interpreter and the libraries take before the model is made beside it.
 scaling: RepViTok on 17, 33, 65 and 129 frames, against its operations (`repvitok.flops`).
 streaming: latent frames one by one with a window of 5: CPU time per latent frame, early and late.
 
+With --runs FILE every measurement is appended to a JSON lines file as it is made and taken from there when the command
+runs again, so that an interrupted comparison goes on.
+
 CPU time on one thread is stable to a few percent on a machine that others use too; elapsed time is not reported.
 """
 
@@ -42,6 +45,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--repeats", type=int, default=3, help="of everything but Wan2.2's VAE, which runs once")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--runs", type=Path, help="JSON lines file of measurements, read and appended to")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -112,7 +116,7 @@ def compare(options: argparse.Namespace) -> str:
     for name in options.models:
         repeats = 1 if name == "wan2.2" else options.repeats
         rows[name] = {
-            direction: [_in_process(options, "model", name, direction) for _ in range(repeats)]
+            direction: [_in_process(options, number, "model", name, direction) for number in range(repeats)]
             for direction in ("encode", "decode")
         }
     base = rows.get("repvitok")
@@ -146,7 +150,7 @@ def scaling(options: argparse.Namespace) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for frames in LENGTHS:
-        run = _in_process(options, "length", str(frames))
+        run = _in_process(options, 0, "length", str(frames))
         cells = [
             f"{run[f'{d}_s']:.2f} | {run[f'{d}_gflop']:.0f} | {run[f'{d}_gflop'] / run[f'{d}_s']:.1f}"
             for d in ("encode", "decode")
@@ -157,7 +161,7 @@ def scaling(options: argparse.Namespace) -> str:
 
 def streaming(options: argparse.Namespace) -> str:
     """The table of a stream's early and late latent frames."""
-    run = _in_process(options, "stream")
+    run = _in_process(options, 0, "stream")
     lines = [
         f"## A stream of {STREAMED} latent frames ({1 + 4 * (STREAMED - 1)} raw frames), window {WINDOW}, 256x256",
         "",
@@ -208,12 +212,21 @@ def _prepare(name: str, direction: str) -> tuple[int, Callable[[int, int], objec
     return _count(vae), call_diffusers
 
 
-def _in_process(options: argparse.Namespace, *measure: str) -> dict:
-    """One measurement in a fresh process; its last line is its result."""
-    command = [sys.executable, __file__, "--threads", str(options.threads), "--measure", *measure]
+def _in_process(options: argparse.Namespace, repeat: int, *measure: str) -> dict:
+    """One measurement in a fresh process, whose last line is its result; or the one that was made before."""
+    key = [options.threads, repeat, *measure]
+    known = options.runs.read_text().splitlines() if options.runs and options.runs.exists() else []
+    for made, result in map(json.loads, known):
+        if made == key:
+            return result
     print(" ".join(measure), file=sys.stderr, flush=True)
+    command = [sys.executable, __file__, "--threads", str(options.threads), "--measure", *measure]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    if options.runs:
+        with options.runs.open("a") as file:
+            file.write(json.dumps([key, result]) + "\n")
+    return result
 
 
 def _cpu_seconds(call: Callable[[], object]) -> float:

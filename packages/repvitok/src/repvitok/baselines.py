@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -17,9 +17,6 @@ from torch import Tensor, nn
 from repvitok.interface import VideoTokenizer, Window
 from repvitok.model import RepViTok
 from repvitok.shapes import num_latent_frames, token_grid
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan
 
 WAN_CLASS = "AutoencoderKLWan"
 WAN22 = {
@@ -67,13 +64,13 @@ class WanVae(nn.Module):
     window to choose.
 
     Attributes:
-        vae: diffusers' model.
+        vae: diffusers' `AutoencoderKLWan`.
         config: its sizes.
     """
 
-    def __init__(self, vae: AutoencoderKLWan) -> None:
+    def __init__(self, vae: nn.Module) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae: Any = vae
         config: Any = vae.config
         patch = config.patch_size or 1
         spatial = patch * 2 ** (len(config.dim_mult) - 1)
@@ -169,7 +166,7 @@ class WanStream:
         self._size = (frames.shape[-2], frames.shape[-1])
         begins = self._encoder is None
         cache = self._encoder = self._encoder or _slots(vae.encoder)
-        patch: Any = vae.config.patch_size or 1  # pyright: ignore[reportAttributeAccessIssue]
+        patch = vae.config.patch_size or 1
         x = rearrange(frames, "b c t (h p) (w q) -> b (c q p) t h w", p=patch, q=patch)
         pieces = [x[:, :, :1]] if begins else []
         pieces += (
@@ -201,7 +198,7 @@ class WanStream:
             vae.decoder(frame, feat_cache=cache, feat_idx=[0], first_chunk=begins and number == 0)
             for number, frame in enumerate(x.split(1, dim=2))
         ]
-        patch: Any = vae.config.patch_size or 1  # pyright: ignore[reportAttributeAccessIssue]
+        patch = vae.config.patch_size or 1
         video = torch.cat(parts, dim=2)
         return rearrange(video, "b (c q p) t h w -> b c t (h p) (w q)", p=patch, q=patch).clamp(-1.0, 1.0)
 

@@ -112,33 +112,32 @@ class VideoFile:
             )
         needed = sorted(set(wanted))
         pixels = np.empty((len(needed), *self._stored_size, 3), dtype=np.uint8)
-        decoded = self._decode_into(pixels, needed)
+        decoded, quarter_turns = self._decode_into(pixels, needed)
         if decoded < len(needed):
             raise ValueError(
                 f"{self.name}: only {decoded} of {len(needed)} frames could be decoded (frame {needed[decoded]} "
                 "could not); the file is truncated or damaged"
             )
-        if self._quarter_turns:
-            pixels = np.ascontiguousarray(np.rot90(pixels, self._quarter_turns, axes=(1, 2)))
+        if quarter_turns:
+            pixels = np.ascontiguousarray(np.rot90(pixels, quarter_turns, axes=(1, 2)))
         if list(wanted) == needed:
             return pixels
         return pixels[np.searchsorted(needed, np.asarray(wanted, dtype=np.int64))]
 
     @cached_property
     def _quarter_turns(self) -> int:
-        """By how many quarters, counterclockwise, a stored frame is turned to be shown: the display matrix says so.
-
-        Raises:
-            ValueError: the film is to be shown at another angle.
-        """
+        """By how many quarters, counterclockwise, a stored frame is turned to be shown."""
         with self._open() as (container, stream):
             try:
-                rotation_deg = next(container.decode(stream)).rotation
+                return self._turns_of(next(container.decode(stream)))
             except (FFmpegError, StopIteration) as error:
                 raise ValueError(f"{self.name}: its first frame cannot be decoded; the file is damaged") from error
-        quarters, rest = divmod(round(rotation_deg), 90)
+
+    def _turns_of(self, frame: av.VideoFrame) -> int:
+        """What the display matrix says; ValueError where the film is to be shown at another angle."""
+        quarters, rest = divmod(round(frame.rotation), 90)
         if rest:
-            raise ValueError(f"{self.name}: to be shown turned by {rotation_deg} degrees; expected a multiple of 90")
+            raise ValueError(f"{self.name}: to be shown turned by {frame.rotation} degrees; expected a multiple of 90")
         return quarters % 4
 
     def _refuse_truncated(self, promised: int, present: int) -> None:
@@ -150,9 +149,13 @@ class VideoFile:
                 "copy or record it again"
             )
 
-    def _decode_into(self, pixels: np.ndarray, needed: Sequence[int]) -> int:
-        """Fills `pixels` with the sorted frames `needed`; returns how many came before the first failure."""
-        done = 0
+    def _decode_into(self, pixels: np.ndarray, needed: Sequence[int]) -> tuple[int, int]:
+        """Fills `pixels` with the sorted frames `needed`, as stored.
+
+        Returns:
+            How many came before the first failure, and the quarter turns they are to be shown with.
+        """
+        done = turns = 0
         with self._open() as (container, stream):
             stream.thread_type = "AUTO" if len(needed) > 8 else "SLICE"
             while done < len(needed):
@@ -160,14 +163,15 @@ class VideoFile:
                 for index, frame in self._frames_from(container, stream, needed[done]):
                     if index == needed[done]:
                         pixels[done] = frame.to_ndarray(format="rgb24")
+                        turns = self._turns_of(frame)
                         done += 1
                         if done == len(needed) or self._better_to_seek(index, needed[done]):
                             break
                     elif index > needed[done]:
-                        return done
+                        return done, turns
                 if done == before:
-                    return done
-        return done
+                    return done, turns
+        return done, turns
 
     def _frames_from(
         self, container: InputContainer, stream: VideoStream, start: int
@@ -208,6 +212,10 @@ class VideoFile:
             return file.read(self.span[1])
 
 
+PIXEL_FORMATS = ("yuv420p", "yuv444p")
+"""How `write_video` stores colour: at half of both sides, or whole."""
+
+
 def write_video(
     path: str | os.PathLike[str],
     frames: UInt8[np.ndarray, "n h w 3"],
@@ -215,31 +223,36 @@ def write_video(
     *,
     crf: int = 18,
     gop: int = 8,
+    pix_fmt: str = "yuv420p",
 ) -> None:
-    """Writes RGB frames as H.264 (yuv420p) mp4: the same bytes for the same frames, whole or not at all.
+    """Writes RGB frames as H.264 mp4: the same bytes for the same frames, whole or not at all.
 
     Args:
         path: the file, .mp4; its folder is created.
-        frames: (n, H, W, 3) uint8 with even H and W (4:2:0 halves the colour planes).
+        frames: (n, H, W, 3) uint8; H and W even in yuv420p.
         fps: frames per second.
         crf: x264's quality, 0 (lossless luma) to 51; 18 is hard to tell from the original.
         gop: frames between key frames; a random read decodes half of it on average.
+        pix_fmt: "yuv420p" halves both sides of the colour planes and plays everywhere; "yuv444p" keeps them whole,
+            which small frames need, and some players (browsers among them) do not show it.
 
     Raises:
-        ValueError: no frames, or a shape or dtype that cannot be written.
+        ValueError: no frames, an unknown pix_fmt, or a shape or dtype that cannot be written.
     """
     path = Path(path)
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
         raise ValueError(f"{path}: expected at least one frame (n, H, W, 3) uint8, got {frames.shape} {frames.dtype}")
     height, width = frames.shape[1:3]
-    if height % 2 or width % 2:
+    if pix_fmt not in PIXEL_FORMATS:
+        raise ValueError(f"{path}: pix_fmt must be one of {PIXEL_FORMATS}, got {pix_fmt!r}")
+    if pix_fmt == "yuv420p" and (height % 2 or width % 2):
         raise ValueError(f"{path}: H.264 in yuv420p needs an even height and width, got {height}x{width}")
     path.parent.mkdir(parents=True, exist_ok=True)
     rate = Fraction(fps).limit_denominator(65535)
     with av.open(str(partial_path(path)), "w", format="mp4", options={"movflags": "faststart"}) as container:
         options = {"crf": str(crf), "g": str(gop), "bf": "0", "threads": "1", "preset": "veryfast"}
         stream = container.add_stream("libx264", rate=rate, options=options)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
         stream.codec_context.time_base = 1 / rate
         stream.codec_context.thread_count = 1
         for number, pixels in enumerate(frames):

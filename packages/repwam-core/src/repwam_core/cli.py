@@ -235,7 +235,14 @@ def _openloop(options: argparse.Namespace) -> None:
     result = evaluate_open_loop(policy, LeRobotReader(options.dataset), options.episodes, seed=options.seed)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_json_atomic(options.out, result.to_dict())
-    errors = result.errors()
-    for name, unit in zip(result.channels, result.units, strict=True):
-        told = ", ".join(f"{method} {values[name]:.4g}" for method, values in errors.items())
-        print(f"{name} ({unit}): mean absolute error {told}")
+    for group, part in result.groups().items():
+        print(f"{group} tasks, {len(part.episodes)} episodes")
+        errors = part.errors()
+        for name, unit in zip(part.channels, part.units, strict=True):
+            told = ", ".join(f"{method} {values[name]:.4g}" for method, values in errors.items())
+            print(f"  {name} ({unit}): mean absolute error {told}")
+        for variant, scores in part.open_loop_scores().items():
+            told = ", ".join(f"{100 * score:.1f} % at {threshold:g}" for threshold, score in scores.items())
+            print(f"  open-loop score ({variant}): {told}")
+        if (video := part.video()) is not None:
+            print(f"  imagined video: PSNR {video.psnr_db:.2f} dB, SSIM {video.ssim:.3f} over {video.frames} frames")

@@ -100,6 +100,7 @@ class ClipDataModule(LightningDataModule):
         self.folders = folders
         self.kind: Kind = kind
         self.cameras = cameras
+        self.stride = stride
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed

@@ -25,7 +25,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from repvitok.data import LeRobotReader
 from repvitok.data.split import split_episodes
 from repwam_core.cli import main as repwam
@@ -256,5 +255,4 @@ def _row(name: str, seed: int, values: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
     main()

@@ -46,7 +46,7 @@ class GeneratedScores:
     Attributes:
         psnr_db, ssim: means over frames.
         frames: how many.
-        frechet: distance between the features of imagined and of real clips; None without a network.
+        frechet: distance between the features of imagined and of real clips; None without a network or two clips.
         frechet_name: "gfvd" where the network is FVD's, else the network's own name.
         backbone: the network.
         clips: clips on either side.
@@ -76,7 +76,7 @@ def score_video(pairs: Iterable[tuple[Frames, Frames]], network: ClipFeatures | 
     episode is in no clip.
 
     Raises:
-        ValueError: nothing to compare, or fewer than two clips for the network.
+        ValueError: nothing to compare.
     """
     sums, frames = np.zeros(2), 0
     sides = None if network is None else (FrechetStatistics(network.dim), FrechetStatistics(network.dim))
@@ -90,7 +90,7 @@ def score_video(pairs: Iterable[tuple[Frames, Frames]], network: ClipFeatures | 
     if not frames:
         raise ValueError("no imagined frames to compare: plan with video='imagine' on episodes of several chunks")
     mean_psnr, mean_ssim = (sums / frames).tolist()
-    if network is None or sides is None:
+    if network is None or sides is None or sides[0].count < 2:
         return GeneratedScores(mean_psnr, mean_ssim, frames)
     distance, clips = sides[0].distance(sides[1]), sides[0].count
     name = {"rfvd": "gfvd"}.get(network.metric, network.metric)

@@ -176,7 +176,7 @@ def make_task(
             f"The probe trains on {len(sides[0])} transitions and scores {len(sides[1])} of episodes that its heads "
             "have not seen: hold out at least one episode of three latent frames, and not all."
         )
-    return ProbeTask(table, _standardised(values, sides[0]), *sides, grid, seed)
+    return ProbeTask(table, _standardised(values, sides[0]), sides[0], sides[1], grid, seed)
 
 
 def score_features(task: ProbeTask, features: Float[Tensor, "transitions f"], steps: int = 600) -> ProbeScore:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from repvitok.commands import Command, RawCommand, TrainingStage, run_commands, training_commands
+from repvitok.commands import Command, RawCommand, TrainingStage, parse_share, run_commands, training_commands
 from repvitok.errors import UserError, run_cli
 
 STAGE = TrainingStage(
@@ -29,7 +29,7 @@ def _label_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the labelled shards")
     parser.add_argument(
         "--shard",
-        type=_share,
+        type=parse_share,
         metavar="I/N",
         help="label every N-th episode from I only (a job array); a last call without it writes the shards",
     )
@@ -172,13 +172,6 @@ def _lapa(argv: list[str]) -> int:
         Command("export", "from a training checkpoint to a model folder", _export_lapa, _export_arguments),
     )
     return run_commands("latent-action lapa", "latent-action", description, commands, argv)
-
-
-def _share(text: str) -> tuple[int, int]:
-    index, _, shares = text.partition("/")
-    if not (index.isdigit() and shares.isdigit() and int(index) < int(shares)):
-        raise UserError(f"--shard: expected I/N with 0 <= I < N, for example 0/8; got {text!r}.")
-    return int(index), int(shares)
 
 
 COMMANDS = (

@@ -170,13 +170,13 @@ def make_task(
     if values is None:
         what = "robot actions" if target == "actions" else "robot state"
         raise ValueError(f"Some episodes of these latents have no {what}, so there is nothing to probe for.")
-    sides = [torch.isin(table.episode, torch.tensor(list(side))).nonzero()[:, 0] for side in (train, scored)]
-    if not min(map(len, sides)):
+    fitted, held_out = (torch.isin(table.episode, torch.tensor(list(side))).nonzero()[:, 0] for side in (train, scored))
+    if not len(fitted) or not len(held_out):
         raise ValueError(
-            f"The probe trains on {len(sides[0])} transitions and scores {len(sides[1])} of episodes that its heads "
+            f"The probe trains on {len(fitted)} transitions and scores {len(held_out)} of episodes that its heads "
             "have not seen: hold out at least one episode of three latent frames, and not all."
         )
-    return ProbeTask(table, _standardised(values, sides[0]), sides[0], sides[1], grid, seed)
+    return ProbeTask(table, _standardised(values, fitted), fitted, held_out, grid, seed)
 
 
 def score_features(task: ProbeTask, features: Float[Tensor, "transitions f"], steps: int = 600) -> ProbeScore:

@@ -14,7 +14,8 @@ from repvitok import RepViTokConfig
 from repvitok.callbacks import AtomicCheckpointIO, CurveLogger, SaveLast, TrainingInterrupted
 from repvitok.checkpointing import read_checkpoint
 from repvitok.curves import append_curves, read_curves
-from repvitok.data.datamodule import ClipDataModule, StepBatches
+from repvitok.data.batches import StepBatches
+from repvitok.data.datamodule import ClipDataModule
 from repvitok.data.video import write_video
 from repvitok.discriminator import AdversarySettings
 from repvitok.export import export_checkpoint, tokenizer_from_checkpoint

@@ -9,6 +9,7 @@ from pathlib import Path
 from repvitok.commands import Command, TrainingStage, run_commands, training_commands
 from repvitok.errors import UserError, run_cli
 
+from repwam_core.policy.serving.command import add_serve_arguments, serve
 from repwam_core.quickstart.arguments import add_quickstart_arguments
 
 STAGE = TrainingStage(
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Command("export", "a checkpoint to a policy folder, or a model folder", _export, _export_arguments),
         Command("rollout", "a policy in closed loop on unseen seeds", _rollout, _rollout_arguments),
         Command("openloop", "a policy against recorded episodes", _openloop, _openloop_arguments),
+        Command("serve", "a policy behind a websocket, for robots and openpi's client", serve, add_serve_arguments),
     ]
     return run_commands("repwam", "repwam-core", __doc__ or "", commands, argv)
 

@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = [
         Command("quickstart", "the whole pipeline, to a report", _quickstart, add_quickstart_arguments),
         Command("collect", "expert demonstrations to a LeRobot data set", _collect, _collect_arguments),
+        Command("prepare", "a data set's own columns to named channels", _prepare, _prepare_arguments),
         *training_commands(STAGE),
         Command("stats", "action and state statistics of latent shards", _stats, _stats_arguments),
         Command("export", "a checkpoint to a policy folder, or a model folder", _export, _export_arguments),
@@ -162,6 +163,19 @@ def _drive(options: argparse.Namespace, seeds: list[int]):
 
 
 # -- data and models ---------------------------------------------------------------------------------------------
+
+
+def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dataset", type=Path, required=True, help="LeRobot data set, v2.1 or v3.0")
+    parser.add_argument("--layout", required=True, help="agibot, robocoin, ... (docs/datasets.md), or a YAML file")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; videos are linked, not copied")
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from repwam_core.data.layout import DatasetLayout, prepare
+
+    robot = prepare(options.dataset, options.out, DatasetLayout.load(options.layout))
+    print(f"{options.out}: {robot.name}, {len(robot.action_channels)} action channels, {robot.rate_hz:g} Hz")
 
 
 def _stats_arguments(parser: argparse.ArgumentParser) -> None:

@@ -27,12 +27,12 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def openpi(tmp_path_factory) -> Path:
-    """The Python of an environment that holds openpi-client 0.1.2."""
+    """The Python of an environment with openpi-client; it imports typing-extensions and does not say so."""
     environment = tmp_path_factory.mktemp("openpi") / "venv"
     kept = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
     for command in (
         ["uv", "venv", "--quiet", "--python", "3.11", environment],
-        ["uv", "pip", "install", "--quiet", "--python", environment, "openpi-client==0.1.2"],
+        ["uv", "pip", "install", "--quiet", "--python", environment, "openpi-client==0.1.2", "typing-extensions"],
     ):
         done = subprocess.run(list(map(str, command)), env=kept, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

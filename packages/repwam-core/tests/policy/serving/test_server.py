@@ -246,14 +246,17 @@ def test_a_taken_port_is_an_error_of_the_caller(serve, telling, metadata):
 
 
 def test_a_late_answer_is_not_taken_for_the_next(telling, metadata):
+    go_on = threading.Event()
+
     class Slow(telling):
         def reset(self, instruction, seed=0):
-            time.sleep(0.3)
+            go_on.wait(WAIT_S)
 
-    with PolicyServer(Slow, metadata, ServeSettings(port=0)).running() as port:
-        client = PolicyClient(port=port, timeout_s=0.05)
+    with PolicyServer(Slow, metadata, ServeSettings(port=0)).running() as port, PolicyClient(port=port) as client:
+        client.timeout_s = 0.05
         with pytest.raises(TimeoutError, match=r"no answer in 0\.05 s"):
             client.reset("go")
+        go_on.set()
         with pytest.raises(PolicyServerError):
             client.reset("go")
 

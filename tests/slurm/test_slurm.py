@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from repvitok.curves import read_curves
 from repvitok.data import LatentEpisode, LatentMeta, LatentShardWriter
 from safetensors.torch import save_file
@@ -24,7 +25,15 @@ CLUSTER = Path(__file__).with_name("loopback_cluster.sh")
 TRAIN = ROOT / "recipes/slurm/train.sbatch"
 ARRAY = ROOT / "recipes/slurm/array.sbatch"
 SCRIPTS = Path(sysconfig.get_path("scripts"))
-STEPS = 200
+STEPS = 120
+OVERLAY = {
+    "model": {
+        "wam": {
+            "width": 32, "depth": 1, "heads": 2, "ffn": 64, "action_width": 32, "action_ffn": 64,
+            "coupling": "joint", "window": 1, "action_history": False, "state_token": True,
+        }
+    }
+}  # fmt: skip
 
 needs_slurm = [
     pytest.mark.slurm,
@@ -76,6 +85,7 @@ def latents(tmp_path_factory):
                     latent_actions=rng.normal(size=(11, 4)).astype(np.float32),
                 )
             )
+    (folder.parent / "overlay.yaml").write_text(yaml.safe_dump(OVERLAY))
     metadata = {"text_encoder": "minilm", "instructions": json.dumps(["go"])}
     save_file({"0": torch.randn(3, 384)}, folder / "text-minilm.safetensors", metadata)
     return folder
@@ -83,7 +93,8 @@ def latents(tmp_path_factory):
 
 def _fit(latents, out):
     return [
-        "repwam", "fit", "-c", "recipes/3_repwam/tiny_pretrain.yaml", "--data.latents", str(latents),
+        "repwam", "fit", "-c", "recipes/3_repwam/tiny_pretrain.yaml", "-c", str(latents.parent / "overlay.yaml"),
+        "--data.latents", str(latents),
         "--data.held_out", "0", "--data.batch_size", "2", "--trainer.max_steps", str(STEPS),
         "--trainer.val_check_interval", "100000", "--trainer.log_every_n_steps", "1",
         "--trainer.default_root_dir", str(out), "--checkpoint.every_n_steps", "10",

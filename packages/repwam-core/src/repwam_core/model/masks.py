@@ -12,15 +12,13 @@ from functools import lru_cache
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from repwam_core.model.blocked import Block, BlockedAttend, BlockPlan
 from repwam_core.model.sequence import KEPT_LAYOUTS, PADDING, SequenceLayout, TokenFields
 from repwam_core.model.tokens import Modality
-
-Heads = Float[Tensor, "b heads n c"]
 
 
 @runtime_checkable
@@ -85,27 +83,6 @@ def flex_mask_mod(layout: SequenceLayout, coupling: str, window: int) -> Callabl
     return mask_mod
 
 
-@dataclass(frozen=True)
-class Block:
-    """Queries that see exactly the same keys: numbers of segments, in order."""
-
-    queries: tuple[int, ...]
-    keys: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class BlockPlan:
-    """A layout cut into segments of consecutive tokens, and blocks of segments inside which everything is visible.
-
-    Attributes:
-        sizes: tokens of each segment; they cover the layout in order.
-        blocks: every segment is among the queries of exactly one block.
-    """
-
-    sizes: tuple[int, ...]
-    blocks: tuple[Block, ...]
-
-
 def block_plan(layout: SequenceLayout, coupling: str, window: int) -> BlockPlan:
     """Cut a layout so that attention needs no mask and computes no hidden pair.
 
@@ -133,20 +110,6 @@ def block_plan(layout: SequenceLayout, coupling: str, window: int) -> BlockPlan:
     return BlockPlan(tuple(np.diff([*starts, len(layout)]).tolist()), tuple(blocks))
 
 
-def blocked_attention(q: Heads, k: Heads, v: Heads, plan: BlockPlan) -> Heads:
-    """Softmax attention where each query sees the keys of its block; equal to attention under the dense mask."""
-    q_parts, k_parts, v_parts = (x.split(plan.sizes, dim=-2) for x in (q, k, v))
-    outputs: list[Tensor] = list(q_parts)
-    for block in plan.blocks:
-        output = scaled_dot_product_attention(
-            _join(q_parts, block.queries), _join(k_parts, block.keys), _join(v_parts, block.keys)
-        )
-        pieces = output.split([plan.sizes[number] for number in block.queries], dim=-2)
-        for number, piece in zip(block.queries, pieces, strict=True):
-            outputs[number] = piece
-    return torch.cat(outputs, dim=-2)
-
-
 @dataclass(frozen=True, eq=False)
 class DenseAttend:
     """Masked attention that computes every pair of tokens."""
@@ -155,16 +118,6 @@ class DenseAttend:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ARG002
         return scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
-
-
-@dataclass(frozen=True, eq=False)
-class BlockedAttend:
-    """Attention that computes the visible pairs only."""
-
-    plan: BlockPlan
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ARG002
-        return blocked_attention(q, k, v, self.plan)
 
 
 @lru_cache(maxsize=KEPT_LAYOUTS)
@@ -185,8 +138,3 @@ def masked_attend(layout: SequenceLayout, coupling: str, window: int, backend: s
     if backend == "dense":
         return DenseAttend(dense_mask(layout.streams, coupling, window))
     raise ValueError(f"attention backend: expected 'blocked' or 'dense', got {backend!r}.")
-
-
-def _join(parts: tuple[Tensor, ...], numbers: tuple[int, ...]) -> Tensor:
-    """The chosen segments, one after the other."""
-    return parts[numbers[0]] if len(numbers) == 1 else torch.cat([parts[number] for number in numbers], dim=-2)

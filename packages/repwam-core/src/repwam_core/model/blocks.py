@@ -8,8 +8,9 @@ to the instruction, feed-forward. Only self-attention is common to both (RepWAM 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -17,12 +18,16 @@ from jaxtyping import Bool, Float
 from repvitok.nn.rope import Rotary, rotate
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from repwam_core.model.config import WAMConfig
 from repwam_core.model.masks import Attend
 from repwam_core.model.sequence import Run
 
 EPSILON = 1e-6
+
+Recompute = Literal["none", "selective", "full"]
+"""What a layer computes again in the backward pass instead of keeping it: nothing, all but attention, or all of it."""
 
 Stream = Float[Tensor, "b n width"]
 TextKeysValues = tuple[Float[Tensor, "b documents heads s c"], Float[Tensor, "b documents heads s c"]]
@@ -232,22 +237,32 @@ class ExpertLayer(nn.Module):
 
     def before_attention(self, x: Stream, context: StreamContext) -> Stream:
         """Normalised and modulated tokens for self-attention."""
-        shift, scale = (context.modulation[:, :, :2] + self.table[:, :2]).unbind(dim=2)
+        return self.modulated(x, context.modulation)
+
+    def modulated(self, x: Stream, modulation: Float[Tensor, "b groups 6 width"]) -> Stream:
+        """Layer norm, shifted and scaled for self-attention."""
+        shift, scale = (modulation[:, :, :2] + self.table[:, :2]).unbind(dim=2)
         return modulate(normalise(x), shift, scale)
 
     def after_attention(self, layer: int, x: Stream, update: Stream, context: StreamContext) -> Stream:
         """Self-attention's update added, then cross-attention and feed-forward."""
         if not x.shape[1]:
             return x
-        gate, shift, scale, ffn_gate = (context.modulation[:, :, 2:] + self.table[:, 2:]).unbind(dim=2)
-        x = add_gated(x, gate, update)
+        x = add_gated(x, context.modulation[:, :, 2] + self.table[:, 2], update)
         x = x + self.cross(layer, self.cross_norm(x), context)
+        return self.feed_forward(x, context.modulation)
+
+    def feed_forward(self, x: Stream, modulation: Float[Tensor, "b groups 6 width"]) -> Stream:
+        """The feed-forward network, modulated and gated, added."""
+        shift, scale, gate = (modulation[:, :, 3:] + self.table[:, 3:]).unbind(dim=2)
         hidden = nn.functional.gelu(self.ffn_in(modulate(normalise(x), shift, scale)))
-        return add_gated(x, ffn_gate, self.ffn_out(hidden))
+        return add_gated(x, gate, self.ffn_out(hidden))
 
 
 class WAMLayer(nn.Module):
-    """Both experts' layer around one self-attention."""
+    """Both experts' layer around one self-attention; `recompute` trades memory of training for time."""
+
+    recompute: Recompute = "none"
 
     def __init__(self, config: WAMConfig) -> None:
         super().__init__()
@@ -268,8 +283,31 @@ class WAMLayer(nn.Module):
             context: the rest.
             kept: what leaves the last layer.
         """
-        attended_video, attended_side = self._attend(layer, video, side, context)
+        if self.recompute == "full":
+            return _recomputed(self._layer, layer, video, side, context, kept)
+        return self._layer(layer, video, side, context, kept)
+
+    def _layer(
+        self, layer: int, video: Stream, side: Tensor, context: LayerContext, kept: Kept | None
+    ) -> tuple[Tensor, Tensor]:
+        around = _recomputed if self.recompute == "selective" else _called
+        q, k, v = around(self._enter, video, side, context)
+        attended = join_heads(context.attend(layer, q, k, v))
+        return around(self._leave, layer, video, side, attended, context, kept)
+
+    def _enter(self, video: Stream, side: Tensor, context: LayerContext) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the tokens of both streams, video first."""
+        q, k, v = self.attention.enter(
+            self.video.before_attention(video, context.video), self.action.before_attention(side, context.side)
+        )
+        return rotate(q, context.rotary), rotate(k, context.rotary), v
+
+    def _leave(
+        self, layer: int, video: Stream, side: Tensor, attended: Stream, context: LayerContext, kept: Kept | None
+    ) -> tuple[Tensor, Tensor]:
+        """Both streams after the layer, from what their tokens attended to, at the width of the video expert."""
         of_video, of_side = context.video, context.side
+        attended_video, attended_side = attended[:, : video.shape[1]], attended[:, video.shape[1] :]
         if kept is not None:
             of_video, of_side = kept.video, kept.side
             video, attended_video = take(video, kept.video_runs), take(attended_video, kept.video_runs)
@@ -280,13 +318,16 @@ class WAMLayer(nn.Module):
             self.action.after_attention(layer, side, updates[1], of_side),
         )
 
-    def _attend(self, layer: int, video: Tensor, side: Tensor, context: LayerContext) -> tuple[Tensor, Tensor]:
-        """What the tokens of both streams attended to, heads joined, at the width of the video expert."""
-        q, k, v = self.attention.enter(
-            self.video.before_attention(video, context.video), self.action.before_attention(side, context.side)
-        )
-        attended = join_heads(context.attend(layer, rotate(q, context.rotary), rotate(k, context.rotary), v))
-        return attended[:, : video.shape[1]], attended[:, video.shape[1] :]
+
+def _called(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+def _recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The function's value, computed again for the backward pass; nothing random happens inside."""
+    if not torch.is_grad_enabled():
+        return function(*arguments)
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 class NoiseLevelEmbedding(nn.Module):

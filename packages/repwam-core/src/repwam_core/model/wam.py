@@ -23,7 +23,8 @@ from repwam_core.model.blocks import (
 )
 from repwam_core.model.config import ActionSpace, WAMConfig
 from repwam_core.model.inputs import Velocities, WAMInputs
-from repwam_core.model.masks import Attend, masked_attend
+from repwam_core.model.attention import masked_attend
+from repwam_core.model.masks import Attend
 from repwam_core.model.sequence import Run, SequenceLayout
 
 

@@ -10,6 +10,7 @@ from repvitok.commands import Command, TrainingStage, run_commands, training_com
 from repvitok.errors import UserError, run_cli
 
 from repwam_core.quickstart.arguments import add_quickstart_arguments
+from repwam_core.training_plan import plan_arguments, run_plan
 
 STAGE = TrainingStage(
     name="repwam",
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Command("stats", "action and state statistics of latent shards", _stats, _stats_arguments),
         Command("export", "a checkpoint to a policy folder, or a model folder", _export, _export_arguments),
         Command("rollout", "a policy in closed loop on unseen seeds", _rollout, _rollout_arguments),
+        Command("plan", "what training on so many devices would take", run_plan, plan_arguments),
         Command("openloop", "a policy against recorded episodes", _openloop, _openloop_arguments),
     ]
     return run_commands("repwam", "repwam-core", __doc__ or "", commands, argv)
@@ -188,6 +190,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lat", type=Path, help="latent action tokenizer folder, copied along")
     parser.add_argument("--latents", type=Path, help="latent shards trained on; their embedded instructions are kept")
     parser.add_argument("--name", help="the robot's name (default: the data set's)")
+    parser.add_argument("--data-set", type=int, default=0, help="which of the run's data sets the robot is from, from 0")
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -202,7 +205,13 @@ def _export(options: argparse.Namespace) -> None:
     if options.tokenizer is None:
         raise UserError("a policy needs --tokenizer FOLDER (or ask for the model alone with --wam-only)")
     out = export_policy(
-        checkpoint, options.tokenizer, options.out, lat=options.lat, shards=options.latents, name=options.name
+        checkpoint,
+        options.tokenizer,
+        options.out,
+        lat=options.lat,
+        shards=options.latents,
+        name=options.name,
+        data_set=options.data_set,
     )
     print(f"{out}: policy")
 

@@ -60,7 +60,7 @@ class PackedBatch:
 def token_cost(config: WAMConfig, space: str, grid: tuple[int, int, int], vectors: int) -> TokenCost:
     """What a document costs in the sequences of a model."""
     video = grid[0] * grid[1] * grid[2]
-    return TokenCost(video, vectors, config.has_state(space), config.action_history)
+    return TokenCost(video, 0 if config.joint_actions else vectors, config.has_state(space), config.action_history)
 
 
 def make_packer(mixture: Mixture, settings: PackingSettings, config: WAMConfig, seed: int) -> SequencePacker:

@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+PATIENCE = 4
+"""A sequence is closed before a fuller one after as many others as this times the open ones."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PackingSettings:
@@ -138,6 +141,8 @@ class SequencePacker(Iterator[PackedPieces]):
         self._smallest = min(source.cost.of(int(source.transitions.min())) for source in sources)
         self._drawn, self._spent = [0] * len(sources), [0] * len(sources)
         self._open: list[list[Piece]] = []
+        self._opened: list[int] = []
+        self._closed = 0
         self._ready: deque[list[Piece]] = deque()
         self._packed = self._tokens = 0
 
@@ -161,6 +166,8 @@ class SequencePacker(Iterator[PackedPieces]):
             "drawn": list(self._drawn),
             "spent": list(self._spent),
             "open": [[list(piece) for piece in pieces] for pieces in self._open],
+            "opened": list(self._opened),
+            "closed": self._closed,
             "ready": [[list(piece) for piece in pieces] for pieces in self._ready],
             "packed": self._packed,
             "tokens": self._tokens,
@@ -176,6 +183,7 @@ class SequencePacker(Iterator[PackedPieces]):
             raise ValueError(f"the packing was saved with {state['episodes']} episodes per data set, these have {own}")
         self._drawn, self._spent = list(state["drawn"]), list(state["spent"])
         self._open = [[Piece(*piece) for piece in pieces] for pieces in state["open"]]
+        self._opened, self._closed = list(state["opened"]), int(state["closed"])
         self._ready = deque([Piece(*piece) for piece in pieces] for pieces in state["ready"])
         self._packed, self._tokens = int(state["packed"]), int(state["tokens"])
 
@@ -220,19 +228,29 @@ class SequencePacker(Iterator[PackedPieces]):
             start += longest
 
     def _place(self, piece: Piece) -> None:
-        """First fit; what fits nowhere closes the fullest sequence, and a full sequence is closed at once."""
-        budget = self.settings.token_budget
-        room = [budget - self._size(pieces) for pieces in self._open]
-        size = self._size((piece,))
+        """First fit; what fits nowhere closes the fullest sequence, and a full sequence is closed at once.
+
+        Sequences stand in the order in which they were opened. One that has been open for long is closed before a
+        fuller one, so that no episode waits for ever.
+        """
+        settings, size = self.settings, self._size((piece,))
+        room = [settings.token_budget - self._size(pieces) for pieces in self._open]
         fits = next((number for number, left in enumerate(room) if left >= size), None)
         if fits is None:
-            if len(room) == self.settings.open_sequences:
-                self._ready.append(self._open.pop(int(np.argmin(room))))
+            if len(room) == settings.open_sequences:
+                waited = self._closed - self._opened[0]
+                self._close(0 if waited > PATIENCE * settings.open_sequences else int(np.argmin(room)))
             self._open.append([])
+            self._opened.append(self._closed)
             fits = len(self._open) - 1
         self._open[fits].append(piece)
-        if budget - self._size(self._open[fits]) < self._smallest:
-            self._ready.append(self._open.pop(fits))
+        if settings.token_budget - self._size(self._open[fits]) < self._smallest:
+            self._close(fits)
+
+    def _close(self, number: int) -> None:
+        self._ready.append(self._open.pop(number))
+        self._opened.pop(number)
+        self._closed += 1
 
     def _size(self, pieces: Sequence[Piece]) -> int:
         return sum(self.sources[piece.data_set].cost.of(piece.transitions) for piece in pieces)

@@ -303,7 +303,7 @@ class WAMLayer(nn.Module):
         return rotate(q, context.rotary), rotate(k, context.rotary), v
 
     def _leave(
-        self, layer: int, video: Stream, side: Tensor, attended: Stream, context: LayerContext, kept: Kept | None
+        self, layer: int, video: Stream, side: Tensor, attended: Tensor, context: LayerContext, kept: Kept | None
     ) -> tuple[Tensor, Tensor]:
         """Both streams after the layer, from what their tokens attended to, at the width of the video expert."""
         of_video, of_side = context.video, context.side

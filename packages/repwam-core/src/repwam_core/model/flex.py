@@ -140,7 +140,7 @@ class FlexAttend:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ARG002
         tokens = q.shape[-2]
-        q, k, v = (pad(x, (0, 0, 0, self.tokens - tokens)) for x in (q, k, v))
+        q, k, v = (pad(x.to(v.dtype), (0, 0, 0, self.tokens - tokens)) for x in (q, k, v))
         return compiled_flex()(q, k, v, block_mask=self.mask)[..., :tokens, :]
 
 

@@ -86,6 +86,8 @@ class WorldActionModel(PretrainedModel):
         self.config = config
         self.video_in = nn.Linear(config.latent_dim, config.width)
         self.video_out = nn.Linear(config.width, config.latent_dim)
+        self.joint_in = nn.Linear(config.joint_actions, config.width) if config.joint_actions else None
+        self.joint_out = nn.Linear(config.width, config.joint_actions) if config.joint_actions else None
         self.views = nn.Parameter(torch.zeros(config.max_views, config.width))
         self.video = Expert(config.width, config.text_dim)
         self.action = Expert(config.action_width, config.text_dim)
@@ -104,8 +106,10 @@ class WorldActionModel(PretrainedModel):
                 nn.init.zeros_(module.bias)
         for expert in (self.video, self.action):
             nn.init.zeros_(expert.levels.project.weight)
-        nn.init.zeros_(self.video_out.weight)
-        nn.init.zeros_(self.video_out.bias)
+        for head in (self.video_out, self.joint_out):
+            if head is not None:
+                nn.init.zeros_(head.weight)
+                nn.init.zeros_(head.bias)
         for embedding in (self.views, self.action_kinds, self.video.text.null, self.action.text.null):
             nn.init.normal_(embedding, std=0.02)
 
@@ -192,7 +196,10 @@ class WorldActionModel(PretrainedModel):
         space, limit = self._space(inputs.space), self.config.max_views
         if layout.views > limit:
             raise ValueError(f"expected at most max_views = {limit} cameras, got {layout.views}.")
-        video = self.video_in(inputs.video) + self.views[layout.video_stream.view]
+        latent_dim = self.config.latent_dim
+        video = self.video_in(inputs.video[..., :latent_dim]) + self.views[layout.video_stream.view]
+        if self.joint_in is not None:
+            video = video + self.joint_in(inputs.video[..., latent_dim:])
         vectors = layout.vector[layout.actions]
         side = space.action_in(inputs.actions) + self.action_kinds[:, :1] + space.slots[:, vectors]
         if inputs.states is not None:
@@ -223,7 +230,10 @@ class WorldActionModel(PretrainedModel):
         with torch.autocast(video.device.type, enabled=False):
             video = self.video.head(video.float(), video_levels.float())
             side = self.action.head(side.float(), side_levels.float())
-            return Velocities(self.video_out(video), self._space(space).action_out(side))
+            latents = self.video_out(video)
+            if self.joint_out is not None:
+                latents = torch.cat([latents, self.joint_out(video)], dim=-1)
+            return Velocities(latents, self._space(space).action_out(side))
 
 
 def _stream_context(

@@ -9,10 +9,8 @@ import lightning as L
 import torch
 
 from repwam_core.data.packed import PackedBatch, PackedLoader
-
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H20": 148e12, "A100": 312e12, "B200": 2250e12}
-"""Dense bf16 peak of a device by a part of its name, as its maker states it."""
-
+from repwam_core.sizing import SequenceCounts, document_counts, peak_flops, training_flops
+from repwam_core.training.losses import equal_chunks
 
 class StepBanner(L.Callback):
     """Logs the cost of packed training steps, every `log_every_n_steps` steps.
@@ -38,7 +36,7 @@ class StepBanner(L.Callback):
             return
         self._tokens += batch.tokens
         self._budget += batch.token_budget
-        self._flops += pl_module.flops(batch)
+        self._flops += batch_flops(pl_module, batch)
         if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             pl_module.log_dict(self.report(trainer))
             self._restart(trainer)
@@ -64,12 +62,24 @@ class StepBanner(L.Callback):
         self._tokens = self._budget = self._flops = 0.0
 
 
-def peak_flops(device: str) -> float | None:
-    """Peak FLOPs per second of a device by its name; None where it is not known."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device), None)
-
-
 def _waited_s(trainer: L.Trainer) -> float:
     """Seconds that the loader has spent on handing out batches."""
     loader = trainer.train_dataloader
     return loader.waited_s if isinstance(loader, PackedLoader) else 0.0
+
+
+def batch_flops(training: Any, batch: PackedBatch) -> float:
+    """FLOPs of a step on one packed sequence, forward and backward; recomputation does not count."""
+    config = training.wam.config
+    counts = SequenceCounts()
+    for document in batch.documents:
+        segment = document.segment
+        counts += document_counts(
+            config,
+            equal_chunks(segment.valid.shape[1], training.chunk_size(batch)),
+            segment.latents.shape[2],
+            segment.actions.shape[2],
+            state=config.has_state(training.space) and segment.state is not None,
+            text=max(item.segment.text.shape[1] for item in batch.documents),
+        )
+    return training_flops(config, [counts], config.space(training.space))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,7 +33,7 @@ def build_wam(training: WAMTraining, mixture: Mixture) -> WorldActionModel:
             if training.scale.init == "per_parameter":
                 initialise(wam, training.seed)
         else:
-            wam = WorldActionModel.from_pretrained(training.init_from)
+            wam = _pretrained(training)
             if training.space not in wam.config.spaces:
                 wam.add_action_space(training.space, space)
     _check_fit(wam.config, mixture, training.space, space)
@@ -52,7 +53,7 @@ def build_sharded_wam(
     if strategy.sharding_mesh is None:
         raise RuntimeError("the strategy has not laid out its ranks yet")
     space = _space(training, mixture)
-    pretrained = None if training.init_from is None else WorldActionModel.from_pretrained(training.init_from)
+    pretrained = None if training.init_from is None else _pretrained(training)
     config = _config(training, mixture, space) if pretrained is None else pretrained.config
     if training.space not in config.spaces:
         config = config.with_space(training.space, space)
@@ -65,6 +66,18 @@ def build_sharded_wam(
     if pretrained is not None:
         load_whole(wam, pretrained.state_dict())
     return wam.train()
+
+
+def _pretrained(training: WAMTraining) -> WorldActionModel:
+    """The pretrained model; where actions have had no tokens of their own, without the head that predicted them."""
+    wam = WorldActionModel.from_pretrained(training.init_from or "")
+    if not wam.config.joint_actions or training.space in wam.config.spaces:
+        return wam
+    with torch.device("meta"):
+        model = WorldActionModel(replace(wam.config, joint_actions=0))
+    kept = {name: value for name, value in wam.state_dict().items() if not name.startswith("joint_")}
+    model.load_state_dict(kept, strict=True, assign=True)
+    return model
 
 
 def _space(training: WAMTraining, mixture: Mixture) -> ActionSpace:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange, reduce, repeat
@@ -101,7 +101,10 @@ def wam_loss(
         settings: weights and noise.
         generator: source of every draw, on the batch's device.
     """
-    noise = draw_noise(batch, len(chunk_sizes), settings, generator)
+    joint = wam.config.joint_actions
+    if joint:
+        batch = with_joint_actions(batch)
+    noise = draw_noise(batch, len(chunk_sizes), settings, generator, joint)
     return documents_loss(wam, [NoisedDocument(batch, chunk_sizes, grid, noise)], space, settings.action_weight)
 
 
@@ -158,7 +161,10 @@ def documents_loss(
     attention = attend(concat([document.layout(wam, space) for document in documents])) if attend else None
     velocities = wam(inputs[0] if len(inputs) == 1 else pack(inputs), attention)
     parts = _velocities_of(velocities, layouts)
-    terms = [loss_terms(part, item.batch, item.noise) for part, item in zip(parts, documents, strict=True)]
+    terms = [
+        loss_terms(part, item.batch, item.noise, wam.config.joint_actions)
+        for part, item in zip(parts, documents, strict=True)
+    ]
     return _combined(terms, action_weight)
 
 
@@ -171,8 +177,24 @@ def _velocities_of(velocities: Velocities, layouts: Sequence[SequenceLayout]) ->
     return [Velocities(*parts) for parts in zip(video, actions, strict=True)]
 
 
-def draw_noise(batch: SegmentBatch, chunks: int, settings: LossSettings, generator: torch.Generator) -> Noise:
-    """Draw noise and noise times: one time per sample, chunk and modality (docs/decisions/000, entry 3)."""
+def with_joint_actions(batch: SegmentBatch) -> SegmentBatch:
+    """The same segments with the actions as channels of the latents, for `WAMConfig.joint_actions`, and no others.
+
+    Frame f carries the action of the transition f -> f + 1, the same for all its tokens; the last frame's slot, after
+    which nothing is recorded, is zero (the paper's "Joint Pred").
+    """
+    following = torch.nn.functional.pad(rearrange(batch.actions, "b t a c -> b t (a c)"), (0, 0, 0, 1))
+    channels = repeat(following, "b frames c -> b frames tokens c", tokens=batch.latents.shape[2])
+    return replace(batch, latents=torch.cat([batch.latents, channels], dim=-1), actions=batch.actions[:, :, :0])
+
+
+def draw_noise(
+    batch: SegmentBatch, chunks: int, settings: LossSettings, generator: torch.Generator, joint: int = 0
+) -> Noise:
+    """Draw noise and noise times: one time per sample, chunk and modality (docs/decisions/000, entry 3).
+
+    The last `joint` channels of a latent frame are an action, written once per token: they share one draw.
+    """
     b, device = len(batch), batch.latents.device
 
     def normal(like: Tensor) -> Tensor:
@@ -182,8 +204,11 @@ def draw_noise(batch: SegmentBatch, chunks: int, settings: LossSettings, generat
     action_t = UniformSNRSampler(settings.action_shift)((b, chunks), generator, device)
     video_off = torch.rand(b, generator=generator, device=device) < settings.video_noise_prob
     level = settings.history_noise * torch.rand(b, chunks + 1, generator=generator, device=device)
+    video = normal(batch.latents[:, 1:])
+    if joint:
+        video[..., -joint:] = video[:, :, :1, -joint:].clone()
     return Noise(
-        video=normal(batch.latents[:, 1:]),
+        video=video,
         actions=normal(batch.actions) * batch.channel_mask[:, None, None],  # nothing stands in absent channels
         history=normal(batch.latents) if settings.history_noise else torch.zeros_like(batch.latents),
         video_t=video_t.masked_fill(video_off[:, None], 0.0),
@@ -240,17 +265,29 @@ class LossTerms:
     action_count: Float[Tensor, ""] | Int[Tensor, ""]
 
 
-def loss_terms(velocities: Velocities, batch: SegmentBatch, noise: Noise) -> LossTerms:
-    """Return the sums behind `flow_matching_loss`, of one document."""
+def loss_terms(velocities: Velocities, batch: SegmentBatch, noise: Noise, joint: int = 0) -> LossTerms:
+    """Return the sums behind `flow_matching_loss`, of one document.
+
+    Args:
+        velocities: of the noisy tokens.
+        batch, noise: what they are to be.
+        joint: how many channels of the latents are the action; their velocity is the mean over a frame's tokens.
+    """
     frames = batch.valid.shape[1]
-    video = rearrange(velocities.video, "b (frames tokens) d -> b frames tokens d", frames=frames)
-    actions = rearrange(velocities.actions, "b (frames a) c -> b frames a c", frames=frames)
-    video_error = (video.float() - velocity_target(noise.video, batch.latents[:, 1:])).square()
-    action_error = (actions.float() - velocity_target(noise.actions, batch.actions)).square()
+    video = rearrange(velocities.video, "b (frames tokens) d -> b frames tokens d", frames=frames).float()
+    target = velocity_target(noise.video, batch.latents[:, 1:])
     video_mask = batch.valid & ~noise.video_off[:, None]
-    action_mask = repeat(batch.valid, "b frames -> b frames c", c=actions.shape[-1]) & batch.channel_mask[:, None]
-    video_values = reduce(video_error, "b frames tokens d -> b frames", "mean")
-    action_values = reduce(action_error, "b frames a c -> b frames c", "mean")
+    if joint:
+        action_error = (reduce(video[..., -joint:], "b f tokens c -> b f c", "mean") - target[:, :, 0, -joint:]).square()
+        following = torch.nn.functional.pad(batch.valid[:, 1:], (0, 1))  # the last slot is padding
+        action_mask = repeat(following & ~noise.video_off[:, None], "b frames -> b frames c", c=joint)
+        action_values, video, target = action_error, video[..., :-joint], target[..., :-joint]
+    else:
+        actions = rearrange(velocities.actions, "b (frames a) c -> b frames a c", frames=frames)
+        action_error = (actions.float() - velocity_target(noise.actions, batch.actions)).square()
+        action_mask = repeat(batch.valid, "b frames -> b frames c", c=actions.shape[-1]) & batch.channel_mask[:, None]
+        action_values = reduce(action_error, "b frames a c -> b frames c", "mean")
+    video_values = reduce((video - target).square(), "b frames tokens d -> b frames", "mean")
     return LossTerms(
         (video_values * video_mask).sum(), video_mask.sum(), (action_values * action_mask).sum(), action_mask.sum()
     )

@@ -32,6 +32,7 @@ from repwam_core.training.losses import (
     draw_noise,
     equal_chunks,
     wam_loss,
+    with_joint_actions,
 )
 from repwam_core.training.metrics import SampledErrors, sample_segments
 from repwam_core.training.parallel import ScaleSettings, ShardedStrategy, gather_for_sampling, prepare_layers
@@ -167,6 +168,8 @@ class WAMTraining(L.LightningModule):
         losses = self._loss(batch, chunks, (self.seed, 2**31, batch_idx))
         rows = {"val/loss": losses.total, "val/video": losses.video, "val/action": losses.action}
         self.log_dict(rows, batch_size=len(batch), sync_dist=self.trainer.world_size > 1)
+        if self._model().config.joint_actions:
+            return  # a rollout plans action tokens, of which this stage has none
         grid = self._mixture().stores[batch.data_set].meta.grid
         self._sampled[batch.data_set].update(self._model(), batch, grid, seed=batch_idx)
 
@@ -247,17 +250,20 @@ class WAMTraining(L.LightningModule):
         )
 
     def _packed_loss(self, batch: PackedBatch) -> WAMLoss:
-        """Eq. 7 of a packed sequence; its chunk size is drawn by its number, its noise episode by episode."""
-        low, high = self.chunk_sizes
-        size = int(np.random.default_rng((self.seed, 2, batch.index)).integers(low, high + 1))
-        documents = []
+        """Eq. 7 of a packed sequence; its noise is drawn episode by episode."""
+        size, documents, joint = self.chunk_size(batch), [], self._model().config.joint_actions
         for document in batch.documents:
-            segment = document.segment
+            segment = with_joint_actions(document.segment) if joint else document.segment
             chunks = equal_chunks(segment.valid.shape[1], size)
             generator = _generator((self.seed, 3, *document.piece), segment.latents.device)
-            noise = draw_noise(segment, len(chunks), self.loss_settings, generator)
+            noise = draw_noise(segment, len(chunks), self.loss_settings, generator, joint)
             documents.append(NoisedDocument(segment, chunks, document.grid, noise))
         return documents_loss(self._model(), documents, self.space, self.loss_settings.action_weight, self._attend)
+
+    def chunk_size(self, batch: PackedBatch) -> int:
+        """The chunk size of a packed sequence, drawn by its number."""
+        low, high = self.chunk_sizes
+        return int(np.random.default_rng((self.seed, 2, batch.index)).integers(low, high + 1))
 
     def _attend(self, layout: SequenceLayout) -> Attend:
         config = self._model().config

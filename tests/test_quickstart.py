@@ -10,6 +10,7 @@ import time
 
 import pytest
 from repwam_core.cli import main
+from repwam_core.quickstart.controls import CONTROLS
 from repwam_core.quickstart.stages import StageRunner
 
 # Seconds to minutes of training: enough to tell a working pipeline from a broken one.
@@ -34,6 +35,20 @@ def test_short_run_beats_replay_by_15_of_60(tmp_path):
     assert _rates(out, "baselines", "expert")["successes"] >= 57
     page = (out / "report.html").read_text()
     assert not re.search(r'(?:src|href)="https?://', page)
+
+
+@pytest.mark.sim
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_controls_train_every_arm_and_stand_in_the_report(tmp_path):
+    out = tmp_path / "run"
+    tiny = ["--budget", "0.004", "--episodes", "2", "--eval-episodes", "2", "--size", "32", "32"]
+    assert main(["quickstart", "--out", str(out), "--tasks", "reach", *tiny, "--controls"]) == 0
+    page = (out / "report.html").read_text()
+    for control in CONTROLS:
+        assert f"Trained {control.replace('untrained', 'on the latents of an untrained')}" in page
+    (scratch,) = out.glob("no-latent-actions-adapt-*/stage.json")
+    assert json.loads(scratch.read_text())["settings"]["steps"] == 5  # 2 of pretraining and 3 of adaptation
 
 
 @pytest.mark.slow

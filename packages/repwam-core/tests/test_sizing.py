@@ -10,6 +10,7 @@ from repwam_core.model.config import ActionSpace, WAMConfig
 from repwam_core.model.inputs import WAMInputs, document_inputs, pack
 from repwam_core.model.masks import dense_mask
 from repwam_core.model.sequence import concat, training_layout
+from repwam_core.model.unread import read_tokens, without_unread
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.sizing import (
     SequenceCounts,
@@ -53,7 +54,7 @@ def inputs(config: WAMConfig) -> tuple[WAMInputs, SequenceCounts]:
             )  # fmt: skip
         )
         counts += document_counts(config, chunks, 16, 2, state=state, text=5)
-    return pack(documents), counts
+    return pack([without_unread(entry, config.coupling) for entry in documents]), counts
 
 
 @pytest.mark.parametrize("coupling", ["joint", "sequential"])
@@ -62,10 +63,13 @@ def inputs(config: WAMConfig) -> tuple[WAMInputs, SequenceCounts]:
 def test_tokens_and_visible_pairs_are_the_layouts(coupling, history, state):
     model = config(coupling=coupling, action_history=history)
     layout = concat([training_layout(sum(c) + 1, c, GRID, 2, state=state, action_history=history) for c in CHUNKS])
-    counts = sum((document_counts(model, chunks, 16, 2, state=state) for chunks in CHUNKS), SequenceCounts())
-    assert counts.tokens == len(layout)
-    assert counts.levels == len(layout.levels)
-    assert counts.pairs == int(dense_mask(layout, coupling, model.window).sum())
+    for read in (False, True):
+        part = read_tokens(layout, coupling).layout if read else layout
+        one = [document_counts(model, chunks, 16, 2, state=state, read=read) for chunks in CHUNKS]
+        counts = sum(one, SequenceCounts())
+        assert counts.tokens == len(part)
+        assert counts.levels == len(part.levels)
+        assert counts.pairs == int(dense_mask(part, coupling, model.window).sum())
 
 
 @pytest.mark.parametrize("attention", ["shared", "per_modality"])

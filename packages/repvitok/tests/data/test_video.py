@@ -138,3 +138,14 @@ def test_what_cannot_be_written_is_refused_and_leaves_the_old_file(tmp_path, sha
     with pytest.raises((ValueError, TypeError)):
         write_video(tmp_path / "a.mp4", np.zeros(shape, dtype=np.uint8), 25)
     assert (tmp_path / "a.mp4").read_bytes() == b"old"
+
+
+def test_whole_colour_planes_keep_colour_and_odd_sizes(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (3, 17, 33, 3), np.uint8)
+    with pytest.raises(ValueError, match="even height and width"):
+        write_video(tmp_path / "a.mp4", frames, 10)
+    with pytest.raises(ValueError, match="pix_fmt must be one of"):
+        write_video(tmp_path / "a.mp4", frames, 10, pix_fmt="rgb24")
+    write_video(tmp_path / "a.mp4", frames, 10, pix_fmt="yuv444p", crf=0)
+    error = VideoFile(tmp_path / "a.mp4").read(range(3)).astype(float) - frames
+    assert np.abs(error).mean() < 2  # rounding to YUV and back; half the colour would leave tens

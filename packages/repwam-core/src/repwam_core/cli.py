@@ -82,6 +82,13 @@ def _collect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the data set, 0 to 99 (default: %(default)s)")
     parser.add_argument("--noise", choices=NOISE_MODES, default="none", help="how the expert is disturbed")
     parser.add_argument("--format", choices=["v2.1", "v3.0"], default="v2.1", help="LeRobot version (default: v2.1)")
+    parser.add_argument(
+        "--pix-fmt",
+        choices=["yuv444p", "yuv420p"],
+        default="yuv444p",
+        help="video colour: whole (default), or halved, which every player shows",
+    )
+    parser.add_argument("--crf", type=int, default=10, help="video quality, 0 (best) to 51 (default: %(default)s)")
 
 
 def _collect(options: argparse.Namespace) -> None:
@@ -96,6 +103,8 @@ def _collect(options: argparse.Namespace) -> None:
         settings=_settings(options),
         noise=MODES[options.noise],
         version=options.format,
+        pix_fmt=options.pix_fmt,
+        crf=options.crf,
         workers=options.workers,
     )
     failed = sum(summary.failed_attempts.values())

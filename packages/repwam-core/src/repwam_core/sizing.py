@@ -7,7 +7,7 @@ activations and the optimizer are not. Tests hold parameters, FLOPs and memory a
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from repwam_core.model.config import ActionSpace, WAMConfig
 
@@ -50,6 +50,7 @@ class SequenceCounts:
         text: text tokens over all documents, the null token of each included.
         text_video, text_side: pairs of a video, or an action or state, token and a text token.
         kept_text_video, kept_text_side: the same of noisy video and action tokens alone.
+        groups: groups of video tokens of one noise level, a latent frame each.
     """
 
     clean_video: int = 0
@@ -65,6 +66,7 @@ class SequenceCounts:
     text_side: int = 0
     kept_text_video: int = 0
     kept_text_side: int = 0
+    groups: int = 0
 
     def __add__(self, other: SequenceCounts) -> SequenceCounts:
         return SequenceCounts(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
@@ -94,6 +96,7 @@ def document_counts(
     state: bool = False,
     text: int = 16,
     copies: int = 1,
+    read: bool = True,
 ) -> SequenceCounts:
     """Count a document of `sequence.training_layout`, and the pairs that `masks.visible` lets see each other.
 
@@ -105,51 +108,58 @@ def document_counts(
         state: whether clean frames have a state token.
         text: padded length of the instructions, without the null token.
         copies: documents of this kind.
+        read: without the clean tokens of the last chunk that nothing reads, as `unread.without_unread` leaves them out.
     """
-    transitions, history = sum(chunk_sizes), int(config.action_history)
-    counts = SequenceCounts(
-        clean_video=tokens * (transitions + 1),
+    transitions, joint = sum(chunk_sizes), config.coupling == "joint"
+    vectors_clean = vectors * int(config.action_history)
+    unread = chunk_sizes[-1] if read else 0
+    frames = transitions + 1 - (unread if joint else 0)
+    one = SequenceCounts(
+        clean_video=tokens * frames,
         noisy_video=tokens * transitions,
-        clean_action=vectors * transitions * history,
+        clean_action=vectors_clean * (transitions - unread),
         noisy_action=vectors * transitions,
-        state=int(state) * (transitions + 1),
-        pairs=_pairs(config, chunk_sizes, tokens, vectors, state),
+        state=int(state) * (transitions + 1 - unread),
+        pairs=_pairs(config, chunk_sizes, tokens, vectors, state, read),
         documents=1,
         levels=3 * len(chunk_sizes) + 2,
         text=text + 1,
+        groups=frames + transitions,
     )
-    texts = {
-        "text_video": counts.video,
-        "text_side": counts.side,
-        "kept_text_video": counts.noisy_video,
-        "kept_text_side": counts.noisy_action,
-    }
-    whole = {item.name: getattr(counts, item.name) for item in fields(counts)}
-    whole |= {name: number * (text + 1) for name, number in texts.items()}
-    return SequenceCounts(**{name: copies * number for name, number in whole.items()})
+    counts = replace(
+        one,
+        text_video=one.video * one.text,
+        text_side=one.side * one.text,
+        kept_text_video=one.noisy_video * one.text,
+        kept_text_side=one.noisy_action * one.text,
+    )
+    return SequenceCounts(*(copies * getattr(counts, item.name) for item in fields(counts)))
 
 
-def _pairs(config: WAMConfig, chunk_sizes: Sequence[int], tokens: int, vectors: int, state: bool) -> int:
+def _pairs(
+    config: WAMConfig, chunk_sizes: Sequence[int], tokens: int, vectors: int, state: bool, read: bool
+) -> int:
     """Visible pairs of one document, chunk by chunk; the prefix is chunk 0."""
-    history, sequential = int(config.action_history), config.coupling == "sequential"
-    video_frame, side_frame = tokens, int(state) + vectors * history
+    sequential, vectors_clean = config.coupling == "sequential", vectors * int(config.action_history)
+    side_frame = int(state) + vectors_clean
 
     def clean(first: int, stop: int) -> int:
         frames = max(0, stop - first)
-        return frames * (video_frame + side_frame) - (vectors * history if first == 0 and frames else 0)
+        return frames * (tokens + side_frame) - (vectors_clean if first == 0 and frames else 0)
 
     prefix_side = int(state)
-    total = (video_frame + prefix_side) ** 2 if not sequential else video_frame**2 + prefix_side * clean(0, 1)
+    total = tokens**2 + prefix_side * clean(0, 1) if sequential else clean(0, 1) ** 2
     start = 1
-    for size in chunk_sizes:
+    for number, size in enumerate(chunk_sizes):
         before = clean(max(0, start - config.window), start)
-        own_video, own_side, own_action = size * video_frame, size * side_frame, size * vectors
-        total += (own_video + own_side + own_video + own_action) * before
+        video, side, action = size * tokens, size * side_frame, size * vectors
+        last = read and number == len(chunk_sizes) - 1
         if sequential:
-            total += own_video**2 + own_side * (own_video + own_side)
-            total += own_video**2 + own_action * (own_action + own_video)
+            total += video * (before + video) + action * (before + action + video)  # noisy
+            total += video * (before + video) + (0 if last else side * (before + video + side))  # clean
         else:
-            total += (own_video + own_side) ** 2 + (own_video + own_action) ** 2
+            total += (video + action) * (before + video + action)
+            total += 0 if last else (video + side) * (before + video + side)
         start += size
     return total
 
@@ -277,15 +287,15 @@ def activation_bytes(config: WAMConfig, counts: SequenceCounts, recompute: str =
 def _layer_bytes(config: WAMConfig, counts: SequenceCounts, bf16: bool) -> float:
     """What one layer keeps: in each bracket the numbers in the autocast type, then those that are float32 always.
 
-    Counted off the layer's code: of all tokens the inputs of q, k, v (three casts under bf16, one tensor otherwise) and
-    of the output, q, k, v and what attention returned, and q and k before and after their norm; of one expert's tokens
-    what its norms, gates, cross-attention and feed-forward keep.
+    Counted off the layer's code: of all tokens the inputs of q, k, v (three casts under bf16, one tensor otherwise), q
+    and k before their norm, q, k, v and what attention returned; of one expert's tokens what its norms, gates,
+    cross-attention and feed-forward keep, and the modulation, which the action expert has for each token.
     """
     w, a, heads = config.width, config.action_width, config.heads
     side_heads = a // config.head_dim
     low, casts = (2, 2) if bf16 else (4, 0)
-    common = counts.tokens * (low * (6 + casts) * w + 4 * (4 * w + 3 * heads))
-    video = counts.video * (low * (6 * w + 2 * config.ffn) + 4 * (7 * w + 2 * heads + 6))
-    side = counts.side * (low * (7 * a + 2 * config.action_ffn) + 4 * (11 * a + 2 * side_heads + 6))
-    text = counts.text * (low * 2 + 4 * 2) * (w + a)
-    return float(common + video + side + text)
+    common = counts.tokens * (low * (7 + casts) * w + 4 * 3 * heads)
+    video = counts.video * (low * (7 * w + 2 * config.ffn) + 4 * (5 * w + 2 * heads + 6))
+    side = counts.side * (low * (8 * a + 2 * config.action_ffn) + 4 * (13 * a + 2 * side_heads + 6))
+    text = counts.text * low * (3 + casts) * (w + a)
+    return float(common + video + side + text + counts.groups * 4 * 8 * w)

@@ -13,9 +13,9 @@ import pytest
 from repvitok.data import LeRobotReader
 from repvitok.errors import UserError
 from repwam_core.sim.collect import collect, read_plan
-from repwam_core.sim.demonstrations import NOISE_MODES
+from repwam_core.sim.demonstrations import NOISE_MODES, record_demonstration
 from repwam_core.sim.instructions import paraphrases
-from repwam_core.sim.metaworld import MetaWorldSettings
+from repwam_core.sim.metaworld import MetaWorldSettings, MetaWorldTask
 
 SMALL = MetaWorldSettings(size=(32, 32))
 TASKS = ("handle-press-side", "reach")
@@ -137,3 +137,12 @@ def test_pushed_demonstrations_still_succeed(tmp_path):
     noisy = collect(tmp_path / "n", ["handle-press-side"], episodes_per_task=2, settings=SMALL, noise=pushes, workers=1)
     assert noisy.episodes == 2
     assert list(noisy.failed_attempts) == ["handle-press-side"]
+
+
+def test_frames_in_the_data_set_are_close_to_what_was_drawn(collected):
+    reader, task = LeRobotReader(collected), MetaWorldTask(TASKS[0], SMALL)
+    seen = record_demonstration(task, reader.episodes[0].metadata["environment_seed"])
+    task.close()
+    (camera,) = reader.camera_keys
+    error = reader.frames(0, camera, None).astype(float) - seen.frames[camera]
+    assert 10 * np.log10(255**2 / np.square(error).mean()) > 36  # 4:2:0 at crf 18 leaves 30 dB

@@ -1,7 +1,7 @@
-"""Wilson's interval against values worked out by hand."""
+"""Wilson's and Newcombe's intervals against values worked out by hand or published."""
 
 import pytest
-from repwam_core.sim.intervals import wilson_interval
+from repwam_core.sim.intervals import difference_interval, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,14 @@ def test_narrows_with_more_episodes_and_mirrors():
 def test_impossible_counts_are_refused(successes, episodes):
     with pytest.raises(ValueError, match=f"got {successes} of {episodes}"):
         wilson_interval(successes, episodes)
+
+
+def test_newcombes_own_example():
+    assert difference_interval((56, 70), (48, 80)) == pytest.approx((0.0524, 0.3339), abs=1e-4)
+
+
+def test_differences_mirror_and_hold_zero_for_equal_rates():
+    low, high = difference_interval((3, 17), (11, 20))
+    assert difference_interval((11, 20), (3, 17)) == pytest.approx((-high, -low))
+    low, high = difference_interval((5, 10), (10, 20))
+    assert low < 0 < high

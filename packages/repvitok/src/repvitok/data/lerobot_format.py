@@ -72,7 +72,7 @@ def number_feature(dtype: str, shape: Sequence[int], names: Sequence[str] | None
     return {"dtype": dtype, "shape": list(shape), "names": None if names is None else list(names)}
 
 
-def camera_feature(height: int, width: int, fps: float | int) -> dict[str, Any]:
+def camera_feature(height: int, width: int, fps: float | int, pix_fmt: str = "yuv420p") -> dict[str, Any]:
     """How info.json describes a camera whose frames are stored as H.264 video."""
     return {
         "dtype": "video",
@@ -82,7 +82,7 @@ def camera_feature(height: int, width: int, fps: float | int) -> dict[str, Any]:
             "video.height": height,
             "video.width": width,
             "video.codec": "h264",
-            "video.pix_fmt": "yuv420p",
+            "video.pix_fmt": pix_fmt,
             "video.is_depth_map": False,
             "video.fps": fps,
             "video.channels": 3,

@@ -44,7 +44,7 @@ class LeRobotWriter:
         state_names: names of the channels of `observation.state`; empty for no state.
         action_names: names of the channels of `action`; empty for no actions.
         robot_type: what info.json calls the robot.
-        crf, gop: quality and key frame distance of the videos, see `write_video`.
+        crf, gop, pix_fmt: quality, key frame distance and colour of the videos, see `write_video`.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class LeRobotWriter:
         robot_type: str,
         crf: int = 18,
         gop: int = 8,
+        pix_fmt: str = "yuv420p",
     ) -> None:
         if version not in DATA_PATH:
             raise ValueError(f"version must be one of {sorted(DATA_PATH)}, got {version!r}")
@@ -66,7 +67,7 @@ class LeRobotWriter:
             raise ValueError(f"fps must be positive, got {fps}")
         self.root, self.version, self.robot_type = Path(root), version, robot_type
         self.fps = int(fps) if float(fps).is_integer() else float(fps)  # info.json says 30, not 30.0
-        self._crf, self._gop = crf, gop
+        self._video = {"crf": crf, "gop": gop, "pix_fmt": pix_fmt}
         self._cameras = {key: (int(height), int(width)) for key, (height, width) in cameras.items()}
         self._numbers: dict[str, dict[str, Any]] = {}
         if state_names:
@@ -108,7 +109,7 @@ class LeRobotWriter:
             raise ValueError(f"metadata {taken}: these names belong to the format, or hold a '/'; choose others")
         features = {**self._numbers, **_extra_features(extra or {})}
         for key, pixels in frames.items():
-            write_video(self._files.video_path(index, key), pixels, self.fps, crf=self._crf, gop=self._gop)
+            write_video(self._files.video_path(index, key), pixels, self.fps, **self._video)
         record = {
             "episode_index": index,
             "length": length,
@@ -144,7 +145,7 @@ class LeRobotWriter:
             consolidate_v30(self._files, common)
 
     def _features(self, numbers: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        cameras = {key: camera_feature(*size, self.fps) for key, size in self._cameras.items()}
+        cameras = {key: camera_feature(*size, self.fps, self._video["pix_fmt"]) for key, size in self._cameras.items()}
         counters = {key: number_feature(dtype, [1], None) for key, dtype in INDEX_FEATURES.items()}
         return {**numbers, **cameras, **counters}
 

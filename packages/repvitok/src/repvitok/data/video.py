@@ -161,6 +161,10 @@ class VideoFile:
             yield container, container.streams.video[0]
 
 
+PIXEL_FORMATS = ("yuv420p", "yuv444p")
+"""How `write_video` stores colour: at half of both sides, or whole."""
+
+
 def write_video(
     path: str | os.PathLike[str],
     frames: UInt8[np.ndarray, "n h w 3"],
@@ -168,31 +172,36 @@ def write_video(
     *,
     crf: int = 18,
     gop: int = 8,
+    pix_fmt: str = "yuv420p",
 ) -> None:
-    """Writes RGB frames as H.264 (yuv420p) mp4: the same bytes for the same frames, whole or not at all.
+    """Writes RGB frames as H.264 mp4: the same bytes for the same frames, whole or not at all.
 
     Args:
         path: the file, .mp4; its folder is created.
-        frames: (n, H, W, 3) uint8 with even H and W (4:2:0 halves the colour planes).
+        frames: (n, H, W, 3) uint8; H and W even in yuv420p.
         fps: frames per second.
         crf: x264's quality, 0 (lossless luma) to 51; 18 is hard to tell from the original.
         gop: frames between key frames; a random read decodes half of it on average.
+        pix_fmt: "yuv420p" halves both sides of the colour planes and plays everywhere; "yuv444p" keeps them whole,
+            which small frames need, and some players (browsers among them) do not show it.
 
     Raises:
-        ValueError: no frames, or a shape or dtype that cannot be written.
+        ValueError: no frames, an unknown pix_fmt, or a shape or dtype that cannot be written.
     """
     path = Path(path)
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
         raise ValueError(f"{path}: expected at least one frame (n, H, W, 3) uint8, got {frames.shape} {frames.dtype}")
     height, width = frames.shape[1:3]
-    if height % 2 or width % 2:
+    if pix_fmt not in PIXEL_FORMATS:
+        raise ValueError(f"{path}: pix_fmt must be one of {PIXEL_FORMATS}, got {pix_fmt!r}")
+    if pix_fmt == "yuv420p" and (height % 2 or width % 2):
         raise ValueError(f"{path}: H.264 in yuv420p needs an even height and width, got {height}x{width}")
     path.parent.mkdir(parents=True, exist_ok=True)
     rate = Fraction(fps).limit_denominator(65535)
     with av.open(str(partial_path(path)), "w", format="mp4", options={"movflags": "faststart"}) as container:
         options = {"crf": str(crf), "g": str(gop), "bf": "0", "threads": "1", "preset": "veryfast"}
         stream = container.add_stream("libx264", rate=rate, options=options)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
         stream.codec_context.time_base = 1 / rate
         stream.codec_context.thread_count = 1
         for number, pixels in enumerate(frames):

@@ -6,31 +6,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from repwam_core.model.blocked import BlockedAttend
 from repwam_core.model.flex import FlexAttend
 from repwam_core.model.masks import Attend, dense_mask
-from repwam_core.model.plans import BlockPlan, block_plan
+from repwam_core.model.plans import block_plan
 from repwam_core.model.sequence import KEPT_LAYOUTS, SequenceLayout
 
-Heads = Float[Tensor, "b heads n c"]
 BACKENDS = ("auto", "flex", "blocked", "dense")
-
-
-def blocked_attention(q: Heads, k: Heads, v: Heads, plan: BlockPlan) -> Heads:
-    """Softmax attention where each query sees the keys of its block; equal to attention under the dense mask."""
-    q_parts, k_parts, v_parts = (x.split(plan.sizes, dim=-2) for x in (q, k, v))
-    outputs: list[Tensor] = list(q_parts)
-    for block in plan.blocks:
-        output = scaled_dot_product_attention(
-            _join(q_parts, block.queries), _join(k_parts, block.keys), _join(v_parts, block.keys)
-        )
-        pieces = output.split([plan.sizes[number] for number in block.queries], dim=-2)
-        for number, piece in zip(block.queries, pieces, strict=True):
-            outputs[number] = piece
-    return torch.cat(outputs, dim=-2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,16 +27,6 @@ class DenseAttend:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ARG002
         return scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
-
-
-@dataclass(frozen=True, eq=False)
-class BlockedAttend:
-    """Attention that computes the visible pairs only."""
-
-    plan: BlockPlan
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ARG002
-        return blocked_attention(q, k, v, self.plan)
 
 
 @lru_cache(maxsize=KEPT_LAYOUTS)
@@ -92,8 +68,3 @@ def make_attend(
     if backend == "flex":
         return FlexAttend.of(layout.streams, coupling, window, device)
     raise ValueError(f"attention backend: expected one of {BACKENDS}, got {backend!r}.")
-
-
-def _join(parts: tuple[Tensor, ...], numbers: tuple[int, ...]) -> Tensor:
-    """The chosen segments, one after the other."""
-    return parts[numbers[0]] if len(numbers) == 1 else torch.cat([parts[number] for number in numbers], dim=-2)

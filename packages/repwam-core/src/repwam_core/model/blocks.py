@@ -10,26 +10,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
-from repvitok.nn.rope import Rotary, rotate
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attention
+from torch.nn.functional import layer_norm, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from repwam_core.model.config import WAMConfig
+from repwam_core.model.heads import EPSILON, Heads, Stream, Turn, join_heads, normalised_heads, split_heads
 from repwam_core.model.masks import Attend
 from repwam_core.model.sequence import Run
-
-EPSILON = 1e-6
 
 Recompute = Literal["none", "selective", "full"]
 """What a layer computes again in the backward pass instead of keeping it: nothing, all but attention, or all of it."""
 
-Stream = Float[Tensor, "b n width"]
 TextKeysValues = tuple[Float[Tensor, "b documents heads s c"], Float[Tensor, "b documents heads s c"]]
 
 
@@ -65,11 +62,11 @@ class StreamContext:
 
 @dataclass(frozen=True, eq=False)
 class LayerContext:
-    """What all layers share in one pass: both streams' contexts, the rotary tables, the attention."""
+    """What all layers share in one pass: both streams' contexts, where the tokens stand, the attention."""
 
     video: StreamContext
     side: StreamContext
-    rotary: Rotary
+    turn: Turn
     attend: Attend
 
 
@@ -78,10 +75,12 @@ class Kept:
     """The tokens that leave the last layer: of the others only keys and values matter there.
 
     Attributes:
-        video_runs, side_runs: ranges of the tokens of each stream.
+        runs: ranges of tokens of both streams, video first.
+        video_runs, side_runs: the same of each stream.
         video, side: the contexts of those tokens alone.
     """
 
+    runs: list[Run]
     video_runs: list[Run]
     side_runs: list[Run]
     video: StreamContext
@@ -113,16 +112,6 @@ def add_gated(x: Stream, gate: Float[Tensor, "b groups width"], update: Stream) 
     return torch.addcmul(x.unflatten(1, groups), gate[:, :, None], update.unflatten(1, groups)).flatten(1, 2)
 
 
-def split_heads(x: Stream, head_dim: int) -> Float[Tensor, "b heads n c"]:
-    """Channels to heads, heads before tokens."""
-    return rearrange(x, "b n (heads c) -> b heads n c", c=head_dim)
-
-
-def join_heads(x: Float[Tensor, "b heads n c"]) -> Stream:
-    """The inverse of `split_heads`."""
-    return rearrange(x, "b heads n c -> b n (heads c)")
-
-
 class Projections(nn.Module):
     """Queries, keys and values out of a stream, with RMS-normalised queries and keys, and the way back.
 
@@ -142,18 +131,13 @@ class Projections(nn.Module):
         self.query_scale = nn.Parameter(torch.ones(head_dim))
         self.key_scale = nn.Parameter(torch.ones(head_dim))
 
-    def queries(self, x: Stream) -> Float[Tensor, "b heads n c"]:
-        """Normalised queries of a stream."""
-        return self._normalised(self.query(x), self.query_scale)
+    def queries(self, x: Stream, turn: Turn | None = None) -> Heads:
+        """Normalised queries of a stream, turned to where their tokens stand."""
+        return normalised_heads(self.query(x), self.query_scale, turn)
 
-    def keys_values(self, x: Stream) -> tuple[Float[Tensor, "b heads n c"], Float[Tensor, "b heads n c"]]:
-        """Normalised keys, and values, of a stream."""
-        return self._normalised(self.key(x), self.key_scale), split_heads(self.value(x), self.head_dim)
-
-    def _normalised(self, x: Stream, scale: Float[Tensor, " c"]) -> Float[Tensor, "b heads n c"]:
-        """Heads divided by their root mean square, times a learned scale that all heads share."""
-        by_head = x.unflatten(-1, (-1, self.head_dim))
-        return rms_norm(by_head, (self.head_dim,), scale.to(x.dtype), EPSILON).transpose(1, 2)
+    def keys_values(self, x: Stream, turn: Turn | None = None) -> tuple[Heads, Heads]:
+        """Normalised keys, turned as the queries are, and values, of a stream."""
+        return normalised_heads(self.key(x), self.key_scale, turn), split_heads(self.value(x), self.head_dim)
 
 
 class SharedAttention(nn.Module):
@@ -165,15 +149,15 @@ class SharedAttention(nn.Module):
         self.action_enter = nn.Linear(config.action_width, config.width)
         self.action_leave = nn.Linear(config.width, config.action_width)
 
-    def enter(self, video: Tensor, side: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def enter(self, video: Tensor, side: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (b, heads, n, c) of all tokens, video first."""
         x = torch.cat([video, self.action_enter(side)], dim=1)
-        return self.shared.queries(x), *self.shared.keys_values(x)
+        return self.shared.queries(x, turn), *self.shared.keys_values(x, turn)
 
-    def leave(self, video: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:
-        """The updates of both streams from what their tokens attended to, (b, n, width) each."""
-        x = self.shared.out(torch.cat([video, side], dim=1))
-        return x[:, : video.shape[1]], self.action_leave(x[:, video.shape[1] :])
+    def leave(self, attended: Stream, videos: int) -> tuple[Tensor, Tensor]:
+        """The updates of both streams from what their tokens, of which `videos` are video, attended to."""
+        video, side = self.shared.out(attended).split([videos, attended.shape[1] - videos], dim=1)
+        return video, self.action_leave(side)
 
 
 class PerModalityAttention(nn.Module):
@@ -184,15 +168,18 @@ class PerModalityAttention(nn.Module):
         self.video = Projections(config.width, config.width, config.head_dim)
         self.action = Projections(config.action_width, config.width, config.head_dim)
 
-    def enter(self, video: Tensor, side: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def enter(self, video: Tensor, side: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (b, heads, n, c) of all tokens, video first."""
-        of_video = self.video.queries(video), *self.video.keys_values(video)
-        of_side = self.action.queries(side), *self.action.keys_values(side)
+        videos, n = video.shape[1], len(turn.along)
+        video_turn, side_turn = turn.tokens(0, videos), turn.tokens(videos, n)
+        of_video = self.video.queries(video, video_turn), *self.video.keys_values(video, video_turn)
+        of_side = self.action.queries(side, side_turn), *self.action.keys_values(side, side_turn)
         q, k, v = (torch.cat(parts, dim=2) for parts in zip(of_video, of_side, strict=True))
         return q, k, v
 
-    def leave(self, video: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:
-        """The updates of both streams from what their tokens attended to, (b, n, width) each."""
+    def leave(self, attended: Stream, videos: int) -> tuple[Tensor, Tensor]:
+        """The updates of both streams from what their tokens, of which `videos` are video, attended to."""
+        video, side = attended.split([videos, attended.shape[1] - videos], dim=1)
         return self.video.out(video), self.action.out(side)
 
 
@@ -222,12 +209,23 @@ class CrossAttention(nn.Module):
         return self.projections.out(join_heads(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)))
 
 
+class Modulation(NamedTuple):
+    """Shift, scale and gate of self-attention, then of the feed-forward, of each group of tokens."""
+
+    shift: Float[Tensor, "b groups width"]
+    scale: Float[Tensor, "b groups width"]
+    gate: Float[Tensor, "b groups width"]
+    ffn_shift: Float[Tensor, "b groups width"]
+    ffn_scale: Float[Tensor, "b groups width"]
+    ffn_gate: Float[Tensor, "b groups width"]
+
+
 class ExpertLayer(nn.Module):
     """What one layer holds for one modality alone: modulation table, cross-attention, feed-forward."""
 
     def __init__(self, width: int, ffn: int, head_dim: int) -> None:
         super().__init__()
-        # Shift, scale, gate of self-attention and of the feed-forward; open gates: at first a plain pre-norm layer.
+        # In the order of `Modulation`; open gates: at first a plain pre-norm layer.
         table = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0, 1.0])
         self.table = nn.Parameter(table[None, :, None].repeat(1, 1, width))
         self.cross_norm = nn.LayerNorm(width, eps=EPSILON)
@@ -235,28 +233,28 @@ class ExpertLayer(nn.Module):
         self.ffn_in = nn.Linear(width, ffn)
         self.ffn_out = nn.Linear(ffn, width)
 
-    def before_attention(self, x: Stream, context: StreamContext) -> Stream:
+    def modulation(self, context: StreamContext) -> Modulation:
+        """This layer's modulation of the stream's groups."""
+        return Modulation(*(context.modulation + self.table).unbind(dim=2))
+
+    def before_attention(self, x: Stream, modulation: Modulation) -> Stream:
         """Normalised and modulated tokens for self-attention."""
-        return self.modulated(x, context.modulation)
+        return modulate(normalise(x), modulation.shift, modulation.scale)
 
-    def modulated(self, x: Stream, modulation: Float[Tensor, "b groups 6 width"]) -> Stream:
-        """Layer norm, shifted and scaled for self-attention."""
-        shift, scale = (modulation[:, :, :2] + self.table[:, :2]).unbind(dim=2)
-        return modulate(normalise(x), shift, scale)
-
-    def after_attention(self, layer: int, x: Stream, update: Stream, context: StreamContext) -> Stream:
+    def after_attention(
+        self, layer: int, x: Stream, update: Stream, modulation: Modulation, context: StreamContext
+    ) -> Stream:
         """Self-attention's update added, then cross-attention and feed-forward."""
         if not x.shape[1]:
             return x
-        x = add_gated(x, context.modulation[:, :, 2] + self.table[:, 2], update)
+        x = add_gated(x, modulation.gate, update)
         x = x + self.cross(layer, self.cross_norm(x), context)
-        return self.feed_forward(x, context.modulation)
+        return self.feed_forward(x, modulation)
 
-    def feed_forward(self, x: Stream, modulation: Float[Tensor, "b groups 6 width"]) -> Stream:
+    def feed_forward(self, x: Stream, modulation: Modulation) -> Stream:
         """The feed-forward network, modulated and gated, added."""
-        shift, scale, gate = (modulation[:, :, 3:] + self.table[:, 3:]).unbind(dim=2)
-        hidden = nn.functional.gelu(self.ffn_in(modulate(normalise(x), shift, scale)))
-        return add_gated(x, gate, self.ffn_out(hidden))
+        inner = modulate(normalise(x), modulation.ffn_shift, modulation.ffn_scale)
+        return add_gated(x, modulation.ffn_gate, self.ffn_out(nn.functional.gelu(self.ffn_in(inner))))
 
 
 class WAMLayer(nn.Module):
@@ -291,31 +289,33 @@ class WAMLayer(nn.Module):
         self, layer: int, video: Stream, side: Tensor, context: LayerContext, kept: Kept | None
     ) -> tuple[Tensor, Tensor]:
         around = _recomputed if self.recompute == "selective" else _called
-        q, k, v = around(self._enter, video, side, context)
+        modulations = self.video.modulation(context.video), self.action.modulation(context.side)
+        q, k, v = around(self._enter, video, side, *modulations, context)
         attended = join_heads(context.attend(layer, q, k, v))
-        return around(self._leave, layer, video, side, attended, context, kept)
+        return around(self._leave, layer, video, side, attended, *modulations, context, kept)
 
-    def _enter(self, video: Stream, side: Tensor, context: LayerContext) -> tuple[Tensor, Tensor, Tensor]:
+    def _enter(
+        self, video: Stream, side: Tensor, of_video: Modulation, of_side: Modulation, context: LayerContext
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of the tokens of both streams, video first."""
-        q, k, v = self.attention.enter(
-            self.video.before_attention(video, context.video), self.action.before_attention(side, context.side)
-        )
-        return rotate(q, context.rotary), rotate(k, context.rotary), v
+        before = self.video.before_attention(video, of_video), self.action.before_attention(side, of_side)
+        return self.attention.enter(*before, context.turn)
 
     def _leave(
-        self, layer: int, video: Stream, side: Tensor, attended: Tensor, context: LayerContext, kept: Kept | None
-    ) -> tuple[Tensor, Tensor]:
+        self, layer: int, video: Stream, side: Tensor, attended: Tensor, of_video: Modulation, of_side: Modulation,
+        context: LayerContext, kept: Kept | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Both streams after the layer, from what their tokens attended to, at the width of the video expert."""
-        of_video, of_side = context.video, context.side
-        attended_video, attended_side = attended[:, : video.shape[1]], attended[:, video.shape[1] :]
+        video_context, side_context = context.video, context.side
         if kept is not None:
-            of_video, of_side = kept.video, kept.side
-            video, attended_video = take(video, kept.video_runs), take(attended_video, kept.video_runs)
-            side, attended_side = take(side, kept.side_runs), take(attended_side, kept.side_runs)
-        updates = self.attention.leave(attended_video, attended_side)
+            video, side = take(video, kept.video_runs), take(side, kept.side_runs)
+            attended = take(attended, kept.runs)
+            video_context, side_context = kept.video, kept.side
+            of_video, of_side = self.video.modulation(kept.video), self.action.modulation(kept.side)
+        updates = self.attention.leave(attended, video.shape[1])
         return (
-            self.video.after_attention(layer, video, updates[0], of_video),
-            self.action.after_attention(layer, side, updates[1], of_side),
+            self.video.after_attention(layer, video, updates[0], of_video, video_context),
+            self.action.after_attention(layer, side, updates[1], of_side, side_context),
         )
 
 

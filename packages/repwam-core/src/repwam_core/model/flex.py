@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad
 
+from repwam_core.model.blocked import BlockPlan
 from repwam_core.model.masks import visible
-from repwam_core.model.plans import BlockPlan, block_plan
+from repwam_core.model.plans import block_plan
 from repwam_core.model.sequence import PADDING, SequenceLayout, TokenFields
 
 TILE = 128

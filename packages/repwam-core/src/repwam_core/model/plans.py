@@ -7,37 +7,16 @@ in time to matter, so that the work grows with tokens times window.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from repwam_core.model.sequence import PADDING, SequenceLayout, TokenFields
+from repwam_core.model.blocked import Block, BlockPlan
 from repwam_core.model.masks import pairs
+from repwam_core.model.sequence import PADDING, SequenceLayout, TokenFields
 
 ROWS_AT_A_TIME = 1024
 """Runs whose visibility is worked out at once: bounds the memory of a plan."""
-
-
-@dataclass(frozen=True)
-class Block:
-    """Queries that see exactly the same keys: numbers of segments, in order."""
-
-    queries: tuple[int, ...]
-    keys: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class BlockPlan:
-    """A layout cut into segments of consecutive tokens, and blocks of segments inside which everything is visible.
-
-    Attributes:
-        sizes: tokens of each segment; they cover the layout in order.
-        blocks: every segment is among the queries of exactly one block, or of none if it is padding.
-    """
-
-    sizes: tuple[int, ...]
-    blocks: tuple[Block, ...]
 
 
 def block_plan(layout: SequenceLayout, coupling: str, window: int) -> BlockPlan:

@@ -22,10 +22,12 @@ from repwam_core.model.blocks import (
     take,
 )
 from repwam_core.model.config import ActionSpace, WAMConfig
+from repwam_core.model.heads import Turn
 from repwam_core.model.inputs import Velocities, WAMInputs
 from repwam_core.model.attention import masked_attend
 from repwam_core.model.masks import Attend
 from repwam_core.model.sequence import Run, SequenceLayout
+from repwam_core.model.unread import without_unread
 
 
 class SpaceProjections(nn.Module):
@@ -172,6 +174,9 @@ class WorldActionModel(PretrainedModel):
             ValueError: tensors that do not fit the layout or the model.
         """
         inputs.check(self.config)
+        if attend is None:
+            inputs = without_unread(inputs, self.config.coupling)
+            attend = masked_attend(inputs.layout, self.config.coupling, self.config.window)
         layout = inputs.layout.to(inputs.video.device)
         video, side = self._embed(inputs, layout)
         of_video, of_side = self.embed_text(inputs.text, inputs.text_mask) if text is None else text
@@ -179,9 +184,7 @@ class WorldActionModel(PretrainedModel):
             self.video, inputs.times, layout.video_stream, layout.group, of_video
         )
         side_context, side_levels = _stream_context(self.action, inputs.times, layout.side_stream, 1, of_side)
-        if attend is None:
-            attend = masked_attend(inputs.layout, self.config.coupling, self.config.window)
-        context = LayerContext(video_context, side_context, self._rotary(layout.streams.position), attend)
+        context = LayerContext(video_context, side_context, Turn.of(self._rotary(layout.streams.position)), attend)
         kept = _noisy_tokens(layout, video_context, side_context)
         for number, layer in enumerate(self.layers):
             video, side = layer(number, video, side, context, kept if number == self.config.depth - 1 else None)
@@ -243,14 +246,17 @@ def _stream_context(
     level = stream.level[::group]
     with torch.autocast(times.device.type, enabled=False):
         embedding, modulation = expert.levels(times)
-    return StreamContext(modulation[:, level], text, stream.document_runs), embedding[:, level]
+    context = StreamContext(modulation.index_select(1, level), text, stream.document_runs)
+    return context, embedding.index_select(1, level)
 
 
 def _noisy_tokens(layout: SequenceLayout, video: StreamContext, side: StreamContext) -> Kept:
     """What leaves the last layer: the tokens whose velocities are asked for."""
     of_video, of_side = layout.noisy_video_runs, layout.noisy_action_runs
     groups = _in_groups(of_video, layout.group)
-    return Kept(of_video, of_side, _narrow(video, of_video, groups), _narrow(side, of_side, of_side))
+    videos = len(layout.video)
+    both = [*of_video, *((start + videos, stop + videos) for start, stop in of_side)]
+    return Kept(both, of_video, of_side, _narrow(video, of_video, groups), _narrow(side, of_side, of_side))
 
 
 def _narrow(context: StreamContext, tokens: list[Run], groups: list[Run]) -> StreamContext:

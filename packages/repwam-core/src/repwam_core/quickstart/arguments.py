@@ -36,4 +36,10 @@ def add_quickstart_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="multiply the training steps of every stage (default: %(default)s, about a quarter of an hour on 2 cores)",
     )
+    parser.add_argument(
+        "--controls",
+        action="store_true",
+        help="also train the policy without latent actions, without the video objective and on an untrained "
+        "tokenizer, and report what each of them buys (about twice the time again)",
+    )
     parser.add_argument("--workers", type=int, default=2, help="simulator processes (default: %(default)s)")

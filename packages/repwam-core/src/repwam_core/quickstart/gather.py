@@ -18,6 +18,7 @@ import yaml
 from repvitok.curves import read_curves
 
 from repwam_core.quickstart import closed_loop, pictures
+from repwam_core.quickstart.controls import CONTROLS
 from repwam_core.quickstart.findings import findings
 from repwam_core.quickstart.training import FIT
 from repwam_core.report import (
@@ -35,7 +36,7 @@ from repwam_core.sim.metaworld import canonical_name
 from repwam_core.sim.results import EpisodeResult
 
 if TYPE_CHECKING:
-    from repwam_core.quickstart.pipeline import Run, Trained
+    from repwam_core.quickstart.chain import Run, Trained
     from repwam_core.quickstart.stages import StageResult
 
 PACKAGES = ("repvitok", "latent-action", "repwam-core", "torch", "lightning", "numpy", "metaworld", "mujoco")
@@ -67,7 +68,7 @@ def report_data(this: Run, trained: Trained, outcome: dict[str, StageResult]) ->
 
 def _run_info(this: Run, trained: Trained) -> RunInfo:
     stages = [Stage(r.name, r.seconds, r.cached, r.digest[:10], _key_result(r.summary)) for r in this.runner.results]
-    what = trained.dataset.name if not this.plan.all_tasks else "Meta-World"
+    what = trained.prepared.data.folder.name if not this.plan.all_tasks else "Meta-World"
     return RunInfo(
         title=f"RepWAM quickstart on {what}",
         command=this.command,
@@ -95,15 +96,15 @@ def _key_result(summary: dict[str, Any]) -> str:
 def _configuration(this: Run, trained: Trained) -> str:
     """The plan, then the resolved configuration of every training stage."""
     parts = [f"# plan\n{yaml.safe_dump(json.loads(json.dumps(this.plan.to_dict())), sort_keys=False)}"]
-    for stage in (trained.tokenizer, trained.lat, trained.pretrained, trained.adapted):
+    for stage in (trained.prepared.tokenizer, trained.prepared.lat, trained.pretrained, trained.adapted):
         parts.append(f"# {stage.name}\n{(stage.folder / FIT / 'config.yaml').read_text()}")
     return "\n".join(parts)
 
 
 def _curves(trained: Trained) -> dict[str, dict[str, Curve]]:
     stages = {
-        "visual tokenizer": trained.tokenizer,
-        "latent actions": trained.lat,
+        "visual tokenizer": trained.prepared.tokenizer,
+        "latent actions": trained.prepared.lat,
         "pretraining": trained.pretrained,
         "adaptation": trained.adapted,
     }
@@ -142,6 +143,10 @@ def _success(this: Run, outcome: dict[str, StageResult]) -> list[SuccessRow]:
     for baseline in closed_loop.BASELINES:
         results = closed_loop.read_results(outcome["baselines"].folder, baseline)
         rows.append(SuccessRow(baseline, _per_task(_of(tasks, results)), notes[baseline]))
+    for control, note in CONTROLS.items():
+        if control in outcome:
+            results = closed_loop.read_results(outcome[control].folder, "policy")
+            rows.append(SuccessRow(control, _per_task(_of(tasks, results)), note))
     return rows
 
 

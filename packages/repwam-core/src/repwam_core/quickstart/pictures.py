@@ -32,7 +32,7 @@ from repwam_core.report import (
 )
 
 if TYPE_CHECKING:
-    from repwam_core.quickstart.pipeline import Run, Trained
+    from repwam_core.quickstart.chain import Run, Trained
 
 MEASURED_EPISODES = 10
 SHOWN = 4
@@ -49,7 +49,7 @@ class OpenLoopFindings:
 
 def held_out(this: Run, trained: Trained) -> tuple[LeRobotReader, list[int]]:
     """The data set and the episodes that no training stage saw, at most ``MEASURED_EPISODES``."""
-    reader = LeRobotReader(trained.dataset)
+    reader = LeRobotReader(trained.prepared.data.folder)
     indices = [info.index for info in reader.episodes]
     return reader, split_episodes(indices, this.plan.held_out)[1][:MEASURED_EPISODES]
 
@@ -57,7 +57,7 @@ def held_out(this: Run, trained: Trained) -> tuple[LeRobotReader, list[int]]:
 def reconstruction(this: Run, trained: Trained) -> Reconstruction:
     """Held-out episodes through the tokenizer's stream and back, beside two trivial baselines."""
     reader, episodes = held_out(this, trained)
-    tokenizer = RepViTok.from_pretrained(trained.tokenizer_folder)
+    tokenizer = RepViTok.from_pretrained(trained.prepared.tokenizer_folder)
     camera, size = reader.camera_keys[0], this.plan.size
     clips, baselines = [], []
     for index in episodes:
@@ -96,14 +96,14 @@ def _quality(video_hat: Tensor, video: Tensor) -> tuple[float, float]:
 def latent_actions(this: Run, trained: Trained) -> LatentActions:
     """Where latent actions of held-out episodes act, and how much of the next latents they explain."""
     reader, episodes = held_out(this, trained)
-    lat = LatentActionTokenizer.from_pretrained(trained.lat_folder)
-    shards = LatentShards(trained.latents)
+    lat = LatentActionTokenizer.from_pretrained(trained.prepared.lat_folder)
+    shards = LatentShards(trained.prepared.latents)
     by_index = {e.episode_index: e for e in shards if e.offset == 0 and e.episode_index in episodes}
     pictures = [
         _transition(this, reader, lat, by_index[index], shards.meta.grid) for index in episodes if index in by_index
     ]
-    probe = json.loads((trained.labelled.folder / "probe.json").read_text())
-    summary = trained.lat.summary
+    probe = json.loads((trained.prepared.labelled.folder / "probe.json").read_text())
+    summary = trained.prepared.lat.summary
     r2 = {name: dict(zip(probe["channels"], probe[name]["r2"], strict=True)) for name in ("latent_action", "untrained")}
     r2["frames"] = dict(zip(probe["channels"], probe["frames"]["r2"], strict=True))
     varying = {name: {c: v for c, v in values.items() if v is not None} for name, values in r2.items()}

@@ -86,7 +86,9 @@ def label(folder: Path, *, lat: Path, latents: Path) -> dict[str, Any]:
     return {}
 
 
-def pretrain(folder: Path, *, repwam: Main, plan: Plan, seed: int, latents: Path) -> dict[str, Any]:
+def pretrain(
+    folder: Path, *, repwam: Main, plan: Plan, seed: int, latents: Path, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
     """Stage one: video latents and latent actions."""
     _fit(
         repwam,
@@ -96,6 +98,7 @@ def pretrain(folder: Path, *, repwam: Main, plan: Plan, seed: int, latents: Path
         seed,
         f"--data.latents={latents}",
         f"--data.held_out={plan.held_out}",
+        *overrides,
     )
     call(repwam, "export", "--ckpt", folder / FIT / LAST, "--out", folder / "wam", "--wam-only")
     return last_values(folder / FIT, "val/video", "val/action")
@@ -107,22 +110,28 @@ def adapt(
     repwam: Main,
     plan: Plan,
     seed: int,
+    steps: int,
     latents: Path,
     pretrained: Path | None,
     tokenizer: Path,
     lat: Path | None,
+    action_units: Sequence[str] = (),
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Stage two: robot actions, starting from the pretrained model; exports the policy to ``folder/policy``."""
+    """Stage two: robot actions, starting from the pretrained model; exports the policy to ``folder/policy``.
+
+    ``action_units`` are the action channels' units where they are known; a LeRobot data set does not hold them.
+    """
     _fit(
         repwam,
         "adapt.yaml",
         folder,
-        plan.steps.adapt,
+        steps,
         seed,
         f"--data.latents={latents}",
         f"--data.held_out={plan.held_out}",
         f"--model.init_from={'null' if pretrained is None else pretrained}",
+        *((f"--data.action_units=[{','.join(map(repr, action_units))}]",) if action_units else ()),
         *overrides,
     )
     call(

@@ -15,6 +15,7 @@ from repwam_core.model.flow import UniformSNRSampler, interpolate, velocity_targ
 from repwam_core.model.inputs import Velocities, WAMInputs, document_inputs, pack
 from repwam_core.model.masks import Attend
 from repwam_core.model.sequence import SequenceLayout, concat, training_layout
+from repwam_core.model.unread import read_tokens, without_unread
 from repwam_core.model.wam import WorldActionModel
 
 
@@ -152,13 +153,17 @@ def documents_loss(
         action_weight: lambda_a.
         attend: makes the attention of the packed layout, which it gets on the CPU; None is the model's own choice.
     """
-    device = documents[0].batch.latents.device
+    device, coupling = documents[0].batch.latents.device, wam.config.coupling
     layouts = [document.layout(wam, space, device) for document in documents]
     inputs = [
         noised_inputs(document.batch, layout, document.chunk_sizes, document.noise, space)
         for document, layout in zip(documents, layouts, strict=True)
     ]
-    attention = attend(concat([document.layout(wam, space) for document in documents])) if attend else None
+    attention = None
+    if attend is not None:
+        inputs = [without_unread(entry, coupling) for entry in inputs]
+        on_cpu = [read_tokens(document.layout(wam, space), coupling).layout for document in documents]
+        attention = attend(concat(on_cpu))
     velocities = wam(inputs[0] if len(inputs) == 1 else pack(inputs), attention)
     parts = _velocities_of(velocities, layouts)
     terms = [

@@ -156,5 +156,5 @@ def compile_layers(wam: WorldActionModel) -> None:
     """
     for expert in wam.modules():
         if isinstance(expert, ExpertLayer):
-            for name in ("modulated", "feed_forward"):
+            for name in ("before_attention", "feed_forward"):
                 setattr(expert, name, torch.compile(getattr(expert, name), dynamic=True))

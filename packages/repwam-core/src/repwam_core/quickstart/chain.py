@@ -1,0 +1,203 @@
+"""The stages that lead from a data set to a policy, each fed by the ones before it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from repwam_core import __version__
+from repwam_core.quickstart import training
+from repwam_core.quickstart.plan import RECIPES, Plan
+from repwam_core.quickstart.stages import StageResult, StageRunner
+
+
+@dataclass(frozen=True)
+class Run:
+    """One invocation of the quickstart."""
+
+    plan: Plan
+    seed: int
+    workers: int
+    runner: StageRunner
+    command: str
+    started_s: float
+    repwam: training.Main
+
+    def stage(self, name: str, work: Any, *, inputs: dict[str, StageResult | str], **settings: Any) -> StageResult:
+        """Run a stage whose inputs are earlier stages (or digests); recipes and version count as settings."""
+        digests = {key: value if isinstance(value, str) else value.digest for key, value in inputs.items()}
+        settings = {"version": __version__, **settings}
+        return self.runner.run(name, work, settings=settings, inputs=digests)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What the stages learn from.
+
+    Attributes:
+        folder: a LeRobot data set.
+        digest: its identity.
+        action_units: of the action channels where they are known; a LeRobot data set does not hold them.
+    """
+
+    folder: Path
+    digest: str
+    action_units: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The stages that make the world action model's training data, and where their outputs lie."""
+
+    data: DataSet
+    tokenizer: StageResult
+    encoded: StageResult
+    lat: StageResult
+    labelled: StageResult
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        return self.tokenizer.folder / "tokenizer"
+
+    @property
+    def lat_folder(self) -> Path:
+        return self.lat.folder / "lat"
+
+    @property
+    def latents(self) -> Path:
+        return self.labelled.folder / "latents"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """All training stages; the last holds the policy."""
+
+    prepared: Prepared
+    pretrained: StageResult
+    adapted: StageResult
+
+    @property
+    def policy(self) -> Path:
+        return self.adapted.folder / "policy"
+
+
+def train(this: Run, data: DataSet) -> Trained:
+    """All training stages, the same for simulated and recorded data."""
+    plan = this.plan
+    tokenizer = this.stage(
+        "tokenizer",
+        partial(training.train_tokenizer, plan=plan, seed=this.seed, dataset=data.folder),
+        inputs={"dataset": data.digest, "recipe": recipe("repvitok.yaml")},
+        steps=plan.steps.repvitok,
+        seed=this.seed,
+        size=plan.size,
+        stride=plan.stride,
+        held_out=plan.held_out,
+    )
+    return train_on_latents(this, data, tokenizer)
+
+
+def train_on_latents(
+    this: Run, data: DataSet, tokenizer: StageResult, *, prefix: str = "", overrides: Sequence[str] = ()
+) -> Trained:
+    """The stages after the tokenizer's.
+
+    Args:
+        this: the run.
+        data: what to learn from.
+        tokenizer: a stage whose folder holds ``tokenizer``.
+        prefix: of the stages' names, for a second chain in one run.
+        overrides: laid over both recipes of the world action model.
+    """
+    plan, common = this.plan, {"seed": this.seed, "held_out": this.plan.held_out}
+    encoded = this.stage(
+        f"{prefix}encode",
+        partial(training.encode, plan=plan, dataset=data.folder, tokenizer=tokenizer.folder / "tokenizer"),
+        inputs={"dataset": data.digest, "tokenizer": tokenizer},
+        size=plan.size,
+        stride=plan.stride,
+        offsets=plan.offsets,
+    )
+    latents = encoded.folder / "latents"
+    lat = this.stage(
+        f"{prefix}latent-actions",
+        partial(training.train_latent_actions, plan=plan, seed=this.seed, latents=latents),
+        inputs={"latents": encoded, "recipe": recipe("latent_action.yaml")},
+        steps=plan.steps.latent_action,
+        **common,
+    )
+    labelled = this.stage(
+        f"{prefix}label",
+        partial(training.label, lat=lat.folder / "lat", latents=latents),
+        inputs={"latents": encoded, "lat": lat},
+    )
+    prepared = Prepared(data, tokenizer, encoded, lat, labelled)
+    return train_world_model(this, prepared, prefix=prefix, overrides=overrides)
+
+
+def train_world_model(this: Run, given: Prepared, *, prefix: str = "", overrides: Sequence[str] = ()) -> Trained:
+    """Both stages of the world action model, on labelled latents; arguments as in `train_on_latents`."""
+    pretrained = this.stage(
+        f"{prefix}pretrain",
+        partial(
+            training.pretrain,
+            repwam=this.repwam,
+            plan=this.plan,
+            seed=this.seed,
+            latents=given.latents,
+            overrides=overrides,
+        ),
+        inputs={"latents": given.labelled, "recipe": recipe("pretrain.yaml")},
+        steps=this.plan.steps.pretrain,
+        **_settings(this, overrides),
+    )
+    adapted = adapt(this, given, pretrained, steps=this.plan.steps.adapt, prefix=prefix, overrides=overrides)
+    return Trained(given, pretrained, adapted)
+
+
+def adapt(
+    this: Run,
+    given: Prepared,
+    pretrained: StageResult | None,
+    *,
+    steps: int,
+    prefix: str = "",
+    overrides: Sequence[str] = (),
+) -> StageResult:
+    """Adaptation to robot actions, from a pretrained model or from scratch."""
+    inputs: dict[str, StageResult | str] = {"latents": given.labelled, "recipe": recipe("adapt.yaml")}
+    if pretrained is not None:
+        inputs["pretrained"] = pretrained
+    return this.stage(
+        f"{prefix}adapt",
+        partial(
+            training.adapt,
+            repwam=this.repwam,
+            plan=this.plan,
+            seed=this.seed,
+            steps=steps,
+            latents=given.latents,
+            pretrained=None if pretrained is None else pretrained.folder / "wam",
+            tokenizer=given.tokenizer_folder,
+            lat=given.lat_folder,
+            action_units=given.data.action_units,
+            overrides=overrides,
+        ),
+        inputs=inputs,
+        steps=steps,
+        action_units=list(given.data.action_units),
+        **_settings(this, overrides),
+    )
+
+
+def recipe(name: str) -> str:
+    """The text of one of the quickstart's recipes: part of its stage's identity."""
+    return (RECIPES / name).read_text()
+
+
+def _settings(this: Run, overrides: Sequence[str]) -> dict[str, Any]:
+    settings: dict[str, Any] = {"seed": this.seed, "held_out": this.plan.held_out}
+    return settings | ({"overrides": list(overrides)} if overrides else {})

@@ -1,0 +1,70 @@
+"""Normalised and turned heads equal the written-out chain of norm, product and rotation, gradients included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from repvitok.nn.rope import Rotary, rotate
+from repwam_core.model.heads import EPSILON, Turn, join_heads, normalised_heads, split_heads
+from torch import Tensor
+
+HEAD_DIM = 8
+
+
+def rotary(n: int = 5, dtype: torch.dtype = torch.float64) -> Rotary:
+    angles = torch.randn(n, HEAD_DIM // 2, dtype=dtype)
+    return Rotary(angles.cos(), angles.sin())
+
+
+def chain(x: Tensor, scale: Tensor, table: Rotary | None) -> Tensor:
+    """The same from torch's own parts."""
+    heads = torch.nn.functional.rms_norm(split_heads(x, HEAD_DIM), (HEAD_DIM,), scale, EPSILON)
+    return heads if table is None else rotate(heads, table)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_equals_norm_then_rotation_forward_and_backward(turned: bool) -> None:
+    x = torch.randn(2, 5, 3 * HEAD_DIM, dtype=torch.float64, requires_grad=True)
+    scale = torch.randn(HEAD_DIM, dtype=torch.float64, requires_grad=True)
+    table = rotary() if turned else None
+    weights = torch.randn(2, 3, 5, HEAD_DIM, dtype=torch.float64)
+    results = []
+    for y in (normalised_heads(x, scale, Turn.of(table) if table else None), chain(x, scale, table)):
+        results.append([y, *torch.autograd.grad((y * weights).sum(), (x, scale))])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-12, rtol=1e-10)
+
+
+def test_a_scale_of_zero_and_a_token_of_zeros_have_finite_gradients() -> None:
+    x = torch.zeros(1, 2, HEAD_DIM, requires_grad=True)
+    scale = torch.zeros(HEAD_DIM, requires_grad=True)
+    normalised_heads(x, scale, Turn.of(rotary(2, torch.float32))).sum().backward()
+    assert x.grad is not None
+    assert scale.grad is not None
+    assert torch.isfinite(x.grad).all()
+    assert torch.isfinite(scale.grad).all()
+
+
+def test_types_follow_the_tables() -> None:
+    """Angles need float32; without a turn the type is the stream's."""
+    x = torch.randn(1, 5, HEAD_DIM, dtype=torch.bfloat16, requires_grad=True)
+    scale = torch.ones(HEAD_DIM, requires_grad=True)
+    assert normalised_heads(x, scale).dtype == torch.bfloat16
+    y = normalised_heads(x, scale, Turn.of(rotary(dtype=torch.float32)))
+    assert y.dtype == torch.float32
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.bfloat16
+
+
+def test_heads_split_and_join() -> None:
+    x = torch.randn(2, 5, 3 * HEAD_DIM)
+    assert split_heads(x, HEAD_DIM).shape == (2, 3, 5, HEAD_DIM)
+    assert torch.equal(join_heads(split_heads(x, HEAD_DIM)), x)
+
+
+def test_a_turn_of_some_tokens_is_the_turn_cut() -> None:
+    x, table = torch.randn(1, 5, HEAD_DIM), Turn.of(rotary(dtype=torch.float32))
+    scale = torch.ones(HEAD_DIM)
+    whole = normalised_heads(x, scale, table)
+    assert torch.equal(normalised_heads(x[:, 2:4], scale, table.tokens(2, 4)), whole[:, :, 2:4])

@@ -288,13 +288,14 @@ def _layer_bytes(config: WAMConfig, counts: SequenceCounts, bf16: bool) -> float
     """What one layer keeps: in each bracket the numbers in the autocast type, then those that are float32 always.
 
     Counted off the layer's code: of all tokens the inputs of q, k, v (three casts under bf16, one tensor otherwise), q
-    and k before their norm, q, k, v and what attention returned; of one expert's tokens what its norms, gates,
-    cross-attention and feed-forward keep, and the modulation, which the action expert has for each token.
+    and k before their norm, q, k, v, what attention returned and what the output layer made of it; of one expert's
+    tokens what its norms, gates, cross-attention and feed-forward keep, and the modulation, which the action expert has
+    for each token.
     """
     w, a, heads = config.width, config.action_width, config.heads
     side_heads = a // config.head_dim
     low, casts = (2, 2) if bf16 else (4, 0)
-    common = counts.tokens * (low * (7 + casts) * w + 4 * 3 * heads)
+    common = counts.tokens * (low * (8 + casts) * w + 4 * 3 * heads)
     video = counts.video * (low * (7 * w + 2 * config.ffn) + 4 * (5 * w + 2 * heads + 6))
     side = counts.side * (low * (8 * a + 2 * config.action_ffn) + 4 * (13 * a + 2 * side_heads + 6))
     text = counts.text * low * (3 + casts) * (w + a)

@@ -159,8 +159,10 @@ class WAMTraining(L.LightningModule):
         self._live = {name: p.detach().clone() for name, p in model.named_parameters() if name in average.average}
         average.copy_to(model)
         gather_for_sampling(model, gathered=True)
-        stores = self._mixture().stores
-        self._sampled = [SampledErrors(store.statistics.actions, self.space, self.plan) for store in stores]
+        self._sampled = [
+            SampledErrors(store.statistics.actions.widened(store.action_channels), self.space, self.plan)
+            for store in self._mixture().stores
+        ]
 
     def validation_step(self, batch: SegmentBatch, batch_idx: int) -> None:
         """Loss at fixed noise, and errors of actions and video sampled after each true prefix."""
@@ -185,10 +187,12 @@ class WAMTraining(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log what was sampled, of each data set by itself."""
-        several = len(self._sampled) > 1
-        for number, sampled in enumerate(self._sampled):
-            prefix = f"val/{number}/" if several else "val/"
-            rows = {f"{prefix}{name}": value for name, value in sampled.compute().items()}
+        stores = self._mixture().stores
+        for number, (sampled, store) in enumerate(zip(self._sampled, stores, strict=True)):
+            prefix = f"val/{number}/" if len(stores) > 1 else "val/"
+            absent = {f"{name}_mae_si" for name in set(store.action_channels) - set(store.statistics.actions.channels)}
+            errors = {name: value for name, value in sampled.compute().items() if name not in absent}
+            rows = {f"{prefix}{name}": value for name, value in errors.items()}
             self.log_dict(rows, sync_dist=self.trainer.world_size > 1)
 
     test_step = validation_step

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from latent_action.cli import LAPA_STAGE as LAPA
 from latent_action.cli import STAGE as LATENT_ACTION
 from repvitok.cli import STAGE as REPVITOK
 from repvitok.commands import import_object
@@ -16,6 +17,7 @@ RECIPES = ROOT / "recipes"
 DATA = {
     REPVITOK.name: "--data.folders=[somewhere]",
     LATENT_ACTION.name: "--data.latents=x",
+    LAPA.name: "--data={latents: x, dataset: y}",
     REPWAM.name: "--data.latents=x",
 }
 STAGES = {"1_repvitok": REPVITOK, "2_latent_action": LATENT_ACTION, "3_repwam": REPWAM}
@@ -33,7 +35,8 @@ def _recipes():
     for folder, stage in STAGES.items():
         for path in sorted((RECIPES / folder).glob("*.yaml")):
             bases = [] if path.name == "base.yaml" or _is_whole(path) else _bases(path)
-            yield pytest.param(stage, [*bases, path], id=f"{folder}/{path.name}")
+            of = LAPA if path.name.startswith("lapa_") else stage
+            yield pytest.param(of, [*bases, path], id=f"{folder}/{path.name}")
     for name, stage in QUICKSTART_STAGES.items():
         yield pytest.param(stage, [QUICKSTART / name], id=f"quickstart/{name}")
 
@@ -63,7 +66,12 @@ def test_recipe_parses(stage, files, tmp_path):
 
     config = parse_recipe("fit", [str(path) for path in files], stage, [DATA[stage.name]])
     assert config.trainer.max_steps is None or config.trainer.max_steps != 0
-    assert import_object(stage.module).__name__ in ("RepViTokTraining", "LatentActionTraining", "WAMTraining")
+    assert import_object(stage.module).__name__ in (
+        "RepViTokTraining",
+        "LatentActionTraining",
+        "LapaTraining",
+        "WAMTraining",
+    )
 
 
 def test_the_papers_numbers_stand_in_the_base_recipes():

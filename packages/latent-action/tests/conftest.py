@@ -1,6 +1,7 @@
 """Synthetic latents in which only motion is to be learned: patterns that slide over a still background."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ def moving_blob(random: np.random.Generator, frames: int) -> tuple[np.ndarray, n
 
 
 def write_blobs(root: Path, episodes: int = EPISODES, frames: int = FRAMES, digest: str = DIGEST) -> Path:
-    """Latent shards of moving blobs; the action of a transition is the blob's step, twice over, and a constant."""
+    """Latent shards of moving blobs: a transition's action is the blob's step and a constant, the state its place."""
     meta = LatentMeta(
         tokenizer_digest=digest,
         frame_rate_hz=10.0,
@@ -52,14 +53,15 @@ def write_blobs(root: Path, episodes: int = EPISODES, frames: int = FRAMES, dige
         window=None,
         source="blobs",
         action_names=("down", "right", "still"),
-        state_names=(),
+        state_names=("row", "column"),
     )
     with LatentShardWriter(root, meta) as writer:
         for index in range(episodes):
             latents, step = moving_blob(np.random.default_rng(index), frames)
             action = np.concatenate([step, np.ones((len(step), 1), np.float32)], axis=1)
             actions = np.repeat(action[:, None], 4, axis=1).astype(np.float32)
-            writer.add(LatentEpisode(f"episode_{index:04d}", index, 0, "move", latents, actions=actions))
+            state = np.concatenate([np.zeros((1, 2), np.float32), np.cumsum(step, axis=0)])
+            writer.add(LatentEpisode(f"episode_{index:04d}", index, 0, "move", latents, state, actions))
     return root
 
 
@@ -67,6 +69,18 @@ def write_blobs(root: Path, episodes: int = EPISODES, frames: int = FRAMES, dige
 def blobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of latent shards."""
     return write_blobs(tmp_path_factory.mktemp("latents") / "blobs")
+
+
+@pytest.fixture
+def blob_centre() -> Callable[[np.ndarray], np.ndarray]:
+    """Where the blob is in raw latents (b, SIDE * SIDE, DIM): row and column, (b, 2)."""
+
+    def centre(latents: np.ndarray) -> np.ndarray:
+        height = np.clip((latents @ np.linalg.pinv(_MAPS))[..., 0], 0, None)
+        place = np.stack(np.meshgrid(np.arange(SIDE), np.arange(SIDE), indexing="ij"), axis=-1).reshape(-1, 2)
+        return (height[..., None] * place).sum(1) / height.sum(1)[:, None]
+
+    return centre
 
 
 @pytest.fixture

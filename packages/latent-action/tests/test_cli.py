@@ -47,7 +47,10 @@ def test_label_and_probe(lat_folder, blobs, tmp_path, capsys):
     [
         (["label", "--lat", "{lat}", "--latents", "{tmp}/none", "--out", "{tmp}/o"], "no such folder"),
         (["label", "--lat", "{tmp}/none", "--latents", "{blobs}", "--out", "{tmp}/o"], "does not exist"),
-        (["label", "--lat", "{lat}", "--latents", "{blobs}", "--out", "{tmp}/o", "--shard", "2/2"], "2/2"),
+        (
+            ["label", "--lat", "{lat}", "--latents", "{blobs}", "--out", "{tmp}/o", "--shard", "2/2"],
+            "expected I/N with 0 <= I < N",
+        ),
         (["label", "--lat", "{lat}", "--latents", "{blobs}"], "--out"),
         (["probe", "--lat", "{lat}", "--latents", "{tmp}"], "meta.json"),
         (["export", "--ckpt", "{tmp}/none.ckpt", "--out", "{tmp}/o"], "no checkpoint"),

@@ -1,10 +1,13 @@
 """Eq. (4): the forward pair and the reversed pair, by hand."""
 
+import pytest
 import torch
 from latent_action.losses import copy_loss, transition_losses
 
 
-def test_losses_are_eq_4_by_hand(lat):
+@pytest.mark.parametrize("antisymmetric", [True, False])
+def test_losses_are_eq_4_by_hand(lat, antisymmetric):
+    lat.inverse_dynamics.antisymmetric = antisymmetric
     z_t, z_next = torch.randn(5, 16, 8), torch.randn(5, 16, 8)
     losses = transition_losses(lat, z_t, z_next)
 

@@ -28,6 +28,22 @@ def test_encode_sees_each_pair_alone(lat):
         torch.testing.assert_close(lat.encode(z[:, frame : frame + 2])[:, 0], actions[:, frame])
 
 
+def test_the_reversed_pair_has_the_negative_action(lat):
+    z = torch.randn(3, 2, 16, 8)
+    forward, backward = lat.encode(z), lat.encode(z.flip(1))
+    assert forward.abs().max() > 1e-2
+    torch.testing.assert_close(backward, -forward)
+    assert lat.encode(z[:, :1].repeat(1, 2, 1, 1)).abs().max() == 0
+
+
+def test_antisymmetry_is_a_choice(lat):
+    plain = LatentActionTokenizer(dataclasses.replace(lat.config, antisymmetric=False))
+    plain.load_state_dict(lat.state_dict())
+    z = torch.randn(3, 2, 16, 8)
+    torch.testing.assert_close(plain.encode(z) - plain.encode(z.flip(1)), lat.encode(z))
+    assert (plain.encode(z) + plain.encode(z.flip(1))).abs().max() > 1e-2
+
+
 def test_the_transport_depends_on_the_action(lat):
     z_t = torch.randn(1, 16, 8)
     one, _ = lat.transition(z_t, torch.zeros(1, 4))

@@ -1,5 +1,6 @@
 """Training: better than copying and than a blind model, resumable to the bit, exportable, strict about its data."""
 
+import json
 import shutil
 import signal
 from pathlib import Path
@@ -14,10 +15,14 @@ from latent_action.export import export_checkpoint
 from latent_action.labelling import label_shards
 from latent_action.losses import transition_losses
 from latent_action.model import LatentActionTokenizer
-from latent_action.probe import probe_shards
+from latent_action.probe import format_report, probe_shards
 from latent_action.training import LatentActionTraining
+from latent_action.transfer import latent_actions
+from latent_action.transitions import load_transitions
 from repvitok.checkpointing import read_checkpoint
 from repvitok.curves import read_curves
+from repvitok.data.shards import LatentShards
+from repvitok.data.split import split_episodes
 from repvitok.optim import OptimizerSettings
 
 
@@ -93,6 +98,56 @@ def test_labels_of_a_trained_lat_predict_the_motion(run, blobs, tmp_path):
     assert report.mean_action.pooled_r2 == 0
     assert report.mean_action.r2 == (0, 0, None)
     assert report.latent_action.r2[2] is None
+
+
+def test_the_action_of_one_clip_moves_the_blob_of_another(run, blobs, blob_centre, tmp_path):
+    """Borrowed latent actions act on what is there: the blob moves as the lender's did, its background stays."""
+    lat = export_checkpoint(run / "last.ckpt", tmp_path / "lat")
+    table = load_transitions(LatentShards(blobs), lat.standardise)
+    held_out = table.of_episodes(split_episodes(table.episode.tolist(), 0.25)[1])
+    mean, std = (torch.tensor(v) for v in (lat.config.latent_mean, lat.config.latent_std))
+    z, _ = held_out.pairs(torch.arange(len(held_out)))
+    lender = torch.arange(len(held_out)).roll(len(held_out) // 2)
+    with torch.no_grad():
+        moved = lat.decode(z, latent_actions(lat, held_out)[lender])
+    before, after = (blob_centre((x * std + mean).numpy()) for x in (z, moved))
+    lent, own = held_out.motion[lender].numpy(), held_out.motion.numpy()
+    free = ((before + lent > 0) & (before + lent < 3)).all(axis=1)
+    assert free.sum() > 50
+    for axis in range(2):
+        assert np.corrcoef((after - before)[free, axis], lent[free, axis])[0, 1] > 0.8
+        assert np.corrcoef((after - before)[free, axis], own[free, axis])[0, 1] < 0.4
+
+
+def test_measures_of_content_are_logged(run):
+    last = {name: curve[-1, 1] for name, curve in read_curves(run).items()}
+    assert last["val/transfer_r2"] > 0.5
+    assert last["val/transfer_shuffled_r2"] < 0
+    assert last["val/cycle_loss"] < last["val/copy_loss"]
+    assert 1.5 < last["val/action_dimensions"] <= 4
+
+
+def test_a_motion_elsewhere_predicts_better_than_a_random_one(run, blobs, tmp_path):
+    lat = export_checkpoint(run / "last.ckpt", tmp_path / "lat")
+    losses = probe_shards(lat, blobs, head_steps=5, frames_steps=2).borrowed
+    assert losses is not None
+    assert losses.own < losses.matched < 0.5 * losses.still
+    assert losses.still < losses.shuffled
+
+
+def test_probe_of_motion_and_of_other_latent_actions(run, blobs, tmp_path):
+    """A baseline that is the motion itself is read perfectly; one of noise not at all."""
+    lat = export_checkpoint(run / "last.ckpt", tmp_path / "lat")
+    table = load_transitions(LatentShards(blobs), lat.standardise)
+    others = {"motion": table.motion, "noise": torch.randn(len(table), 3)}
+    report = probe_shards(lat, blobs, target="motion", head_steps=200, frames_steps=2, baselines=others)
+    assert report.channels == ("row", "column")
+    assert report.baselines["motion"].pooled_r2 > 0.98
+    assert report.baselines["noise"].pooled_r2 < 0.05
+    assert "noise" in format_report(report)
+    assert json.loads(json.dumps(report.to_dict()))["baselines"]["motion"]["pooled_r2"] > 0.98
+    with pytest.raises(ValueError, match="all 920 transitions"):
+        probe_shards(lat, blobs, baselines={"short": torch.zeros(3, 1)})
 
 
 def test_validate_verb_reads_the_last_checkpoint(run, blobs, tmp_path):

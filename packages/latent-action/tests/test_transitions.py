@@ -1,12 +1,25 @@
 """Transitions as tensors: none crosses an episode, splits are by episode, sampling depends on the seed and the step."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from latent_action.datamodule import EvaluationBatches, LatentActionData, TrainingBatches
 from latent_action.transitions import load_transitions
-from repvitok.data.latents import LatentEpisode
-from repvitok.data.shards import LatentShards
+from repvitok.data.latents import LatentEpisode, LatentMeta
+from repvitok.data.shards import LatentShards, LatentShardWriter
+
+META = LatentMeta(
+    tokenizer_digest="a" * 64,
+    frame_rate_hz=10.0,
+    stride=1,
+    grid=(1, 2, 2),
+    cameras=("camera",),
+    latent_dim=2,
+    window=None,
+    source="x",
+)
 
 
 def episode(index: int, frames: int, offset: int = 0) -> LatentEpisode:
@@ -103,3 +116,31 @@ def test_bad_data_arguments(blobs, tmp_path):
         LatentActionData(str(blobs), memory_limit_gb=1e-6).setup()
     with pytest.raises(FileNotFoundError):
         LatentActionData(str(tmp_path / "missing")).setup()
+
+
+def test_the_first_transition_of_a_clip_is_left_out_unless_asked_for(tmp_path):
+    with LatentShardWriter(tmp_path / "latents", META) as writer:
+        for index, frames in enumerate((4, 2, 3)):
+            writer.add(dataclasses.replace(episode(index, frames), actions=None))
+    counts = {}
+    for first in (False, True):
+        data = LatentActionData(str(tmp_path / "latents"), held_out=0.0, first_transitions=first)
+        data.setup()
+        counts[first] = data.train_dataloader().table.place.tolist()
+    assert counts == {False: [1, 2, 1], True: [0, 1, 2, 0, 0, 1]}
+
+
+def test_clips_of_first_transitions_only_are_refused(tmp_path):
+    with LatentShardWriter(tmp_path / "latents", META) as writer:
+        writer.add(episode(0, 2))
+    with pytest.raises(ValueError, match="three latent frames"):
+        LatentActionData(str(tmp_path / "latents"), held_out=0.0).setup()
+
+
+def test_motion_is_the_change_of_the_state():
+    state = np.array([[0.0, 1.0], [2.0, 1.0], [5.0, 0.0]], np.float32)
+    table = load_transitions([dataclasses.replace(episode(1, 3), state=state)], identity)
+    assert table.motion is not None
+    assert table.motion.tolist() == [[2, 0], [3, -1]]
+    assert load_transitions([episode(1, 3)], identity).motion is None
+    assert load_transitions([episode(1, 3), episode(2, 2)], identity).place.tolist() == [0, 1, 0]

@@ -6,7 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from repvitok.nn.attention import ONE_CALL_KEYS, block_causal_attention, dense_mask, visible_frames
+from repvitok.nn.attention import (
+    ONE_CALL_KEYS,
+    block_causal_attention,
+    dense_mask,
+    flex_attention_over_frames,
+    flex_mask,
+    visible_frames,
+)
 from repvitok.nn.rope import axis_pairs, rotary_table, rotate
 from torch import Tensor
 
@@ -54,6 +61,26 @@ def test_both_paths_have_the_oracles_gradients(tokens: int) -> None:
     theirs = torch.autograd.grad((oracle(*inputs, tokens, 2) * weight).sum(), inputs)
     for our, their in zip(ours, theirs, strict=True):
         torch.testing.assert_close(our, their, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize("tokens", [3, 50, 130])
+def test_flex_attention_has_the_same_mask_and_result(tokens: int, window: int | None) -> None:
+    q, k, v = random_qkv(4, 0, tokens)
+    mask = flex_mask(4, tokens, window, CPU)
+    assert mask.mask_mod is not None
+    index = torch.arange(4 * tokens)
+    zero = torch.zeros((), dtype=torch.int64)
+    assert torch.equal(mask.mask_mod(zero, zero, index[:, None], index), dense_mask(4, tokens, window))
+    ours = flex_attention_over_frames(q, k, v, mask)
+    torch.testing.assert_close(ours, oracle(q, k, v, tokens, window), rtol=1e-5, atol=1e-5)
+
+
+def test_flex_attention_leaves_hidden_blocks_out() -> None:
+    """8 frames of one block: 36 of 64 blocks are visible in all, 15 within a window of two."""
+    assert flex_mask(8, 128, None, CPU).sparsity() == pytest.approx(100 * (1 - 36 / 64))
+    assert flex_mask(8, 128, 2, CPU).sparsity() == pytest.approx(100 * (1 - 15 / 64))
 
 
 def test_dense_mask_written_out() -> None:

@@ -112,6 +112,11 @@ def test_broken_yaml_and_broken_checkpoint_end_as_one_line(recipe, capsys):
         (["frobnicate"], "frobnicate"),
         (["export", "--out", "x"], "--ckpt"),
         (["encode", "--tokenizer", "x", "--dataset", "y", "--out", "z", "--size", "big"], "64 or 96x128"),
+        (
+            ["encode", "--tokenizer", "x", "--dataset", "y", "--out", "z", "--size", "64", "--shard", "3/3"],
+            "0 <= I < N",
+        ),
+        (["merge", "--out", "/nowhere"], "/nowhere: no such folder"),
         (["export", "--ckpt", "/nowhere.ckpt", "--out", "x"], "no checkpoint at /nowhere.ckpt"),
     ],
 )
@@ -131,7 +136,12 @@ def test_encode_and_decode_a_data_set(tmp_path, shared_data, capsys):
     source = shared_data / "unitree-g1-lerobot-v2.1"
     tokenizer = ["--tokenizer", str(tmp_path / "tok")]
     places = ["--dataset", str(source), "--out", str(tmp_path / "latents"), "--size", "48x64", "--stride", "8"]
-    assert main(["encode", *tokenizer, *places]) == 0
+    assert main(["encode", *tokenizer, *places, "--shard", "1/2"]) == 0
+    assert "clips/s of 17 frames" in capsys.readouterr().out
+    assert main(["merge", "--out", str(tmp_path / "latents")]) == 2
+    assert "1 of 2 parts are not finished (0/2)" in capsys.readouterr().err
+    assert main(["encode", *tokenizer, *places, "--shard", "0/2"]) == 0
+    assert main(["merge", "--out", str(tmp_path / "latents")]) == 0
     decode = ["decode", *tokenizer, "--latents", str(tmp_path / "latents"), "--out", str(tmp_path / "out")]
     assert main([*decode, "--episodes", "2"]) == 0
     (written,) = (tmp_path / "out").iterdir()

@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from repvitok import RepViTok, RepViTokConfig
+from repvitok import RepViTok, RepViTokConfig, encoding
+from repvitok.data.episodes import open_episodes
 from repvitok.data.lerobot_format import EpisodeInfo
 from repvitok.data.shards import LatentShards
 from repvitok.data.transforms import prepare_frames
+from repvitok.data.video import write_video
 from repvitok.encoding import encode_dataset
+from repvitok.encoding_plan import make_plan, share_of_episodes
 
 LENGTHS = (23, 9, 40, 12)
 
@@ -160,12 +163,63 @@ def test_other_settings_never_mix(tmp_path, tok):
         ({"offsets": (0, 9)}, "episode 1 has 9 frames, none after offset 9"),
         ({"cameras": ["left"]}, r"no cameras \['left'\]; there are \['camera_0', 'camera_1'\]"),
         ({"dtype": "int8"}, 'dtype must be "float32" or "float16"'),
+        ({"workers": 0}, "workers must be 1 or more"),
+        ({"shard": (4, 4)}, "expected 0 <= i < n, got 4/4"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_anything_is_written(tmp_path, tok, settings, message):
     with pytest.raises(ValueError, match=message):
         encode_dataset(tok, Recording(), tmp_path / "out", **{"size": (32, 32), **settings})
     assert not (tmp_path / "out").exists()
+
+
+def test_shares_are_neighbours_of_like_length_and_cover_all():
+    episodes = Recording((5, 1, 1, 1, 30, 2, 2, 8)).episodes
+    for shares in range(1, 9):
+        parts = [share_of_episodes(episodes, (index, shares)) for index in range(shares)]
+        assert [info for part in parts for info in part] == episodes
+        assert all(parts)
+    assert [[info.length for info in share_of_episodes(episodes, (index, 2))] for index in range(2)] == [
+        [5, 1, 1, 1, 30],
+        [2, 2, 8],
+    ]
+    with pytest.raises(ValueError, match="9 shares of 8 episodes: choose at most 8"):
+        share_of_episodes(episodes, (0, 9))
+    with pytest.raises(ValueError, match="expected 0 <= i < n, got 2/2"):
+        share_of_episodes(episodes, (2, 2))
+
+
+def test_frames_in_memory_are_bounded_unless_one_episode_has_more(tok, monkeypatch):
+    recording = Recording((30, 4, 4, 4, 4))
+    plan = make_plan(tok, recording, (32, 32), 1, (0,), None, "float32")
+    monkeypatch.setattr(encoding, "_BATCH_BYTES", 8 * 2 * 3 * 32 * 32)  # eight frames of both cameras
+    batches = encoding._batches(recording.episodes, plan, batch_size=100)
+    assert [[info.length for info in batch] for batch in batches] == [[4, 4], [4, 4], [30]]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_decoding_runs_ahead_in_the_order_of_the_batches(tok, tmp_path, workers):
+    said: list[str] = []
+    shards = encode(tok, tmp_path, Recording((9,) * 7), batch_size=2, workers=workers, report=said.append)
+    assert [item.episode_index for item in shards] == list(range(7))
+    assert [item.actions[0, 0, 1] for item in shards if item.actions is not None] == list(range(7))
+    assert len(said) == 1
+    assert "clips/s of 17 frames, bound by" in said[0]
+
+
+def test_videos_without_actions_encode_too(tmp_path, tok):
+    frames = Recording(cameras=1).frames(0, "camera_0")
+    write_video(tmp_path / "videos/a.mp4", frames[:, :32], 10)
+    write_video(tmp_path / "videos/b.mp4", frames[:9, :32], 10)
+    reader = open_episodes(str(tmp_path / "videos"))
+    encode_dataset(tok, reader, tmp_path / "out", size=(32, 32))
+    shards = LatentShards(tmp_path / "out")
+    assert [len(item.latents) for item in shards] == [6, 3]
+    assert all(item.state is None and item.actions is None for item in shards)
+    assert (shards.meta.cameras, shards.meta.frame_rate_hz, shards.meta.source) == (("video",), 10.0, "videos")
+    write_video(tmp_path / "videos/c.mp4", frames[:9, :32], 20)
+    with pytest.raises(ValueError, match="latents of one folder have one rate"):
+        open_episodes(str(tmp_path / "videos"))
 
 
 def test_a_real_data_set_goes_all_the_way(tmp_path, tok, shared_data):

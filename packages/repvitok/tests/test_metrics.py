@@ -1,9 +1,12 @@
-"""PSNR and SSIM against independent numpy computations."""
+"""PSNR, SSIM, LPIPS and Frechet distances of reconstructions against independent computations."""
 
 import numpy as np
 import pytest
 import torch
-from repvitok.metrics import ReconstructionMetrics, psnr, ssim
+from repvitok.features import HOGClipFeatures
+from repvitok.frechet import FrechetStatistics
+from repvitok.losses import PerceptualLoss
+from repvitok.metrics import FrechetReconstruction, LPIPSMetric, ReconstructionMetrics, psnr, ssim
 from repvitok.pictures import reconstruction_sheet
 
 
@@ -74,3 +77,59 @@ def test_reconstruction_sheet_puts_originals_above():
     assert sheet.shape == (64, 48, 3)
     assert (sheet[:16] == 255).all()
     assert (sheet[16:32] == 0).all()
+
+
+def lpips_by_hand(network, a, b):
+    """Zhang et al. 2018 on images in [-1, 1]: unit-normalised activations, weighted squared differences, averaged."""
+    shift, scale = network.scaling_layer.shift, network.scaling_layer.scale
+    total = 0
+    x, y = ((image - shift) / scale for image in (a, b))
+    for layer in range(5):
+        x, y = (getattr(network.net, f"slice{layer + 1}")(image) for image in (x, y))
+        u, v = (h / (h.square().sum(1, keepdim=True).sqrt() + 1e-10) for h in (x, y))
+        weight = network.lins[layer].model[-1].weight
+        total = total + ((u - v).square() * weight).sum(1).mean(dim=(1, 2))
+    return total
+
+
+def test_lpips_equals_its_formula_on_every_frame():
+    pytest.importorskip("lpips")
+    torch.manual_seed(0)
+    loss = PerceptualLoss("", net="alex", frames_per_clip=1, random_backbone_for_tests=True)
+    a, b = clips(6, (2, 3, 3, 64, 64)), clips(7, (2, 3, 3, 64, 64))
+    metric = LPIPSMetric(loss)
+    for i in range(2):
+        metric.update(a[i : i + 1], b[i : i + 1])
+    expected = torch.stack([lpips_by_hand(loss.network, a[:, :, t], b[:, :, t]) for t in range(3)]).mean()
+    assert metric.compute().item() == pytest.approx(expected.item(), rel=1e-4)
+    same = LPIPSMetric(loss)
+    same.update(a, a)
+    assert same.compute().item() == 0
+
+
+def test_frechet_of_reconstructions_is_that_of_their_features():
+    network = HOGClipFeatures()
+    a, b = clips(8, (12, 3, 3, 32, 32)), clips(9, (12, 3, 3, 32, 32)) * 3
+    metric = FrechetReconstruction(network)
+    for i in range(0, 12, 5):
+        metric.update(b[i : i + 5], a[i : i + 5])
+    real = FrechetStatistics(network.dim).update(network.features(a))
+    fake = FrechetStatistics(network.dim).update(network.features(b.clamp(-1, 1)))
+    assert metric.compute().item() == pytest.approx(real.distance(fake), rel=1e-9)
+    assert metric.samples == 12
+
+
+def test_frechet_merges_the_ranks_states():
+    """What torchmetrics' gather leaves behind: every state with a leading axis of ranks."""
+    network = HOGClipFeatures()
+    a, b = clips(10, (8, 3, 2, 32, 32)), clips(11, (8, 3, 2, 32, 32))
+    whole, parts = FrechetReconstruction(network), [FrechetReconstruction(network) for _ in range(2)]
+    whole.update(b, a)
+    for i, part in enumerate(parts):
+        part.update(b[i::2], a[i::2])
+    gathered = FrechetReconstruction(network)
+    for name in ("counts", "means", "scatters"):
+        setattr(gathered, name, torch.stack([getattr(part, name) for part in parts]))
+    gathered._update_count = 1
+    assert gathered.samples == 8
+    assert gathered._side(0).distance(whole._side(1)) == pytest.approx(whole.compute().item(), rel=1e-6)

@@ -145,6 +145,32 @@ def test_autocast_agrees(tok: RepViTok, make_video: MakeVideo) -> None:
     torch.testing.assert_close(z_autocast.float(), z, rtol=0, atol=0.15)
 
 
+@pytest.mark.parametrize("size", [(8, 12), (32, 32)])  # one masked call, and a call per frame
+def test_it_compiles_into_one_graph(tok: RepViTok, make_video: MakeVideo, size: tuple[int, int]) -> None:
+    video = make_video(9, size)
+    encode = torch.compile(tok.encode, backend="eager", fullgraph=True)
+    decode = torch.compile(tok.decode, backend="eager", fullgraph=True)
+    z = encode(video)
+    torch.testing.assert_close(z, tok.encode(video))
+    torch.testing.assert_close(decode(z, size), tok.decode(z, size))
+    torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@torch.no_grad()
+def test_both_attention_kernels_give_the_same_latents_and_pixels(tok: RepViTok, make_video: MakeVideo) -> None:
+    tok.to(torch.float64)
+    video = make_video(13).double()
+    for window in (None, 2):
+        tok.attention_kernel = "frames"
+        z, image = tok.encode(video, window), tok.encode(video[:, :, :1], window)
+        video_hat = tok.decode(z, (8, 12), window)
+        tok.attention_kernel = "flex"
+        torch.testing.assert_close(tok.encode(video, window), z, rtol=0, atol=1e-6)
+        torch.testing.assert_close(tok.decode(z, (8, 12), window), video_hat, rtol=0, atol=1e-6)
+        assert torch.equal(tok.encode(video[:, :, :1], window), image)
+
+
 def test_unpatchify_is_a_transposed_convolution() -> None:
     head = Unpatchify(patch_size=4, tubelet_frames=2, width=8)
     tokens = torch.randn(2, 3 * 6, 8, generator=torch.Generator().manual_seed(0))

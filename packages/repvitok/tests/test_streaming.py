@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from repvitok import RepViTok, StreamState, TokenizerStream
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 MakeVideo = Callable[..., Tensor]
 SIZE = (8, 12)
@@ -83,6 +86,36 @@ def test_memory_is_bounded_by_the_window(tok: RepViTok, make_video: MakeVideo) -
     assert stream.state.encoder.frames == 7
     storages = [layer.keys.untyped_storage().nbytes() for layer in stream.state.encoder.layers]
     assert storages == [layer.keys.numel() * 4 for layer in stream.state.encoder.layers]
+
+
+@torch.no_grad()
+def test_work_per_latent_frame_is_bounded_by_the_window(tok: RepViTok, make_video: MakeVideo) -> None:
+    """Operations grow until the window is full and then stay what they are; without one they go on growing."""
+
+    def operations(window: int | None) -> list[tuple[int, int]]:
+        stream, counted = tok.stream(2, window), []
+        for frame in range(8):
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as encoding:
+                latents = stream.encode(make_video(4 if frame else 1, (32, 40)))
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as decoding:
+                stream.decode(latents)
+            counted.append((encoding.get_total_flops(), decoding.get_total_flops()))
+        return counted
+
+    bounded, unbounded = operations(3), operations(None)
+    assert len(set(bounded[2:])) == 1
+    assert bounded[1] < bounded[2]
+    assert all(now < later for now, later in pairwise(unbounded[1:]))
+
+
+def test_a_stream_runs_in_half_precision(tok: RepViTok, make_video: MakeVideo) -> None:
+    video = make_video(9)
+    expected = tok.encode(video, 2)
+    stream = tok.to(torch.bfloat16).stream(2, 2)
+    latents = encode_in_pieces(stream, video.bfloat16(), [1, 1, 1])
+    frames = stream.decode(latents)
+    assert latents.dtype == frames.dtype == torch.bfloat16
+    torch.testing.assert_close(latents.float(), expected, rtol=0, atol=0.15)
 
 
 def test_a_kept_state_rewinds_the_stream(tok: RepViTok, make_video: MakeVideo) -> None:

@@ -1,5 +1,6 @@
 """Training: it learns, resumes exactly, stops on NaN; its adversary counts no step, batches follow their number."""
 
+import json
 import math
 import os
 import signal
@@ -13,14 +14,17 @@ from repvitok import RepViTokConfig
 from repvitok.callbacks import AtomicCheckpointIO, CurveLogger, SaveLast, TrainingInterrupted
 from repvitok.checkpointing import read_checkpoint
 from repvitok.curves import append_curves, read_curves
-from repvitok.data.datamodule import ClipDataModule, StepBatches
+from repvitok.data.batches import StepBatches
+from repvitok.data.datamodule import ClipDataModule
 from repvitok.data.video import write_video
 from repvitok.discriminator import AdversarySettings
 from repvitok.export import export_checkpoint, tokenizer_from_checkpoint
+from repvitok.features import HOGClipFeatures
 from repvitok.lightning_cli import TRAINER_DEFAULTS
 from repvitok.losses import LossWeights
 from repvitok.model import RepViTok
 from repvitok.optim import OptimizerSettings
+from repvitok.pictures import log_picture
 from repvitok.teacher import HOGTeacher
 from repvitok.training import RepViTokTraining
 
@@ -153,6 +157,88 @@ def test_nan_stops_with_the_batch_saved(videos, tmp_path):
     saved = torch.load(tmp_path / "nan_batch_step_2.pt", weights_only=True)
     assert saved["video"].shape == (2, 3, 5, 32, 32)
     assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 2
+
+
+def test_nan_in_the_adversary_stops_too(videos, tmp_path):
+    settings = AdversarySettings(start_step=0, width=4, layers=2, warmup_steps=1)
+    broken = module(LossWeights(l1=1.0, perceptual=0.0, gan=0.1, align=0.0), adversary=settings)
+    poisoned = broken.discriminator.image.score.parametrizations.weight.original
+    forward = broken._discriminator_step
+
+    def poison(*batch):
+        poisoned.data.fill_(math.nan)
+        return forward(*batch)
+
+    broken._discriminator_step = poison
+    with pytest.raises(ValueError, match=r"not finite at step 1 .*'discriminator': nan.*nan_batch_step_1\.pt"):
+        trainer(tmp_path, 6).fit(broken, data(videos))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_images_and_any_size_train_with_every_loss(tmp_path, optimizer):
+    """One module takes images and clips of several sizes, batch by batch, adversary and alignment included."""
+
+    class Mixed(torch.utils.data.IterableDataset):
+        shapes = ((2, 3, 1, 32, 48), (1, 3, 5, 32, 32), (1, 3, 9, 48, 32), (3, 3, 1, 64, 64))
+
+        def __iter__(self):
+            generator = torch.Generator().manual_seed(0)
+            while True:
+                yield from (torch.rand(shape, generator=generator) * 2 - 1 for shape in self.shapes)
+
+    torch.manual_seed(0)
+    trained = RepViTokTraining(
+        CONFIG,
+        LossWeights(l1=1.0, l2=1.0, gradient=0.5, perceptual=0.0, gan=0.1, align=1.0),
+        OptimizerSettings(optimizer, lr=0.01, adamw_lr=3e-3, newton_schulz_dtype="float32", warmup_steps=2),
+        AdversarySettings(start_step=2, width=4, layers=2, warmup_steps=1),
+        teacher=HOGTeacher(),
+    )
+    before = trained.tokenizer.digest()
+    trainer(tmp_path, 8, log_every_n_steps=1).fit(
+        trained, torch.utils.data.DataLoader(Mixed(), batch_size=None, num_workers=0)
+    )
+    curves = read_curves(tmp_path)
+    assert trained.tokenizer.digest() != before
+    assert curves["train/discriminator"][:, 0].tolist() == [3, 4, 5, 6, 7, 8]
+    assert np.isfinite(curves["train/loss"][:, 1]).all()
+
+
+def test_test_prints_and_writes_every_metric_with_its_sample(videos, tmp_path, capsys):
+    measured = module(test_features=[HOGClipFeatures()])
+    trainer(tmp_path, 1).test(measured, data(videos, stride=2), verbose=False)
+    rows = {row["name"]: row for row in json.loads((tmp_path / "test_metrics.json").read_text())}
+    assert set(rows) == {"psnr", "ssim", "frechet_hog_distance"}
+    assert rows["psnr"]["samples"] == "15 frames"
+    assert rows["psnr"]["stride"] == "2"
+    assert "frechet_hog_distance" in capsys.readouterr().out
+
+
+def test_pictures_go_to_loggers_that_take_them(tmp_path):
+    class Images:
+        def __init__(self):
+            self.seen = []
+
+        def log_image(self, **arguments):
+            self.seen.append(arguments)
+
+        def add_image(self, *arguments, **named):
+            self.seen.append((*arguments, named))
+
+    class Board:
+        def __init__(self):
+            self.experiment = Images()
+
+    class Weights:
+        def __init__(self):
+            self.images = Images()
+            self.log_image = self.images.log_image
+
+    weights, board = Weights(), Board()
+    pixels = np.zeros((4, 6, 3), np.uint8)
+    log_picture([weights, CurveLogger(tmp_path), board], "val/reconstructions", pixels, 7)
+    assert weights.images.seen[0]["step"] == 7
+    assert board.experiment.seen[0][2:] == (7, {"dataformats": "HWC"})
 
 
 def test_adversary_enters_at_its_step_and_counts_none(videos, tmp_path):

@@ -5,14 +5,20 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from repvitok.commands import Command, TrainingStage, run_commands, training_commands
+from repvitok.commands import Command, RawCommand, TrainingStage, parse_share, run_commands, training_commands
 from repvitok.errors import UserError, run_cli
 
 STAGE = TrainingStage(
     name="latent_action",
     module="latent_action.training:LatentActionTraining",
     data="latent_action.datamodule:LatentActionData",
+)
+LAPA_STAGE = TrainingStage(
+    name="lapa",
+    module="latent_action.baselines.lapa_training:LapaTraining",
+    data="latent_action.baselines.datamodule:FramePairData",
 )
 DESCRIPTION = "Learn latent actions from video latents, label data with them, and test what they hold."
 
@@ -23,7 +29,7 @@ def _label_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the labelled shards")
     parser.add_argument(
         "--shard",
-        type=_share,
+        type=parse_share,
         metavar="I/N",
         help="label every N-th episode from I only (a job array); a last call without it writes the shards",
     )
@@ -47,6 +53,15 @@ def _probe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lat", type=Path, required=True, help="folder of the latent action tokenizer")
     parser.add_argument("--latents", type=Path, required=True, help="folder of latent shards with robot actions")
     parser.add_argument("--held-out", type=float, default=0.25, help="share of episodes (default: %(default)s)")
+    parser.add_argument(
+        "--target",
+        choices=("actions", "motion"),
+        default="actions",
+        help="robot actions, or the change of the robot's state: for actions that are absolute positions "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--lapa", type=Path, help="folder of a LAPA quantiser, for one more row; needs --dataset")
+    parser.add_argument("--dataset", type=Path, help="the LeRobot data set the latents were made from")
     parser.add_argument("--seed", type=int, default=0, help="of the heads (default: %(default)s)")
     parser.add_argument("--head-steps", type=int, default=600, help="training steps of the heads (default: 600)")
     parser.add_argument(
@@ -65,10 +80,12 @@ def _probe(arguments: argparse.Namespace) -> int:
     report = probe_shards(
         lat,
         arguments.latents,
+        target=arguments.target,
         held_out=arguments.held_out,
         head_steps=arguments.head_steps,
         frames_steps=arguments.frames_steps,
         seed=arguments.seed,
+        baselines=_lapa_rows(arguments),
     )
     print(format_report(report))
     if arguments.out is not None:
@@ -76,16 +93,36 @@ def _probe(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _lapa_rows(arguments: argparse.Namespace) -> dict[str, Any]:
+    """LAPA's latent actions of every transition, as they are and before quantisation."""
+    if arguments.lapa is None:
+        return {}
+    if arguments.dataset is None:
+        raise UserError("--lapa needs --dataset, the data set the latents were made from: LAPA sees pixels.")
+    from latent_action.baselines.frame_pairs import load_frame_table
+    from latent_action.baselines.lapa import LapaQuantizer
+    from latent_action.baselines.readout import lapa_features
+
+    lapa = LapaQuantizer.from_pretrained(arguments.lapa)
+    table = load_frame_table(arguments.latents, arguments.dataset, lapa.config.size)
+    return {
+        "LAPA": lapa_features(lapa, table),
+        "LAPA before quantisation": lapa_features(lapa, table, quantised=False),
+    }
+
+
 def _visualize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lat", type=Path, required=True, help="folder of the latent action tokenizer")
     parser.add_argument("--latents", type=Path, required=True, help="folder of latent shards")
     parser.add_argument("--dataset", type=Path, required=True, help="the LeRobot data set they were made from")
-    parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
+    parser.add_argument("--out", type=Path, required=True, help="file to write: .png, or .mp4 for a film")
     parser.add_argument("--episode", type=int, default=0, help="episode index (default: %(default)s)")
-    parser.add_argument("--transitions", type=int, default=12, help="most to draw (default: %(default)s)")
+    parser.add_argument("--transitions", type=int, default=12, help="most to draw in a PNG (default: %(default)s)")
+    parser.add_argument("--lapa", type=Path, help="folder of a LAPA quantiser, drawn beside")
 
 
 def _visualize(arguments: argparse.Namespace) -> int:
+    from latent_action.baselines.lapa import LapaQuantizer
     from latent_action.episode_pictures import write_episode_picture
     from latent_action.model import LatentActionTokenizer
 
@@ -96,6 +133,7 @@ def _visualize(arguments: argparse.Namespace) -> int:
         out=arguments.out,
         episode=arguments.episode,
         transitions=arguments.transitions,
+        lapa=None if arguments.lapa is None else LapaQuantizer.from_pretrained(arguments.lapa),
     )
     print(f"wrote {arguments.out}")
     return 0
@@ -116,11 +154,24 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _share(text: str) -> tuple[int, int]:
-    index, _, shares = text.partition("/")
-    if not (index.isdigit() and shares.isdigit() and int(index) < int(shares)):
-        raise UserError(f"--shard: expected I/N with 0 <= I < N, for example 0/8; got {text!r}.")
-    return int(index), int(shares)
+def _export_lapa(arguments: argparse.Namespace) -> int:
+    from repvitok.checkpointing import resolve_checkpoint
+
+    from latent_action.baselines.lapa_training import export_lapa
+
+    lapa = export_lapa(resolve_checkpoint(arguments.ckpt), arguments.out)
+    print(f"{arguments.out}: LAPA {lapa.digest()[:16]}")
+    return 0
+
+
+def _lapa(argv: list[str]) -> int:
+    """The verbs of the LAPA baseline."""
+    description = "LAPA's latent action quantisation, trained on the same transitions in pixels, as a baseline."
+    commands = (
+        *training_commands(LAPA_STAGE),
+        Command("export", "from a training checkpoint to a model folder", _export_lapa, _export_arguments),
+    )
+    return run_commands("latent-action lapa", "latent-action", description, commands, argv)
 
 
 COMMANDS = (
@@ -129,6 +180,7 @@ COMMANDS = (
     Command("probe", "how well latent actions predict robot actions", _probe, _probe_arguments),
     Command("visualize", "a picture of where latent actions act", _visualize, _visualize_arguments),
     Command("export", "from a training checkpoint to a model folder", _export, _export_arguments),
+    RawCommand("lapa", "a baseline: fit, validate and export LAPA's quantiser on the same transitions", _lapa),
 )
 
 

@@ -24,7 +24,7 @@ class LatentActionConfig:
         layers: linear layers of both MLPs.
         pooling: how the IDM turns per-token outputs into one vector: "attention" (one learned softmax over
             the tokens for each of the action_dim numbers) or "mean".
-        antisymmetric: make q(z_{t+1}, z_t) = -q(z_t, z_{t+1}) by construction.
+        antisymmetric: make q(z_{t+1}, z_t) = -q(z_t, z_{t+1}) by construction (docs/decisions/021).
         transport_rank: rank of the content term in the logits of K_t; 0 leaves the soft flow alone.
         position_frequencies: octaves of the sinusoidal position features.
         max_views: cameras for which a view embedding exists.
@@ -41,7 +41,7 @@ class LatentActionConfig:
     hidden: int = 256
     layers: int = 4
     pooling: str = "attention"
-    antisymmetric: bool = False
+    antisymmetric: bool = True
     transport_rank: int = 4
     position_frequencies: int = 4
     max_views: int = 4

@@ -77,6 +77,9 @@ class LatentActionData(L.LightningDataModule):
             share takes is the same in every stage, see `repvitok.data.split`.
         val_transitions: most transitions a validation looks at.
         seed: of the batches.
+        first_transitions: use the first transition of each clip, too. It leads from the latent of a single image to
+            one of several frames: a change of code, not of the scene, and so large that it drowns the others
+            (docs/decisions/020). Set it for a tokenizer that encodes every frame alike.
         memory_limit_gb: refuse latents that take more than this in memory.
 
     Raises:
@@ -90,6 +93,7 @@ class LatentActionData(L.LightningDataModule):
         held_out: float | list[int] = 0.1,
         val_transitions: int = 1024,
         seed: int = 0,
+        first_transitions: bool = False,
         memory_limit_gb: float = 16.0,
     ) -> None:
         super().__init__()
@@ -101,6 +105,7 @@ class LatentActionData(L.LightningDataModule):
         self.held_out = held_out
         self.val_transitions = val_transitions
         self.seed = seed
+        self.first_transitions = first_transitions
         self.memory_limit_gb = memory_limit_gb
         self._tables: tuple[TransitionTable, TransitionTable] | None = None
         self._shards: LatentShards | None = None
@@ -121,6 +126,13 @@ class LatentActionData(L.LightningDataModule):
         self._require_memory(shards)
         mean, std = torch.from_numpy(meta.mean), torch.from_numpy(meta.std)
         table = load_transitions(shards, lambda raw: (raw - mean) / std)
+        if not self.first_transitions:
+            table = table.where(table.place > 0)
+            if not len(table):
+                raise ValueError(
+                    f"{self.latents}: no clip has three latent frames, and the first transition of a clip is left out: "
+                    "encode longer clips, or set first_transitions."
+                )
         train, held_out = split_episodes(table.episode.tolist(), self.held_out)
         self._tables = table.of_episodes(train), table.of_episodes(held_out)
 

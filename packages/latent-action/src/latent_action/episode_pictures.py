@@ -1,4 +1,4 @@
-"""A sheet of pictures of one episode: what each latent action acts on, over the camera's own frames."""
+"""Pictures of one episode, as a sheet or a film: what each latent action acts on, over the camera's own frames."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Float, UInt8
 from PIL import Image
 from repvitok.data.atomic import partial_path, replace_durably
 from repvitok.data.latents import LatentEpisode
 from repvitok.data.lerobot import LeRobotReader
 from repvitok.data.shards import LatentShards
+from repvitok.data.transforms import prepare_frames
+from repvitok.data.video import write_video
 
+from latent_action.baselines.lapa import LapaQuantizer
+from latent_action.baselines.readout import lapa_acting_map
 from latent_action.grid import Grid
 from latent_action.labelling import require_same_tokenizer
 from latent_action.model import LatentActionTokenizer
@@ -32,35 +37,46 @@ def write_episode_picture(
     episode: int = 0,
     transitions: int = 12,
     columns: int = 4,
+    lapa: LapaQuantizer | None = None,
 ) -> None:
-    """Draw transitions of one episode, evenly spread over it, as one PNG.
+    """Draw transitions of one episode: some of them, evenly spread, as one PNG, or all of them as an MP4 film.
 
     Args:
         lat: the latent action tokenizer.
         latents: folder of latent shards.
         dataset: the LeRobot data set the latents were made from.
-        out: PNG file.
+        out: file to write, .png or .mp4; the film runs at the speed of the recording.
         episode: episode index in the data set.
-        transitions: most transitions to draw.
-        columns: pictures per row.
+        transitions: most transitions to draw in a PNG.
+        columns: pictures per row of a PNG.
+        lapa: LAPA's quantiser; its map is drawn to the right of ours.
 
     Raises:
-        ValueError: the latents come from another tokenizer, hold no such episode, or belong to another data set.
+        ValueError: the latents come from another tokenizer, hold no such episode, or belong to another data set; or
+            `out` is neither .png nor .mp4.
     """
+    out = Path(out)
+    if out.suffix.lower() not in (".png", ".mp4"):
+        raise ValueError(f"{out}: expected a .png or .mp4 file to write.")
     shards, reader = LatentShards(latents), LeRobotReader(dataset)
     require_same_tokenizer(lat, shards)
     if missing := sorted(set(shards.meta.cameras) - set(reader.camera_keys)):
         raise ValueError(f"{dataset} has no cameras {missing}, which {latents} were made from: give that data set.")
     chosen = find_episode(shards, episode)
-    count = min(transitions, len(chosen.latents) - 1)
-    if count < 1:
-        raise ValueError(f"Episode {episode} has {len(chosen.latents)} latent frame(s), hence no transition to draw.")
-    index = np.linspace(0, len(chosen.latents) - 2, count).round().astype(int).tolist()
-    frames = [chosen.offset + TUBELET_FRAMES * shards.meta.stride * i for i in index]
-    images = _camera_images(reader, episode, shards.meta.cameras, frames)
+    film = out.suffix.lower() == ".mp4"
+    index = _evenly(len(chosen.latents) - 1, len(chosen.latents) if film else transitions, episode)
+    per_latent = TUBELET_FRAMES * shards.meta.stride
+    ends = sorted({*index, *(i + 1 for i in index)})
+    raw = dict(zip(ends, _views(reader, chosen, shards.meta.cameras, per_latent, ends), strict=True))
     layers = transition_layers(lat, chosen, shards.meta.grid, index)
-    pictures = [draw_transition(image, *layer) for image, layer in zip(images, layers, strict=True)]
-    _save_png(side_by_side(pictures, columns), Path(out))
+    pictures = [draw_transition(_joined(raw[i]), *layer) for i, layer in zip(index, layers, strict=True)]
+    if lapa is not None:
+        others = [_draw_lapa(lapa, raw[i], raw[i + 1]) for i in index]
+        pictures = [side_by_side(list(pair), 2) for pair in zip(pictures, others, strict=True)]
+    if film:
+        write_video(out, np.stack([_even(picture) for picture in pictures]), shards.meta.frame_rate_hz / per_latent)
+    else:
+        _save_png(side_by_side(pictures, columns), out)
 
 
 def transition_layers(
@@ -87,18 +103,46 @@ def find_episode(shards: LatentShards, episode: int) -> LatentEpisode:
     raise ValueError(f"{shards.root} holds no episode {episode}; it holds {sorted(known)[:20]}.")
 
 
-def _camera_images(
-    reader: LeRobotReader, episode: int, cameras: tuple[str, ...], frames: list[int]
-) -> list[UInt8[np.ndarray, "H W 3"]]:
-    """Each frame with its cameras side by side, all of one size; no camera is distorted."""
-    views = [reader.frames(episode, camera, frames) for camera in cameras]
-    height, width = views[0].shape[1:3]
+def _evenly(available: int, wanted: int, episode: int) -> list[int]:
+    """At most `wanted` transitions, evenly spread."""
+    if available < 1:
+        raise ValueError(f"Episode {episode} has {available + 1} latent frame(s), hence no transition to draw.")
+    return np.linspace(0, available - 1, min(wanted, available)).round().astype(int).tolist()
+
+
+def _views(
+    reader: LeRobotReader, episode: LatentEpisode, cameras: tuple[str, ...], per_latent: int, ends: list[int]
+) -> list[list[UInt8[np.ndarray, "H W 3"]]]:
+    """The last raw frame of each latent frame in `ends`, one picture per camera."""
+    frames = [episode.offset + per_latent * end for end in ends]
+    pictures = [reader.frames(episode.episode_index, camera, frames) for camera in cameras]
+    return [list(views) for views in zip(*pictures, strict=True)]
+
+
+def _joined(views: list[UInt8[np.ndarray, "H W 3"]]) -> UInt8[np.ndarray, "H2 W2 3"]:
+    """The cameras side by side, all of the first one's size, which is lowered by a whole factor."""
+    height, width = views[0].shape[:2]
     factor = max(1, round(height / _VIEW_HEIGHT))
     size = (width // factor, height // factor)
-    return [
-        np.concatenate([np.asarray(Image.fromarray(view[i]).resize(size)) for view in views], axis=1)
-        for i in range(len(frames))
-    ]
+    return np.concatenate([np.asarray(Image.fromarray(view).resize(size)) for view in views], axis=1)
+
+
+def _draw_lapa(
+    lapa: LapaQuantizer, before: list[UInt8[np.ndarray, "H W 3"]], after: list[UInt8[np.ndarray, "H W 3"]]
+) -> UInt8[np.ndarray, "H2 W2 3"]:
+    """The frame under the map of LAPA's latent action, which has no transport, hence no arrows."""
+    height, width = lapa.config.size
+    view = (height, width // len(before))
+    x_t, x_next = (
+        torch.cat([prepare_frames(picture[None], view)[:, 0] for picture in views], dim=2) for views in (before, after)
+    )
+    heat = rearrange(lapa_acting_map(lapa, x_t, x_next), "h (v w) -> v h w", v=len(before))
+    return draw_transition(_joined(before), heat, np.zeros((*heat.shape, 2), dtype=np.float32))
+
+
+def _even(picture: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H2 W2 3"]:
+    """Without its last row or column where the number of them is odd, as video wants it."""
+    return picture[: picture.shape[0] // 2 * 2, : picture.shape[1] // 2 * 2]
 
 
 def _save_png(picture: UInt8[np.ndarray, "H W 3"], path: Path) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -15,12 +15,15 @@ from repvitok.data.split import split_episodes
 from repvitok.optim import warmup_cosine_schedule
 from torch import Tensor, nn
 
+from latent_action.config import LatentActionConfig
 from latent_action.dynamics import MLP, InverseDynamics
 from latent_action.grid import Grid
 from latent_action.labelling import require_same_tokenizer
 from latent_action.model import LatentActionTokenizer
+from latent_action.transfer import BorrowedLosses, borrowed_losses, latent_actions
 from latent_action.transitions import TransitionTable, load_transitions
 
+Target = Literal["actions", "motion"]
 Predict = Callable[[Int[Tensor, " b"]], Float[Tensor, "b c"]]
 
 
@@ -49,14 +52,19 @@ class ProbeReport:
     """Scores on the same held-out episodes.
 
     Attributes:
-        channels: names of the action channels.
+        target: what is predicted: "actions" or "motion", see `probe_shards`.
+        channels: names of the target's channels.
         train_transitions, held_out_transitions: how many transitions each side has.
         latent_action: head on the frozen latent action l_t.
         untrained: the same head on the latent action of a LAT with random weights.
         mean_action: always predicts the training mean; R^2 0 by definition.
         frames: an IDM trained end to end on (z_t, z_{t+1}); what the latents themselves allow at this budget.
+        baselines: the same head on other latent actions of the same transitions.
+        borrowed: errors of the next latents with the latent actions of other held-out episodes; None where the
+            latents hold no robot state or one held-out episode only.
     """
 
+    target: str
     channels: tuple[str, ...]
     train_transitions: int
     held_out_transitions: int
@@ -64,6 +72,8 @@ class ProbeReport:
     untrained: ProbeScore
     mean_action: ProbeScore
     frames: ProbeScore
+    baselines: dict[str, ProbeScore]
+    borrowed: BorrowedLosses | None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -71,8 +81,8 @@ class ProbeReport:
 
 
 @dataclass(frozen=True)
-class _Task:
-    """A regression on transitions: normalised targets and who is held out."""
+class ProbeTask:
+    """A regression on transitions: standardised targets and who is held out."""
 
     table: TransitionTable
     targets: Float[Tensor, "transitions c"]
@@ -86,55 +96,120 @@ def probe_shards(
     lat: LatentActionTokenizer,
     latents: str | Path,
     *,
+    target: Target = "actions",
     held_out: float | Sequence[int] = 0.25,
     head_steps: int = 600,
     frames_steps: int = 300,
     seed: int = 0,
+    baselines: Mapping[str, Float[Tensor, "transitions _"]] | None = None,
 ) -> ProbeReport:
     """Train the probe's heads on some episodes and score them on the others.
 
-    The target is the mean robot action of a transition, standardised per channel on the training episodes.
+    The target is standardised per channel on the training episodes. Transitions that start at the latent of a single
+    image (the first of each clip) are left out: see docs/decisions/020.
 
     Args:
         lat: the latent action tokenizer, used as it is.
         latents: folder of latent shards with actions, of the tokenizer the LAT was trained on.
+        target: "actions", the mean robot action of a transition, or "motion", the change of the robot's state over it;
+            the one to take where actions are absolute positions, which no transition shows.
         held_out: share of the episodes that are scored, or their indices; see `repvitok.data.split`.
         head_steps: training steps of the heads on latent actions.
         frames_steps: training steps of the head on latent frames.
         seed: of the untrained LAT and of the heads.
+        baselines: other latent actions by name, for every transition of the shards in `load_transitions`' order.
 
     Raises:
-        ValueError: the latents hold no actions, come from another tokenizer, or are of one episode only.
+        ValueError: the latents hold no such target, come from another tokenizer, or are of one episode only.
     """
     shards = LatentShards(latents)
     require_same_tokenizer(lat, shards)
-    table = load_transitions(shards, lat.standardise)
-    if table.actions is None:
-        raise ValueError(f"{shards.root}: some episodes have no robot actions, so there is nothing to probe for.")
-    train, scored = split_episodes(table.episode.tolist(), held_out)
-    if not scored:
-        raise ValueError("The probe scores episodes that its heads have not seen: hold out at least one.")
-    task = _make_task(table, train, scored, shards.meta.grid, seed)
+    whole = load_transitions(shards, lat.standardise)
+    later = whole.place > 0
+    features = {name: _of_all(name, values, whole)[later] for name, values in (baselines or {}).items()}
+    train, scored = split_episodes(whole.episode.tolist(), held_out)
+    task = make_task(whole.where(later), target, train, scored, shards.meta.grid, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        untrained = LatentActionTokenizer(lat.config)
+        features = {
+            "latent_action": latent_actions(lat, task.table, task.grid),
+            "untrained": latent_actions(LatentActionTokenizer(lat.config), task.table, task.grid),
+            **features,
+        }
+        scores = {name: score_features(task, values, head_steps) for name, values in features.items()}
         return ProbeReport(
-            channels=shards.meta.action_names or tuple(str(i) for i in range(task.targets.shape[1])),
+            target=target,
+            channels=_channels(shards, target, task.targets.shape[1]),
             train_transitions=len(task.train),
             held_out_transitions=len(task.held_out),
-            latent_action=_score(task, _fit_head(task, _latent_actions(lat, task), head_steps)),
-            untrained=_score(task, _fit_head(task, _latent_actions(untrained, task), head_steps)),
+            latent_action=scores.pop("latent_action"),
+            untrained=scores.pop("untrained"),
             mean_action=_score(task, lambda index: torch.zeros(len(index), task.targets.shape[1])),
-            frames=_score(task, _fit_frames(task, lat, frames_steps)),
+            frames=score_frames(task, lat.config, frames_steps),
+            baselines=scores,
+            borrowed=_borrowed(lat, task),
         )
 
 
-def _make_task(table: TransitionTable, train: list[int], held_out: list[int], grid: Grid, seed: int) -> _Task:
-    assert table.actions is not None
-    train_index = torch.isin(table.episode, torch.tensor(train)).nonzero()[:, 0]
-    held_out_index = torch.isin(table.episode, torch.tensor(held_out)).nonzero()[:, 0]
-    targets = _standardised(table.actions, train_index)
-    return _Task(table, targets, train_index, held_out_index, grid, seed)
+def make_task(
+    table: TransitionTable, target: Target, train: Sequence[int], scored: Sequence[int], grid: Grid, seed: int = 0
+) -> ProbeTask:
+    """The regression that every row of a probe is a solution of.
+
+    Args:
+        table: transitions.
+        target: "actions" or "motion", see `probe_shards`.
+        train, scored: episode indices that heads train on, and that they are scored on.
+        grid: (views, rows, columns) of a latent frame.
+        seed: of the batches.
+
+    Raises:
+        ValueError: the table holds no such target, or no transition to train on or to score.
+    """
+    values = {"actions": table.actions, "motion": table.motion}[target]
+    if values is None:
+        what = "robot actions" if target == "actions" else "robot state"
+        raise ValueError(f"Some episodes of these latents have no {what}, so there is nothing to probe for.")
+    fitted, held_out = (torch.isin(table.episode, torch.tensor(list(side))).nonzero()[:, 0] for side in (train, scored))
+    if not len(fitted) or not len(held_out):
+        raise ValueError(
+            f"The probe trains on {len(fitted)} transitions and scores {len(held_out)} of episodes that its heads "
+            "have not seen: hold out at least one episode of three latent frames, and not all."
+        )
+    return ProbeTask(table, _standardised(values, fitted), fitted, held_out, grid, seed)
+
+
+def score_features(task: ProbeTask, features: Float[Tensor, "transitions f"], steps: int = 600) -> ProbeScore:
+    """Score of a three-layer MLP from one vector per transition to the target, trained for `steps` steps."""
+    return _score(task, _fit_head(task, features, steps))
+
+
+def score_frames(task: ProbeTask, config: LatentActionConfig, steps: int = 300) -> ProbeScore:
+    """Score of an IDM trained end to end on both latent frames, with the target as its output."""
+    return _score(task, _fit_frames(task, config, steps))
+
+
+def _of_all(name: str, values: Tensor, table: TransitionTable) -> Tensor:
+    if len(values) != len(table):
+        raise ValueError(
+            f"{name}: expected features of all {len(table)} transitions of the shards, got {len(values)}: make them "
+            "from the same shards."
+        )
+    return values.float()
+
+
+def _channels(shards: LatentShards, target: Target, count: int) -> tuple[str, ...]:
+    names = shards.meta.action_names if target == "actions" else shards.meta.state_names
+    return names or tuple(str(i) for i in range(count))
+
+
+def _borrowed(lat: LatentActionTokenizer, task: ProbeTask) -> BorrowedLosses | None:
+    keep = torch.zeros(len(task.table), dtype=torch.bool)
+    keep[task.held_out] = True
+    table = task.table.where(keep)
+    if table.motion is None or len(table.episode.unique()) < 2:
+        return None
+    return borrowed_losses(lat, table, grid=task.grid, seed=task.seed)
 
 
 def _standardised(values: Float[Tensor, "n c"], train: Int[Tensor, " m"]) -> Float[Tensor, "n c"]:
@@ -143,16 +218,7 @@ def _standardised(values: Float[Tensor, "n c"], train: Int[Tensor, " m"]) -> Flo
     return (values - values[train].mean(dim=0)) / torch.where(deviation > 1e-6, deviation, 1.0)
 
 
-@torch.no_grad()
-def _latent_actions(lat: LatentActionTokenizer, task: _Task) -> Float[Tensor, "n action"]:
-    pieces = [
-        lat.encode(torch.stack(task.table.pairs(index), dim=1), task.grid)[:, 0]
-        for index in torch.arange(len(task.table)).split(512)
-    ]
-    return torch.cat(pieces)
-
-
-def _fit_head(task: _Task, features: Float[Tensor, "n f"], steps: int) -> Predict:
+def _fit_head(task: ProbeTask, features: Float[Tensor, "n f"], steps: int) -> Predict:
     """A three-layer MLP from features to actions."""
     inputs = _standardised(features, task.train)
     head = MLP(inputs.shape[1], 128, task.targets.shape[1], 3)
@@ -160,11 +226,10 @@ def _fit_head(task: _Task, features: Float[Tensor, "n f"], steps: int) -> Predic
     return lambda index: head(inputs[index])
 
 
-def _fit_frames(task: _Task, lat: LatentActionTokenizer, steps: int) -> Predict:
+def _fit_frames(task: ProbeTask, config: LatentActionConfig, steps: int) -> Predict:
     """An IDM whose vector is the robot action itself."""
     channels = task.targets.shape[1]
-    config = dataclasses.replace(lat.config, action_dim=channels, hidden=128, pooling="attention")
-    idm = InverseDynamics(config)
+    idm = InverseDynamics(dataclasses.replace(config, action_dim=channels, hidden=128, pooling="attention"))
 
     def predict(index: Tensor) -> Tensor:
         return idm(*task.table.pairs(index), task.grid)
@@ -173,7 +238,7 @@ def _fit_frames(task: _Task, lat: LatentActionTokenizer, steps: int) -> Predict:
     return predict
 
 
-def _regress(module: nn.Module, predict: Predict, task: _Task, steps: int, batch_size: int) -> None:
+def _regress(module: nn.Module, predict: Predict, task: ProbeTask, steps: int, batch_size: int) -> None:
     """Fit `predict` to the targets of the training transitions, in place."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = warmup_cosine_schedule(optimizer, warmup=20, total=steps)
@@ -187,7 +252,7 @@ def _regress(module: nn.Module, predict: Predict, task: _Task, steps: int, batch
 
 
 @torch.no_grad()
-def _score(task: _Task, predict: Predict) -> ProbeScore:
+def _score(task: ProbeTask, predict: Predict) -> ProbeScore:
     predicted = torch.cat([predict(index) for index in task.held_out.split(512)])
     target = task.targets[task.held_out]
     error = (predicted - target).square().mean(dim=0)
@@ -210,10 +275,11 @@ def format_report(report: ProbeReport) -> str:
     rows = [
         ("latent action", report.latent_action),
         ("untrained latent action", report.untrained),
+        *report.baselines.items(),
         ("mean action", report.mean_action),
         ("(z_t, z_t+1) directly", report.frames),
     ]
-    header = f"{'head on':<26}{'loss':>9}{'pooled R2':>11}{'mean R2':>9}  " + " ".join(
+    header = f"{'head on, for ' + report.target:<26}{'loss':>9}{'pooled R2':>11}{'mean R2':>9}  " + " ".join(
         f"{c[:12]:>12}" for c in report.channels
     )
     lines = [header]
@@ -223,4 +289,14 @@ def format_report(report: ProbeReport) -> str:
     counts = (
         f"{report.train_transitions} transitions to train on, {report.held_out_transitions} held out (whole episodes)"
     )
-    return "\n".join([*lines, counts])
+    return "\n".join([*lines, counts, *_format_borrowed(report.borrowed)])
+
+
+def _format_borrowed(losses: BorrowedLosses | None) -> list[str]:
+    if losses is None:
+        return []
+    return [
+        f"error of the next latents with its own latent action {losses.own:.4f}, with that of the most alike motion "
+        f"in another episode {losses.matched:.4f}, a random one {losses.shuffled:.4f}, that of a still frame "
+        f"{losses.still:.4f}"
+    ]

@@ -19,6 +19,7 @@ from latent_action.export import CHECKPOINT_KEY, read_stored
 from latent_action.grid import Grid
 from latent_action.losses import copy_loss, transition_losses
 from latent_action.model import LatentActionTokenizer
+from latent_action.transfer import cycle_loss, effective_dimensions, read_again, reading_r2
 
 DEFAULT_OPTIMIZER = OptimizerSettings(name="adamw", lr=1e-3, warmup_steps=500)
 
@@ -67,7 +68,7 @@ class LatentActionTraining(L.LightningModule):
         self.gradient_clip = gradient_clip
         self.ema = None if ema_decay is None else ExponentialMovingAverage(self.lat, ema_decay)
         self.grid: Grid | None = None
-        self._seen_actions: list[Tensor] = []
+        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
         """Take the grid, the statistics and the tokenizer's digest from the data."""
@@ -114,12 +115,12 @@ class LatentActionTraining(L.LightningModule):
             return self.lat.encode(torch.stack(batch, dim=1), self.grid)[:, 0]
 
     def on_validation_epoch_end(self) -> None:
-        """Log how much each dimension of the latent action varies."""
-        self._log_deviation("val")
+        """Log what the latent actions of all batches are like together."""
+        self._log_actions("val")
 
     def on_test_epoch_end(self) -> None:
         """As in validation."""
-        self._log_deviation("test")
+        self._log_actions("test")
 
     def configure_optimizers(self) -> Any:
         """One optimizer for the LAT and its control, and its schedule."""
@@ -153,11 +154,17 @@ class LatentActionTraining(L.LightningModule):
         size = batch.z_t.shape[0]
         with self._averaged():
             losses = transition_losses(self.lat, batch.z_t, batch.z_next, self.grid)
-        self._seen_actions.append(losses.latent_actions)
+            forward, backward = losses.latent_actions, losses.reversed_actions
+            cycle = cycle_loss(self.lat, batch.z_t, forward, backward, self.grid)
+            # Each latent action, acted out on the frame of the item half a batch away and read from there.
+            stage = batch.z_t.roll(size // 2, dims=0)
+            read = read_again(self.lat, stage, forward, self.grid)
+        self._seen.append((forward, read, forward.roll(size // 2, dims=0)))
         values = {
             "forward_loss": losses.forward,
             "consistency_loss": losses.consistency,
             "copy_loss": copy_loss(batch.z_t, batch.z_next),
+            "cycle_loss": cycle,
         }
         if self.control is not None:
             values["zero_action_loss"] = self._control_loss(batch)
@@ -170,11 +177,15 @@ class LatentActionTraining(L.LightningModule):
         transport, residual = self.control(batch.z_t, action, self.grid)
         return (transport.apply(batch.z_t) + residual - batch.z_next).square().mean()
 
-    def _log_deviation(self, split: str) -> None:
-        deviation = torch.cat(self._seen_actions).float().std(dim=0, correction=0)
-        self._seen_actions = []
-        for index, value in enumerate(deviation):
-            self.log(f"{split}/action_std_{index}", value, sync_dist=True)
+    def _log_actions(self, split: str) -> None:
+        given, read, own = (torch.cat(column).float() for column in zip(*self._seen, strict=True))
+        self._seen = []
+        values = {f"action_std_{i}": float(v) for i, v in enumerate(given.std(dim=0, correction=0))}
+        values["action_dimensions"] = effective_dimensions(given)
+        values["transfer_r2"] = reading_r2(read, given)
+        values["transfer_shuffled_r2"] = reading_r2(read, own)
+        for name, value in values.items():
+            self.log(f"{split}/{name}", value, sync_dist=True)
 
     def _averaged(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.ema is None else self.ema.swapped(self.lat)

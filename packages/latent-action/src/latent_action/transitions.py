@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from repvitok.data.latents import LatentEpisode
 from torch import Tensor
 
@@ -20,13 +20,18 @@ class TransitionTable:
         frames: the latent frames of all episodes, one after another.
         first: index into `frames` of each transition's z_t; its z_{t+1} is the next frame.
         episode: index of the episode (in the source data set) each transition belongs to.
+        place: which transition of its clip it is, from 0. Transition 0 starts at the latent of a single image, the
+            others at one of several frames.
         actions: mean robot action during each transition, in the data's own units, or None.
+        motion: change of the robot's state over each transition, in the data's own units, or None.
     """
 
     frames: Float[Tensor, "frames tokens d"]
     first: Int[Tensor, " transitions"]
     episode: Int[Tensor, " transitions"]
+    place: Int[Tensor, " transitions"]
     actions: Float[Tensor, "transitions c"] | None
+    motion: Float[Tensor, "transitions s"] | None
 
     def __len__(self) -> int:
         return self.first.shape[0]
@@ -38,9 +43,12 @@ class TransitionTable:
 
     def of_episodes(self, episodes: Iterable[int]) -> TransitionTable:
         """The transitions of these episodes only; the frames are shared, not copied."""
-        keep = torch.isin(self.episode, torch.tensor(sorted(episodes), dtype=torch.long))
-        actions = None if self.actions is None else self.actions[keep]
-        return TransitionTable(self.frames, self.first[keep], self.episode[keep], actions)
+        return self.where(torch.isin(self.episode, torch.tensor(sorted(episodes), dtype=torch.long)))
+
+    def where(self, keep: Bool[Tensor, " transitions"]) -> TransitionTable:
+        """The transitions marked true; the frames are shared, not copied."""
+        actions, motion = (None if x is None else x[keep] for x in (self.actions, self.motion))
+        return TransitionTable(self.frames, self.first[keep], self.episode[keep], self.place[keep], actions, motion)
 
 
 def load_transitions(episodes: Iterable[LatentEpisode], standardise: Callable[[Tensor], Tensor]) -> TransitionTable:
@@ -56,7 +64,9 @@ def load_transitions(episodes: Iterable[LatentEpisode], standardise: Callable[[T
     frames: list[Tensor] = []
     first: list[Tensor] = []
     episode_of: list[Tensor] = []
+    place: list[Tensor] = []
     actions: list[np.ndarray | None] = []
+    motion: list[np.ndarray | None] = []
     start = 0
     for episode in episodes:
         count = len(episode.latents)
@@ -65,17 +75,25 @@ def load_transitions(episodes: Iterable[LatentEpisode], standardise: Callable[[T
         frames.append(standardise(torch.from_numpy(episode.latents)))
         first.append(torch.arange(start, start + count - 1))
         episode_of.append(torch.full((count - 1,), episode.episode_index))
+        place.append(torch.arange(count - 1))
         actions.append(None if episode.actions is None else episode.actions.mean(axis=1))
+        motion.append(None if episode.state is None else np.diff(episode.state, axis=0))
         start += count
     if not frames:
         raise ValueError(
             "No episode has two latent frames, so there is no transition to learn from: encode longer episodes."
         )
-    known = [a for a in actions if a is not None]
-    complete = len(known) == len(actions)
     return TransitionTable(
         frames=torch.cat(frames),
         first=torch.cat(first),
         episode=torch.cat(episode_of),
-        actions=torch.from_numpy(np.concatenate(known)).float() if complete else None,
+        place=torch.cat(place),
+        actions=_joined(actions),
+        motion=_joined(motion),
     )
+
+
+def _joined(values: list[np.ndarray | None]) -> Tensor | None:
+    """All episodes' values as one tensor, or None where an episode has none."""
+    known = [value for value in values if value is not None]
+    return torch.from_numpy(np.concatenate(known)).float() if len(known) == len(values) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from repvitok.commands import Command, TrainingStage, run_commands, training_commands
+from repvitok.commands import Command, TrainingStage, parse_share, run_commands, training_commands
 from repvitok.errors import run_cli
 
 STAGE = TrainingStage(
@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = [
         *training_commands(STAGE),
         Command("encode", "a data set to latent shards", _encode, _encode_arguments),
+        Command("merge", "the parts of a job array of encode to one folder of shards", _merge, _merge_arguments),
         Command("decode", "latent shards back to video files", _decode, _decode_arguments),
         Command("export", "a checkpoint to the folder that from_pretrained loads", _export, _export_arguments),
     ]
@@ -28,35 +29,47 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _encode_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokenizer", required=True, metavar="FOLDER", help="exported tokenizer, or a hub id")
-    parser.add_argument("--dataset", required=True, metavar="FOLDER", help="LeRobot data set (v2.1 or v3.0)")
-    parser.add_argument(
-        "--out", required=True, metavar="FOLDER", help="where the shards go; an interrupted run resumes"
-    )
-    parser.add_argument("--size", type=_size, required=True, metavar="H[xW]", help="pixels frames are resized to")
-    parser.add_argument("--stride", type=int, default=1, help="take every n-th frame (default 1)")
-    parser.add_argument(
-        "--offsets", type=int, nargs="+", default=[0], help="first raw frames to start from (default 0)"
-    )
-    parser.add_argument("--cameras", nargs="+", default=None, help="camera keys (default: all)")
-    parser.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="type on disk")
+    add = parser.add_argument
+    add("--tokenizer", required=True, metavar="FOLDER", help="exported tokenizer, or a hub id (Wan2.2's VAE too)")
+    add("--dataset", required=True, metavar="DATA", help="LeRobot data set, folder of videos or images, or tar shards")
+    add("--out", required=True, metavar="FOLDER", help="where the shards go; an interrupted run resumes")
+    add("--size", type=_size, required=True, metavar="H[xW]", help="pixels frames are resized to")
+    add("--stride", type=int, default=1, help="take every n-th frame (default 1)")
+    add("--offsets", type=int, nargs="+", default=[0], help="first raw frames to start from (default 0)")
+    add("--cameras", nargs="+", default=None, help="camera keys (default: all)")
+    add("--dtype", choices=["float32", "float16"], default="float32", help="type on disk")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    add("--batch-size", type=int, default=8, metavar="B", help="videos encoded side by side (default 8)")
+    add("--workers", type=int, default=1, metavar="W", help="decoding threads (default 1)")
+    add("--processes", type=int, default=1, metavar="P", help="processes on this machine, spread over its GPUs")
+    add("--shard", type=parse_share, metavar="I/N", help="encode one of N shares (a job array); `merge` joins them")
+    add("--cache-folder", default=None, metavar="FOLDER", help="for tar shards: their indices and local copies")
 
 
 def _encode(options: argparse.Namespace) -> None:
-    from repvitok.data.lerobot import LeRobotReader
-    from repvitok.encoding import encode_dataset
-    from repvitok.model import RepViTok
+    from repvitok.encoding_jobs import EncodingJob, run_job
 
-    encode_dataset(
-        RepViTok.from_pretrained(options.tokenizer),
-        LeRobotReader(options.dataset),
-        options.out,
-        size=options.size,
-        stride=options.stride,
-        offsets=tuple(options.offsets),
-        cameras=options.cameras,
-        dtype=options.dtype,
+    settings = ("size", "stride", "cameras", "dtype", "batch_size", "workers")
+    job = EncodingJob(
+        tokenizer=options.tokenizer,
+        dataset=options.dataset,
+        out=options.out,
+        device=options.device,
+        cache_folder=options.cache_folder,
+        settings={name: getattr(options, name) for name in settings} | {"offsets": tuple(options.offsets)},
     )
+    run_job(job, shard=options.shard, processes=options.processes)
+
+
+def _merge_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder given to encode --shard")
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from repvitok.merging import merge_latents
+
+    meta = merge_latents(options.out)
+    print(f"{options.out}: latents of {meta.source}, by tokenizer {meta.tokenizer_digest[:16]}")
 
 
 def _decode_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,10 +80,10 @@ def _decode_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _decode(options: argparse.Namespace) -> None:
+    from repvitok.baselines import load_tokenizer
     from repvitok.decoding import decode_shards
-    from repvitok.model import RepViTok
 
-    decode_shards(RepViTok.from_pretrained(options.tokenizer), options.latents, options.out, options.episodes)
+    decode_shards(load_tokenizer(options.tokenizer), options.latents, options.out, options.episodes)
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:

@@ -134,6 +134,18 @@ def _parser(
     return parser
 
 
+def parse_share(text: str) -> tuple[int, int]:
+    """The argument type of `--shard i/n`: "2/8" -> (2, 8), the third of eight shares.
+
+    Raises:
+        argparse.ArgumentTypeError: not two whole numbers with i below n; argparse adds the option's name.
+    """
+    index, _, shares = text.partition("/")
+    if not (index.isdecimal() and shares.isdecimal() and int(index) < int(shares)):
+        raise argparse.ArgumentTypeError(f"expected I/N with 0 <= I < N, for example 0/8, got {text!r}")
+    return int(index), int(shares)
+
+
 def import_object(path: str) -> Any:
     """Imports "module:name"."""
     module, _, name = path.partition(":")

@@ -14,14 +14,14 @@ from repvitok.data.latents import LatentEpisode, LatentMeta
 from repvitok.data.shards import LatentShards
 from repvitok.data.transforms import to_frames
 from repvitok.data.video import write_video
-from repvitok.model import RepViTok
+from repvitok.interface import VideoTokenizer
 from repvitok.progress import progress
 
 LATENTS_PER_CALL = 8
 
 
 def decode_shards(
-    tokenizer: RepViTok, latents: str | Path, out: str | Path, episodes: Sequence[int] | None = None
+    tokenizer: VideoTokenizer, latents: str | Path, out: str | Path, episodes: Sequence[int] | None = None
 ) -> list[Path]:
     """Writes one mp4 per stored episode and camera, `<key>.<camera>.mp4`, at the rate the frames were taken at.
 
@@ -53,7 +53,9 @@ def decode_shards(
     return written
 
 
-def decode_episode(tokenizer: RepViTok, episode: LatentEpisode, meta: LatentMeta) -> Float[Tensor, "views 3 T H W"]:
+def decode_episode(
+    tokenizer: VideoTokenizer, episode: LatentEpisode, meta: LatentMeta
+) -> Float[Tensor, "views 3 T H W"]:
     """Pixels of a whole episode, decoded as a stream with the window it was encoded with; cameras side by side."""
     views, height, width = meta.grid
     z = torch.from_numpy(episode.latents).to(next(tokenizer.parameters()))

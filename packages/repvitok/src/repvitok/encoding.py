@@ -1,16 +1,18 @@
-"""Encodes whole data sets to latent shards."""
+"""Encodes whole data sets, or one share of them, to latent shards."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,65 +31,20 @@ from repvitok.data.shards import (
     write_episode_file,
 )
 from repvitok.data.transforms import resize_frames, to_unit
+from repvitok.encoding_plan import EncodingPlan, EpisodeReader, Share, describe_latents, make_plan, share_of_episodes
 from repvitok.errors import require_disk_space
-from repvitok.model import RepViTok
+from repvitok.interface import VideoTokenizer
+from repvitok.merging import part_folder
 from repvitok.progress import progress as progress_bar
 
+CLIP_FRAMES = 17  # "clips per second" counts so many frames of one camera
 _DECODE_BLOCK = 64  # raw frames decoded at full size at a time
 _TOKENS_PER_STEP = 2**14  # tokens encoded at a time, over all streams: bounds memory
-
-
-@runtime_checkable
-class EpisodeReader(Protocol):
-    """What `encode_dataset` needs of a data set; `LeRobotReader` has it."""
-
-    root: Path
-    fps: float
-    camera_keys: list[str]
-    features: dict[str, dict[str, Any]]
-    episodes: list[EpisodeInfo]
-
-    def episode(self, index: int) -> dict[str, np.ndarray]: ...
-    def frames(
-        self, episode: int, camera: str, frames: Sequence[int] | None = None
-    ) -> UInt8[np.ndarray, "n h w 3"]: ...
-    def channel_names(self, key: str) -> tuple[str, ...]: ...
-
-
-@dataclass(frozen=True)
-class EncodingPlan:
-    """Everything that decides which latents come out; a folder begun under one plan is only continued under it.
-
-    Attributes:
-        tokenizer_digest: `RepViTok.digest()`.
-        source: the data set's folder name.
-        num_episodes, num_frames: of the data set.
-        size: (H, W) the frames are resized to.
-        stride: every stride-th raw frame is encoded.
-        offsets: each episode is encoded once per offset, without its first `offset` raw frames.
-        cameras: in token order.
-        window: latent frames the encoding stream attends over.
-        dtype: of the latents on disk.
-    """
-
-    tokenizer_digest: str
-    source: str
-    num_episodes: int
-    num_frames: int
-    size: tuple[int, int]
-    stride: int
-    offsets: tuple[int, ...]
-    cameras: tuple[str, ...]
-    window: int | None
-    dtype: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON gives it back: tuples as lists."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+_BATCH_BYTES = 2**29  # resized frames of a batch, unless one episode has more: bounds memory
 
 
 def encode_dataset(
-    tok: RepViTok,
+    tok: VideoTokenizer,
     reader: EpisodeReader,
     out: str | os.PathLike[str],
     *,
@@ -97,7 +54,10 @@ def encode_dataset(
     cameras: Sequence[str] | None = None,
     dtype: str = "float32",
     batch_size: int = 8,
+    workers: int = 1,
+    shard: Share | None = None,
     progress: bool = False,
+    report: Callable[[str], None] | None = None,
 ) -> LatentMeta:
     """Turns every episode of a data set into latents, with its states and actions alongside.
 
@@ -116,29 +76,39 @@ def encode_dataset(
         cameras: None for all, in the data set's order. Their tokens lie one camera behind the other.
         dtype: "float32" or "float16", of the latents on disk.
         batch_size: streams side by side (at least one episode with its offsets and cameras).
+        workers: threads that decode; one uses several cores already where a video's codec can.
+        shard: (i, n): encode the i-th of n shares of the episodes only, into a folder of its own below `out`; once
+            all n are done, `repvitok.merging.merge_latents` joins them.
         progress: draw the progress bar even where stderr is no terminal.
+        report: gets one line at the end: how fast it was, and what bounded it.
 
     Returns:
-        The meta of the finished shards; mean and std over all latents written.
+        The meta of the finished shards, or of the finished share; mean and std over all latents written.
 
     Raises:
         ValueError: a size, stride, offset or camera does not fit, an episode is too short for an offset, a video is
             damaged, or `out` holds latents made otherwise.
     """
     out = Path(out)
-    plan = _make_plan(tok, reader, size, stride, offsets, cameras, dtype)
-    if (out / "meta.json").exists():
-        return _require_same_plan(LatentShards(out), plan)
-    meta = _describe(tok, reader, plan)
-    work = _open_work_folder(out, plan)
-    _require_space(out, reader, plan, meta, tok.config.tubelet_frames)
-    with progress_bar(desc="encode", total=float(plan.num_frames), unit="frame", force=progress) as bar:
-        for batch in _loaded_batches(reader, plan, work, batch_size, bar):
-            for episode in _encode_batch(tok, batch, plan):
-                write_episode_file(work / f"{episode.key}.tar", episode, dtype=dtype)
-            bar.update(sum(item.info.length for item in batch))
-    with LatentShardWriter(out, meta, dtype=dtype, provenance=plan.to_dict()) as writer:
-        for info in reader.episodes:
+    if workers < 1:
+        raise ValueError(f"workers must be 1 or more, got {workers}")
+    plan = make_plan(tok, reader, size, stride, offsets, cameras, dtype)
+    episodes = share_of_episodes(reader.episodes, shard)
+    target = out if shard is None else part_folder(out, shard)
+    for finished in (out, target):
+        if (finished / "meta.json").exists():
+            shards = LatentShards(finished)
+            plan.require_same(shards.provenance, out)
+            return shards.meta
+    meta = describe_latents(tok, reader, plan)
+    work = _open_work_folder(target, plan)
+    _require_space(target, episodes, plan, meta, tok.config.tubelet_frames)
+    with progress_bar(desc="encode", total=sum(e.length for e in episodes), unit="frame", force=progress) as bar:
+        pace = _encode_waiting(tok, reader, plan, _batches(episodes, plan, batch_size), work, workers, bar)
+    if report is not None and pace.frames:
+        report(f"{target}: {pace}")
+    with LatentShardWriter(target, meta, dtype=dtype, provenance=plan.to_dict()) as writer:
+        for info in episodes:
             for offset in plan.offsets:
                 writer.add(read_episode_file(_work_file(work, info, offset)))
     shutil.rmtree(work)
@@ -154,89 +124,78 @@ class _LoadedEpisode:
     columns: Mapping[str, np.ndarray]
 
 
-def _make_plan(
-    tok: RepViTok,
+class Pace:
+    """How fast an encoding goes, and whether decoding or the model bounds it.
+
+    Attributes:
+        frames: frames encoded, over all cameras and offsets.
+    """
+
+    def __init__(self) -> None:
+        self.frames = 0
+        self._begun_s, self._waited_s = time.monotonic(), 0.0
+
+    def waiting_for(self, batches: Iterator[list[_LoadedEpisode]]) -> Iterator[list[_LoadedEpisode]]:
+        """Passes the batches on, and counts the time spent waiting for each."""
+        while True:
+            asked_s = time.monotonic()
+            batch = next(batches, None)
+            self._waited_s += time.monotonic() - asked_s
+            if batch is None:
+                return
+            yield batch
+
+    def __str__(self) -> str:
+        spent_s = max(time.monotonic() - self._begun_s, 1e-9)
+        waited = self._waited_s / spent_s
+        bound = "decoding" if waited > 0.5 else "the model"
+        rate = self.frames / CLIP_FRAMES / spent_s
+        return f"{rate:.3g} clips/s of {CLIP_FRAMES} frames, bound by {bound} ({waited:.0%} waiting for frames)"
+
+
+def _encode_waiting(
+    tok: VideoTokenizer,
     reader: EpisodeReader,
-    size: tuple[int, int],
-    stride: int,
-    offsets: Sequence[int],
-    cameras: Sequence[str] | None,
-    dtype: str,
-) -> EncodingPlan:
-    tok.grid(*size)
-    chosen = tuple(cameras or reader.camera_keys)
-    unknown = [camera for camera in chosen if camera not in reader.camera_keys]
-    if unknown or not chosen:
-        raise ValueError(f"{reader.root}: no cameras {unknown}; there are {reader.camera_keys}")
-    if dtype not in ("float32", "float16"):
-        raise ValueError(f'dtype must be "float32" or "float16", got {dtype!r}')
-    if stride < 1:
-        raise ValueError(f"stride must be 1 or more, got {stride}")
-    if not offsets or min(offsets) < 0 or len(set(offsets)) != len(offsets):
-        raise ValueError(f"offsets must be different numbers of raw frames, 0 or more, got {list(offsets)}")
-    for info in reader.episodes:
-        if info.length <= max(offsets):
-            raise ValueError(
-                f"{reader.root}: episode {info.index} has {info.length} frames, none after offset {max(offsets)}"
-            )
-    return EncodingPlan(
-        tokenizer_digest=tok.digest(),
-        source=reader.root.name,
-        num_episodes=len(reader.episodes),
-        num_frames=sum(info.length for info in reader.episodes),
-        size=(int(size[0]), int(size[1])),
-        stride=stride,
-        offsets=tuple(int(offset) for offset in offsets),
-        cameras=chosen,
-        window=tok.config.episode_window,
-        dtype=dtype,
-    )
+    plan: EncodingPlan,
+    batches: Sequence[list[EpisodeInfo]],
+    work: Path,
+    workers: int,
+    bar: Any,
+) -> Pace:
+    """Encodes the batches whose files are not in `work` yet."""
+    pace, waiting = Pace(), []
+    for batch in batches:
+        if all(_work_file(work, info, offset).is_file() for info in batch for offset in plan.offsets):
+            bar.update(sum(info.length for info in batch))
+        else:
+            waiting.append(batch)
+    for batch in pace.waiting_for(_loaded(reader, plan, waiting, workers)):
+        for episode in _encode_batch(tok, batch, plan):
+            write_episode_file(work / f"{episode.key}.tar", episode, dtype=plan.dtype)
+            pace.frames += len(plan.cameras) * _raw_frames(episode, tok.config.tubelet_frames)
+        bar.set_postfix_str(str(pace), refresh=False)
+        bar.update(sum(item.info.length for item in batch))
+    return pace
 
 
-def _describe(tok: RepViTok, reader: EpisodeReader, plan: EncodingPlan) -> LatentMeta:
-    return LatentMeta(
-        tokenizer_digest=plan.tokenizer_digest,
-        frame_rate_hz=reader.fps,
-        stride=plan.stride,
-        grid=(len(plan.cameras), *tok.grid(*plan.size)),
-        cameras=plan.cameras,
-        latent_dim=tok.config.latent_dim,
-        window=plan.window,
-        source=plan.source,
-        action_names=reader.channel_names("action") if "action" in reader.features else (),
-        state_names=reader.channel_names("observation.state") if "observation.state" in reader.features else (),
-    )
-
-
-def _require_same_plan(shards: LatentShards, plan: EncodingPlan) -> LatentMeta:
-    _refuse_other_plan(shards.root, shards.provenance, plan)
-    return shards.meta
-
-
-def _refuse_other_plan(out: Path, found: Mapping[str, Any], plan: EncodingPlan) -> None:
-    wanted = plan.to_dict()
-    differing = [key for key in wanted if found.get(key) != wanted[key]]
-    if differing:
-        lines = ", ".join(f"{key} {found.get(key)} (now {wanted[key]})" for key in differing)
-        raise ValueError(f"{out} holds latents made otherwise: {lines}; remove the folder or choose another")
-
-
-def _open_work_folder(out: Path, plan: EncodingPlan) -> Path:
-    """out/.work, where finished episodes wait; ValueError if another plan began it."""
-    work = out / ".work"
+def _open_work_folder(target: Path, plan: EncodingPlan) -> Path:
+    """target/.work, where finished episodes wait; ValueError if another plan began it."""
+    work = target / ".work"
     path = work / "plan.json"
     if path.is_file():
-        _refuse_other_plan(out, json.loads(path.read_text(encoding="utf-8")), plan)
+        plan.require_same(json.loads(path.read_text(encoding="utf-8")), target)
     else:
         write_json_atomic(path, plan.to_dict())
     return work
 
 
-def _require_space(out: Path, reader: EpisodeReader, plan: EncodingPlan, meta: LatentMeta, tubelet_frames: int) -> None:
+def _require_space(
+    target: Path, episodes: Sequence[EpisodeInfo], plan: EncodingPlan, meta: LatentMeta, tubelet_frames: int
+) -> None:
     """The latents lie on disk twice while the shards are put together."""
-    latents = len(plan.offsets) * sum(info.length // (tubelet_frames * plan.stride) + 1 for info in reader.episodes)
+    latents = len(plan.offsets) * sum(info.length // (tubelet_frames * plan.stride) + 1 for info in episodes)
     size_bytes = 2 * latents * meta.tokens * meta.latent_dim * np.dtype(plan.dtype).itemsize
-    require_disk_space(out, size_bytes, "latent shards")
+    require_disk_space(target, size_bytes, "latent shards")
 
 
 def _work_file(work: Path, info: EpisodeInfo, offset: int) -> Path:
@@ -247,29 +206,37 @@ def _key(info: EpisodeInfo, offset: int) -> str:
     return f"episode_{info.index:06d}-o{offset}"
 
 
-def _loaded_batches(
-    reader: EpisodeReader, plan: EncodingPlan, work: Path, batch_size: int, bar: Any
-) -> Iterator[list[_LoadedEpisode]]:
-    """The batches that are still to do, the next one decoded by a thread while the caller encodes.
+def _raw_frames(episode: LatentEpisode, tubelet_frames: int) -> int:
+    return 1 + tubelet_frames * (len(episode.latents) - 1)
 
-    Which episodes share a batch depends on the plan alone, so that a continued run computes the same latents.
-    """
-    per_batch = max(1, batch_size // (len(plan.offsets) * len(plan.cameras)))
-    by_length = sorted(reader.episodes, key=lambda info: (info.length, info.index))
-    batches = [by_length[start : start + per_batch] for start in range(0, len(by_length), per_batch)]
-    waiting = []
-    for batch in batches:
-        if all(_work_file(work, info, offset).is_file() for info in batch for offset in plan.offsets):
-            bar.update(sum(info.length for info in batch))
-        else:
-            waiting.append(batch)
-    with ThreadPoolExecutor(max_workers=1) as decoder:
-        future = decoder.submit(_load_batch, reader, plan, waiting[0]) if waiting else None
-        for number in range(len(waiting)):
-            assert future is not None
-            loaded = future.result()
-            if number + 1 < len(waiting):
-                future = decoder.submit(_load_batch, reader, plan, waiting[number + 1])
+
+def _batches(episodes: Sequence[EpisodeInfo], plan: EncodingPlan, batch_size: int) -> list[list[EpisodeInfo]]:
+    """Episodes to encode side by side, of like length; decided by the plan alone, so that a continued run computes
+    the same latents. A batch's resized frames stay below a bound, unless one episode alone has more."""
+    most = max(1, batch_size // (len(plan.offsets) * len(plan.cameras)))
+    frame_bytes = 3 * len(plan.cameras) * plan.size[0] * plan.size[1]
+    batches: list[list[EpisodeInfo]] = []
+    held = 0
+    for info in sorted(episodes, key=lambda info: (info.length, info.index)):
+        held += info.length * frame_bytes
+        if not batches or len(batches[-1]) == most or held > _BATCH_BYTES:
+            batches.append([])
+            held = info.length * frame_bytes
+        batches[-1].append(info)
+    return batches
+
+
+def _loaded(
+    reader: EpisodeReader, plan: EncodingPlan, batches: Sequence[list[EpisodeInfo]], workers: int
+) -> Iterator[list[_LoadedEpisode]]:
+    """The batches in order, the next `workers` of them decoded by threads while the caller encodes."""
+    coming = iter(batches)
+    ahead: deque[Future[list[_LoadedEpisode]]] = deque()
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        ahead.extend(pool.submit(_load_batch, reader, plan, batch) for batch in islice(coming, workers))
+        while ahead:
+            loaded = ahead.popleft().result()
+            ahead.extend(pool.submit(_load_batch, reader, plan, batch) for batch in islice(coming, 1))
             yield loaded
 
 
@@ -289,7 +256,7 @@ def _resized_episode(reader: EpisodeReader, info: EpisodeInfo, camera: str, size
     return np.concatenate([resize_frames(reader.frames(info.index, camera, block), size) for block in blocks])
 
 
-def _encode_batch(tok: RepViTok, batch: Sequence[_LoadedEpisode], plan: EncodingPlan) -> Iterator[LatentEpisode]:
+def _encode_batch(tok: VideoTokenizer, batch: Sequence[_LoadedEpisode], plan: EncodingPlan) -> Iterator[LatentEpisode]:
     """The latents of some episodes, at every offset."""
     jobs = [(item, offset) for item in batch for offset in plan.offsets]
     clips = [view[offset :: plan.stride] for item, offset in jobs for view in item.pixels]
@@ -328,7 +295,7 @@ def align_episode(
 
 @torch.no_grad()
 def _stream_clips(
-    tok: RepViTok, clips: Sequence[UInt8[np.ndarray, "_ h w 3"]], window: int | None
+    tok: VideoTokenizer, clips: Sequence[UInt8[np.ndarray, "_ h w 3"]], window: int | None
 ) -> list[Float[np.ndarray, "_ tokens d"]]:
     """Latents of clips of about equal length, streamed side by side.
 

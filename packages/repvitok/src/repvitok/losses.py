@@ -154,6 +154,8 @@ class PerceptualLoss(nn.Module):
         if not random_backbone_for_tests:
             _load_lpips_backbone(self.network.net, net, weights_path)
         self.frames_per_clip = frames_per_clip
+        source = "random weights for tests" if random_backbone_for_tests else Path(weights_path).name
+        self.backbone = f"LPIPS {net} ({source})"
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> PerceptualLoss:  # noqa: ARG002

@@ -1,6 +1,9 @@
-"""Reconstruction metrics: PSNR and SSIM of frames, averaged over a set of clips."""
+"""Reconstruction metrics over a set of clips: PSNR, SSIM and LPIPS of frames, Frechet distances of feature sets."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
@@ -8,6 +11,23 @@ from jaxtyping import Float
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.image import structural_similarity_index_measure
+
+from repvitok.features import FeatureNetwork
+from repvitok.frechet import FrechetStatistics, frechet_distance
+from repvitok.losses import PerceptualLoss
+
+__all__ = [
+    "FrechetReconstruction",
+    "FrechetStatistics",
+    "LPIPSMetric",
+    "MetricRow",
+    "ReconstructionMetrics",
+    "frechet_distance",
+    "metric_table",
+    "psnr",
+    "ssim",
+    "to_unit",
+]
 
 
 def to_unit(video: Float[Tensor, "b 3 T H W"]) -> Float[Tensor, "b 3 T H W"]:
@@ -60,3 +80,115 @@ class ReconstructionMetrics(Metric):
         if self.frames == 0:
             raise ValueError("no frames were added: the validation set is empty")
         return {"psnr": self.psnr_sum / self.frames, "ssim": self.ssim_sum / self.frames}
+
+
+class LPIPSMetric(Metric):
+    """Mean LPIPS over all frames seen, by the network of the perceptual loss; every frame counts."""
+
+    total: Tensor
+    frames: Tensor
+
+    def __init__(self, network: PerceptualLoss) -> None:
+        """Takes the network with its backbone loaded."""
+        super().__init__()
+        self._network = [network]  # in a list: its frozen weights belong in no checkpoint
+        for name in ("total", "frames"):
+            self.add_state(name, default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    @torch.no_grad()
+    def update(self, video_hat: Float[Tensor, "b 3 T H W"], video: Float[Tensor, "b 3 T H W"]) -> None:
+        """Adds a batch of clips; pixels in [-1, 1], clipped."""
+        network = self._network[0].to(video.device)
+        for t in range(video.shape[2]):
+            pair = (video_hat[:, :, t].clamp(-1, 1), video[:, :, t].clamp(-1, 1))
+            self.total += network.network(*pair).double().sum()
+        self.frames += video.shape[0] * video.shape[2]
+
+    def compute(self) -> Tensor:
+        """Mean LPIPS; lower is closer."""
+        if self.frames == 0:
+            raise ValueError("no frames were added: the test set is empty")
+        return self.total / self.frames
+
+
+class FrechetReconstruction(Metric):
+    """Frechet distance between the features of originals and those of their reconstructions: rFID, rFVD, stand-ins."""
+
+    counts: Tensor
+    means: Tensor
+    scatters: Tensor
+
+    def __init__(self, network: FeatureNetwork) -> None:
+        """Takes the feature network; its `metric` is the distance's name."""
+        super().__init__()
+        self._network = [network]
+        for name, shape in (("counts", ()), ("means", (network.dim,)), ("scatters", (network.dim, network.dim))):
+            default = torch.zeros(2, *shape, dtype=torch.float64)
+            self.add_state(name, default=default, dist_reduce_fx=None)
+
+    @property
+    def network(self) -> FeatureNetwork:
+        """The feature network."""
+        return self._network[0]
+
+    @torch.no_grad()
+    def update(self, video_hat: Float[Tensor, "b 3 T H W"], video: Float[Tensor, "b 3 T H W"]) -> None:
+        """Adds a batch of clips; pixels in [-1, 1], clipped."""
+        network = self.network.to(video.device)
+        for side, pixels in enumerate((video, video_hat)):
+            statistics = self._side(side).update(network.features(pixels.float().clamp(-1, 1)))
+            self.counts[side] = statistics.count
+            self.means[side], self.scatters[side] = statistics.mean, statistics.scatter
+
+    def compute(self) -> Tensor:
+        """The squared distance; ValueError below two frames or clips."""
+        real, fake = self._side(0), self._side(1)
+        return torch.tensor(real.distance(fake), dtype=torch.float64)
+
+    @property
+    def samples(self) -> int:
+        """Frames or clips on each side."""
+        return self._side(0).count
+
+    def _side(self, side: int) -> FrechetStatistics:
+        """One side's statistics; after a gather over ranks the states have a leading axis of ranks, merged here."""
+        merged = FrechetStatistics(self.network.dim, self.means.device)
+        states = ((self.counts, 1), (self.means, 2), (self.scatters, 3))
+        counts, means, scatters = (state.reshape(-1, *state.shape[-tail:]) for state, tail in states)
+        for count, mean, scatter in zip(counts[:, side], means[:, side], scatters[:, side], strict=True):
+            part = FrechetStatistics(self.network.dim, self.means.device)
+            part.count, part.mean, part.scatter = int(count), mean, scatter
+            merged.merge(part)
+        return merged
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """A number and what must be known to compare it: how many samples, clips of which length and stride, what network.
+
+    Attributes:
+        name: "psnr", "ssim", "lpips", "rfid", "rfvd", or the name of a stand-in.
+        value: in `unit`.
+        unit: "dB", or "".
+        samples: e.g. "272 frames".
+        frames: T, frames per clip, e.g. "17".
+        stride: raw frames from one frame of a clip to the next.
+        backbone: feature network, "" for metrics without one.
+    """
+
+    name: str
+    value: float
+    unit: str
+    samples: str
+    frames: str
+    stride: str
+    backbone: str
+
+
+def metric_table(rows: Sequence[MetricRow]) -> str:
+    """Rows as lines of text: number first, then what it was measured on and by."""
+    return "\n".join(
+        f"{row.name:<22}{row.value:>10.4f} {row.unit:<3} N = {row.samples}, clips of {row.frames} frames, stride "
+        f"{row.stride}{', ' + row.backbone if row.backbone else ''}"
+        for row in rows
+    )

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from jaxtyping import Float
 from torch import Tensor
 
 from repvitok.config import RepViTokConfig
+from repvitok.interface import Window
+from repvitok.nn.attention import Kernel
 from repvitok.nn.codec import Decoder, Encoder
 from repvitok.pretrained import PretrainedModel
 from repvitok.shapes import num_latent_frames, require_latents, require_video, token_grid
 from repvitok.streaming import TokenizerStream
-
-Window = int | None | Literal["config"]
 
 
 class RepViTok(PretrainedModel):
@@ -28,6 +26,8 @@ class RepViTok(PretrainedModel):
         config: the architecture.
         gradient_checkpointing: recompute activations in the backward pass of `encode` and `decode`: less
             memory for a third more compute. A matter of training, hence neither in the config nor saved.
+        attention_kernel: "frames", or "flex" for FlexAttention on a GPU: the same numbers (docs/decisions/010).
+            Neither in the config nor saved.
     """
 
     format = "repvitok"
@@ -39,6 +39,7 @@ class RepViTok(PretrainedModel):
         self.encoder = Encoder(self.config)
         self.decoder = Decoder(self.config)
         self.gradient_checkpointing = False
+        self.attention_kernel: Kernel = "frames"
 
     def num_latent_frames(self, frames: int) -> int:
         """Latent frames T' = 1 + (T - 1) / f of T raw frames; ValueError unless T = 1 + f n."""
@@ -66,7 +67,9 @@ class RepViTok(PretrainedModel):
             ValueError: T, H or W does not fit; says what would.
         """
         require_video(video, self.config)
-        return self.encoder(video, self._window(window), checkpointing=self.gradient_checkpointing)
+        return self.encoder(
+            video, self._window(window), checkpointing=self.gradient_checkpointing, kernel=self.attention_kernel
+        )
 
     def decode(
         self, z: Float[Tensor, "b frames tokens d"], size: tuple[int, int], window: Window = "config"
@@ -85,7 +88,9 @@ class RepViTok(PretrainedModel):
             ValueError: the latents do not fit the model or the size.
         """
         grid = require_latents(z, size, self.config)
-        return self.decoder(z, grid, self._window(window), checkpointing=self.gradient_checkpointing)
+        return self.decoder(
+            z, grid, self._window(window), checkpointing=self.gradient_checkpointing, kernel=self.attention_kernel
+        )
 
     def forward(
         self, video: Float[Tensor, "b 3 T H W"]

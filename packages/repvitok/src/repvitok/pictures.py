@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from einops import rearrange
@@ -34,3 +36,12 @@ def save_png(path: str | Path, pixels: UInt8[np.ndarray, "height width 3"]) -> P
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
     return path
+
+
+def log_picture(loggers: Iterable[Any], name: str, pixels: UInt8[np.ndarray, "height width 3"], step: int) -> None:
+    """Hands an image to those of Lightning's loggers that take images: Weights & Biases and its like, TensorBoard."""
+    for logger in loggers:
+        if hasattr(logger, "log_image"):
+            logger.log_image(key=name, images=[pixels], step=step)
+        elif hasattr(getattr(logger, "experiment", None), "add_image"):
+            logger.experiment.add_image(name, pixels, step, dataformats="HWC")

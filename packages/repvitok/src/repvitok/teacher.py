@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -42,6 +43,16 @@ class Teacher(nn.Module, ABC):
         found = self.frame_features(rearrange(video, "b c T H W -> (b T) c H W"), grid)
         return rearrange(found, "(b T) h w c -> b T h w c", b=video.shape[0])
 
+    def digest(self) -> str:
+        """Identity of the features: sha256 over class, settings and every weight."""
+        found = hashlib.sha256(type(self).__name__.encode())
+        plain = {k: v for k, v in vars(self).items() if isinstance(v, (str, int, float, tuple))}
+        found.update(repr(sorted(plain.items())).encode())
+        for name, value in [*self.named_parameters(), *self.named_buffers()]:
+            found.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
+
     def train(self, mode: bool = True) -> Teacher:  # noqa: ARG002
         """Stays in evaluation mode: a teacher is frozen."""
         return super().train(False)
@@ -79,17 +90,19 @@ class TimmTeacher(Teacher):
         super().__init__()
         require_one_source(name, weights_path=weights_path, hub=hub, random_weights_for_tests=random_weights_for_tests)
         self.name = name + (" (random weights for tests)" if random_weights_for_tests else "")
-        self.network: Any = _timm_network(name, weights_path, hub)
+        self.network: Any = timm_network(name, weights_path, hub, dynamic_img_size=True)
+        if not hasattr(self.network, "num_prefix_tokens"):
+            raise ValueError(f"timm's {name!r} has no patch tokens: choose a vision transformer, or use ConvNetTeacher")
         height, width = self.network.patch_embed.patch_size
         self.patch_size = (int(height), int(width))
         self.dim = int(self.network.num_features)
-        _register_normalisation(self, self.network.pretrained_cfg["mean"], self.network.pretrained_cfg["std"])
+        register_normalisation(self, self.network.pretrained_cfg["mean"], self.network.pretrained_cfg["std"])
         self._freeze()
 
     def frame_features(self, frames: Float[Tensor, "n 3 H W"], grid: tuple[int, int]) -> Float[Tensor, "n h w c"]:
         """Last layer's patch tokens, after the network's final norm."""
         size = (grid[0] * self.patch_size[0], grid[1] * self.patch_size[1])
-        tokens = self.network.forward_features(_normalised(self, _resized(frames, size)))
+        tokens = self.network.forward_features(normalised(self, resized(frames, size)))
         patches = tokens[:, self.network.num_prefix_tokens :]
         return rearrange(patches, "n (h w) c -> n h w c", h=grid[0], w=grid[1])
 
@@ -128,15 +141,15 @@ class OpenClipTeacher(Teacher):
         self.network: Any = _open_clip_tower(name, weights_path, hub_tag, image_size)
         size = self.network.image_size
         self.image_size: tuple[int, int] = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-        _register_normalisation(self, self.network.image_mean, self.network.image_std)
+        register_normalisation(self, self.network.image_mean, self.network.image_std)
         self._freeze()
         with torch.no_grad():
             self.dim = self._tower_features(torch.zeros(1, 3, *self.image_size)).shape[1]
 
     def frame_features(self, frames: Float[Tensor, "n 3 H W"], grid: tuple[int, int]) -> Float[Tensor, "n h w c"]:
         """Last block's patch tokens, after the tower's final norm."""
-        found = self._tower_features(_normalised(self, _resized(frames, self.image_size)))
-        return rearrange(_resized(found, grid), "n c h w -> n h w c")
+        found = self._tower_features(normalised(self, resized(frames, self.image_size)))
+        return rearrange(resized(found, grid), "n c h w -> n h w c")
 
     def _tower_features(self, frames: Tensor) -> Tensor:
         found = self.network.forward_intermediates(
@@ -203,7 +216,12 @@ def require_one_source(name: str, **sources: str | bool | None) -> None:
         )
 
 
-def _timm_network(name: str, weights_path: str | None, hub: bool) -> Any:
+def timm_network(name: str, weights_path: str | None, hub: bool, **options: Any) -> Any:
+    """timm's model `name` with its classifier, so that its weights load strictly; `options` go to timm.
+
+    Raises:
+        ValueError: if timm is missing or has no such model, or the weights cannot be had.
+    """
     try:
         import timm
     except ImportError as error:
@@ -214,19 +232,11 @@ def _timm_network(name: str, weights_path: str | None, hub: bool) -> Any:
         )
     overlay = {"file": str(_safetensors(weights_path))} if weights_path else None
     try:
-        network = timm.create_model(
-            name,
-            pretrained=bool(weights_path or hub),
-            pretrained_cfg_overlay=overlay,
-            dynamic_img_size=True,  # the head stays, unused: timm loads strictly only where the classes are its own
-        )
+        return timm.create_model(name, pretrained=bool(weights_path or hub), pretrained_cfg_overlay=overlay, **options)
     except TypeError as error:
         raise ValueError(f"timm's {name!r} is no vision transformer that takes any image size: {error}") from error
     except (RuntimeError, OSError) as error:
         raise ValueError(_no_weights(name, weights_path, error)) from error
-    if not hasattr(network, "num_prefix_tokens"):
-        raise ValueError(f"timm's {name!r} has no patch tokens: choose a vision transformer")
-    return network
 
 
 def _open_clip_tower(name: str, weights_path: str | None, hub_tag: str | None, image_size: int | None) -> Any:
@@ -265,17 +275,19 @@ def _no_weights(name: str, weights_path: str | None, error: Exception) -> str:
     )
 
 
-def _register_normalisation(teacher: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+def register_normalisation(teacher: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    """Keeps a network's pixel mean and deviation, per colour in [0, 1], as buffers."""
     teacher.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
     teacher.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
 
-def _normalised(teacher: nn.Module, frames: Tensor) -> Tensor:
+def normalised(teacher: nn.Module, frames: Tensor) -> Tensor:
     """[-1, 1] -> [0, 1] -> the network's own normalisation."""
     return ((frames + 1) / 2 - teacher.get_buffer("pixel_mean")) / teacher.get_buffer("pixel_std")
 
 
-def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
+def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """(n, c, h, w) maps at another size, antialiased; themselves where the size is theirs."""
     return maps if tuple(maps.shape[2:]) == tuple(size) else F.interpolate(maps, size, **RESIZE)
 
 

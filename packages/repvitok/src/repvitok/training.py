@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from repvitok.config import RepViTokConfig
 from repvitok.discriminator import AdversarySettings, Discriminator
 from repvitok.ema import ExponentialMovingAverage
+from repvitok.evaluation import Evaluation, report
 from repvitok.export import CHECKPOINT_KEY
+from repvitok.features import FeatureNetwork
 from repvitok.losses import (
     LeCam,
     LossWeights,
@@ -30,7 +32,7 @@ from repvitok.losses import (
 from repvitok.metrics import ReconstructionMetrics
 from repvitok.model import RepViTok
 from repvitok.optim import OptimizerSettings
-from repvitok.pictures import reconstruction_sheet, save_png
+from repvitok.pictures import log_picture, reconstruction_sheet, save_png
 from repvitok.teacher import Teacher
 
 
@@ -41,7 +43,8 @@ class RepViTokTraining(LightningModule):
     once the adversary has entered, one step of the discriminator on the same clips. Optimisation is manual, and a step
     counts as one however many optimizers took part.
 
-    Logs train/loss, train/<loss name>, train/gradient_norm, train/lr; val/psnr (dB), val/ssim, and test/... alike.
+    Logs train/loss, train/<loss name>, train/gradient_norm, train/lr; val/psnr (dB), val/ssim; test/<metric> for all
+    that `repvitok.evaluation` measures, which `test` also prints and writes to the run's test_metrics.json.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class RepViTokTraining(LightningModule):
         init_from: str | None = None,
         gradient_checkpointing: bool = False,
         pictures_every_n_validations: int = 1,
+        test_features: list[FeatureNetwork] | None = None,
     ) -> None:
         """Builds the tokenizer and whatever its losses need.
 
@@ -66,12 +70,14 @@ class RepViTokTraining(LightningModule):
             optimizer: the tokenizer's optimizer and learning rate schedule.
             adversary: the discriminator, used when weights.gan > 0.
             teacher: G(o) of Eq. 2; required when weights.align > 0.
-            perceptual: LPIPS; required when weights.perceptual > 0.
+            perceptual: LPIPS; required when weights.perceptual > 0, and measured by `test` whatever its weight.
             ema_decay: decay of the moving average of the weights.
             gradient_clip: largest norm of the tokenizer's gradient; 0 for no clipping.
             init_from: a folder or hub id of a trained tokenizer of the same architecture to start from.
             gradient_checkpointing: recompute activations in the backward pass.
-            pictures_every_n_validations: reconstructions are saved as PNG every so many validations; 0 for never.
+            pictures_every_n_validations: reconstructions are saved as PNG, and given to loggers that take images,
+                every so many validations; 0 for never.
+            test_features: feature networks of the Frechet distances that `test` measures (repvitok.features).
 
         Raises:
             ValueError: if a loss lacks the network it needs, or `init_from` has another architecture.
@@ -88,6 +94,7 @@ class RepViTokTraining(LightningModule):
         self.discriminator, self.lecam = _adversary(adversary, weights)
         self.ema = ExponentialMovingAverage(self.tokenizer, ema_decay)
         self.metrics = ReconstructionMetrics()
+        self._evaluation = Evaluation(perceptual, test_features or ())
         self._frozen = _FrozenNetworks(teacher, _needed(perceptual, weights.perceptual, "perceptual"))
         self._sums: dict[str, Tensor] = {}
         self._summed = 0
@@ -168,12 +175,16 @@ class RepViTokTraining(LightningModule):
                 losses.append(self.adversary_settings.lecam * self.lecam(real, fake))
         loss = torch.stack(losses).sum()
         self.manual_backward(loss)
+        norm = nn.utils.clip_grad_norm_(self.discriminator.parameters(), self.gradient_clip or float("inf"))
+        if not torch.isfinite(norm):
+            self._stop_on_nan(video, {"discriminator": loss}, norm)
         optimizer.step()
         self._schedulers()[1].step()
         return loss
 
     def _stop_on_nan(self, video: Tensor, losses: dict[str, Tensor], norm: Tensor) -> None:
-        path = Path(self.trainer.default_root_dir) / f"nan_batch_step_{self.global_step}.pt"
+        rank = f"_rank_{self.global_rank}" if self.trainer.world_size > 1 else ""
+        path = Path(self.trainer.default_root_dir) / f"nan_batch_step_{self.global_step}{rank}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         values = {name: value.detach().item() for name, value in losses.items()}
         torch.save({"video": video.detach().cpu(), "step": self.global_step, "losses": values}, path)
@@ -232,29 +243,33 @@ class RepViTokTraining(LightningModule):
         video_hat = self.reconstruct(video)
         self.metrics.update(video_hat.float(), video.float())
         if batch_idx == 0 and self._pictures_due():
-            path = Path(self.trainer.default_root_dir) / "reconstructions" / f"step_{self.global_step:07d}.png"
-            save_png(path, reconstruction_sheet(video.float(), video_hat.float()))
+            sheet = reconstruction_sheet(video.float(), video_hat.float())
+            folder = Path(self.trainer.default_root_dir) / "reconstructions"
+            save_png(folder / f"step_{self.global_step:07d}.png", sheet)
+            log_picture(self.loggers, "val/reconstructions", sheet, self.global_step)
 
     def on_validation_epoch_end(self) -> None:
         """Logs val/psnr and val/ssim."""
-        self._log_metrics("val")
+        self.log_dict({f"val/{name}": value.float() for name, value in self.metrics.compute().items()})
+        self.metrics.reset()
         self._validations += 1
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """As validation."""
-        self.validation_step(batch, batch_idx)
+    def test_step(self, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
+        """Adds a batch to every metric."""
+        video = _video(batch)
+        self._evaluation.update(self.reconstruct(video).float(), video.float())
 
     def on_test_epoch_end(self) -> None:
-        """Logs test/psnr and test/ssim."""
-        self._log_metrics("test")
+        """Logs test/<metric>, prints all of them and writes test_metrics.json."""
+        stride = getattr(self.trainer.datamodule, "stride", "unknown")  # pyright: ignore[reportAttributeAccessIssue]
+        rows = self._evaluation.rows(str(stride))
+        self.log_dict({f"test/{row.name}": row.value for row in rows})
+        if self.trainer.is_global_zero:
+            report(rows, self.trainer.default_root_dir)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ARG002
         """Reconstructions of a batch."""
         return self.reconstruct(_video(batch))
-
-    def _log_metrics(self, prefix: str) -> None:
-        self.log_dict({f"{prefix}/{name}": value.float() for name, value in self.metrics.compute().items()})
-        self.metrics.reset()
 
     def _pictures_due(self) -> bool:
         return (
@@ -266,6 +281,7 @@ class RepViTokTraining(LightningModule):
     def setup(self, stage: str) -> None:  # noqa: ARG002
         """Moves what Lightning does not know of to the device."""
         self._frozen.to(self.device)
+        self._evaluation.to(self.device)
         self.ema.to(self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

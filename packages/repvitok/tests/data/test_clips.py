@@ -20,14 +20,17 @@ from torch.utils.data import DataLoader
 class Counting:
     """Videos in memory whose frame i holds (video, i)."""
 
-    def __init__(self, lengths: Sequence[int], broken: Sequence[int] = ()) -> None:
-        self.lengths, self.broken = list(lengths), set(broken)
+    def __init__(self, lengths: Sequence[int], broken: Sequence[int] = (), rate_hz: float | None = 30.0) -> None:
+        self.lengths, self.broken, self.rate_hz = list(lengths), set(broken), rate_hz
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def num_frames(self, video: int) -> int:
         return self.lengths[video]
+
+    def frame_rate_hz(self, video: int) -> float | None:
+        return self.rate_hz
 
     def read(self, video: int, frames: Sequence[int] | None = None) -> np.ndarray:
         if video in self.broken:
@@ -76,6 +79,50 @@ def test_items_depend_on_seed_and_index_only(cache, stride):
         )
     loader = DataLoader(first, batch_size=8, num_workers=2)
     assert torch.equal(torch.cat(list(loader)), torch.stack(forward))
+
+
+def test_a_frame_rate_means_the_same_time_whatever_the_videos_rate():
+    sources = [Counting([60], rate_hz=30.0), Counting([100], rate_hz=50.0)]
+    dataset = ClipDataset(sources, frames=5, size=(8, 8), rate_hz=12, length=200)
+    strides = {position.source: position.stride for position in map(dataset.position, range(200))}
+    assert strides == {0: 2.5, 1: pytest.approx(50 / 12)}
+    for index in range(20):
+        position, (_, numbers) = dataset.position(index), shown(dataset[index])
+        rate_hz = sources[position.source].rate_hz
+        assert rate_hz is not None
+        times_s = (np.array(numbers) - position.start) / rate_hz
+        np.testing.assert_allclose(times_s, np.arange(5) / 12, atol=0.5 / rate_hz + 1e-9)
+
+
+def test_a_range_of_rates_is_drawn_per_clip_and_no_frame_is_shown_twice():
+    sources = [Counting([90], rate_hz=30.0), Counting([90], rate_hz=10.0)]
+    dataset = ClipDataset(sources, frames=5, size=(8, 8), rate_hz=(6.0, 27.0), length=600)
+    rates = {0: set(), 1: set()}
+    for position in map(dataset.position, range(600)):
+        rates[position.source].add(round(float(sources[position.source].rate_hz or 0) / position.stride))
+    assert rates == {0: {6, 9, 12, 15, 18, 21, 24, 27}, 1: {6, 9}}
+    assert all(len(set(shown(clip)[1])) == 5 for clip in (dataset[index] for index in range(100)))
+    assert all(
+        torch.equal(dataset[i], ClipDataset(sources, frames=5, size=(8, 8), rate_hz=(6, 27), length=9)[i])
+        for i in range(9)
+    )
+
+
+def test_rates_that_cannot_be_had_are_refused():
+    def dataset(sources, **changes):
+        return ClipDataset(sources, **{"frames": 5, "size": (8, 8), "rate_hz": 20, **changes})
+
+    slow = Counting([90], rate_hz=10.0)
+    with pytest.raises(ValueError, match="video 0: 90 frames, a clip of 5 frames faster than its 10 frames per second"):
+        dataset([slow])
+    assert {dataset([slow, Counting([50])], skip_short=True, length=30).position(i).source for i in range(30)} == {1}
+    with pytest.raises(ValueError, match="has no frame rate"):
+        dataset([Counting([90], rate_hz=None)])
+    assert len(dataset([Counting([1, 1], rate_hz=None)], frames=1)) == 2
+    with pytest.raises(ValueError, match="give stride or rate_hz, not both"):
+        dataset([Counting([90])], stride=2)
+    with pytest.raises(ValueError, match="rate_hz must be positive"):
+        dataset([Counting([90])], rate_hz=(5, 2))
 
 
 def test_every_clip_is_equally_likely():

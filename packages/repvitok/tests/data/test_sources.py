@@ -33,6 +33,7 @@ def test_every_camera_of_a_data_set_is_a_source(data_sets, read_number):
     assert all(isinstance(source, VideoSource) for source in sources)
     assert [sources[1].num_frames(video) for video in range(4)] == [9, 14, 6, 11]
     assert read_number(sources[1].read(3, [4])[0]) == 34
+    assert [source.frame_rate_hz(0) for source in sources] == [20.0, 20.0]
     some = lerobot_sources(data_sets["v2.1"], cameras=["observation.images.wrist"], episodes=[3, 1])
     assert [len(source) for source in some] == [2]
     assert read_number(some[0].read(0, [4])[0]) == 34
@@ -51,6 +52,7 @@ def test_folders_of_videos_in_the_order_of_their_paths(folder, read_number):
     assert [source.num_frames(video) for video in range(len(source))] == [5, 8, 6]
     assert [read_number(frame) for frame in source.read(1, [7, 0])] == [17, 10]
     assert source.read(2).shape == (6, 16, 16, 3)
+    assert source.frame_rate_hz(1) == SelectedVideos(source, [1]).frame_rate_hz(0) == 10
     assert read_number(SelectedVideos(source, [2]).read(0, [1])[0]) == 21
 
 
@@ -77,6 +79,7 @@ def test_images_are_videos_of_one_frame(tmp_path):
     assert (len(source), source.num_frames(0)) == (3, 1)
     np.testing.assert_array_equal(source.read(0), pixels[1:])
     assert source.read(2, [0, 0]).shape == (2, 10, 12, 3)
+    assert source.frame_rate_hz(0) is None
     with pytest.raises(ValueError, match=r"a\.png: an image has frame 0 only"):
         source.read(0, [1])
     (tmp_path / "a.png").write_bytes(b"no image")
@@ -89,3 +92,15 @@ def test_folders_without_videos_or_images_say_so(tmp_path):
         VideoFolder(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"no images in this folder; looked for \.bmp"):
         ImageFolder(tmp_path)
+
+
+def test_a_photograph_is_turned_as_its_exif_says(tmp_path):
+    pixels = np.zeros((8, 12, 3), dtype=np.uint8)
+    pixels[:, :4] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown a quarter clockwise: what was left is on top
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    shown = ImageFolder(tmp_path).read(0)[0]
+    assert shown.shape == (12, 8, 3)
+    assert shown[:4].min() == 255
+    assert shown[4:].max() == 0

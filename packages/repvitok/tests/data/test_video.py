@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -138,6 +139,43 @@ def test_what_cannot_be_written_is_refused_and_leaves_the_old_file(tmp_path, sha
     with pytest.raises((ValueError, TypeError)):
         write_video(tmp_path / "a.mp4", np.zeros(shape, dtype=np.uint8), 25)
     assert (tmp_path / "a.mp4").read_bytes() == b"old"
+
+
+def turned(path: Path, quarters_clockwise: int) -> Path:
+    """A copy of an mp4 whose track header asks players to turn the picture: the matrix of ISO 14496-12, 8.3.2.3."""
+    matrices = {1: (0, 1, -1, 0), 2: (-1, 0, 0, -1), 3: (0, -1, 1, 0)}
+    a, b, c, d = (value << 16 for value in matrices[quarters_clockwise])
+    data = bytearray(path.read_bytes())
+    matrix = data.index(b"tkhd") + 4 + 40  # version 0: 40 bytes of times, ids, layer and volume come first
+    assert struct.unpack_from(">9i", data, matrix) == (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    struct.pack_into(">9i", data, matrix, a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    copy = path.with_name(f"turned_{quarters_clockwise}.mp4")
+    copy.write_bytes(data)
+    return copy
+
+
+@pytest.mark.parametrize("quarters", [1, 2, 3])
+def test_a_turned_film_is_read_upright(tmp_path, make_frames, quarters):
+    write_video(tmp_path / "a.mp4", make_frames(6, SIZE), 25)
+    stored = VideoFile(tmp_path / "a.mp4").read()
+    video = VideoFile(turned(tmp_path / "a.mp4", quarters))
+    shown = video.read([4, 1])
+    np.testing.assert_array_equal(shown, np.rot90(stored[[4, 1]], -quarters, axes=(1, 2)))
+    assert (video.height, video.width) == shown.shape[1:3]
+    if quarters == 1:  # what was left is on top
+        assert shown[0, 2, :, 0].mean() > 150 > shown[0, -2, :, 0].mean()
+
+
+def test_a_video_inside_another_file(tmp_path, make_frames, read_number):
+    write_video(tmp_path / "a.mp4", make_frames(9, SIZE), 25)
+    inner = (tmp_path / "a.mp4").read_bytes()
+    (tmp_path / "b.bin").write_bytes(b"before" + inner + b"after")
+    video = VideoFile(tmp_path / "b.bin", (6, len(inner)), "b.bin, a.mp4")
+    assert [read_number(frame) for frame in pickle.loads(pickle.dumps(video)).read([7, 2])] == [7, 2]
+    with pytest.raises(ValueError, match=r"b\.bin, a\.mp4: asked for frames 9\.\.9"):
+        video.read([9])
+    with pytest.raises(ValueError, match=r"b\.bin, a\.mp4"):
+        VideoFile(tmp_path / "b.bin", (6, len(inner) - 300), "b.bin, a.mp4")
 
 
 def test_whole_colour_planes_keep_colour_and_odd_sizes(tmp_path):

@@ -45,13 +45,12 @@ def test_a_scale_of_zero_and_a_token_of_zeros_have_finite_gradients() -> None:
     assert torch.isfinite(scale.grad).all()
 
 
-def test_types_follow_the_tables() -> None:
-    """Angles need float32; without a turn the type is the stream's."""
+def test_bfloat16_is_computed_in_float32_and_returned() -> None:
     x = torch.randn(1, 5, HEAD_DIM, dtype=torch.bfloat16, requires_grad=True)
-    scale = torch.ones(HEAD_DIM, requires_grad=True)
-    assert normalised_heads(x, scale).dtype == torch.bfloat16
-    y = normalised_heads(x, scale, Turn.of(rotary(dtype=torch.float32)))
-    assert y.dtype == torch.float32
+    scale, table = torch.ones(HEAD_DIM), Turn.of(rotary(dtype=torch.float32))
+    y = normalised_heads(x, scale, table)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, normalised_heads(x.float(), scale, table).bfloat16())
     y.sum().backward()
     assert x.grad is not None
     assert x.grad.dtype == torch.bfloat16

@@ -215,6 +215,22 @@ def test_selected_episodes_go_on_as_if_alone(guidance: float) -> None:
     torch.testing.assert_close(one.actions, both.actions[1:], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("coupling", ["joint", "sequential"])
+def test_a_model_in_bfloat16_plans_nearly_the_same(coupling: str) -> None:
+    """Noise and Euler steps stay float32; weights, cache and activations are bfloat16."""
+    model = small_model(coupling=coupling)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * parameter.bfloat16())
+    full = plan(observed(model))
+    half_rollout = observed(model.bfloat16())
+    assert half_rollout.cache.layers[0][0].dtype == torch.bfloat16
+    half = plan(half_rollout)
+    assert half[0].dtype == torch.float32
+    for ours, expected in zip(half, full, strict=True):
+        torch.testing.assert_close(ours, expected, atol=0.05, rtol=0.05)
+
+
 def test_what_cannot_be_is_refused() -> None:
     model = small_model()
     inputs = episode(model, (1, 1))

@@ -9,17 +9,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from repvitok.data.batches import ClipLoader, ClipMixture, MixtureBatches, StepBatches
     from repvitok.data.clips import ClipDataset
     from repvitok.data.latents import LatentEpisode, LatentMeta
     from repvitok.data.lerobot import EpisodeInfo, LeRobotReader
     from repvitok.data.lerobot_writer import LeRobotWriter
     from repvitok.data.shards import LatentShards, LatentShardWriter
     from repvitok.data.sources import ImageFolder, LeRobotSource, VideoFolder, VideoSource, lerobot_sources
+    from repvitok.data.tars import TarShards
     from repvitok.data.transforms import prepare_frames, resize_frames, to_uint8, to_unit
     from repvitok.data.video import VideoFile, concatenate_videos, write_video
 
 _HOME = {
     "ClipDataset": "clips",
+    "ClipLoader": "batches",
+    "ClipMixture": "batches",
     "EpisodeInfo": "lerobot",
     "ImageFolder": "sources",
     "LatentEpisode": "latents",
@@ -29,6 +33,9 @@ _HOME = {
     "LeRobotReader": "lerobot",
     "LeRobotSource": "sources",
     "LeRobotWriter": "lerobot_writer",
+    "MixtureBatches": "batches",
+    "StepBatches": "batches",
+    "TarShards": "tars",
     "VideoFile": "video",
     "VideoFolder": "sources",
     "VideoSource": "sources",
@@ -43,6 +50,8 @@ _HOME = {
 
 __all__ = [
     "ClipDataset",
+    "ClipLoader",
+    "ClipMixture",
     "EpisodeInfo",
     "ImageFolder",
     "LatentEpisode",
@@ -52,6 +61,9 @@ __all__ = [
     "LeRobotReader",
     "LeRobotSource",
     "LeRobotWriter",
+    "MixtureBatches",
+    "StepBatches",
+    "TarShards",
     "VideoFile",
     "VideoFolder",
     "VideoSource",

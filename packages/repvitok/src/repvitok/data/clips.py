@@ -17,16 +17,24 @@ from repvitok.data.transforms import prepare_frames, resize_frames, to_unit
 from repvitok.progress import progress
 
 _MAX_DRAWS = 1000
+_RATES = 8  # a range of frame rates is drawn from so many, evenly spaced
 
 
 @dataclass(frozen=True)
 class ClipPosition:
-    """Where a clip lies: `frames` frames of sources[source]'s `video`, every `stride`-th from `start` on."""
+    """Where a clip lies in sources[source]'s `video`: frame k is raw frame start + round(k * stride).
+
+    The stride is whole unless a frame rate was asked for.
+    """
 
     source: int
     video: int
     start: int
-    stride: int
+    stride: float | int
+
+    def raw_frames(self, frames: int) -> list[int]:
+        """The raw frames of a clip of `frames` frames."""
+        return [self.start + int(k * self.stride + 0.5) for k in range(frames)]
 
 
 class ClipDataset(Dataset[Tensor]):
@@ -39,6 +47,9 @@ class ClipDataset(Dataset[Tensor]):
         frames: T, frames of a clip (1 + 4n for the tokenizer).
         size: (H, W) clips are resized to.
         stride: every stride-th frame of the video, or (lowest, highest) to draw it for each clip.
+        rate_hz: instead of a stride: frames per second of the clips, whatever those of the videos, by taking the
+            frames nearest in time; or (lowest, highest), drawn for each clip from 8 rates between and including them.
+            No frame is shown twice: a video takes no part at rates above its own.
         seed: which clips are drawn.
         length: number of items; None: as many as there are clips (at the lowest stride).
         cache: "memory" decodes every video once, resized, on construction, and cuts clips out of memory (under 1 ms
@@ -58,6 +69,7 @@ class ClipDataset(Dataset[Tensor]):
         frames: int = 17,
         size: tuple[int, int],
         stride: int | tuple[int, int] = 1,
+        rate_hz: float | int | tuple[float | int, float | int] | None = None,
         seed: int = 0,
         length: int | None = None,
         cache: str | None = None,
@@ -71,16 +83,16 @@ class ClipDataset(Dataset[Tensor]):
             raise ValueError(f"a clip needs at least one frame and pixel, got {frames} frames of {size}")
         self.sources, self.frames, self.seed = list(sources), frames, seed
         self.size = (int(size[0]), int(size[1]))
-        self._strides = _stride_range(stride)
         self._videos = [(s, v) for s, source in enumerate(self.sources) for v in range(len(source))]
+        self._strides = self._paces(stride, rate_hz)
         self._bad = BadFiles(max_bad_fraction, len(self._videos))
         self._cache: dict[tuple[int, int], Tensor] = {}
         lengths = np.array([self.sources[s].num_frames(v) for s, v in self._videos], dtype=np.int64)
         self._refuse_short(lengths, skip_short)
         if cache == "memory":
             self._fill_cache(lengths, cache_bytes)
-        self._ends = {stride: self._cumulative_starts(lengths, stride) for stride in self._strides}
-        self._length = int(self._ends[self._strides[0]][-1]) if length is None else length
+        self._ends = [self._cumulative_starts(lengths, strides) for strides in self._strides]
+        self._length = int(self._ends[0][-1]) if length is None else length
 
     def __len__(self) -> int:
         return self._length
@@ -103,21 +115,19 @@ class ClipDataset(Dataset[Tensor]):
         return self._draw(np.random.default_rng([self.seed, index]))
 
     def _draw(self, random: np.random.Generator) -> ClipPosition:
-        stride = self._strides[int(random.integers(len(self._strides)))]
-        ends = self._ends[stride]
+        pace = int(random.integers(len(self._strides)))
+        ends = self._ends[pace]
         number = int(random.integers(ends[-1]))
         video = int(np.searchsorted(ends, number, side="right"))
         start = number - (int(ends[video - 1]) if video else 0)
-        return ClipPosition(*self._videos[video], start, stride)
+        return ClipPosition(*self._videos[video], start, self._strides[pace][video].item())
 
     def _read(self, position: ClipPosition) -> Tensor:
-        stop = position.start + (self.frames - 1) * position.stride + 1
+        frames = position.raw_frames(self.frames)
         cached = self._cache.get((position.source, position.video))
         if cached is not None:
-            return to_unit(cached[:, position.start : stop : position.stride].contiguous())
-        source = self.sources[position.source]
-        pixels = source.read(position.video, range(position.start, stop, position.stride))
-        return prepare_frames(pixels, self.size)
+            return to_unit(cached[:, frames])
+        return prepare_frames(self.sources[position.source].read(position.video, frames), self.size)
 
     def _fill_cache(self, lengths: np.ndarray, cache_bytes: int) -> None:
         needed = int(lengths.sum()) * 3 * self.size[0] * self.size[1]
@@ -134,27 +144,53 @@ class ClipDataset(Dataset[Tensor]):
                 self._bad.count(self.sources[s].describe(v), error)
                 lengths[number] = 0
 
+    def _paces(
+        self, stride: int | tuple[int, int], rate_hz: float | int | tuple[float | int, float | int] | None
+    ) -> list[np.ndarray]:
+        """What may be drawn for a clip: each entry holds the stride of every video, infinite where it takes no part."""
+        if rate_hz is None:
+            return [np.full(len(self._videos), value) for value in _stride_range(stride)]
+        if stride != 1:
+            raise ValueError(f"give stride or rate_hz, not both: got stride {stride} and rate_hz {rate_hz}")
+        rates = [self.sources[s].frame_rate_hz(v) for s, v in self._videos]
+        known = np.array([rate or 0.0 for rate in rates])
+        if self.frames > 1 and not known.all():
+            s, v = self._videos[int(np.argmin(known))]
+            raise ValueError(f"{self.sources[s].describe(v)}: has no frame rate, which clips at {rate_hz} Hz need")
+        strides = [known / rate for rate in _rate_range(rate_hz)]
+        return [np.where((values > 1 - 1e-3) | (self.frames == 1), values, np.inf) for values in strides]
+
     def _refuse_short(self, lengths: np.ndarray, skip_short: bool) -> None:
         if not len(lengths):
             raise ValueError("no videos to draw clips from")
-        needed = (self.frames - 1) * self._strides[0] + 1
+        smallest = np.minimum.reduce(self._strides)
+        needed = 1 + _span(self.frames, smallest)
         short = np.flatnonzero(lengths < needed)
         if len(short) and not skip_short:
             s, v = self._videos[int(short[0])]
+            frames, stride = lengths[short[0]], smallest[short[0]]
+            rate = self.sources[s].frame_rate_hz(v)
+            pace = f"at stride {stride:g}" if np.isfinite(stride) else f"faster than its {rate:g} frames per second"
             raise ValueError(
-                f"{self.sources[s].describe(v)}: {lengths[short[0]]} frames, a clip of {self.frames} frames at stride "
-                f"{self._strides[0]} needs {needed} ({len(short)} of {len(lengths)} videos are too short); use shorter "
-                "clips or skip_short=True"
+                f"{self.sources[s].describe(v)}: {frames} frames, a clip of {self.frames} frames {pace} needs "
+                f"{needed[short[0]]:g} ({len(short)} of {len(lengths)} videos are too short); use shorter clips or "
+                "skip_short=True"
             )
 
-    def _cumulative_starts(self, lengths: np.ndarray, stride: int) -> np.ndarray:
-        ends = np.cumsum(np.maximum(lengths - (self.frames - 1) * stride, 0))
+    def _cumulative_starts(self, lengths: np.ndarray, strides: np.ndarray) -> np.ndarray:
+        spans = _span(self.frames, strides)
+        ends = np.cumsum(np.maximum(lengths - spans, 0)).astype(np.int64)
         if ends[-1] == 0:
             raise ValueError(
-                f"no video is long enough for {self.frames} frames at stride {stride}: that needs "
-                f"{(self.frames - 1) * stride + 1} frames, the longest has {lengths.max()}"
+                f"no video is long enough for {self.frames} frames at stride {strides.min():g}: that needs "
+                f"{spans.min() + 1:g} frames, the longest has {lengths.max()}"
             )
         return ends
+
+
+def _span(frames: int, strides: np.ndarray) -> np.ndarray:
+    """Raw frames from a clip's first to its last, for every video's stride."""
+    return np.floor((frames - 1) * strides + 0.5) if frames > 1 else np.zeros(len(strides))
 
 
 def _stride_range(stride: int | tuple[int, int]) -> list[int]:
@@ -162,6 +198,14 @@ def _stride_range(stride: int | tuple[int, int]) -> list[int]:
     if not 1 <= low <= high:
         raise ValueError(f"stride must be 1 or more, or (lowest, highest), got {stride}")
     return list(range(low, high + 1))
+
+
+def _rate_range(rate_hz: float | int | tuple[float | int, float | int]) -> list[float]:
+    """The rates a clip's may be, highest first, as strides go lowest first."""
+    low, high = rate_hz if isinstance(rate_hz, tuple | list) else (rate_hz, rate_hz)
+    if not 0 < low <= high:
+        raise ValueError(f"rate_hz must be positive, or (lowest, highest), got {rate_hz}")
+    return np.linspace(high, low, _RATES).tolist() if low < high else [float(low)]
 
 
 def _read_resized(source: VideoSource, video: int, size: tuple[int, int], block: int = 64) -> np.ndarray:

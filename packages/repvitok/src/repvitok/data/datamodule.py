@@ -3,46 +3,32 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from itertools import count
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
+from repvitok.data.batches import ClipMixture, MixtureBatches, StepBatches
 from repvitok.data.clips import ClipDataset
-from repvitok.data.lerobot import LeRobotReader
-from repvitok.data.sources import (
-    VIDEO_SUFFIXES,
-    ImageFolder,
-    SelectedVideos,
-    VideoFolder,
-    VideoSource,
-    lerobot_sources,
-)
-from repvitok.data.split import split_episodes
-
-Kind = Literal["auto", "lerobot", "videos", "images"]
+from repvitok.data.folders import FolderKind, FolderSplit, split_folder
 
 
-class StepBatches(Sampler[list[int]]):
-    """Endless batches of consecutive indices: batch k of rank r holds the same indices in every run.
+@dataclass(frozen=True)
+class ClipKind:
+    """One more kind of batch in a run: images between videos, a second resolution, another frame rate.
 
-    With b clips per rank and w ranks, batch k of rank r is indices (k w + r) b ... (k w + r) b + b - 1.
+    Attributes:
+        weight: how often its batches come; the data module's own kind has weight 1.
+        frames, size, stride, rate_hz, batch_size: as the data module's, which hold where they are None.
     """
 
-    def __init__(self, batch_size: int, first: int = 0, rank: int = 0, world_size: int = 1) -> None:
-        """Starts at batch number `first`."""
-        self.batch_size = batch_size
-        self.first = first
-        self.rank = rank
-        self.world_size = world_size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for batch in count(self.first):
-            start = (batch * self.world_size + self.rank) * self.batch_size
-            yield list(range(start, start + self.batch_size))
+    weight: float = 1.0
+    frames: int | None = None
+    size: tuple[int, int] | None = None
+    stride: int | tuple[int, int] | None = None
+    rate_hz: float | tuple[float, float] | None = None
+    batch_size: int | None = None
 
 
 class ClipDataModule(LightningDataModule):
@@ -51,17 +37,22 @@ class ClipDataModule(LightningDataModule):
     Training has no epochs: batch k is drawn from (seed, k) alone. The number of batches trained on is part of the
     checkpoint, and a resumed run starts its loader at that number, so that batches that workers had prefetched before
     a crash are neither lost nor repeated, whatever the number of workers.
+
+    With a `mixture`, each batch is of one kind, hence of one shape, drawn by its number: images (T = 1) between videos,
+    several resolutions in one run. Images, from folders or shards, take part in kinds of one frame only; videos in all.
     """
 
     def __init__(
         self,
         folders: list[str],
         size: tuple[int, int],
-        kind: Kind = "auto",
+        kind: FolderKind = "auto",
         cameras: list[str] | None = None,
         frames: int = 17,
         stride: int | tuple[int, int] = 1,
+        rate_hz: float | tuple[float, float] | None = None,
         batch_size: int = 4,
+        mixture: list[ClipKind] | None = None,
         num_workers: int = 0,
         seed: int = 0,
         held_out: float = 0.1,
@@ -69,24 +60,28 @@ class ClipDataModule(LightningDataModule):
         cache: Literal["memory"] | None = None,
         skip_short: bool = False,
         max_bad_fraction: float = 0.0,
+        cache_folder: str | None = None,
     ) -> None:
         """Describes the data; nothing is read before `setup`.
 
         Args:
-            folders: LeRobot data sets, or folders of videos or of images.
+            folders: LeRobot data sets, folders of videos or of images, or WebDataset shards (see `TarShards`).
             size: (height, width) in pixels that clips are resized to, multiples of the tokenizer's patch size.
             kind: what the folders are; "auto" looks.
             cameras: LeRobot cameras to use; all when None.
             frames: T, frames per clip, 1 + 4 n.
             stride: every stride-th frame of the video, or (lowest, highest) drawn per clip.
+            rate_hz: instead of a stride: frames per second of the clips, or (lowest, highest); see `ClipDataset`.
             batch_size: clips per process.
+            mixture: other kinds of batches besides this one; validation is of this one.
             num_workers: loader processes; 0 loads in the training process.
             seed: seed of all clips.
             held_out: fraction of each folder's episodes or videos kept for validation; 0 for no validation.
             val_clips: clips validated on, the same ones every time.
             cache: "memory" decodes everything once: for data that is small at `size`.
             skip_short: leave out videos shorter than a clip.
-            max_bad_fraction: see `ClipDataset`.
+            max_bad_fraction: how many files may be unreadable; see `ClipDataset`.
+            cache_folder: where WebDataset shards keep their indices and local copies.
 
         Raises:
             ValueError: if a number is out of range or there is no folder.
@@ -97,40 +92,60 @@ class ClipDataModule(LightningDataModule):
         for name, value in (("batch_size", batch_size), ("val_clips", val_clips), ("frames", frames)):
             if value < 1:
                 raise ValueError(f"expected {name} of 1 or more, got {value}")
+        if any(k.weight <= 0 for k in mixture or ()):
+            raise ValueError(f"expected weights above 0 in data.mixture, got {[k.weight for k in mixture or ()]}")
         self.folders = folders
-        self.kind: Kind = kind
+        self.kind: FolderKind = kind
         self.cameras = cameras
+        self.stride = stride
         self.batch_size = batch_size
+        self.mixture = list(mixture or ())
         self.num_workers = num_workers
         self.seed = seed
         self.held_out = held_out
         self.val_clips = val_clips
-        self._clip: dict[str, Any] = {
-            "frames": frames,
-            "size": size,
-            "stride": stride,
+        self.max_bad_fraction = max_bad_fraction
+        self.cache_folder = cache_folder
+        self._clip: dict[str, Any] = {"frames": frames, "size": size, "stride": stride, "rate_hz": rate_hz}
+        self._reading: dict[str, Any] = {
             "cache": cache,
             "skip_short": skip_short,
             "max_bad_fraction": max_bad_fraction,
         }
         self._first_batch = 0
-        self._train: ClipDataset | None = None
+        self._train: list[ClipDataset] = []
         self._val: ClipDataset | None = None
 
     def setup(self, stage: str) -> None:
         """Opens the folders and splits them; with `cache: memory`, decodes what the stage needs."""
-        splits = [_split_folder(f, self.kind, self.cameras, self.held_out) for f in self.folders]
-        if stage == "fit" and self._train is None:
-            sources = [source for train, _ in splits for source in train]
-            self._train = ClipDataset(sources, seed=self.seed, length=sys.maxsize, **self._clip)
-        held_out = [source for _, val in splits for source in val]
+        splits = [self._split(folder) for folder in self.folders]
+        kinds = [self._clip, *(self._settings(kind) for kind in self.mixture)]
+        self._refuse_unused_images(splits, [clip["frames"] for clip in kinds])
+        if stage == "fit" and not self._train:
+            self._train = [
+                ClipDataset(
+                    [source for split in splits if split.serves(clip["frames"]) for source in split.train],
+                    seed=self.seed,
+                    length=sys.maxsize,
+                    **clip,
+                    **self._reading,
+                )
+                for clip in kinds
+            ]
+        held_out = [source for split in splits if split.serves(self._clip["frames"]) for source in split.held_out]
         if held_out and self._val is None:
-            self._val = ClipDataset(held_out, seed=self.seed + 1, length=self.val_clips, **self._clip)
+            settings = self._clip | self._reading
+            self._val = ClipDataset(held_out, seed=self.seed + 1, length=self.val_clips, **settings)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Endless batches (b, 3, T, H, W), from the first one not trained on yet."""
-        assert self._train is not None
-        return self._loader(self._train, StepBatches(self.batch_size, self._first_batch, *self._rank()))
+        rank, world_size = self._rank()
+        place = {"first": self._first_batch, "rank": rank, "world_size": world_size}
+        if not self.mixture:
+            return self._loader(self._train[0], StepBatches(self.batch_size, **place))
+        sizes = (self.batch_size, *(kind.batch_size or self.batch_size for kind in self.mixture))
+        weights = (1.0, *(kind.weight for kind in self.mixture))
+        return self._loader(ClipMixture(self._train), MixtureBatches(sizes, weights, self.seed, **place))
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """The validation clips, split over ranks; none when nothing is held out."""
@@ -154,23 +169,49 @@ class ClipDataModule(LightningDataModule):
         done = self._first_batch
         if self.trainer is not None:
             done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed  # pyright: ignore[reportAttributeAccessIssue]
-        return {"batches": done, "batch_size": self.batch_size, "seed": self.seed}
+        mixture = [asdict(kind) for kind in self.mixture]
+        return {"batches": done, "batch_size": self.batch_size, "seed": self.seed, "mixture": mixture}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues after the last batch trained on; batch size and seed must be the same.
+        """Continues after the last batch trained on; batch size, seed and mixture must be the same.
 
         Raises:
             ValueError: if they are not: the order of the data would be another.
         """
-        for name in ("batch_size", "seed"):
-            if state_dict[name] != getattr(self, name):
+        mine = self.state_dict()
+        for name in ("batch_size", "seed", "mixture"):
+            if state_dict.get(name, []) != mine[name]:
                 raise ValueError(
-                    f"the checkpoint was trained with data.{name} = {state_dict[name]}, got {getattr(self, name)}: use "
+                    f"the checkpoint was trained with data.{name} = {state_dict.get(name)}, got {mine[name]}: use "
                     "the same to resume, or start a new run from its exported weights (model.init_from)"
                 )
         self._first_batch = int(state_dict["batches"])
 
-    def _loader(self, dataset: ClipDataset, batches: Sampler[list[int]] | list[list[int]]) -> DataLoader[Any]:
+    def _split(self, folder: str) -> FolderSplit:
+        return split_folder(
+            folder,
+            self.kind,
+            cameras=self.cameras,
+            held_out=self.held_out,
+            max_bad_fraction=self.max_bad_fraction,
+            cache_folder=self.cache_folder,
+        )
+
+    def _settings(self, kind: ClipKind) -> dict[str, Any]:
+        """What `ClipDataset` needs for a kind: its own settings, the data module's where it has none."""
+        own = {name: value for name in self._clip if (value := getattr(kind, name)) is not None}
+        paced = {"stride": 1, "rate_hz": None} if own.keys() & {"stride", "rate_hz"} else {}
+        return self._clip | paced | own
+
+    def _refuse_unused_images(self, splits: list[FolderSplit], frames: list[int]) -> None:
+        unused = [split.folder for split in splits if not any(split.serves(count) for count in frames)]
+        if unused:
+            raise ValueError(
+                f"{', '.join(unused)}: images, and no kind of clips has one frame; set data.frames to 1, or add a kind "
+                "with frames 1 to data.mixture"
+            )
+
+    def _loader(self, dataset: Any, batches: Any) -> DataLoader[Any]:
         return DataLoader(
             dataset,
             batch_sampler=batches,
@@ -180,29 +221,3 @@ class ClipDataModule(LightningDataModule):
 
     def _rank(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-
-
-def _split_folder(
-    folder: str, kind: Kind, cameras: Sequence[str] | None, held_out: float
-) -> tuple[list[VideoSource], list[VideoSource]]:
-    """(training, held out) sources of one folder."""
-    found = _kind_of(Path(folder)) if kind == "auto" else kind
-    if found == "lerobot":
-        reader = LeRobotReader(folder)
-        train, val = split_episodes(range(reader.num_episodes), held_out)
-        kept = lerobot_sources(reader, cameras=cameras, episodes=val) if val else []
-        return lerobot_sources(reader, cameras=cameras, episodes=train), kept
-    source: VideoSource = VideoFolder(folder) if found == "videos" else ImageFolder(folder)
-    train, val = split_episodes(range(len(source)), held_out)
-    return [SelectedVideos(source, train)], [SelectedVideos(source, val)] if val else []
-
-
-def _kind_of(folder: Path) -> Kind:
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder}: no such folder; expected a LeRobot data set or a folder of videos or images"
-        )
-    if (folder / "meta" / "info.json").is_file():
-        return "lerobot"
-    has_video = any(path.suffix.lower() in VIDEO_SUFFIXES for path in folder.rglob("*"))
-    return "videos" if has_video else "images"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,6 +155,25 @@ class ChannelStatistics:
         self.count += len(flat)
         self._sum = self._sum + flat.sum(0)
         self._sum_of_squares = self._sum_of_squares + np.square(flat).sum(0)
+
+    def merge(self, other: ChannelStatistics) -> None:
+        """Counts what `other` has counted."""
+        self.count += other.count
+        self._sum = self._sum + other._sum
+        self._sum_of_squares = self._sum_of_squares + other._sum_of_squares
+
+    def to_dict(self) -> dict[str, Any]:
+        """The sums as JSON types; float64's exact value."""
+        return {"count": self.count, "sum": self._sum.tolist(), "sum_of_squares": self._sum_of_squares.tolist()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ChannelStatistics:
+        """The inverse of `to_dict`."""
+        statistics = cls()
+        statistics.count = int(values["count"])
+        statistics._sum = np.array(values["sum"], dtype=np.float64)
+        statistics._sum_of_squares = np.array(values["sum_of_squares"], dtype=np.float64)
+        return statistics
 
     def mean_std(self, floor: float = 1e-6) -> tuple[np.ndarray, np.ndarray]:
         """(mean, std), both (d,) float32; std at least `floor`, so that dividing by it is safe."""

@@ -6,23 +6,22 @@ import bisect
 import json
 import os
 from abc import ABC, abstractmethod
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import UInt8
 
+from repvitok.data.last_used import LastUsed
 from repvitok.data.lerobot_format import EpisodeInfo, flat_names
 from repvitok.data.video import VideoFile
 
 __all__ = ["EpisodeInfo", "LeRobotReader"]
 
 Columns = dict[str, np.ndarray]
-Value = TypeVar("Value")
 
 
 class LeRobotReader(Sequence[dict[str, Any]]):
@@ -63,8 +62,8 @@ class LeRobotReader(Sequence[dict[str, Any]]):
         self.tasks: dict[int, str] = self._layout.tasks
         self._starts = np.cumsum([0] + [episode.length for episode in self.episodes]).tolist()
         self._by_index = {episode.index: episode for episode in self.episodes}
-        self._columns: _LastUsed[Columns] = _LastUsed(8)
-        self._videos: _LastUsed[VideoFile] = _LastUsed(64)
+        self._columns: LastUsed[Path, Columns] = LastUsed(8)
+        self._videos: LastUsed[Path, VideoFile] = LastUsed(64)
 
     @property
     def version(self) -> str:
@@ -218,21 +217,6 @@ class _FilesOfManyEpisodes(_Layout):
 
     def first_frame(self, video: VideoFile, episode: int, camera: str) -> int:
         return video.frame_at(self._rows[episode][f"videos/{camera}/from_timestamp"])
-
-
-class _LastUsed(Generic[Value]):
-    """Keeps the few values used last."""
-
-    def __init__(self, size: int) -> None:
-        self._size, self._values = size, OrderedDict[Path, Value]()
-
-    def get_or_make(self, key: Path, make: Callable[[], Value]) -> Value:
-        if key not in self._values:
-            self._values[key] = make()
-        self._values.move_to_end(key)
-        while len(self._values) > self._size:
-            self._values.popitem(last=False)
-        return self._values[key]
 
 
 def _layout(root: Path, info: Mapping[str, Any]) -> _Layout:

@@ -27,6 +27,7 @@ __all__ = [
     "add_episode_to_tar",
     "read_episode_file",
     "write_episode_file",
+    "write_latent_meta",
 ]
 
 FORMAT = "repvitok-latents"
@@ -104,16 +105,8 @@ class LatentShardWriter:
         if self._latent_actions.count and self.meta.latent_action_mean is None:
             changes["latent_action_mean"], changes["latent_action_std"] = self._latent_actions.mean_std()
         self.meta = dataclasses.replace(self.meta, **changes)
-        document = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "dtype": str(self._dtype),
-            "num_episodes": len(self._keys),
-            "meta": self.meta.to_dict(),
-            "provenance": self._provenance,
-            "shards": self._shards,
-        }
-        write_json_atomic(self.root / "meta.json", document)
+        statistics = self._statistics if self._measure else None
+        write_latent_meta(self.root, self.meta, str(self._dtype), self._shards, self._provenance, statistics)
         self._closed = True
         return self.meta
 
@@ -181,6 +174,8 @@ class LatentShards(Sequence[LatentEpisode]):
                 f"{expect_digest[:16]}; encode the data set again with the tokenizer in use, or load the other one"
             )
         self.provenance: dict[str, Any] = document.get("provenance", {})
+        self.dtype: str = document["dtype"]
+        self._sums: dict[str, Any] | None = document.get("statistics")
         self._shards: list[dict[str, Any]] = document["shards"]
         for shard in self._shards:
             self._check_shard(shard)
@@ -196,6 +191,18 @@ class LatentShards(Sequence[LatentEpisode]):
     def paths(self) -> list[Path]:
         """The tar files, readable by webdataset too."""
         return [self.root / shard["name"] for shard in self._shards]
+
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        """What meta.json says of each tar: name, bytes, sha256, keys."""
+        return [dict(shard) for shard in self._shards]
+
+    @property
+    def statistics(self) -> ChannelStatistics:
+        """The sums behind mean and std; ValueError where they were not stored."""
+        if self._sums is None:
+            raise ValueError(f"{self.root}: meta.json has no sums of its latents; encode the data set again")
+        return ChannelStatistics.from_dict(self._sums)
 
     def __len__(self) -> int:
         return len(self._where)
@@ -225,6 +232,37 @@ class LatentShards(Sequence[LatentEpisode]):
                 f"{path}: expected {shard['bytes']} bytes, found {path.stat().st_size}; the shard is truncated or "
                 "damaged: copy it again or encode again"
             )
+
+
+def write_latent_meta(
+    root: Path,
+    meta: LatentMeta,
+    dtype: str,
+    shards: Sequence[Mapping[str, Any]],
+    provenance: Mapping[str, Any],
+    statistics: ChannelStatistics | None,
+) -> None:
+    """Writes meta.json, whole or not at all: with it, `root` counts as finished.
+
+    Args:
+        root: the folder.
+        meta: what the shards hold.
+        dtype: of the latents on disk.
+        shards: name, bytes, sha256 and keys of each tar.
+        provenance: JSON values that say how the latents were made.
+        statistics: the sums behind meta's mean and std, where they were measured here.
+    """
+    document = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "dtype": dtype,
+        "num_episodes": sum(len(shard["keys"]) for shard in shards),
+        "meta": meta.to_dict(),
+        "provenance": dict(provenance),
+        "statistics": None if statistics is None else statistics.to_dict(),
+        "shards": list(shards),
+    }
+    write_json_atomic(root / "meta.json", document)
 
 
 def add_episode_to_tar(tar: tarfile.TarFile, episode: LatentEpisode) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from repvitok.data.lerobot import LeRobotReader
 from repvitok.data.video import VideoFile
@@ -32,6 +33,10 @@ class VideoSource(Protocol):
 
     def num_frames(self, video: int) -> int:
         """Frames of one video."""
+        ...
+
+    def frame_rate_hz(self, video: int) -> float | None:
+        """Frames per second of one video; None for an image."""
         ...
 
     def read(self, video: int, frames: Sequence[int] | None = None) -> UInt8[np.ndarray, "n h w 3"]:
@@ -56,6 +61,9 @@ class LeRobotSource:
 
     def num_frames(self, video: int) -> int:
         return self.reader.episodes[video].length
+
+    def frame_rate_hz(self, video: int) -> float | None:  # noqa: ARG002 - one rate for all
+        return self.reader.fps
 
     def read(self, video: int, frames: Sequence[int] | None = None) -> UInt8[np.ndarray, "n h w 3"]:
         return self.reader.frames(self.reader.episodes[video].index, self.camera, frames)
@@ -94,6 +102,9 @@ class VideoFolder:
     def num_frames(self, video: int) -> int:
         return len(self._videos[video])
 
+    def frame_rate_hz(self, video: int) -> float | None:
+        return self._videos[video].fps
+
     def read(self, video: int, frames: Sequence[int] | None = None) -> UInt8[np.ndarray, "n h w 3"]:
         return self._videos[video].read(frames)
 
@@ -113,16 +124,11 @@ class ImageFolder:
     def num_frames(self, video: int) -> int:  # noqa: ARG002 - every image is one frame
         return 1
 
+    def frame_rate_hz(self, video: int) -> float | None:  # noqa: ARG002 - no image has one
+        return None
+
     def read(self, video: int, frames: Sequence[int] | None = None) -> UInt8[np.ndarray, "n h w 3"]:
-        path = self._paths[video]
-        if frames is not None and any(frame != 0 for frame in frames):
-            raise ValueError(f"{path}: an image has frame 0 only, asked for {list(frames)}")
-        try:
-            with Image.open(path) as image:
-                pixels = np.asarray(image.convert("RGB"))
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{path}: not a readable image ({error})") from error
-        return np.repeat(pixels[None], 1 if frames is None else len(frames), axis=0)
+        return read_image(self._paths[video], frames, str(self._paths[video]))
 
     def describe(self, video: int) -> str:
         return str(self._paths[video])
@@ -142,6 +148,9 @@ class SelectedVideos:
 
     def num_frames(self, video: int) -> int:
         return self._source.num_frames(self._videos[video])
+
+    def frame_rate_hz(self, video: int) -> float | None:
+        return self._source.frame_rate_hz(self._videos[video])
 
     def read(self, video: int, frames: Sequence[int] | None = None) -> UInt8[np.ndarray, "n h w 3"]:
         return self._source.read(self._videos[video], frames)
@@ -166,6 +175,22 @@ class BadFiles:
             bound = f"{len(self._names)} of {self._total} files cannot be read, {self._allowed} may"
             raise ValueError(f"{error} ({bound}: see max_bad_fraction)") from error
         log.warning("left out: %s", error)
+
+
+def read_image(file: Path | io.BytesIO, frames: Sequence[int] | None, name: str) -> UInt8[np.ndarray, "n h w 3"]:
+    """An image as a video of one frame, turned as its EXIF data says; `name` is what errors call it.
+
+    Raises:
+        ValueError: not a readable image, or a frame other than 0 was asked for.
+    """
+    if frames is not None and any(frame != 0 for frame in frames):
+        raise ValueError(f"{name}: an image has frame 0 only, asked for {list(frames)}")
+    try:
+        with Image.open(file) as image:
+            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:  # SyntaxError: Pillow's word for a broken PNG
+        raise ValueError(f"{name}: not a readable image ({error})") from error
+    return np.repeat(pixels[None], 1 if frames is None else len(frames), axis=0)
 
 
 def lerobot_sources(

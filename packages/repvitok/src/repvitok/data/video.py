@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import io
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,21 +26,31 @@ class VideoFile:
 
     Opening scans the packets once (no decoding), so that frame i is the i-th frame shown, whatever the codec, the
     B-frames or the clock of the container. Nothing stays open between calls: the object can be pickled and forked.
+    A film turned by its container's display matrix (a phone held upright) is read upright, as players show it.
 
     Args:
         path: the file.
+        span: (first byte, length) of the video where `path` holds more than the video: a member of a tar.
+        name: what errors call the video; the path when None.
+
+    Attributes:
+        fps: frames per second, on average.
+        codec: the codec's name, such as "h264".
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file holds no readable video, or fewer frames than its header promises.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+    def __init__(
+        self, path: str | os.PathLike[str], span: tuple[int, int] | None = None, name: str | None = None
+    ) -> None:
+        self.path, self.span = Path(path), span
+        self.name = name or str(self.path)
         if not self.path.is_file():
-            raise FileNotFoundError(f"{self.path}: no such video file")
+            raise FileNotFoundError(f"{self.name}: no such video file")
         with self._open() as (container, stream):
-            self.height, self.width = stream.codec_context.height, stream.codec_context.width
+            self._stored_size = stream.codec_context.height, stream.codec_context.width
             self.codec = stream.codec_context.codec.canonical_name
             self.fps = float(stream.average_rate or stream.guessed_rate or 0)
             self._time_base = Fraction(stream.time_base or 1)
@@ -52,6 +63,16 @@ class VideoFile:
     def __len__(self) -> int:
         """Number of frames."""
         return len(self._pts)
+
+    @property
+    def height(self) -> int:
+        """Pixel rows of a frame as it is shown."""
+        return self._stored_size[self._quarter_turns % 2]
+
+    @property
+    def width(self) -> int:
+        """Pixel columns of a frame as it is shown."""
+        return self._stored_size[1 - self._quarter_turns % 2]
 
     @cached_property
     def times_s(self) -> np.ndarray:
@@ -68,7 +89,7 @@ class VideoFile:
         index = int(np.abs(self.times_s - time_s).argmin())
         if abs(self.times_s[index] - time_s) > tolerance_s:
             raise ValueError(
-                f"{self.path}: no frame within {tolerance_s:.4f} s of {time_s:.4f} s; the nearest is frame {index} "
+                f"{self.name}: no frame within {tolerance_s:.4f} s of {time_s:.4f} s; the nearest is frame {index} "
                 f"at {self.times_s[index]:.4f} s of {len(self)} frames"
             )
         return index
@@ -87,32 +108,54 @@ class VideoFile:
         wanted = range(len(self)) if frames is None else [int(frame) for frame in frames]
         if len(wanted) and not 0 <= min(wanted) <= max(wanted) < len(self):
             raise ValueError(
-                f"{self.path}: asked for frames {min(wanted)}..{max(wanted)}, the file has frames 0..{len(self) - 1}"
+                f"{self.name}: asked for frames {min(wanted)}..{max(wanted)}, the file has frames 0..{len(self) - 1}"
             )
         needed = sorted(set(wanted))
-        pixels = np.empty((len(needed), self.height, self.width, 3), dtype=np.uint8)
-        decoded = self._decode_into(pixels, needed)
+        pixels = np.empty((len(needed), *self._stored_size, 3), dtype=np.uint8)
+        decoded, quarter_turns = self._decode_into(pixels, needed)
         if decoded < len(needed):
             raise ValueError(
-                f"{self.path}: only {decoded} of {len(needed)} frames could be decoded (frame {needed[decoded]} "
+                f"{self.name}: only {decoded} of {len(needed)} frames could be decoded (frame {needed[decoded]} "
                 "could not); the file is truncated or damaged"
             )
+        if quarter_turns:
+            pixels = np.ascontiguousarray(np.rot90(pixels, quarter_turns, axes=(1, 2)))
         if list(wanted) == needed:
             return pixels
         return pixels[np.searchsorted(needed, np.asarray(wanted, dtype=np.int64))]
 
+    @cached_property
+    def _quarter_turns(self) -> int:
+        """By how many quarters, counterclockwise, a stored frame is turned to be shown."""
+        with self._open() as (container, stream):
+            try:
+                return self._turns_of(next(container.decode(stream)))
+            except (FFmpegError, StopIteration) as error:
+                raise ValueError(f"{self.name}: its first frame cannot be decoded; the file is damaged") from error
+
+    def _turns_of(self, frame: av.VideoFrame) -> int:
+        """What the display matrix says; ValueError where the film is to be shown at another angle."""
+        quarters, rest = divmod(round(frame.rotation), 90)
+        if rest:
+            raise ValueError(f"{self.name}: to be shown turned by {frame.rotation} degrees; expected a multiple of 90")
+        return quarters % 4
+
     def _refuse_truncated(self, promised: int, present: int) -> None:
         if not present:
-            raise ValueError(f"{self.path}: no video frames in this file; is it empty or truncated?")
+            raise ValueError(f"{self.name}: no video frames in this file; is it empty or truncated?")
         if present < promised:
             raise ValueError(
-                f"{self.path}: the file is truncated: its header promises {promised} frames, {present} are there; "
+                f"{self.name}: the file is truncated: its header promises {promised} frames, {present} are there; "
                 "copy or record it again"
             )
 
-    def _decode_into(self, pixels: np.ndarray, needed: Sequence[int]) -> int:
-        """Fills `pixels` with the sorted frames `needed`; returns how many came before the first failure."""
-        done = 0
+    def _decode_into(self, pixels: np.ndarray, needed: Sequence[int]) -> tuple[int, int]:
+        """Fills `pixels` with the sorted frames `needed`, as stored.
+
+        Returns:
+            How many came before the first failure, and the quarter turns they are to be shown with.
+        """
+        done = turns = 0
         with self._open() as (container, stream):
             stream.thread_type = "AUTO" if len(needed) > 8 else "SLICE"
             while done < len(needed):
@@ -120,14 +163,15 @@ class VideoFile:
                 for index, frame in self._frames_from(container, stream, needed[done]):
                     if index == needed[done]:
                         pixels[done] = frame.to_ndarray(format="rgb24")
+                        turns = self._turns_of(frame)
                         done += 1
                         if done == len(needed) or self._better_to_seek(index, needed[done]):
                             break
                     elif index > needed[done]:
-                        return done
+                        return done, turns
                 if done == before:
-                    return done
-        return done
+                    return done, turns
+        return done, turns
 
     def _frames_from(
         self, container: InputContainer, stream: VideoStream, start: int
@@ -151,14 +195,21 @@ class VideoFile:
     @contextmanager
     def _open(self) -> Iterator[tuple[InputContainer, VideoStream]]:
         try:
-            container = av.open(str(self.path))
+            container = av.open(str(self.path) if self.span is None else io.BytesIO(self._member()), "r")
         except FFmpegError as error:
             reason = str(error).split("]")[-1].split(":")[0].strip()
-            raise ValueError(f"{self.path}: not a readable video ({reason}); is it truncated?") from error
+            raise ValueError(f"{self.name}: not a readable video ({reason}); is it truncated?") from error
         with container:
             if not container.streams.video:
-                raise ValueError(f"{self.path}: the file has no video stream")
+                raise ValueError(f"{self.name}: the file has no video stream")
             yield container, container.streams.video[0]
+
+    def _member(self) -> bytes:
+        """The bytes of the span."""
+        assert self.span is not None
+        with open(self.path, "rb") as file:
+            file.seek(self.span[0])
+            return file.read(self.span[1])
 
 
 PIXEL_FORMATS = ("yuv420p", "yuv444p")

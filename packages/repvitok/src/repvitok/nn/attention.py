@@ -4,15 +4,24 @@ A dense mask computes every query against every key and throws half away. Here e
 the keys they may see (their own frame and the frames before it, up to a window) in plain unmasked attention,
 so that causality saves the work it forbids. Only where a whole clip is so short that calls cost more than
 products is one masked call made instead. The same function serves whole clips and streams, whose keys begin
-with cached frames.
+with cached frames. `flex_attention_over_frames` computes the same with one FlexAttention kernel, which skips hidden
+blocks on a GPU (docs/decisions/010).
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
+
+Kernel = Literal["frames", "flex"]
+"""How attention is computed: a call per frame on its visible keys, or one FlexAttention call with a block mask."""
 
 # Up to this many keys one masked call beats a call per frame: forward and backward of 3 frames of 16 tokens, 4 heads,
 # batch 4 take 1.1 ms against 1.7 ms on one CPU core; at 192 keys they are even, at 1,280 the mask costs 1.7x.
@@ -71,5 +80,36 @@ def dense_mask(
     """
     query = torch.arange(past, past + frames, device=device).repeat_interleave(tokens_per_frame)[:, None]
     key = torch.arange(past + frames, device=device).repeat_interleave(tokens_per_frame)[None, :]
-    age = query - key
+    return _visible(query - key, window)
+
+
+def flex_mask(frames: int, tokens_per_frame: int, window: int | None, device: torch.device) -> BlockMask:
+    """The same visibility for FlexAttention, over whole clips: built once per forward pass, for all layers."""
+    tokens = frames * tokens_per_frame
+
+    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001 - alike for all
+        return _visible(query // tokens_per_frame - key // tokens_per_frame, window)
+
+    return create_block_mask(mask_mod, None, None, tokens, tokens, device=device)
+
+
+def flex_attention_over_frames(
+    q: Float[Tensor, "b heads n c"], k: Float[Tensor, "b heads n c"], v: Float[Tensor, "b heads n c"], mask: BlockMask
+) -> Float[Tensor, "b heads n c"]:
+    """`block_causal_attention` of a whole clip under the mask of `flex_mask`.
+
+    Compiled on CUDA; elsewhere eager, which is right and slow, and on a CPU has no backward pass.
+    """
+    compiled = q.is_cuda and not torch.compiler.is_compiling()
+    attend = _compiled_flex_attention() if compiled else flex_attention
+    return attend(q, k, v, block_mask=mask)
+
+
+@functools.cache
+def _compiled_flex_attention() -> Callable[..., Any]:
+    return torch.compile(flex_attention)
+
+
+def _visible(age: Int[Tensor, "*shape"], window: int | None) -> Bool[Tensor, "*shape"]:
+    """Whether a key that lies `age` latent frames before its query may be attended to."""
     return age >= 0 if window is None else (age >= 0) & (age < window)

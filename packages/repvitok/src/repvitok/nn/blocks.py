@@ -15,10 +15,11 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import layer_norm
 from torch.utils.checkpoint import checkpoint
 
-from repvitok.nn.attention import block_causal_attention
+from repvitok.nn.attention import block_causal_attention, flex_attention_over_frames
 from repvitok.nn.rope import Rotary, rotate
 
 
@@ -43,11 +44,13 @@ class FrameLayout:
         tokens_per_frame: tokens of one latent frame.
         window: latent frames a token sees, its own included; None is the whole prefix.
         rotary: the tokens' rotary positions.
+        flex: the mask of FlexAttention, where that computes the attention of a whole clip.
     """
 
     tokens_per_frame: int
     window: int | None
     rotary: Rotary
+    flex: BlockMask | None = None
 
     def keep(self, seen: KeyValues) -> KeyValues:
         """What later frames will still see of `seen`: the last window - 1 frames, or everything."""
@@ -76,7 +79,10 @@ class Attention(nn.Module):
         q, k = rotate(layer_norm(qkv[:2], gain.shape[-1:]) * gain, layout.rotary).to(v.dtype)
         if past is not None:
             k, v = torch.cat([past.keys, k], dim=-2), torch.cat([past.values, v], dim=-2)
-        seen = block_causal_attention(q, k, v, layout.tokens_per_frame, layout.window)
+        if layout.flex is not None:
+            seen = flex_attention_over_frames(q, k, v, layout.flex)
+        else:
+            seen = block_causal_attention(q, k, v, layout.tokens_per_frame, layout.window)
         return self.out(rearrange(seen, "b h n c -> b n (h c)")), KeyValues(k, v)
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from repvitok.config import RepViTokConfig
+from repvitok.nn.attention import Kernel, flex_mask
 from repvitok.nn.blocks import Attention, CausalTransformer, FrameLayout, KeyValues, init_transformer
 from repvitok.nn.patch import Patchify, Unpatchify
 from repvitok.nn.rope import rotary_table
@@ -73,12 +74,17 @@ class Encoder(nn.Module):
         init_transformer(self, config.depth)
 
     def forward(
-        self, video: Float[Tensor, "b 3 T H W"], window: int | None, *, checkpointing: bool = False
+        self,
+        video: Float[Tensor, "b 3 T H W"],
+        window: int | None,
+        *,
+        checkpointing: bool = False,
+        kernel: Kernel = "frames",
     ) -> Float[Tensor, "b frames tokens d"]:
         """Latents of a whole clip."""
         x = self.patchify(video, begins=True)
         grid = (video.shape[3] // self.config.patch_size, video.shape[4] // self.config.patch_size)
-        layout = frame_layout(self.config, 0, x, grid, window)
+        layout = frame_layout(self.config, 0, x, grid, window, kernel)
         z, _ = self.project(self.transformer(x, layout, checkpointing=checkpointing), layout)
         return rearrange(z, "b (frames tokens) d -> b frames tokens d", tokens=layout.tokens_per_frame)
 
@@ -115,10 +121,11 @@ class Decoder(nn.Module):
         window: int | None,
         *,
         checkpointing: bool = False,
+        kernel: Kernel = "frames",
     ) -> Float[Tensor, "b 3 T H W"]:
         """The frames of a whole clip."""
         x = self.expand(rearrange(z, "b frames tokens d -> b (frames tokens) d"))
-        layout = frame_layout(self.config, 0, x, grid, window)
+        layout = frame_layout(self.config, 0, x, grid, window, kernel)
         x = self.transformer(x, layout, checkpointing=checkpointing)
         return self.unpatchify(self.norm(x), grid, begins=True)
 
@@ -144,9 +151,14 @@ def frame_layout(
     x: Float[Tensor, "b n width"],
     grid: tuple[int, int],
     window: int | None,
+    kernel: Kernel = "frames",
 ) -> FrameLayout:
-    """The layout of the tokens `x`, whose first latent frame is number `first_frame` of its clip or stream."""
+    """The layout of the tokens `x`, whose first latent frame is number `first_frame` of its clip or stream.
+
+    `kernel` "flex" is for whole clips, of more than one frame: a stream's frames see cached keys.
+    """
     tokens = grid[0] * grid[1]
     frames = x.shape[1] // tokens
     rotary = rotary_table(first_frame, frames, grid, config.head_dim, config.rope_base, x.device)
-    return FrameLayout(tokens, window, rotary)
+    flex = flex_mask(frames, tokens, window, x.device) if kernel == "flex" and frames > 1 else None
+    return FrameLayout(tokens, window, rotary, flex)

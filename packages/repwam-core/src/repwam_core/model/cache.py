@@ -46,7 +46,7 @@ class CachedAttend:
         output = scaled_dot_product_attention(
             q.to(keys.dtype), keys[:, :, :used], values[:, :, :used], attn_mask=self.mask
         )
-        return output.to(q.dtype)
+        return output.to(v.dtype)
 
 
 class KeyValueCache:

@@ -46,11 +46,11 @@ def join_heads(x: Heads) -> Stream:
 def normalised_heads(x: Stream, scale: Float[Tensor, " c"], turn: Turn | None = None) -> Heads:
     """Heads divided by their root mean square, times a scale that all heads share, turned to where their token stands.
 
-    Turned heads are float32 at least, others of the type of `x`.
+    Computed in float32 at least; the result has the type of `x`.
     """
     by_head = x.unflatten(-1, (-1, scale.shape[0]))
     y = _NormaliseAndTurn.apply(by_head, scale, *(turn or (None, None)))
-    return (y if turn else y.to(x.dtype)).transpose(1, 2)
+    return y.to(x.dtype).transpose(1, 2)
 
 
 class _NormaliseAndTurn(torch.autograd.Function):

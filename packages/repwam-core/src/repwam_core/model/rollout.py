@@ -5,8 +5,10 @@ Equal to the teacher-forced pass over the same frames, at a cost that does not g
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -17,10 +19,24 @@ from repwam_core.model.blocks import TextContext
 from repwam_core.model.cache import CachedAttend, KeyValueCache
 from repwam_core.model.flow import time_grid
 from repwam_core.model.inputs import Velocities, WAMInputs
+from repwam_core.model.masks import Attend
+from repwam_core.model.passes import PassPlan
 from repwam_core.model.sequence import SequenceLayout, chunk_layout, history_layout
 from repwam_core.model.wam import WorldActionModel
 
 VIDEO_MODES = ("imagine", "skip")
+
+
+Run = Callable[[WAMInputs, PassPlan, Attend, tuple[TextContext, TextContext]], Velocities]
+"""What `WorldActionModel.run` is."""
+
+
+class Pass(NamedTuple):
+    """One kind of pass over a chunk: its tokens, what follows from them, and what they attend to."""
+
+    layout: SequenceLayout
+    plan: PassPlan
+    attend: CachedAttend
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +64,9 @@ class Rollout:
         chunk_frames: the largest chunk, in latent frames, that will be observed or planned.
         guidance: classifier-free guidance of the video against no instruction; 1 is off and costs nothing, anything
             else runs a second, unconditional copy of every episode. Actions are never guided.
-        static_shapes: see `KeyValueCache`; None means only on a GPU.
+        static_shapes: see `KeyValueCache`; None means only on a GPU, or where `run` is given.
+        run: `wam.run`, compiled; None is `wam.run` itself. With static shapes one graph per kind of pass serves all
+            chunks.
 
     Attributes:
         frame: number of the next latent frame.
@@ -66,15 +84,17 @@ class Rollout:
         chunk_frames: int = 2,
         guidance: float = 1.0,
         static_shapes: bool | None = None,
+        run: Run | None = None,
     ) -> None:
         if chunk_frames < 1:
             raise ValueError(f"chunk_frames: expected at least 1, got {chunk_frames}.")
         self.wam, self.space, self.grid, self.guidance = wam, space, grid, guidance
+        self._run: Run = wam.run if run is None else run
         self.sizes = wam.config.space(space)
         self.chunk_frames, self.batch, self.frame, self.chunk = chunk_frames, text.shape[0], 0, 0
         weight = wam.video_in.weight
-        self.device = weight.device
-        self._text = self._double(text.to(self.device))[:, None]
+        self.device, self.dtype = weight.device, weight.dtype
+        self._text = self._double(text.to(weight))[:, None]
         self._text_mask = self._double(text_mask.to(self.device))[:, None].clone()
         self._text_mask[self.batch :] = False
         with torch.no_grad():
@@ -85,11 +105,11 @@ class Rollout:
             grid=grid,
             vectors=self.sizes.vectors_per_transition,
             room=chunk_frames,
-            static_shapes=self.device.type == "cuda" if static_shapes is None else static_shapes,
+            static_shapes=self.device.type == "cuda" or run is not None if static_shapes is None else static_shapes,
             device=self.device,
-            dtype=weight.dtype,
+            dtype=self.dtype,
         )
-        self._passes: dict[tuple[str, int], tuple[SequenceLayout, CachedAttend]] = {}
+        self._passes: dict[tuple[str, int], Pass] = {}
 
     @torch.no_grad()
     def observe(
@@ -130,7 +150,7 @@ class Rollout:
             (1.0, 1.0),
         )
         self._clear()
-        self.wam(inputs, self.cache.attend_history(layout.streams), self._contexts)
+        self._pass(Pass(layout, self.wam.plan(layout), self.cache.attend_history(layout.streams)), inputs)
         self.frame, self.chunk = self.frame + frames, self.chunk + 1
 
     @torch.no_grad()
@@ -203,9 +223,9 @@ class Rollout:
         if given is None:
             raise ValueError("expected the video or the actions of the chunk, got neither.")
         kind = "both" if video is not None and actions is not None else "actions" if video is None else "video"
-        layout, attend = self._scratch_pass(kind, given.shape[1])
-        inputs = self._inputs(layout, _flat(video), _flat(actions), None, (video_time, action_time))
-        output = self._guided(self.wam(inputs, attend, self._contexts))
+        now = self._scratch_pass(kind, given.shape[1])
+        inputs = self._inputs(now.layout, _flat(video), _flat(actions), None, (video_time, action_time))
+        output = self._guided(self._pass(now, inputs))
         return (
             rearrange(output.video, "b (frames tokens) d -> b frames tokens d", tokens=self.cache.tokens),
             rearrange(output.actions, "b (frames a) c -> b frames a c", a=self.sizes.vectors_per_transition),
@@ -214,9 +234,9 @@ class Rollout:
     @torch.no_grad()
     def imagine(self, latents: Float[Tensor, "b frames tokens d"]) -> None:
         """Let the planned chunk's actions see this as the clean video of their chunk (`sequential`)."""
-        layout, attend = self._scratch_pass("imagined", latents.shape[1])
+        now = self._scratch_pass("imagined", latents.shape[1])
         self._passes.pop(("actions", latents.shape[1]), None)
-        self.wam(self._inputs(layout, _flat(latents), None, None, (1.0, 1.0)), attend, self._contexts)
+        self._pass(now, self._inputs(now.layout, _flat(latents), None, None, (1.0, 1.0)))
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
         """Go on with only these episodes of the batch, in this order."""
@@ -237,8 +257,13 @@ class Rollout:
         """The first arguments of the layout of the next chunk."""
         return self.frame, frames, self.chunk, self.grid, self.sizes.vectors_per_transition
 
-    def _scratch_pass(self, kind: str, frames: int) -> tuple[SequenceLayout, CachedAttend]:
-        """Layout and attention of a pass over the next chunk, made once for all its steps."""
+    def _pass(self, now: Pass, inputs: WAMInputs) -> Velocities:
+        """One pass of the model."""
+        inputs.check(self.wam.config)
+        return self._run(inputs, now.plan, now.attend, self._contexts)
+
+    def _scratch_pass(self, kind: str, frames: int) -> Pass:
+        """What a pass over the next chunk needs, made once for all its steps."""
         if any(length != frames for _, length in self._passes):
             self._clear()
         if (kind, frames) not in self._passes:
@@ -247,7 +272,8 @@ class Rollout:
             else:
                 layout = chunk_layout(*self._place(frames), video=kind != "actions", actions=kind != "video")
             layout = layout.to(self.device)
-            self._passes[kind, frames] = layout, self.cache.attend_scratch(layout.streams)
+            attend = self.cache.attend_scratch(layout.streams)
+            self._passes[kind, frames] = Pass(layout, self.wam.plan(layout), attend)
         return self._passes[kind, frames]
 
     def _solve_joint(
@@ -282,13 +308,14 @@ class Rollout:
     ) -> WAMInputs:  # fmt: skip
         """One pass's inputs, for both copies of the batch where the video is guided."""
         config = self.wam.config
-        empty_video = torch.zeros(self.batch, 0, config.latent_dim, device=self.device)
-        empty_actions = torch.zeros(self.batch, 0, self.sizes.channels, device=self.device)
+        kind = {"device": self.device, "dtype": self.dtype}
+        empty_video = torch.zeros(self.batch, 0, config.latent_dim, **kind)
+        empty_actions = torch.zeros(self.batch, 0, self.sizes.channels, **kind)
         return WAMInputs(
             layout=layout,
-            video=self._double(empty_video if video is None else video.to(self.device)),
-            actions=self._double(empty_actions if actions is None else actions.to(self.device)),
-            states=None if states is None else self._double(states.to(self.device)),
+            video=self._double(empty_video if video is None else video.to(**kind)),
+            actions=self._double(empty_actions if actions is None else actions.to(**kind)),
+            states=None if states is None else self._double(states.to(**kind)),
             times=torch.tensor(times, device=self.device).expand(len(self._text), 2),
             text=self._text,
             text_mask=self._text_mask,

@@ -6,12 +6,11 @@ from typing import cast
 
 import torch
 from jaxtyping import Bool, Float
-from repvitok.nn.rope import Rotary, axis_pairs
 from repvitok.pretrained import PretrainedModel
 from torch import Tensor, nn
 
+from repwam_core.model.attention import masked_attend
 from repwam_core.model.blocks import (
-    Kept,
     LayerContext,
     NoiseLevelEmbedding,
     OutputHead,
@@ -22,11 +21,10 @@ from repwam_core.model.blocks import (
     take,
 )
 from repwam_core.model.config import ActionSpace, WAMConfig
-from repwam_core.model.heads import Turn
 from repwam_core.model.inputs import Velocities, WAMInputs
-from repwam_core.model.attention import masked_attend
 from repwam_core.model.masks import Attend
-from repwam_core.model.sequence import Run, SequenceLayout
+from repwam_core.model.passes import PassPlan, StreamPlan, plan_pass
+from repwam_core.model.sequence import SequenceLayout
 from repwam_core.model.unread import without_unread
 
 
@@ -177,34 +175,53 @@ class WorldActionModel(PretrainedModel):
         if attend is None:
             inputs = without_unread(inputs, self.config.coupling)
             attend = masked_attend(inputs.layout, self.config.coupling, self.config.window)
-        layout = inputs.layout.to(inputs.video.device)
-        video, side = self._embed(inputs, layout)
-        of_video, of_side = self.embed_text(inputs.text, inputs.text_mask) if text is None else text
-        video_context, video_levels = _stream_context(
-            self.video, inputs.times, layout.video_stream, layout.group, of_video
-        )
-        side_context, side_levels = _stream_context(self.action, inputs.times, layout.side_stream, 1, of_side)
-        context = LayerContext(video_context, side_context, Turn.of(self._rotary(layout.streams.position)), attend)
-        kept = _noisy_tokens(layout, video_context, side_context)
+        text = self.embed_text(inputs.text, inputs.text_mask) if text is None else text
+        return self.run(inputs, self.plan(inputs.layout.to(inputs.video.device)), attend, text)
+
+    def plan(self, layout: SequenceLayout) -> PassPlan:
+        """What `run` needs to know of a layout; make it once where many passes share the layout.
+
+        Raises:
+            ValueError: more cameras than the model has embeddings for.
+        """
+        limit = self.config.max_views
+        if layout.views > limit:
+            raise ValueError(f"expected at most max_views = {limit} cameras, got {layout.views}.")
+        return plan_pass(layout, self.config.head_dim, self.config.rope_base)
+
+    def run(
+        self, inputs: WAMInputs, plan: PassPlan, attend: Attend, text: tuple[TextContext, TextContext]
+    ) -> Velocities:
+        """`forward` without its preparations: nothing here depends on the numbers in a layout, only on its shapes.
+
+        So one compiled graph serves every chunk of a rollout (`Rollout(run=torch.compile(wam.run, ...))`).
+
+        Args:
+            inputs: the batch, checked.
+            plan: from `plan`.
+            attend: self-attention over the tokens in `layout.streams` order.
+            text: from `embed_text`.
+        """
+        video, side = self._embed(inputs, plan)
+        video_context, video_levels = _stream_context(self.video, inputs.times, plan.video, text[0])
+        side_context, side_levels = _stream_context(self.action, inputs.times, plan.side, text[1])
+        context = LayerContext(video_context, side_context, plan.turn, attend)
+        kept = plan.kept_tokens(video_context, side_context)
         for number, layer in enumerate(self.layers):
             video, side = layer(number, video, side, context, kept if number == self.config.depth - 1 else None)
-        video_levels = take(video_levels, _in_groups(kept.video_runs, layout.group))
-        return self._velocities(inputs.space, video, side, video_levels, take(side_levels, kept.side_runs))
+        video_levels, side_levels = take(video_levels, plan.video.kept_groups), take(side_levels, plan.side.kept)
+        return self._velocities(inputs.space, video, side, video_levels, side_levels)
 
     def _space(self, name: str) -> SpaceProjections:
         return cast(SpaceProjections, self.spaces[name])
 
-    def _embed(self, inputs: WAMInputs, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
+    def _embed(self, inputs: WAMInputs, plan: PassPlan) -> tuple[Tensor, Tensor]:
         """Video tokens (b, n_video, width), and action then state tokens (b, n_side, action_width)."""
-        space, limit = self._space(inputs.space), self.config.max_views
-        if layout.views > limit:
-            raise ValueError(f"expected at most max_views = {limit} cameras, got {layout.views}.")
-        latent_dim = self.config.latent_dim
-        video = self.video_in(inputs.video[..., :latent_dim]) + self.views[layout.video_stream.view]
+        space, latent_dim = self._space(inputs.space), self.config.latent_dim
+        video = self.video_in(inputs.video[..., :latent_dim]) + self.views[plan.view]
         if self.joint_in is not None:
             video = video + self.joint_in(inputs.video[..., latent_dim:])
-        vectors = layout.vector[layout.actions]
-        side = space.action_in(inputs.actions) + self.action_kinds[:, :1] + space.slots[:, vectors]
+        side = space.action_in(inputs.actions) + self.action_kinds[:, :1] + space.slots[:, plan.vector]
         if inputs.states is not None:
             if space.state_in is None:
                 raise ValueError(
@@ -214,18 +231,6 @@ class WorldActionModel(PretrainedModel):
             side = torch.cat([side, space.state_in(inputs.states) + self.action_kinds[:, 1:]], dim=1)
         return video, side
 
-    def _rotary(self, position: Float[Tensor, "n 3"]) -> Rotary:
-        """Rotary tables of arbitrary, also fractional, coordinates; angles in float64 so that frames may grow."""
-        angles = [
-            torch.outer(
-                position[:, axis].double(),
-                self.config.rope_base ** -(torch.arange(pairs, device=position.device, dtype=torch.float64) / pairs),
-            )
-            for axis, pairs in enumerate(axis_pairs(self.config.head_dim))
-        ]
-        table = torch.cat(angles, dim=-1)
-        return Rotary(table.cos().float(), table.sin().float())
-
     def _velocities(
         self, space: str, video: Tensor, side: Tensor, video_levels: Tensor, side_levels: Tensor
     ) -> Velocities:
@@ -233,44 +238,18 @@ class WorldActionModel(PretrainedModel):
         with torch.autocast(video.device.type, enabled=False):
             video = self.video.head(video.float(), video_levels.float())
             side = self.action.head(side.float(), side_levels.float())
-            latents = self.video_out(video)
+            heads = (self.video_out, video), (self._space(space).action_out, side)
+            latents, actions = (head(x.to(head.weight.dtype)).float() for head, x in heads)
             if self.joint_out is not None:
-                latents = torch.cat([latents, self.joint_out(video)], dim=-1)
-            return Velocities(latents, self._space(space).action_out(side))
+                latents = torch.cat([latents, self.joint_out(video.to(self.joint_out.weight.dtype)).float()], dim=-1)
+            return Velocities(latents, actions)
 
 
 def _stream_context(
-    expert: Expert, times: Tensor, stream: SequenceLayout, group: int, text: TextContext
+    expert: Expert, times: Tensor, plan: StreamPlan, text: TextContext
 ) -> tuple[StreamContext, Float[Tensor, "b groups width"]]:
-    """The context of one stream, and the noise level embedding of each group of `group` tokens."""
-    level = stream.level[::group]
+    """The context of one stream, and the noise level embedding of each group of tokens."""
     with torch.autocast(times.device.type, enabled=False):
         embedding, modulation = expert.levels(times)
-    context = StreamContext(modulation.index_select(1, level), text, stream.document_runs)
-    return context, embedding.index_select(1, level)
-
-
-def _noisy_tokens(layout: SequenceLayout, video: StreamContext, side: StreamContext) -> Kept:
-    """What leaves the last layer: the tokens whose velocities are asked for."""
-    of_video, of_side = layout.noisy_video_runs, layout.noisy_action_runs
-    groups = _in_groups(of_video, layout.group)
-    videos = len(layout.video)
-    both = [*of_video, *((start + videos, stop + videos) for start, stop in of_side)]
-    return Kept(both, of_video, of_side, _narrow(video, of_video, groups), _narrow(side, of_side, of_side))
-
-
-def _narrow(context: StreamContext, tokens: list[Run], groups: list[Run]) -> StreamContext:
-    """The context of some of the tokens of a stream."""
-    documents, position = [], 0
-    for start, stop in tokens:
-        for (first, last), document in context.documents:
-            if (length := min(stop, last) - max(start, first)) > 0:
-                documents.append(((position, position + length), document))
-                position += length
-    modulation = take(context.modulation.flatten(2), groups).unflatten(2, (6, -1))
-    return StreamContext(modulation, context.text, documents)
-
-
-def _in_groups(tokens: list[Run], group: int) -> list[Run]:
-    """Ranges of tokens as ranges of groups of tokens."""
-    return [(start // group, stop // group) for start, stop in tokens]
+    context = StreamContext(modulation.index_select(1, plan.level), text, plan.documents)
+    return context, embedding.index_select(1, plan.level)

@@ -56,14 +56,17 @@ class BatchedPolicy(BatchedBasePolicy):
 
     Args:
         parts: the loaded policy folder.
+        compile_passes: compile the model's passes when they first run, which takes a while and makes every later one
+            faster on a GPU; cached attention then always runs over the whole window.
         **plan: fields of `PlanSettings` that differ from the folder's.
 
     Attributes:
         planned: what the model expects of the chunk returned last: scaled actions and standardised latents.
     """
 
-    def __init__(self, parts: PolicyParts, **plan: Any) -> None:
+    def __init__(self, parts: PolicyParts, *, compile_passes: bool = False, **plan: Any) -> None:
         self.parts, self.plan = parts, replace(parts.manifest.plan, **plan)
+        self._run = torch.compile(parts.wam.run, dynamic=False) if compile_passes else None
         latents = parts.manifest.latents
         self.device = next(parts.wam.parameters()).device
         self.frames_per_latent = parts.tokenizer.config.tubelet_frames * latents.stride
@@ -265,6 +268,7 @@ class BatchedPolicy(BatchedBasePolicy):
             grid=manifest.latents.grid,
             text=tokens.to(self.device),
             text_mask=(mask & told).to(self.device),
+            run=self._run,
         )
 
     def _episodes(self) -> _Episodes:

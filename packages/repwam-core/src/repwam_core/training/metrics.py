@@ -11,9 +11,10 @@ from torch import Tensor
 from repwam_core.data.episodes import SegmentBatch
 from repwam_core.embodiment import ActionStatistics
 from repwam_core.model.config import LATENT_SPACE
-from repwam_core.model.rollout import PlannedChunk, Rollout
+from repwam_core.model.rollout import PlannedChunk, Rollout, Run
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.planning import PlanSettings
+from repwam_core.training.scores import THRESHOLDS, count_below
 
 
 def start_rollout(
@@ -24,8 +25,9 @@ def start_rollout(
     grid: tuple[int, int, int],
     text: Float[Tensor, "b s width"],
     text_mask: Tensor,
+    run: Run | None = None,
 ) -> Rollout:
-    """Open a rollout that is to be planned with these settings."""
+    """Open a rollout that is to be planned with these settings; `run` as in `Rollout`."""
     return Rollout(
         wam,
         space=space,
@@ -34,6 +36,7 @@ def start_rollout(
         text_mask=text_mask,
         chunk_frames=plan.chunk_frames,
         guidance=plan.guidance,
+        run=run,
     )
 
 
@@ -113,15 +116,27 @@ class SampledErrors:
             error_si = self._si(actions) - self._si(batch.actions)
             for channel, name in enumerate(self.statistics.channels):
                 self._add(f"{name}_mae_si", error_si[..., channel].abs(), weight[..., channel])
+        self._count_scores(((actions - batch.actions) * batch.channel_mask[:, None, None]).cpu().numpy(), batch)
         if latents is not None:
             valid = batch.valid[..., None, None]
             self._add("imagined_mse", (latents - batch.latents[:, 1:]).square(), valid)
             self._add("copied_mse", (batch.latents[:, :-1] - batch.latents[:, 1:]).square(), valid)
 
     def compute(self) -> dict[str, float]:
-        """Return the mean errors: `action_mae` in scaled units beside predicting zero, each channel in its own unit,
-        and the mean squared error of imagined latents beside repeating the last true ones."""
+        """Return means over what was sampled.
+
+        `action_mae` in scaled units beside predicting zero, each channel in its own unit, `ols_0.1` and so on the
+        open-loop score (`scores.HEADLINE`: largest error over the channels, per action vector, scaled), and the mean
+        squared error of imagined latents beside repeating the last true ones.
+        """
         return {name: self._sums[name] / max(1.0, count) for name, count in self._counts.items()}
+
+    def _count_scores(self, errors: np.ndarray, batch: SegmentBatch) -> None:
+        below, of = count_below(errors, batch.valid.cpu().numpy(), THRESHOLDS)
+        for threshold, hits in below.items():
+            name = f"ols_{threshold:g}"
+            self._sums[name] = self._sums.get(name, 0.0) + hits
+            self._counts[name] = self._counts.get(name, 0.0) + of
 
     def _si(self, actions: Tensor) -> Tensor:
         return torch.from_numpy(self.statistics.denormalise(actions.detach().cpu().numpy()))

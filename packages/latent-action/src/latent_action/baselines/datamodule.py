@@ -1,0 +1,65 @@
+"""Batches of frame pairs for Lightning, split as the latent actions' own data are."""
+
+from __future__ import annotations
+
+import lightning as L
+from repvitok.data.split import split_episodes
+
+from latent_action.baselines.frame_pairs import FrameTable, PairBatches, load_frame_table
+
+
+class FramePairData(L.LightningDataModule):
+    """The transitions of some latent shards as pixels, with the episodes held out that the LAT's data hold out.
+
+    Args:
+        latents: folder of latent shards; only which transitions there are is read from it.
+        dataset: the LeRobot data set the latents were made from.
+        size: height and width of a frame, all cameras side by side.
+        batch_size: pairs per batch.
+        held_out: share of the episodes kept for validation, or their indices.
+        seed: of the batches.
+
+    Raises:
+        ValueError: on setup, where the data cannot be used.
+    """
+
+    def __init__(
+        self,
+        latents: str,
+        dataset: str,
+        size: tuple[int, int] = (64, 64),
+        batch_size: int = 64,
+        held_out: float | list[int] = 0.1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}.")
+        self.latents = latents
+        self.dataset = dataset
+        self.size = tuple(size)
+        self.batch_size = batch_size
+        self.held_out = held_out
+        self.seed = seed
+        self._tables: tuple[FrameTable, FrameTable] | None = None
+
+    def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
+        """Read and split the frames once."""
+        if self._tables is None:
+            table = load_frame_table(self.latents, self.dataset, (self.size[0], self.size[1]))
+            train, held_out = split_episodes(table.episode.tolist(), self.held_out)
+            self._tables = table.of_episodes(train), table.of_episodes(held_out)
+
+    def train_dataloader(self) -> PairBatches:
+        """Batches from the step the trainer is at."""
+        first = 0 if self.trainer is None else self.trainer.global_step
+        return PairBatches(self._require_setup()[0], self.batch_size, self.seed, first)
+
+    def val_dataloader(self) -> PairBatches:
+        """All transitions of the held-out episodes."""
+        return PairBatches(self._require_setup()[1], self.batch_size, self.seed, in_order=True)
+
+    def _require_setup(self) -> tuple[FrameTable, FrameTable]:
+        self.setup()
+        assert self._tables is not None
+        return self._tables

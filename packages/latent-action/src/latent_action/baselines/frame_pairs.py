@@ -1,0 +1,123 @@
+"""Pairs of frames in pixels, one for every transition of some latent shards, for baselines that see pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int, UInt8
+from repvitok.data.lerobot import LeRobotReader
+from repvitok.data.shards import LatentShards
+from repvitok.data.transforms import resize_frames, to_unit
+from torch import Tensor
+
+# Raw frames per latent frame (RepWAM Sec. 3.2).
+TUBELET_FRAMES = 4
+
+
+class FramePair(NamedTuple):
+    """Pixels in [-1, 1] at the two ends of each of b transitions."""
+
+    x_t: Float[Tensor, "b 3 h w"]
+    x_next: Float[Tensor, "b 3 h w"]
+
+
+@dataclass(frozen=True, eq=False)
+class FrameTable:
+    """The frames of many episodes at the ends of their transitions, in the order of `load_transitions`.
+
+    Attributes:
+        frames: uint8, one episode after another; several cameras stand side by side.
+        first: index into `frames` of each transition's x_t; its x_{t+1} is the next frame.
+        episode: index of the episode each transition belongs to.
+    """
+
+    frames: UInt8[Tensor, "frames h w 3"]
+    first: Int[Tensor, " transitions"]
+    episode: Int[Tensor, " transitions"]
+
+    def __len__(self) -> int:
+        return self.first.shape[0]
+
+    def pairs(self, index: Int[Tensor, " b"]) -> FramePair:
+        """Both frames of the transitions with these indices."""
+        start = self.first[index]
+        return FramePair(_pixels(self.frames[start]), _pixels(self.frames[start + 1]))
+
+    def of_episodes(self, episodes: list[int]) -> FrameTable:
+        """The transitions of these episodes only; the frames are shared."""
+        keep = torch.isin(self.episode, torch.tensor(sorted(episodes), dtype=torch.long))
+        return FrameTable(self.frames, self.first[keep], self.episode[keep])
+
+
+def load_frame_table(latents: str | Path, dataset: str | Path, size: tuple[int, int]) -> FrameTable:
+    """Read the last raw frame of every latent frame, so that transition i of the latents is transition i here.
+
+    Args:
+        latents: folder of latent shards; says which episodes, offsets, stride and cameras.
+        dataset: the LeRobot data set they were made from.
+        size: height and width of a frame with all its cameras side by side, in pixels.
+
+    Raises:
+        ValueError: the data set lacks a camera or an episode of the shards, or no episode has a transition.
+    """
+    shards, reader = LatentShards(latents), LeRobotReader(dataset)
+    cameras, stride = shards.meta.cameras, shards.meta.stride
+    if missing := sorted(set(cameras) - set(reader.camera_keys)):
+        raise ValueError(f"{dataset} has no cameras {missing}, which {latents} were made from: give that data set.")
+    if size[1] % len(cameras):
+        raise ValueError(f"size {size}: {len(cameras)} cameras side by side need a width that they divide.")
+    view = (size[0], size[1] // len(cameras))
+    frames: list[np.ndarray] = []
+    first: list[Tensor] = []
+    episode_of: list[Tensor] = []
+    start = 0
+    for episode in shards:
+        count = len(episode.latents)
+        if count < 2:
+            continue
+        wanted = (episode.offset + TUBELET_FRAMES * stride * np.arange(count)).tolist()
+        views = [resize_frames(reader.frames(episode.episode_index, camera, wanted), view) for camera in cameras]
+        frames.append(np.concatenate(views, axis=2))
+        first.append(torch.arange(start, start + count - 1))
+        episode_of.append(torch.full((count - 1,), episode.episode_index))
+        start += count
+    if not frames:
+        raise ValueError(f"{latents}: no episode has two latent frames, so there is no transition to learn from.")
+    return FrameTable(torch.from_numpy(np.concatenate(frames)), torch.cat(first), torch.cat(episode_of))
+
+
+class PairBatches:
+    """Batches of frame pairs: endless random ones, each of (seed, number) alone, or every pair once `in_order`."""
+
+    def __init__(
+        self, table: FrameTable, batch_size: int, seed: int, first_batch: int = 0, *, in_order: bool = False
+    ) -> None:
+        self.table = table
+        self.batch_size = batch_size
+        self.seed = seed
+        self.first_batch = first_batch
+        self.in_order = in_order
+
+    def batch(self, number: int) -> FramePair:
+        """Random batch `number`, drawn with replacement: the transitions that `TrainingBatches` draws."""
+        index = np.random.default_rng([self.seed, number, 0]).integers(len(self.table), size=self.batch_size)
+        return self.table.pairs(torch.from_numpy(index))
+
+    def __iter__(self) -> Iterator[FramePair]:
+        if self.in_order:
+            yield from (self.table.pairs(index) for index in torch.arange(len(self.table)).split(self.batch_size))
+            return
+        number = self.first_batch
+        while True:
+            yield self.batch(number)
+            number += 1
+
+
+def _pixels(frames: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b 3 h w"]:
+    return to_unit(rearrange(frames, "b h w rgb -> b rgb h w"))

@@ -1,0 +1,194 @@
+"""LAPA's latent action quantisation: a transition between two frames of pixels as a few codes (arXiv 2410.11758).
+
+    p_t, p_{t+1} = patches;  e = temporal(spatial(p));  d = e_{t+1} - e_t;  codes = NSVQ(reduce(d))
+    x_hat_{t+1} = D(attend(sg[p_t], codes, codes)),   loss |x_hat_{t+1} - x_{t+1}|^2
+
+The frames are encoded by a transformer over space and a causal one over time; their difference is reduced to
+`code_tokens` vectors, each quantised to one of `codes` vectors of a codebook. The decoder lets the patches of x_t,
+behind a stop-gradient, attend to the codes and predicts the pixels of x_{t+1}. Written from the paper alone.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from repvitok.pretrained import PretrainedModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from latent_action.baselines.nsvq import NoiseSubstitution
+from latent_action.grid import position_feature_size, position_features
+
+_FREQUENCIES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class LapaConfig:
+    """Sizes of a LAPA quantiser; the code is the paper's, 8 codes at each of 4 places, the network small.
+
+    Attributes:
+        size: height and width of a frame in pixels.
+        patch: side of a square patch in pixels.
+        width: width of the transformers.
+        depth: layers of the spatial encoder, of the temporal encoder and of the decoder.
+        heads: attention heads.
+        codes: entries of the codebook.
+        code_tokens: codes per transition, a square number.
+        code_dim: channels of a code.
+        residual: predict the change of the pixels instead of the pixels. Not the paper's; it spares a small budget
+            from learning to copy.
+
+    Raises:
+        ValueError: a size that is not positive or does not divide.
+    """
+
+    size: tuple[int, int] = (64, 64)
+    patch: int = 8
+    width: int = 128
+    depth: int = 2
+    heads: int = 4
+    codes: int = 8
+    code_tokens: int = 4
+    code_dim: int = 32
+    residual: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("patch", "width", "depth", "heads", "codes", "code_tokens", "code_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}.")
+        if len(self.size) != 2 or min(self.size) < 1 or any(side % self.patch for side in self.size):
+            raise ValueError(f"size: expected (height, width), multiples of patch = {self.patch}, got {self.size}.")
+        if self.width % self.heads:
+            raise ValueError(f"width = {self.width} must be a multiple of heads = {self.heads}.")
+        if math.isqrt(self.code_tokens) ** 2 != self.code_tokens:
+            raise ValueError(f"code_tokens: expected a square number (they lie on a grid), got {self.code_tokens}.")
+        if min(self.grid) < math.isqrt(self.code_tokens):
+            raise ValueError(f"{self.grid} patches are too few for {self.code_tokens} code tokens: lower `patch`.")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches of a frame, (rows, columns)."""
+        return self.size[0] // self.patch, self.size[1] // self.patch
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as JSON can hold it."""
+        return asdict(self) | {"size": list(self.size)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "LapaConfig":
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: a key is missing or unknown.
+        """
+        expected = {field.name for field in fields(cls)}
+        if set(values) != expected:
+            raise ValueError(f"LapaConfig: expected the keys {sorted(expected)}, got {sorted(values)}.")
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**plain)
+
+
+class LapaQuantizer(PretrainedModel):
+    """Encoder, codebook and decoder; frames are float pixels in [-1, 1]."""
+
+    format: ClassVar[str] = "lapa"
+    format_version: ClassVar[int] = 1
+    config_class: ClassVar[type[LapaConfig]] = LapaConfig
+    config: LapaConfig
+
+    def __init__(self, config: LapaConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or LapaConfig()
+        pixels = 3 * config.patch**2
+        self.embed = nn.Linear(pixels, config.width)
+        self.place = nn.Linear(position_feature_size(_FREQUENCIES), config.width)
+        self.spatial = _layers(config)
+        self.temporal = _layers(config)
+        self.reduce = nn.Sequential(
+            nn.Conv2d(config.width, config.width, 3, padding=1),
+            nn.GELU(),
+            nn.AdaptiveAvgPool2d(math.isqrt(config.code_tokens)),
+            nn.Conv2d(config.width, config.code_dim, 1),
+        )
+        self.quantize = NoiseSubstitution(config.codes, config.code_dim)
+        self.code_place = nn.Parameter(0.02 * torch.randn(config.code_tokens, config.width))
+        self.enter = nn.Linear(config.code_dim, config.width)
+        self.cross = nn.MultiheadAttention(config.width, config.heads, batch_first=True)
+        self.decoder = _layers(config)
+        self.head = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, pixels))
+
+    def encode(
+        self, x_t: Float[Tensor, "b 3 h w"], x_next: Float[Tensor, "b 3 h w"]
+    ) -> Float[Tensor, "b code_tokens code_dim"]:
+        """The transition before quantisation, d_t.
+
+        Raises:
+            ValueError: frames of another size than the config's, or none.
+        """
+        self._require_frames(x_t, "x_t")
+        self._require_frames(x_next, "x_next")
+        seen = [_through(self.spatial, self._patches(x)) for x in (x_t, x_next)]
+        in_time = rearrange(torch.stack(seen), "two b n c -> (b n) two c")
+        causal = nn.Transformer.generate_square_subsequent_mask(2, device=x_t.device)
+        before, after = rearrange(
+            _through(self.temporal, in_time, causal), "(b n) two c -> two b n c", b=x_t.shape[0]
+        ).unbind()
+        rows, columns = self.config.grid
+        change = rearrange(after - before, "b (h w) c -> b c h w", h=rows, w=columns)
+        return rearrange(self.reduce(change), "b c h w -> b (h w) c")
+
+    def latent_actions(
+        self, x_t: Float[Tensor, "b 3 h w"], x_next: Float[Tensor, "b 3 h w"]
+    ) -> tuple[Float[Tensor, "b code_tokens code_dim"], Int[Tensor, "b code_tokens"]]:
+        """The codebook vectors of a transition, what LAPA calls its latent action, and their indices."""
+        return self.quantize.nearest(self.encode(x_t, x_next))
+
+    def decode(
+        self, x_t: Float[Tensor, "b 3 h w"], codes: Float[Tensor, "b code_tokens code_dim"]
+    ) -> Float[Tensor, "b 3 h w"]:
+        """The pixels of x_{t+1}, from the patches of x_t (without a gradient to them) and the codes."""
+        patches = self._patches(x_t).detach()
+        told = self.enter(codes) + self.code_place
+        mixed = patches + self.cross(patches, told, told, need_weights=False)[0]
+        out = self.head(_through(self.decoder, mixed))
+        rows, columns, side = *self.config.grid, self.config.patch
+        image = rearrange(out, "b (h w) (c p q) -> b c (h p) (w q)", c=3, h=rows, w=columns, p=side, q=side)
+        return x_t + image if self.config.residual else image
+
+    def forward(
+        self, x_t: Float[Tensor, "b 3 h w"], x_next: Float[Tensor, "b 3 h w"]
+    ) -> tuple[Float[Tensor, ""], Int[Tensor, "b code_tokens"]]:
+        """The loss |x_hat_{t+1} - x_{t+1}|^2, mean over pixels, and the codes that were used."""
+        codes, index = self.quantize(self.encode(x_t, x_next))
+        return F.mse_loss(self.decode(x_t, codes), x_next), index
+
+    def _patches(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n width"]:
+        side = self.config.patch
+        cut = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=side, q=side)
+        return self.embed(cut) + self.place(position_features((1, *self.config.grid), _FREQUENCIES, x.device))
+
+    def _require_frames(self, x: Tensor, name: str) -> None:
+        if x.shape[1:] != (3, *self.config.size) or not len(x):
+            raise ValueError(
+                f"{name}: expected at least one frame (batch, 3, {self.config.size[0]}, {self.config.size[1]}), got "
+                f"{tuple(x.shape)}: resize the frames, or train with their size."
+            )
+
+
+def _layers(config: LapaConfig) -> nn.ModuleList:
+    return nn.ModuleList(
+        nn.TransformerEncoderLayer(
+            config.width, config.heads, 4 * config.width, 0.0, "gelu", batch_first=True, norm_first=True
+        )
+        for _ in range(config.depth)
+    )
+
+
+def _through(layers: nn.ModuleList, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    for layer in layers:
+        x = layer(x, src_mask=mask)
+    return x

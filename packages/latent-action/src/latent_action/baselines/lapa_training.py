@@ -1,0 +1,121 @@
+"""Training of LAPA's quantiser as a LightningModule, and its checkpoint as a model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from repvitok.checkpointing import read_checkpoint
+from repvitok.optim import OptimizerSettings
+from torch import Tensor, nn
+
+from latent_action.baselines.frame_pairs import FramePair
+from latent_action.baselines.lapa import LapaConfig, LapaQuantizer
+from latent_action.baselines.nsvq import code_usage
+
+CHECKPOINT_KEY = "lapa"
+_PREFIX = "lapa."
+DEFAULT_OPTIMIZER = OptimizerSettings(name="adamw", lr=1e-3, warmup_steps=500)
+
+
+class LapaTraining(L.LightningModule):
+    """Pixel loss of the next frame, and the replacement of codes that nothing chooses.
+
+    Args:
+        lapa: sizes of the model; `size` must be that of the data.
+        optimizer: its schedule ends at the trainer's max_steps.
+        gradient_clip: largest norm of the gradient; null for none.
+        replace_every: steps between two looks for unused codes.
+        replace_share: codes are replaced in this first share of training only, so that the rest can settle.
+
+    Raises:
+        ValueError: `replace_every` is below 1 or `replace_share` outside of [0, 1].
+    """
+
+    used: Tensor
+
+    def __init__(
+        self,
+        lapa: LapaConfig,
+        optimizer: OptimizerSettings = DEFAULT_OPTIMIZER,
+        gradient_clip: float | None = 1.0,
+        replace_every: int = 20,
+        replace_share: float = 0.5,
+    ) -> None:
+        super().__init__()
+        if replace_every < 1 or not 0 <= replace_share <= 1:
+            raise ValueError(
+                f"replace_every = {replace_every} must be at least 1, replace_share = {replace_share} in [0, 1]."
+            )
+        self.lapa = LapaQuantizer(lapa)
+        self.optimizer_settings = optimizer
+        self.gradient_clip = gradient_clip
+        self.replace_every = replace_every
+        self.replace_share = replace_share
+        self.register_buffer("used", torch.zeros(lapa.codes, dtype=torch.long))
+        self._seen = torch.zeros(lapa.codes, dtype=torch.long)
+
+    def training_step(self, batch: FramePair) -> Tensor:
+        """The loss; counts the codes."""
+        loss, index = self.lapa(*batch)
+        self.used += code_usage(index, self.lapa.config.codes)
+        self.log("train/loss", loss)
+        return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then move unused codes every now and then in the first part of training."""
+        super().optimizer_step(*args, **kwargs)
+        step = self.trainer.global_step + 1  # counted after this hook
+        if step % self.replace_every == 0:
+            if step <= self.replace_share * self.trainer.max_steps:
+                self.lapa.quantize.replace_unused(self.used)
+            self.used.zero_()
+
+    def validation_step(self, batch: FramePair) -> None:
+        """Held-out loss beside that of copying x_t."""
+        loss, index = self.lapa(*batch)
+        self._seen += code_usage(index.cpu(), self.lapa.config.codes)
+        copy = nn.functional.mse_loss(batch.x_t, batch.x_next)
+        for name, value in (("val/loss", loss), ("val/copy_loss", copy)):
+            self.log(name, value, batch_size=len(batch.x_t), sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log how many codes are in use."""
+        self.log("val/codes_used", float((self._seen > 0).sum()), sync_dist=True)
+        self._seen.zero_()
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer and its schedule."""
+        total = self.trainer.max_steps
+        if total < 1:
+            raise ValueError(f"trainer.max_steps must be set: the learning rate falls to its floor there; got {total}.")
+        optimizer, schedule = self.optimizer_settings.build(self, total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
+        """Clip the gradient's norm."""
+        if self.gradient_clip is not None:
+            nn.utils.clip_grad_norm_(self.parameters(), self.gradient_clip)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the config beside the weights."""
+        checkpoint[CHECKPOINT_KEY] = {"config": self.lapa.config.to_dict()}
+
+
+def export_lapa(checkpoint: str | Path, out: str | Path) -> LapaQuantizer:
+    """Write the quantiser of a checkpoint of `latent-action lapa fit` as a folder for `from_pretrained`.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+        ValueError: it is damaged or of another stage.
+    """
+    loaded = read_checkpoint(checkpoint)
+    if CHECKPOINT_KEY not in loaded:
+        raise ValueError(f"{checkpoint} is no checkpoint of `latent-action lapa fit`: give that run's last.ckpt.")
+    lapa = LapaQuantizer(LapaConfig.from_dict(loaded[CHECKPOINT_KEY]["config"]))
+    state = loaded["state_dict"]
+    lapa.load_state_dict({name.removeprefix(_PREFIX): v for name, v in state.items() if name.startswith(_PREFIX)})
+    lapa.save_pretrained(out)
+    return lapa.eval()

@@ -1,0 +1,126 @@
+"""`latent-action lapa`: trains, validates, exports; its codes are one more row of the probe and of pictures."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from latent_action.baselines.frame_pairs import load_frame_table
+from latent_action.baselines.lapa import LapaQuantizer
+from latent_action.baselines.readout import lapa_acting_map, lapa_features
+from latent_action.cli import main
+from latent_action.config import LatentActionConfig
+from latent_action.model import LatentActionTokenizer
+from PIL import Image
+from repvitok.curves import read_curves
+from repvitok.data.shards import LatentShards
+from repvitok.data.video import VideoFile
+
+
+@pytest.fixture(scope="module")
+def run(squares, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("lapa")
+    latents, dataset = squares
+    assert main(["lapa", "fit", *_options(latents, dataset, folder), "--trainer.max_steps=4"]) == 0
+    return folder
+
+
+def _options(latents: Path, dataset: Path, folder: Path) -> list[str]:
+    return [
+        "--model.lapa.size=[16,48]",
+        "--model.lapa.width=16",
+        "--model.lapa.depth=1",
+        "--model.lapa.heads=2",
+        "--model.replace_every=1",
+        f"--data.latents={latents}",
+        f"--data.dataset={dataset}",
+        "--data.size=[16,48]",
+        "--data.batch_size=4",
+        "--data.held_out=[1]",
+        "--trainer.accelerator=cpu",
+        "--trainer.val_check_interval=2",
+        f"--trainer.default_root_dir={folder}",
+    ]
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("exported") / "lapa"
+    assert main(["lapa", "export", "--ckpt", str(run), "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def lat_folder(squares, tmp_path) -> Path:
+    meta = LatentShards(squares[0]).meta
+    torch.manual_seed(0)
+    LatentActionTokenizer(LatentActionConfig(latent_dim=4, hidden=8).fitted_to(meta)).save_pretrained(tmp_path / "lat")
+    return tmp_path / "lat"
+
+
+def test_training_logs_the_loss_beside_copying(run):
+    curves = read_curves(run)
+    assert {"val/loss", "val/copy_loss", "val/codes_used"} <= set(curves)
+    assert 1 <= curves["val/codes_used"][-1, 1] <= 8
+
+
+def test_export_and_features(exported, squares):
+    lapa = LapaQuantizer.from_pretrained(exported)
+    table = load_frame_table(*squares, (16, 48))
+    features, before = lapa_features(lapa, table), lapa_features(lapa, table, quantised=False)
+    assert features.shape == before.shape == (len(table), 4 * 32)
+    x_t, x_next = table.pairs(torch.tensor([0]))
+    torch.testing.assert_close(features[:1], lapa.latent_actions(x_t, x_next)[0].flatten(1))
+    assert (features != before).any()
+
+
+def test_acting_map_is_nothing_for_a_still_frame_and_bounded_otherwise(exported):
+    torch.manual_seed(0)
+    lapa, (x_t, x_next) = LapaQuantizer.from_pretrained(exported), torch.randn(2, 3, 16, 48)
+    assert lapa_acting_map(lapa, x_t, x_t).max() == 0
+    heat = lapa_acting_map(lapa, x_t, x_next)
+    assert heat.shape == (2, 6)
+    assert 0 <= heat.min() <= heat.max() <= 1
+
+
+def test_pictures_beside_ours_as_png_and_film(exported, lat_folder, squares, tmp_path):
+    latents, dataset = squares
+    common = ["visualize", "--lat", str(lat_folder), "--latents", str(latents), "--dataset", str(dataset)]
+    for lapa in ([], ["--lapa", str(exported)]):
+        out = tmp_path / f"{len(lapa)}.png"
+        assert main([*common, "--out", str(out), "--transitions", "2", *lapa]) == 0
+    alone, beside = (Image.open(tmp_path / name).size for name in ("0.png", "2.png"))
+    assert beside[0] == 2 * alone[0] + 4
+    assert beside[1] == alone[1]
+    assert main([*common, "--out", str(tmp_path / "film.mp4"), "--lapa", str(exported)]) == 0
+    film = VideoFile(tmp_path / "film.mp4")
+    assert len(film) == 3
+    assert film.fps == pytest.approx(2.5)
+    assert main([*common, "--out", str(tmp_path / "film.gif")]) == 2
+
+
+def test_mistakes_end_in_one_line(exported, lat_folder, squares, run, tmp_path, capsys):
+    latents, dataset = squares
+    probe = ["probe", "--lat", str(lat_folder), "--latents", str(latents)]
+    for arguments, told in (
+        ([*probe, "--lapa", str(exported)], "--dataset"),
+        ([*probe, "--lapa", str(lat_folder), "--dataset", str(dataset)], "lapa"),
+        (["lapa", "export", "--ckpt", str(tmp_path / "none"), "--out", str(tmp_path / "o")], "no"),
+        (["export", "--ckpt", str(run), "--out", str(tmp_path / "o")], "latent-action fit"),
+        (["lapa", "fit", *_options(latents, dataset, tmp_path)], "max_steps"),
+    ):
+        assert main(arguments) == 2
+        assert told in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_probe_has_rows_of_lapa(exported, fitted_lat, blobs, tmp_path, capsys, monkeypatch):
+    """The blobs have no pixels, so the table of frames is stood in for by noise of the right number."""
+    fitted_lat.save_pretrained(tmp_path / "lat")
+    monkeypatch.setattr("latent_action.baselines.frame_pairs.load_frame_table", lambda *_: None)
+    monkeypatch.setattr("latent_action.baselines.readout.lapa_features", lambda *_, **__: torch.randn(40 * 23, 4))
+    out = tmp_path / "probe.json"
+    arguments = ["probe", "--lat", str(tmp_path / "lat"), "--latents", str(blobs), "--lapa", str(exported)]
+    quick = ["--dataset", "anywhere", "--head-steps", "3", "--frames-steps", "2", "--out", str(out)]
+    assert main([*arguments, *quick, "--target", "motion"]) == 0
+    assert set(json.loads(out.read_text())["baselines"]) == {"LAPA", "LAPA before quantisation"}
+    assert "LAPA before quantisation" in capsys.readouterr().out

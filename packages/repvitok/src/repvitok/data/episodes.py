@@ -1,0 +1,65 @@
+"""Data sets as episodes to encode: LeRobot's, or videos without states and actions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from repvitok.data.folders import folder_kind, open_videos
+from repvitok.data.lerobot import LeRobotReader
+from repvitok.data.lerobot_format import EpisodeInfo
+from repvitok.data.sources import VideoSource
+
+CAMERA = "video"
+
+
+class VideoEpisodes:
+    """A source of videos read as a data set: each video is an episode of one camera, called "video".
+
+    Attributes:
+        root: what the source was opened from.
+        fps: frames per second of all videos; 1 for images.
+
+    Raises:
+        ValueError: the videos have different frame rates.
+    """
+
+    def __init__(self, root: str | Path, source: VideoSource) -> None:
+        self.root, self._source = Path(root), source
+        rates = {source.frame_rate_hz(video) or 1.0: source.describe(video) for video in range(len(source))}
+        if len(rates) > 1:
+            (one, first), (two, second) = list(rates.items())[:2]
+            raise ValueError(
+                f"{first} has {one:g} frames per second, {second} {two:g}; latents of one folder have one rate: encode "
+                "them apart"
+            )
+        self.fps = float(next(iter(rates)))
+        self.camera_keys = [CAMERA]
+        self.features: dict[str, dict[str, Any]] = {}
+        self.episodes = [EpisodeInfo(video, source.num_frames(video), "") for video in range(len(source))]
+
+    def episode(self, index: int) -> dict[str, np.ndarray]:  # noqa: ARG002 - no video has any
+        """No columns of numbers."""
+        return {}
+
+    def frames(self, episode: int, camera: str, frames: Sequence[int] | None = None) -> UInt8[np.ndarray, "n h w 3"]:
+        """Frames of one video."""
+        if camera != CAMERA:
+            raise ValueError(f"{self.root}: no camera {camera!r}; there is {CAMERA!r}")
+        return self._source.read(episode, frames)
+
+    def channel_names(self, key: str) -> tuple[str, ...]:
+        """There are no channels."""
+        raise ValueError(f"{self.root}: no feature {key!r}; these are videos without states and actions")
+
+
+def open_episodes(data: str, cache_folder: str | None = None) -> LeRobotReader | VideoEpisodes:
+    """The episodes of a LeRobot data set, a folder of videos or images, or WebDataset shards, whichever it is."""
+    kind = folder_kind(data)
+    if kind == "lerobot":
+        return LeRobotReader(data)
+    return VideoEpisodes(data, open_videos(data, kind, cache_folder=cache_folder))

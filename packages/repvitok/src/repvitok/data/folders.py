@@ -1,0 +1,106 @@
+"""A folder of data, whatever its format, as training and held-out videos."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from repvitok.data.lerobot import LeRobotReader
+from repvitok.data.sources import (
+    VIDEO_SUFFIXES,
+    ImageFolder,
+    SelectedVideos,
+    VideoFolder,
+    VideoSource,
+    lerobot_sources,
+)
+from repvitok.data.split import split_episodes
+from repvitok.data.tars import TarShards, is_shards
+
+FolderKind = Literal["auto", "lerobot", "videos", "images", "webdataset"]
+
+
+@dataclass(frozen=True, eq=False)
+class FolderSplit:
+    """The videos of one folder.
+
+    Attributes:
+        folder: its name, for messages.
+        train, held_out: sources of the two parts; nothing may be held out.
+        still: whether it holds images.
+    """
+
+    folder: str
+    train: list[VideoSource]
+    held_out: list[VideoSource]
+    still: bool = False
+
+    def serves(self, frames: int) -> bool:
+        """Whether clips of that many frames may be cut from it: not several from an image."""
+        return frames == 1 or not self.still
+
+
+def split_folder(
+    folder: str,
+    kind: FolderKind = "auto",
+    *,
+    cameras: Sequence[str] | None = None,
+    held_out: float = 0.0,
+    max_bad_fraction: float = 0.0,
+    cache_folder: str | None = None,
+) -> FolderSplit:
+    """Opens a folder and holds some of its episodes or videos out.
+
+    Args:
+        folder: a LeRobot data set, a folder of videos or of images, or WebDataset shards.
+        kind: which of them; "auto" looks.
+        cameras: LeRobot cameras to use; all when None.
+        held_out: fraction of its episodes or videos (`split_episodes`).
+        max_bad_fraction: how many of a folder's or shards' files may be unreadable.
+        cache_folder: for `TarShards`.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it holds nothing of the kind, or too much that cannot be read.
+    """
+    found = folder_kind(folder) if kind == "auto" else kind
+    if found == "lerobot":
+        reader = LeRobotReader(folder)
+        train, kept = split_episodes(range(reader.num_episodes), held_out)
+        held = lerobot_sources(reader, cameras=cameras, episodes=kept) if kept else []
+        return FolderSplit(folder, lerobot_sources(reader, cameras=cameras, episodes=train), held)
+    source = open_videos(folder, found, max_bad_fraction=max_bad_fraction, cache_folder=cache_folder)
+    train, kept = split_episodes(range(len(source)), held_out)
+    held = [SelectedVideos(source, kept)] if kept else []
+    still = isinstance(source, ImageFolder) or (isinstance(source, TarShards) and source.media == "images")
+    return FolderSplit(folder, [SelectedVideos(source, train)], list(held), still)
+
+
+def open_videos(
+    folder: str, kind: FolderKind, *, max_bad_fraction: float = 0.0, cache_folder: str | None = None
+) -> VideoSource:
+    """A folder of videos or images, or WebDataset shards, as one source."""
+    if kind == "webdataset":
+        return TarShards(folder, cache_folder=cache_folder, max_bad_fraction=max_bad_fraction)
+    return VideoFolder(folder, max_bad_fraction=max_bad_fraction) if kind == "videos" else ImageFolder(folder)
+
+
+def folder_kind(folder: str) -> FolderKind:
+    """What a folder holds, by looking.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    path = Path(folder)
+    if (path / "meta" / "info.json").is_file():
+        return "lerobot"
+    if is_shards(folder):
+        return "webdataset"
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"{folder}: no such folder; expected a LeRobot data set, WebDataset shards, or a folder of videos or images"
+        )
+    has_video = any(file.suffix.lower() in VIDEO_SUFFIXES for file in path.rglob("*"))
+    return "videos" if has_video else "images"

@@ -1,0 +1,103 @@
+"""What one tar of clips or images holds, and where: found once, kept in a cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+from repvitok.data.sources import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from repvitok.data.video import VideoFile
+
+INDEX_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TarMember:
+    """One clip or image inside a tar.
+
+    Attributes:
+        name: its name in the tar.
+        start: its first byte in the file.
+        length: its bytes.
+        frames: its frames, 1 for an image; 0 for a video that cannot be read, `problem` says why.
+        rate_hz: frames per second, None for an image.
+        problem: empty, or the error that reading it gave.
+    """
+
+    name: str
+    start: int
+    length: int
+    frames: int
+    rate_hz: float | None
+    problem: str = ""
+
+    @property
+    def is_video(self) -> bool:
+        """Whether it is a video, by its suffix."""
+        return Path(self.name).suffix.lower() in VIDEO_SUFFIXES
+
+
+def read_index(tar: Path, cache_folder: Path | None) -> list[TarMember]:
+    """The clips and images of a tar, in its order; from the cache folder, if they were found before.
+
+    The index of a tar is a JSON file named by the tar's path; one of another size or time of change is made again.
+
+    Raises:
+        FileNotFoundError: there is no such tar.
+        ValueError: it is no tar, compressed, or truncated.
+    """
+    if not tar.is_file():
+        raise FileNotFoundError(f"{tar}: no such file; expected a WebDataset shard")
+    if cache_folder is None:
+        return scan(tar)
+    stored = cache_folder / f"{tar.stem}-{hashlib.sha256(str(tar.resolve()).encode()).hexdigest()[:16]}.index.json"
+    identity = {"version": INDEX_VERSION, "bytes": tar.stat().st_size, "modified_ns": tar.stat().st_mtime_ns}
+    if stored.is_file():
+        document = json.loads(stored.read_text(encoding="utf-8"))
+        if {key: document.get(key) for key in identity} == identity:
+            return [TarMember(*row) for row in document["members"]]
+    members = scan(tar)
+    rows = [astuple(member) for member in members]
+    write_for_all(stored, lambda path: path.write_text(json.dumps(identity | {"members": rows}), encoding="utf-8"))
+    return members
+
+
+def scan(tar: Path) -> list[TarMember]:
+    """The clips and images of a tar, in its order, found by going through it; opens every video once."""
+    suffixes = VIDEO_SUFFIXES | IMAGE_SUFFIXES
+    try:
+        with tarfile.open(tar, "r:") as file:
+            found = [member for member in file if member.isfile()]
+    except tarfile.ReadError as error:
+        raise ValueError(
+            f"{tar}: not a readable, uncompressed tar ({error}); is it truncated, or a .tar.gz to be unpacked?"
+        ) from error
+    visible = [m for m in found if Path(m.name).suffix.lower() in suffixes and not Path(m.name).name.startswith(".")]
+    return [_describe(tar, member.name, member.offset_data, member.size) for member in visible]
+
+
+def write_for_all(path: Path, write: Callable[[Path], Any]) -> None:
+    """Lets `write` make a file that several processes may make at the same time: each its own, the last one stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _describe(tar: Path, name: str, start: int, length: int) -> TarMember:
+    if Path(name).suffix.lower() in IMAGE_SUFFIXES:
+        return TarMember(name, start, length, 1, None)
+    try:
+        video = VideoFile(tar, (start, length), f"{tar}, {name}")
+    except ValueError as error:
+        return TarMember(name, start, length, 0, None, str(error))
+    return TarMember(name, start, length, len(video), video.fps)

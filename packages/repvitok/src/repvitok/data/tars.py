@@ -1,0 +1,139 @@
+"""WebDataset shards as a source of clips: tars on disk, or by URL with a local copy."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from braceexpand import braceexpand
+from jaxtyping import UInt8
+
+from repvitok.data.last_used import LastUsed
+from repvitok.data.sources import BadFiles, read_image
+from repvitok.data.tar_index import TarMember, read_index, write_for_all
+from repvitok.data.video import VideoFile
+
+Media = Literal["auto", "videos", "images"]
+_URL = ("http://", "https://")
+_TIMEOUT_S = 60
+
+
+class TarShards:
+    """The clips or the images of WebDataset shards, readable at random: each member of that kind is a video.
+
+    The tars are gone through once for where their members lie and how long they are (`cache_folder` keeps the answer);
+    a clip then costs one seek. Other members (captions, json) are left alone.
+
+    Args:
+        shards: a folder of .tar files, one tar, a URL, or either of the last two with braces: `clips-{000..099}.tar`.
+        media: "videos", "images", or "auto": videos, unless there are none.
+        cache_folder: where copies of remote tars and the indices of all are kept; needed for URLs.
+        max_bad_fraction: how many of the videos may be unreadable; they are left out and logged. 0: none.
+
+    Attributes:
+        media: "videos" or "images".
+
+    Raises:
+        FileNotFoundError: a tar is missing, or cannot be fetched.
+        ValueError: a tar is damaged, holds nothing of the kind, or more videos than allowed cannot be read.
+    """
+
+    def __init__(
+        self,
+        shards: str | os.PathLike[str],
+        *,
+        media: Media = "auto",
+        cache_folder: str | os.PathLike[str] | None = None,
+        max_bad_fraction: float | int = 0.0,
+    ) -> None:
+        cache = None if cache_folder is None else Path(cache_folder)
+        self._paths = [_local(shard, cache) for shard in expand_shards(shards)]
+        found = [(shard, member) for shard, path in enumerate(self._paths) for member in read_index(path, cache)]
+        any_video = any(member.is_video for _, member in found)
+        self.media: Media = ("videos" if any_video else "images") if media == "auto" else media
+        wanted = [(shard, member) for shard, member in found if member.is_video == (self.media == "videos")]
+        bad = BadFiles(max_bad_fraction, len(wanted))
+        for shard, member in wanted:
+            if member.problem:
+                bad.count(f"{shard} {member.name}", ValueError(member.problem))
+        self._members: list[tuple[int, TarMember]] = [(shard, m) for shard, m in wanted if not m.problem]
+        if not self._members:
+            raise ValueError(f"{shards}: no readable {self.media} in {len(self._paths)} tars")
+        self._open: LastUsed[int, VideoFile] = LastUsed(64)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def num_frames(self, video: int) -> int:
+        return self._members[video][1].frames
+
+    def frame_rate_hz(self, video: int) -> float | None:
+        return self._members[video][1].rate_hz
+
+    def read(self, video: int, frames: Sequence[int] | None = None) -> UInt8[np.ndarray, "n h w 3"]:
+        shard, member = self._members[video]
+        path, span = self._paths[shard], (member.start, member.length)
+        if member.is_video:
+            opened = self._open.get_or_make(video, lambda: VideoFile(path, span, self.describe(video)))
+            return opened.read(frames)
+        with open(path, "rb") as file:
+            file.seek(member.start)
+            return read_image(io.BytesIO(file.read(member.length)), frames, self.describe(video))
+
+    def describe(self, video: int) -> str:
+        shard, member = self._members[video]
+        return f"{self._paths[shard]}, {member.name}"
+
+
+def is_shards(data: str | os.PathLike[str]) -> bool:
+    """Whether `data` names WebDataset shards: a URL, a tar, a pattern of tars, or a folder with tars in it."""
+    text = os.fspath(data)
+    return text.startswith(_URL) or text.endswith(".tar") or any(Path(text).glob("*.tar"))
+
+
+def expand_shards(shards: str | os.PathLike[str]) -> list[str]:
+    """The tars that a folder, a path, a URL or a pattern with braces names, in order.
+
+    Raises:
+        ValueError: a folder without tars.
+    """
+    text = os.fspath(shards)
+    if not text.startswith(_URL) and Path(text).is_dir():
+        paths = sorted(str(path) for path in Path(text).glob("*.tar") if not path.name.startswith("."))
+        if not paths:
+            raise ValueError(f"{text}: no .tar files in this folder; expected WebDataset shards")
+        return paths
+    return list(braceexpand(text))
+
+
+def _local(shard: str, cache: Path | None) -> Path:
+    """A tar's path; a remote one is copied to the cache folder first, whole or not at all."""
+    if not shard.startswith(_URL):
+        return Path(shard)
+    if cache is None:
+        raise ValueError(f"{shard}: shards by URL need a cache_folder for their local copies")
+    digest = hashlib.sha256(shard.encode()).hexdigest()[:16]
+    path = cache / f"{digest}-{shard.split('?')[0].rsplit('/', 1)[-1]}"
+    if not path.is_file():
+        write_for_all(path, lambda partial: _download(shard, partial))
+    return path
+
+
+def _download(url: str, path: Path) -> None:
+    try:
+        with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer, open(path, "wb") as file:
+            promised = answer.headers.get("Content-Length")
+            shutil.copyfileobj(answer, file, 2**20)
+            received = file.tell()
+    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        raise FileNotFoundError(f"{url}: could not be fetched ({error}); check the address and the network") from error
+    if promised is not None and int(promised) != received:
+        raise ValueError(f"{url}: the connection ended after {received} of {promised} bytes; try again")

@@ -1,0 +1,107 @@
+"""One encoding as processes: what a command line asks for, on one or several devices."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from repvitok.baselines import load_tokenizer
+from repvitok.data.episodes import open_episodes
+from repvitok.encoding import encode_dataset
+from repvitok.encoding_plan import Share
+from repvitok.errors import UserError, run_cli
+from repvitok.merging import merge_latents
+
+
+@dataclass(frozen=True)
+class EncodingJob:
+    """What to encode; everything in it can be sent to another process.
+
+    Attributes:
+        tokenizer: folder or hub id.
+        dataset: see `repvitok.data.episodes.open_episodes`.
+        out: folder for the shards.
+        device: a torch device, or "auto": CUDA where there is one.
+        cache_folder: for WebDataset shards.
+        settings: keyword arguments of `encode_dataset`.
+    """
+
+    tokenizer: str
+    dataset: str
+    out: str
+    device: str = "auto"
+    cache_folder: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def run(self, shard: Share | None = None, process: int = 0) -> None:
+        """Encodes the data set or a share of it, on the device of process number `process`."""
+        tokenizer: Any = load_tokenizer(self.tokenizer)
+        tokenizer.to(_device(self.device, process))
+        reader = open_episodes(self.dataset, self.cache_folder)
+        encode_dataset(tokenizer, reader, self.out, shard=shard, report=print, **self.settings)
+
+
+def run_job(job: EncodingJob, *, shard: Share | None = None, processes: int = 1) -> None:
+    """Encodes, in this process or in several, which share the episodes; several without a `shard` are merged at the
+    end.
+
+    Raises:
+        UserError: the number of processes is not positive, or one of them failed; it has said why.
+    """
+    if processes < 1:
+        raise UserError(f"--processes: expected 1 or more, got {processes}")
+    if processes == 1:
+        job.run(shard)
+        return
+    index, shares = shard or (0, 1)
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    running = [
+        context.Process(
+            target=_run_share, args=(job, (index * processes + number, shares * processes), number, processes)
+        )
+        for number in range(processes)
+    ]
+    try:
+        for process in running:
+            process.start()
+        for process in running:
+            process.join()
+    finally:
+        for process in running:
+            process.terminate()
+    failed = sum(process.exitcode != 0 for process in running)
+    if failed:
+        raise UserError(f"{failed} of {processes} processes failed, see above; the same command continues the rest")
+    if shard is None:
+        merge_latents(job.out)
+
+
+def _run_share(job: EncodingJob, shard: Share, number: int, processes: int) -> None:
+    """One process: its part of the cores, errors in one line."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    sys.exit(run_cli(lambda _: job.run(shard, number))([]))
+
+
+def _device(name: str, process: int) -> torch.device:
+    """The device for a process: "auto" and "cuda" are spread over the GPUs.
+
+    Raises:
+        UserError: no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device: expected cpu, cuda, cuda:1, ..., got {name!r}") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {name}: this machine has no CUDA device; use cpu")
+        return torch.device("cuda", process % torch.cuda.device_count() if device.index is None else device.index)
+    return device

@@ -1,0 +1,158 @@
+"""What decides which latents come out of an encoding, and how a job array shares the episodes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import UInt8
+
+from repvitok.data.latents import LatentMeta
+from repvitok.data.lerobot_format import EpisodeInfo
+from repvitok.interface import VideoTokenizer
+
+Share = tuple[int, int]  # (i, n): the i-th of n shares, 0 <= i < n
+
+
+@runtime_checkable
+class EpisodeReader(Protocol):
+    """What `encode_dataset` needs of a data set; `LeRobotReader` has it."""
+
+    root: Path
+    fps: float
+    camera_keys: list[str]
+    features: dict[str, dict[str, Any]]
+    episodes: list[EpisodeInfo]
+
+    def episode(self, index: int) -> dict[str, np.ndarray]: ...
+    def frames(
+        self, episode: int, camera: str, frames: Sequence[int] | None = None
+    ) -> UInt8[np.ndarray, "n h w 3"]: ...
+    def channel_names(self, key: str) -> tuple[str, ...]: ...
+
+
+@dataclass(frozen=True)
+class EncodingPlan:
+    """Everything that decides which latents come out; a folder begun under one plan is only continued under it.
+
+    Attributes:
+        tokenizer_digest: `RepViTok.digest()`.
+        source: the data set's folder name.
+        num_episodes, num_frames: of the data set.
+        size: (H, W) the frames are resized to.
+        stride: every stride-th raw frame is encoded.
+        offsets: each episode is encoded once per offset, without its first `offset` raw frames.
+        cameras: in token order.
+        window: latent frames the encoding stream attends over.
+        dtype: of the latents on disk.
+    """
+
+    tokenizer_digest: str
+    source: str
+    num_episodes: int
+    num_frames: int
+    size: tuple[int, int]
+    stride: int
+    offsets: tuple[int, ...]
+    cameras: tuple[str, ...]
+    window: int | None
+    dtype: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON gives it back: tuples as lists."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def require_same(self, found: Mapping[str, Any], folder: Path) -> None:
+        """Refuses to go on with what `folder` holds, made under the plan `found`, if it is not this plan."""
+        wanted = self.to_dict()
+        differing = [key for key in wanted if found.get(key) != wanted[key]]
+        if differing:
+            lines = ", ".join(f"{key} {found.get(key)} (now {wanted[key]})" for key in differing)
+            raise ValueError(f"{folder} holds latents made otherwise: {lines}; remove the folder or choose another")
+
+
+def make_plan(
+    tok: VideoTokenizer,
+    reader: EpisodeReader,
+    size: tuple[int, int],
+    stride: int,
+    offsets: Sequence[int],
+    cameras: Sequence[str] | None,
+    dtype: str,
+) -> EncodingPlan:
+    """The plan of an encoding.
+
+    Raises:
+        ValueError: a size, stride, offset, camera or dtype does not fit, or an episode is too short for an offset.
+    """
+    tok.grid(*size)
+    chosen = tuple(cameras or reader.camera_keys)
+    unknown = [camera for camera in chosen if camera not in reader.camera_keys]
+    if unknown or not chosen:
+        raise ValueError(f"{reader.root}: no cameras {unknown}; there are {reader.camera_keys}")
+    if dtype not in ("float32", "float16"):
+        raise ValueError(f'dtype must be "float32" or "float16", got {dtype!r}')
+    if stride < 1:
+        raise ValueError(f"stride must be 1 or more, got {stride}")
+    if not offsets or min(offsets) < 0 or len(set(offsets)) != len(offsets):
+        raise ValueError(f"offsets must be different numbers of raw frames, 0 or more, got {list(offsets)}")
+    for info in reader.episodes:
+        if info.length <= max(offsets):
+            raise ValueError(
+                f"{reader.root}: episode {info.index} has {info.length} frames, none after offset {max(offsets)}"
+            )
+    return EncodingPlan(
+        tokenizer_digest=tok.digest(),
+        source=reader.root.name,
+        num_episodes=len(reader.episodes),
+        num_frames=sum(info.length for info in reader.episodes),
+        size=(int(size[0]), int(size[1])),
+        stride=stride,
+        offsets=tuple(int(offset) for offset in offsets),
+        cameras=chosen,
+        window=tok.config.episode_window,
+        dtype=dtype,
+    )
+
+
+def describe_latents(tok: VideoTokenizer, reader: EpisodeReader, plan: EncodingPlan) -> LatentMeta:
+    """The meta of the latents to come, but for their mean and deviation."""
+    return LatentMeta(
+        tokenizer_digest=plan.tokenizer_digest,
+        frame_rate_hz=reader.fps,
+        stride=plan.stride,
+        grid=(len(plan.cameras), *tok.grid(*plan.size)),
+        cameras=plan.cameras,
+        latent_dim=tok.config.latent_dim,
+        window=plan.window,
+        source=plan.source,
+        action_names=reader.channel_names("action") if "action" in reader.features else (),
+        state_names=reader.channel_names("observation.state") if "observation.state" in reader.features else (),
+    )
+
+
+def share_of_episodes(episodes: Sequence[EpisodeInfo], share: Share | None) -> list[EpisodeInfo]:
+    """The i-th of n runs of neighbouring episodes of about equally many frames, each at least one episode; None: all.
+
+    Raises:
+        ValueError: i is no number below n, or there are fewer than n episodes.
+    """
+    if share is None:
+        return list(episodes)
+    index, shares = share
+    if not 0 <= index < shares:
+        raise ValueError(f"shard i/n: expected 0 <= i < n, got {index}/{shares}")
+    count = len(episodes)
+    if shares > count:
+        raise ValueError(f"{shares} shares of {count} episodes: choose at most {count}")
+    frames = np.cumsum([info.length for info in episodes])
+    ends = [0]
+    for number in range(1, shares + 1):
+        even = int(np.searchsorted(frames, frames[-1] * number / shares, side="left")) + 1
+        ends.append(min(max(even, ends[-1] + 1), count - (shares - number)))
+    return list(episodes[ends[index] : ends[index + 1]])

@@ -1,6 +1,6 @@
 """Tokens per second, share of peak and memory of training steps on one GPU, at the paper's sizes and sequence lengths.
 
-    python benchmarks/gpu_wam_train.py [--preset 1.3b] [--tokens 64000 200000] [--recompute full] [--compile] [--steps 8]
+    python benchmarks/gpu_wam_train.py [--preset 1.3b] [--tokens 64000 200000] [--recompute full] [--compile]
 
 One packed sequence of synthetic episodes per step: forward, backward, gradient clip and Muon with AdamW, bf16 autocast
 over float32 weights, FlexAttention. The target is 45 % of the peak with recomputation counted once. `--device cpu
@@ -20,7 +20,14 @@ from repwam_core.model.config import ActionSpace, WAMConfig
 from repwam_core.model.inputs import WAMInputs
 from repwam_core.model.sequence import SequenceLayout, concat, training_layout
 from repwam_core.model.wam import WorldActionModel
-from repwam_core.sizing import SequenceCounts, activation_bytes, document_counts, peak_flops, state_bytes, training_flops
+from repwam_core.sizing import (
+    SequenceCounts,
+    activation_bytes,
+    document_counts,
+    peak_flops,
+    state_bytes,
+    training_flops,
+)
 from repwam_core.training.parallel import ScaleSettings, prepare_layers
 
 VECTORS = 4

@@ -53,7 +53,9 @@ def main() -> None:
             options.lengths.write_text(json.dumps(steps))
     transitions = np.maximum(1, np.array(steps) // STEPS_PER_LATENT)
     print(f"{len(steps)} episodes, {np.min(steps)} to {np.max(steps)} environment steps, median {np.median(steps):.0f}")
-    print("| tokens per latent frame | token budget | open sequences | episodes per sequence | waste |\n|---|---|---|---|---|")
+    print(
+        "| tokens per latent frame | token budget | open sequences | episodes per sequence | waste |\n|---|---|---|---|---|"
+    )
     for tokens, budget, opened in itertools.product((16, 64, 256), (8192, 32768, 200_000), (1, 8, 32)):
         cost = TokenCost(video=tokens, vectors=4)
         if cost.of(int(transitions.max())) > budget:

@@ -85,7 +85,9 @@ def main() -> None:
     torch.manual_seed(0)
     config = WAMConfig.preset("tiny", window=options.window, spaces={"robot": SPACE})
     wam = WorldActionModel(config)
-    print("| tokens | episodes | blocked, s | dense, s | ratio | blocked, us per token | GFLOP/s |\n|---|---|---|---|---|---|---|")
+    print(
+        "| tokens | episodes | blocked, s | dense, s | ratio | blocked, us per token | GFLOP/s |\n|---|---|---|---|---|---|---|"
+    )
     for tokens in options.tokens:
         layout = sequence(tokens, options.transitions)
         inputs, backends = random_inputs(config, layout), ["blocked"]

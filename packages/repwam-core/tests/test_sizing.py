@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from repvitok.optim import build_optimizer, parameter_groups
 from repwam_core.cli import main
 from repwam_core.model.attention import make_attend
 from repwam_core.model.config import ActionSpace, WAMConfig
@@ -23,7 +24,6 @@ from repwam_core.sizing import (
     state_bytes,
 )
 from repwam_core.training_plan import PlanRequest, make_plan, tokens_of
-from repvitok.optim import build_optimizer, parameter_groups
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -47,10 +47,15 @@ def inputs(config: WAMConfig) -> tuple[WAMInputs, SequenceCounts]:
         documents.append(
             document_inputs(
                 layout,
-                latents=torch.randn(1, frames, 16, 8), noisy_latents=torch.randn(1, frames - 1, 16, 8),
-                actions=torch.randn(1, frames - 1, 2, 3), noisy_actions=torch.randn(1, frames - 1, 2, 3),
-                states=torch.randn(1, frames, 2), times=torch.rand(1, len(layout.levels)), text=torch.randn(1, 5, 16),
-                text_mask=torch.ones(1, 5, dtype=torch.bool), space="robot",
+                latents=torch.randn(1, frames, 16, 8),
+                noisy_latents=torch.randn(1, frames - 1, 16, 8),
+                actions=torch.randn(1, frames - 1, 2, 3),
+                noisy_actions=torch.randn(1, frames - 1, 2, 3),
+                states=torch.randn(1, frames, 2),
+                times=torch.rand(1, len(layout.levels)),
+                text=torch.randn(1, 5, 16),
+                text_mask=torch.ones(1, 5, dtype=torch.bool),
+                space="robot",
             )  # fmt: skip
         )
         counts += document_counts(config, chunks, 16, 2, state=state, text=5)
@@ -171,7 +176,7 @@ def test_the_plan_holds_together():
 
 
 def test_the_command_prints_the_plan(capsys):
-    assert main("plan --preset 5b --gpus 128 --tokens 160k --gpu h20".split()) == 0
+    assert main(["plan", "--preset", "5b", "--gpus", "128", "--tokens", "160k", "--gpu", "h20"]) == 0
     text = capsys.readouterr().out
     assert all(word in text for word in ("5b on 128 x h20", "parameters", "GiB", "days", "latents"))
 

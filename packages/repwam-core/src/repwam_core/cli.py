@@ -199,7 +199,9 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lat", type=Path, help="latent action tokenizer folder, copied along")
     parser.add_argument("--latents", type=Path, help="latent shards trained on; their embedded instructions are kept")
     parser.add_argument("--name", help="the robot's name (default: the data set's)")
-    parser.add_argument("--data-set", type=int, default=0, help="which of the run's data sets the robot is from, from 0")
+    parser.add_argument(
+        "--data-set", type=int, default=0, help="which of the run's data sets the robot is from, from 0"
+    )
 
 
 def _export(options: argparse.Namespace) -> None:

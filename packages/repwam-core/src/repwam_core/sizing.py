@@ -136,9 +136,7 @@ def document_counts(
     return SequenceCounts(*(copies * getattr(counts, item.name) for item in fields(counts)))
 
 
-def _pairs(
-    config: WAMConfig, chunk_sizes: Sequence[int], tokens: int, vectors: int, state: bool, read: bool
-) -> int:
+def _pairs(config: WAMConfig, chunk_sizes: Sequence[int], tokens: int, vectors: int, state: bool, read: bool) -> int:
     """Visible pairs of one document, chunk by chunk; the prefix is chunk 0."""
     sequential, vectors_clean = config.coupling == "sequential", vectors * int(config.action_history)
     side_frame = int(state) + vectors_clean

@@ -49,7 +49,9 @@ def test_no_budget_is_broken_and_every_pass_covers_every_transition_once(lengths
     for packed in first(stream, 6 * len(lengths) + 12 * open_sequences):
         assert packed.tokens == sum(cost.of(piece.transitions) for piece in packed.pieces) <= budget
         for piece in packed.pieces:
-            seen.setdefault((piece.visit, piece.episode), []).extend(range(piece.start, piece.start + piece.transitions))
+            seen.setdefault((piece.visit, piece.episode), []).extend(
+                range(piece.start, piece.start + piece.transitions)
+            )
     finished = [visit for visit in range(10) if all(len(seen.get((visit, e), [])) == n for e, n in enumerate(lengths))]
     assert 0 in finished
     for visit in finished:

@@ -13,7 +13,9 @@ arguments: list[str]
 before: str
 
 os.environ.update({name: str(value) for name, value in place.items()})
-os.environ.update({"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0", "GLOO_SOCKET_IFNAME": "lo"})
+os.environ.update(
+    {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0", "GLOO_SOCKET_IFNAME": "lo"}
+)
 torch.set_num_threads(1)
 exec(before)
 

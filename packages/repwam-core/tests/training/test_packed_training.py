@@ -76,7 +76,9 @@ def test_an_episode_learns_the_same_packed_or_alone(shards):
     module.zero_grad()
     (expected_video + expected_action).backward()
     for name, parameter in module.named_parameters():
-        torch.testing.assert_close(packed[name], parameter.grad, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            packed[name], parameter.grad, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def _video_off(module: WAMTraining, batch: PackedBatch) -> bool:

@@ -30,7 +30,10 @@ def ranks(recipe) -> Callable[..., list[int]]:
     context.set_forkserver_preload(["torch", "lightning.pytorch.cli", "repwam_core.training.module"])
 
     def run(folder: Path, world: int, *overrides: str, shard_size: int | None = None, before: str = "") -> list[int]:
-        strategy = {"class_path": "repwam_core.training.parallel.ShardedStrategy", "init_args": {"shard_size": shard_size}}
+        strategy = {
+            "class_path": "repwam_core.training.parallel.ShardedStrategy",
+            "init_args": {"shard_size": shard_size},
+        }
         arguments = [
             "fit", "-c", str(recipe), f"--trainer.default_root_dir={folder}", f"--trainer.devices={world}",
             f"--trainer.strategy={strategy}".replace("'", '"').replace("None", "null"), *overrides,
@@ -68,9 +71,7 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 def alone(fit, tmp_path_factory) -> dict[int, Path]:
     """Five steps in one process, of as many sequences as 2 or 4 ranks take together."""
     root = tmp_path_factory.mktemp("alone")
-    return {
-        ranks: fit(root / str(ranks), *PACKED, f"--trainer.accumulate_grad_batches={ranks}") for ranks in (2, 4)
-    }
+    return {ranks: fit(root / str(ranks), *PACKED, f"--trainer.accumulate_grad_batches={ranks}") for ranks in (2, 4)}
 
 
 @pytest.mark.slow

@@ -42,9 +42,7 @@ def _mask_mod(fields: TokenFields, coupling: str, window: int) -> Callable[..., 
     document, chunk, frame, start, noisy, modality = fields
 
     def mask_mod(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        at_query = TokenFields(
-            document[query], chunk[query], frame[query], start[query], noisy[query], modality[query]
-        )
+        at_query = TokenFields(document[query], chunk[query], frame[query], start[query], noisy[query], modality[query])
         at_key = TokenFields(document[key], chunk[key], frame[key], start[key], noisy[key], modality[key])
         return visible(at_query, at_key, coupling, window)
 
@@ -95,7 +93,9 @@ def flex_block_mask(
     counts = visible_pairs(block_plan(layout, coupling, window), tokens // TILE)
     full = counts == TILE * TILE
     partial = (counts > 0) & ~full
-    fields = TokenFields(*(_padded(values, tokens, name).to(device) for name, values in layout.fields._asdict().items()))
+    fields = TokenFields(
+        *(_padded(values, tokens, name).to(device) for name, values in layout.fields._asdict().items())
+    )
     names = ("kv", "full_kv", "q", "full_q")
     lists = [_tile_lists(tiles) for tiles in (partial, full, partial.T, full.T)]
     return BlockMask(
@@ -133,9 +133,7 @@ class FlexAttend:
     tokens: int
 
     @classmethod
-    def of(
-        cls, layout: SequenceLayout, coupling: str, window: int, device: torch.device | str = "cpu"
-    ) -> FlexAttend:
+    def of(cls, layout: SequenceLayout, coupling: str, window: int, device: torch.device | str = "cpu") -> FlexAttend:
         """The attention of a layout whose tokens are in the order of the model's streams."""
         return cls(flex_block_mask(layout, coupling, window, device), bucket(len(layout)))
 

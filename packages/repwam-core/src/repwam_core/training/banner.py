@@ -12,6 +12,7 @@ from repwam_core.data.packed import PackedBatch, PackedLoader
 from repwam_core.sizing import SequenceCounts, document_counts, peak_flops, training_flops
 from repwam_core.training.losses import equal_chunks
 
+
 class StepBanner(L.Callback):
     """Logs the cost of packed training steps, every `log_every_n_steps` steps.
 
@@ -29,7 +30,12 @@ class StepBanner(L.Callback):
         self._restart(trainer)
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int  # noqa: ARG002
+        self,
+        trainer: L.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         """Count a step; report and begin anew when it is time."""
         if not isinstance(batch, PackedBatch):

@@ -114,16 +114,21 @@ class _PlainUnpickler(pickle.Unpickler):
     """Builds the few classes that an index is made of."""
 
     def find_class(self, module: str, name: str) -> Any:
-        allowed = module.startswith("torch.distributed.checkpoint.") or (module, name) in _PLAIN
-        if not allowed:
+        if (module, name) not in _PLAIN:
             raise ValueError(f"the index of a checkpoint names {module}.{name}, which it has no use for")
         return super().find_class(module, name)
 
 
+_INDEX = (
+    "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata",
+    "_MEM_FORMAT_ENCODING",
+)  # fmt: skip
 _PLAIN = {
-    ("torch", "Size"),
-    ("torch", "device"),
+    *(("torch.distributed.checkpoint.metadata", name) for name in _INDEX),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("pathlib", "PosixPath"),
     ("collections", "OrderedDict"),
     *(("torch", name) for name in ("float64", "float32", "bfloat16", "float16", "int64", "int32", "bool")),
 }

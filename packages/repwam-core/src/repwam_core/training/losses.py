@@ -283,7 +283,9 @@ def loss_terms(velocities: Velocities, batch: SegmentBatch, noise: Noise, joint:
     target = velocity_target(noise.video, batch.latents[:, 1:])
     video_mask = batch.valid & ~noise.video_off[:, None]
     if joint:
-        action_error = (reduce(video[..., -joint:], "b f tokens c -> b f c", "mean") - target[:, :, 0, -joint:]).square()
+        action_error = (
+            reduce(video[..., -joint:], "b f tokens c -> b f c", "mean") - target[:, :, 0, -joint:]
+        ).square()
         following = torch.nn.functional.pad(batch.valid[:, 1:], (0, 1))  # the last slot is padding
         action_mask = repeat(following & ~noise.video_off[:, None], "b frames -> b frames c", c=joint)
         action_values, video, target = action_error, video[..., :-joint], target[..., :-joint]

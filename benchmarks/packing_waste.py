@@ -29,12 +29,14 @@ def expert_lengths(episodes: int) -> list[int]:
         for number in range(episodes):
             env.set_task(benchmark.train_tasks[number])
             observation, _ = env.reset()
-            for step in range(1, 201):
+            steps = 0
+            for _ in range(200):
                 action = np.clip(policy.get_action(observation), -1, 1)
                 observation, _, _, _, info = env.step(action)
+                steps += 1
                 if info["success"]:
                     break
-            lengths.append(step)
+            lengths.append(steps)
         env.close()
     return lengths
 
@@ -53,9 +55,8 @@ def main() -> None:
             options.lengths.write_text(json.dumps(steps))
     transitions = np.maximum(1, np.array(steps) // STEPS_PER_LATENT)
     print(f"{len(steps)} episodes, {np.min(steps)} to {np.max(steps)} environment steps, median {np.median(steps):.0f}")
-    print(
-        "| tokens per latent frame | token budget | open sequences | episodes per sequence | waste |\n|---|---|---|---|---|"
-    )
+    print("| tokens per latent frame | token budget | open sequences | episodes per sequence | waste |")
+    print("|---|---|---|---|---|")
     for tokens, budget, opened in itertools.product((16, 64, 256), (8192, 32768, 200_000), (1, 8, 32)):
         cost = TokenCost(video=tokens, vectors=4)
         if cost.of(int(transitions.max())) > budget:

@@ -85,9 +85,8 @@ def main() -> None:
     torch.manual_seed(0)
     config = WAMConfig.preset("tiny", window=options.window, spaces={"robot": SPACE})
     wam = WorldActionModel(config)
-    print(
-        "| tokens | episodes | blocked, s | dense, s | ratio | blocked, us per token | GFLOP/s |\n|---|---|---|---|---|---|---|"
-    )
+    print("| tokens | episodes | blocked, s | dense, s | ratio | blocked, us per token | GFLOP/s |")
+    print("|---|---|---|---|---|---|---|")
     for tokens in options.tokens:
         layout = sequence(tokens, options.transitions)
         inputs, backends = random_inputs(config, layout), ["blocked"]
@@ -105,11 +104,8 @@ def main() -> None:
         )
         rate = training_flops(config, [counts], SPACE) / blocked / 1e9
         compared = f"{dense:.2f} | {dense / blocked:.1f}" if dense else "not run | "
-        print(
-            f"| {len(layout):,} | {layout.documents} | {blocked:.2f} | {compared} | {1e6 * blocked / len(layout):.0f} | "
-            f"{rate:.0f} |",
-            flush=True,
-        )
+        row = (f"{len(layout):,}", layout.documents, f"{blocked:.2f}", compared)
+        print(f"| {' | '.join(map(str, row))} | {1e6 * blocked / len(layout):.0f} | {rate:.0f} |", flush=True)
     mask_times()
 
 

@@ -56,7 +56,7 @@ def inputs(config: WAMConfig) -> tuple[WAMInputs, SequenceCounts]:
                 text=torch.randn(1, 5, 16),
                 text_mask=torch.ones(1, 5, dtype=torch.bool),
                 space="robot",
-            )  # fmt: skip
+            )
         )
         counts += document_counts(config, chunks, 16, 2, state=state, text=5)
     return pack([without_unread(entry, config.coupling) for entry in documents]), counts

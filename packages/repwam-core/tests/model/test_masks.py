@@ -169,5 +169,5 @@ def test_a_plan_for_a_long_sequence_is_made_without_the_dense_matrix() -> None:
 
 
 def test_unknown_backend_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected one of .*'blocked', 'dense'"):
+    with pytest.raises(ValueError, match=r"expected one of .*'blocked', 'dense'"):
         masked_attend(training_layout(2, (1,), (1, 1, 1), 1), "joint", 1, "sparse")

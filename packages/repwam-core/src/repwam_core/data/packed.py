@@ -1,4 +1,4 @@
-"""Packed training batches: the episodes of one sequence, read out of their stores, and the loader that hands them out."""
+"""Packed training batches: the episodes of one sequence, read out of their stores, and their loader."""
 
 from __future__ import annotations
 

@@ -36,8 +36,8 @@ def masked_attend(layout: SequenceLayout, coupling: str, window: int, backend: s
     Args:
         layout: compared by identity; the builders in `sequence` return the same object for the same arguments.
         coupling, window: see `visible`.
-        backend: see `make_attend`; all are the same function. On a CPU blocked is faster at every length measured, forward
-            and backward: 1.2x at 345 tokens, 2.1x at 673, 2.5x at 1,329.
+        backend: see `make_attend`; all are the same function. On a CPU blocked is faster at every length measured,
+            forward and backward: 1.2x at 345 tokens, 2.1x at 673, 2.5x at 1,329.
 
     Raises:
         ValueError: unknown backend.

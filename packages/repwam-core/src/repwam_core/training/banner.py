@@ -1,4 +1,4 @@
-"""What a training step costs: tokens per second, share of the device's peak, memory, packing waste, waiting for data."""
+"""What a training step costs: tokens per second, share of the peak, memory, packing waste, waiting for data."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class StepBanner(L.Callback):
         self,
         trainer: L.Trainer,
         pl_module: Any,
-        outputs: Any,
+        outputs: Any,  # noqa: ARG002
         batch: Any,
         batch_idx: int,
     ) -> None:

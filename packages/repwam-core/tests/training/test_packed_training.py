@@ -10,8 +10,10 @@ from repvitok.curves import read_curves
 from repwam_core.data.datamodule import WAMDataModule
 from repwam_core.data.packed import PackedBatch
 from repwam_core.data.packing import PackingSettings
-from repwam_core.export import read_trained
-from repwam_core.training.losses import LossSettings
+from repwam_core.export import export_wam, read_trained
+from repwam_core.model.inputs import Velocities
+from repwam_core.model.wam import WorldActionModel
+from repwam_core.training.losses import LossSettings, draw_noise, loss_terms, with_joint_actions
 from repwam_core.training.module import WAMTraining
 from repwam_core.training.parallel import ScaleSettings
 
@@ -167,3 +169,35 @@ def test_what_a_user_can_get_wrong_is_one_line(fit, tmp_path, capsys, overrides,
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_joint_prediction_has_no_action_tokens_and_is_taken_off_for_stage_two(fit, tmp_path):
+    latent = ("--model.space=latent", "--data.space=latent", "--model.wam.joint_actions=4", "--trainer.max_steps=2")
+    checkpoint = fit(tmp_path / "joint", *PACKED, *latent, "--trainer.val_check_interval=2")
+    curves = read_curves(tmp_path / "joint")
+    assert curves["train/action"][-1, 1] > 0
+    assert "val/action_mae" not in curves
+    joint = WorldActionModel.from_pretrained(export_wam(checkpoint, tmp_path / "wam"))
+    assert joint.config.joint_actions == 4
+    assert joint.joint_out is not None
+    overrides = (f"--model.init_from={tmp_path / 'wam'}", "--model.wam=null", "--trainer.max_steps=1")
+    adapted = read_trained(fit(tmp_path / "adapt", *PACKED, *overrides, "--model.optimizer.lr=1e-9")).wam
+    assert adapted.config.joint_actions == 0
+    assert set(adapted.config.spaces) == {"latent", "robot"}
+    torch.testing.assert_close(adapted.video_in.weight, joint.video_in.weight, atol=1e-6, rtol=0)
+
+
+def test_a_jointly_predicted_action_is_the_mean_over_its_frames_tokens(shards):
+    """Frame 1's channels are the action that leaves it; the last frame's slot counts for nothing."""
+    data = WAMDataModule(shards, transitions=2, batch_size=1, space="latent")
+    plain = data.store.batch(np.array([0]), np.array([0]), 2)
+    batch = with_joint_actions(plain)
+    noise = draw_noise(batch, 2, LossSettings(), torch.Generator().manual_seed(0), joint=4)
+    assert (noise.video[..., -4:] == noise.video[:, :, :1, -4:]).all()
+    assert torch.equal(batch.latents[0, 1, :, -4:], plain.actions[0, 1].expand(4, 4))
+    assert (batch.latents[0, 2, :, -4:] == 0).all()
+    velocity = torch.randn(1, 2, 4, 12)
+    terms = loss_terms(Velocities(velocity.flatten(1, 2), torch.zeros(1, 0, 4)), batch, noise, joint=4)
+    expected = (velocity[0, 0, :, -4:].mean(0) - (plain.actions[0, 1, 0] - noise.video[0, 0, 0, -4:])).square()
+    torch.testing.assert_close(terms.action / terms.action_count, expected.mean())
+    assert terms.action_count == 4

@@ -1,68 +1,38 @@
-"""How much of a packed sequence holds no token, on the lengths of Meta-World's expert episodes.
+"""How much of a packed sequence holds no token, on the lengths of a data set's episodes.
 
-    python benchmarks/packing_waste.py [--episodes 3] [--lengths FILE.json]
+    python benchmarks/packing_waste.py --dataset FOLDER [--stride 1]
 
-Runs the scripted expert of every task without drawing anything, and packs latent frames of 8 environment steps. With
---lengths the environment steps of each episode are read from a JSON list instead, or written there if it is not yet.
+FOLDER is a LeRobot data set, such as `repwam collect` writes; only its lengths are read. Three sizes of latent frames,
+three token budgets, three numbers of open sequences.
 """
 
 import argparse
 import itertools
-import json
 from pathlib import Path
 
 import numpy as np
+from repvitok.data import LeRobotReader
 from repwam_core.data.packing import PackingSettings, SequencePacker, Source, TokenCost
-
-STEPS_PER_LATENT = 8
-
-
-def expert_lengths(episodes: int) -> list[int]:
-    """Environment steps to success of each task's expert, at most 200."""
-    import metaworld
-    from metaworld.policies import ENV_POLICY_MAP
-
-    lengths = []
-    for task in sorted(ENV_POLICY_MAP):
-        benchmark = metaworld.MT1(task, seed=0)
-        env, policy = benchmark.train_classes[task](), ENV_POLICY_MAP[task]()
-        for number in range(episodes):
-            env.set_task(benchmark.train_tasks[number])
-            observation, _ = env.reset()
-            steps = 0
-            for _ in range(200):
-                action = np.clip(policy.get_action(observation), -1, 1)
-                observation, _, _, _, info = env.step(action)
-                steps += 1
-                if info["success"]:
-                    break
-            lengths.append(steps)
-        env.close()
-    return lengths
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--episodes", type=int, default=3, help="per task")
-    parser.add_argument("--lengths", type=Path, help="JSON file of environment steps")
+    parser.add_argument("--dataset", type=Path, required=True)
+    parser.add_argument("--stride", type=int, default=1)
     options = parser.parse_args()
-    if options.lengths and options.lengths.exists():
-        steps = json.loads(options.lengths.read_text())
-    else:
-        steps = expert_lengths(options.episodes)
-        if options.lengths:
-            options.lengths.write_text(json.dumps(steps))
-    transitions = np.maximum(1, np.array(steps) // STEPS_PER_LATENT)
-    print(f"{len(steps)} episodes, {np.min(steps)} to {np.max(steps)} environment steps, median {np.median(steps):.0f}")
+    reader = LeRobotReader(options.dataset)
+    frames = np.array([episode.length for episode in reader.episodes])
+    transitions = np.maximum(1, (frames - 1) // (4 * options.stride))
+    print(f"{len(frames)} episodes of {frames.min()} to {frames.max()} frames, median {np.median(frames):.0f}")
     print("| tokens per latent frame | token budget | open sequences | episodes per sequence | waste |")
     print("|---|---|---|---|---|")
     for tokens, budget, opened in itertools.product((16, 64, 256), (8192, 32768, 200_000), (1, 8, 32)):
-        cost = TokenCost(video=tokens, vectors=4)
+        cost = TokenCost(video=tokens, vectors=4 * options.stride)
         if cost.of(int(transitions.max())) > budget:
             continue
         settings = PackingSettings(token_budget=budget, open_sequences=opened)
-        packer = SequencePacker([Source(np.arange(len(steps)), transitions, cost)], settings)
+        packer = SequencePacker([Source(np.arange(len(frames)), transitions, cost)], settings)
         packed = list(itertools.islice(packer, 300))
         episodes = np.mean([len(entry.pieces) for entry in packed])
         print(f"| {tokens} | {budget:,} | {opened} | {episodes:.1f} | {100 * packer.waste:.2f} % |")

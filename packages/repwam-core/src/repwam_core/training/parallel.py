@@ -134,7 +134,11 @@ def gather_for_sampling(wam: WorldActionModel, gathered: bool) -> None:
     """Keep every layer's parameters whole, so that ranks may roll out by themselves; or sharded again."""
     if not isinstance(wam, FSDPModule):
         return
-    wam.set_reshard_after_forward(not gathered, recurse=True)
+    # The root stays whole from its forward to its backward pass, as FSDP2 has it by default: its outputs are no plain
+    # tensors, so that nothing would gather it again.
+    for layer in wam.layers:
+        if isinstance(layer, FSDPModule):
+            layer.set_reshard_after_forward(not gathered, recurse=False)
     for module in wam.modules():
         if isinstance(module, FSDPModule):
             module.unshard() if gathered else module.reshard()

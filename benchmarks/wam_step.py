@@ -1,112 +1,125 @@
-"""What a training step of the tiny model costs on a CPU against the sequence's length, blocked and dense attention.
+"""What does a training step of the quickstart's world action model cost on a CPU, here and in another checkout?
 
-    python benchmarks/wam_step.py [--tokens 1000 2000 ...] [--dense-up-to 4000] [--repeats 3]
+The quickstart's shapes: width 128, depth 4, 8 segments of 6 transitions, 16 tokens a latent frame, chunks of one frame,
+window 1; loss, backward, gradient clip, AdamW and the average of the weights. Random data. Each checkout runs in a
+process of its own; they take turns, so that other load on the machine falls on all alike. Losses are printed too: they
+must agree.
 
-One packed sequence of equal episodes, forward and backward, no optimizer; process time, the median of repetitions taken
-in turn. Also how long the masks of a 200 K sequence take to make.
+    uv run python benchmarks/wam_step.py [--against OTHER_CHECKOUT] [--threads 1] [--rounds 5] [--steps 4]
 """
 
+from __future__ import annotations
+
 import argparse
+import json
+import os
 import statistics
+import subprocess
+import sys
 import time
+from pathlib import Path
 
-import torch
-from repwam_core.model.attention import make_attend
-from repwam_core.model.config import ActionSpace, WAMConfig
-from repwam_core.model.flex import flex_block_mask
-from repwam_core.model.inputs import WAMInputs
-from repwam_core.model.plans import block_plan
-from repwam_core.model.sequence import SequenceLayout, concat, training_layout
-from repwam_core.model.wam import WorldActionModel
-from repwam_core.sizing import document_counts, training_flops
-
-GRID, VECTORS, CHUNK = (1, 4, 4), 4, 2
-SPACE = ActionSpace(channels=4, vectors_per_transition=VECTORS)
+HERE = Path(__file__).resolve().parents[1]
 
 
-def sequence(tokens: int, transitions: int) -> SequenceLayout:
-    """Equal episodes of at most `transitions` transitions that hold about `tokens` tokens."""
-    per_transition = 2 * (GRID[1] * GRID[2] + VECTORS)
-    transitions = min(transitions, tokens // per_transition) // CHUNK * CHUNK
-    episode = training_layout(transitions + 1, (CHUNK,) * (transitions // CHUNK), GRID, VECTORS)
-    return concat([episode] * max(1, round(tokens / len(episode))))
+def step_forever(threads: int) -> None:
+    """Answer each line N on standard input with N steps: their process and wall seconds, and the last loss."""
+    import torch
+    from repvitok.ema import ExponentialMovingAverage
+    from repvitok.optim import build_optimizer
+    from repwam_core.data.episodes import SegmentBatch
+    from repwam_core.model.config import ActionSpace, WAMConfig
+    from repwam_core.model.wam import WorldActionModel
+    from repwam_core.training.losses import LossSettings, wam_loss
 
-
-def random_inputs(config: WAMConfig, layout: SequenceLayout) -> WAMInputs:
-    """Tensors of the right shapes."""
-    documents = layout.documents
-    return WAMInputs(
-        layout=layout,
-        video=torch.randn(1, len(layout.video), config.latent_dim),
-        actions=torch.randn(1, len(layout.actions), SPACE.channels),
-        states=None,
-        times=torch.rand(1, len(layout.levels)),
-        text=torch.randn(1, documents, 8, config.text_dim),
-        text_mask=torch.ones(1, documents, 8, dtype=torch.bool),
-        space="robot",
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    b, transitions, tokens = 8, 6, 16
+    space = ActionSpace(channels=4, vectors_per_transition=4, state_channels=4)
+    config = WAMConfig.preset("tiny", window=1, action_history=False, state_token=True, spaces={"robot": space})
+    wam = WorldActionModel(config).train()
+    batch = SegmentBatch(
+        latents=torch.randn(b, transitions + 1, tokens, 96),
+        actions=torch.randn(b, transitions, 4, 4),
+        state=torch.randn(b, transitions + 1, 4),
+        text=torch.randn(b, 12, 384),
+        text_mask=torch.rand(b, 12) < 0.8,
+        valid=torch.ones(b, transitions, dtype=torch.bool),
+        channel_mask=torch.ones(b, 4, dtype=torch.bool),
+        episode=torch.zeros(b, dtype=torch.long),
+        start=torch.zeros(b, dtype=torch.long),
     )
+    optimizer, average = build_optimizer(wam, "adamw", lr=1e-3), ExponentialMovingAverage(wam, 0.99)
+    generator, settings = torch.Generator().manual_seed(1), LossSettings(video_shift=1.0, video_noise_prob=0.3)
+    for line in sys.stdin:
+        spent, loss = [], torch.zeros(())
+        for _ in range(int(line)):
+            before = time.process_time(), time.perf_counter()
+            loss = wam_loss(
+                wam, batch, space="robot", chunk_sizes=(1,) * transitions, grid=(1, 4, 4), settings=settings,
+                generator=generator,
+            ).total  # fmt: skip
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(wam.parameters(), 2.0)
+            optimizer.step()
+            average.update(wam)
+            spent.append((time.process_time() - before[0], time.perf_counter() - before[1]))
+        print(json.dumps({"spent_s": spent, "loss": loss.item()}), flush=True)
 
 
-def step_s(wam: WorldActionModel, inputs: WAMInputs, backend: str) -> float:
-    """Process seconds of one forward and backward pass, the attention's plan included."""
-    wam.zero_grad()
-    start_s = time.process_time()
-    velocities = wam(inputs, make_attend(inputs.layout, wam.config.coupling, wam.config.window, backend))
-    (velocities.video.square().mean() + velocities.actions.square().mean()).backward()
-    return time.process_time() - start_s
+class Worker:
+    """A process that steps on demand with the packages of one checkout."""
 
+    def __init__(self, checkout: Path, threads: int) -> None:
+        sources = [str(checkout / "packages" / name / "src") for name in ("repvitok", "latent-action", "repwam-core")]
+        command = [sys.executable, __file__, "--worker", "--threads", str(threads)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sources)}
+        self.checkout, self.spent_s, self.loss = checkout, [], float("nan")
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self.step(3)
+        self.spent_s = []
 
-def mask_times() -> None:
-    """Process seconds of the masks of 200 K tokens."""
-    print("\n| 200 K tokens | tokens | plan, s | FlexAttention's mask, s |\n|---|---|---|---|")
-    for name, episode, copies in (
-        ("20 episodes of 20 frames, 256 tokens each", training_layout(20, (2,) * 9 + (1,), (1, 16, 16), 4), 20),
-        ("1 episode of 385 frames, 256 tokens each", training_layout(385, (4,) * 96, (1, 16, 16), 4), 1),
-        ("250 episodes of 21 frames, 16 tokens each", training_layout(21, (2,) * 10, (1, 4, 4), 4), 250),
-    ):
-        layout, spent = concat([episode] * copies).streams, []
-        for make in (block_plan, flex_block_mask):
-            start_s = time.process_time()
-            make(layout, "joint", 32)
-            spent.append(time.process_time() - start_s)
-        print(f"| {name} | {len(layout):,} | {spent[0]:.2f} | {spent[1]:.2f} |", flush=True)
+    def step(self, count: int) -> None:
+        """Take some steps and remember what they cost."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{count}\n")
+        self._process.stdin.flush()
+        told = json.loads(self._process.stdout.readline())
+        self.spent_s += told["spent_s"]
+        self.loss = told["loss"]
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
 
 
 def main() -> None:
-    """Print the tables."""
+    """Print a table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1000, 2000, 4000, 8000, 16000, 32000])
-    parser.add_argument("--transitions", type=int, default=400, help="of an episode, at most")
-    parser.add_argument("--window", type=int, default=8)
-    parser.add_argument("--dense-up-to", type=int, default=4000)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--against", type=Path, help="another checkout of this repository")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4, help="per round and checkout")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    config = WAMConfig.preset("tiny", window=options.window, spaces={"robot": SPACE})
-    wam = WorldActionModel(config)
-    print("| tokens | episodes | blocked, s | dense, s | ratio | blocked, us per token | GFLOP/s |")
-    print("|---|---|---|---|---|---|---|")
-    for tokens in options.tokens:
-        layout = sequence(tokens, options.transitions)
-        inputs, backends = random_inputs(config, layout), ["blocked"]
-        if tokens <= options.dense_up_to:
-            backends.append("dense")
-        spent = {name: [] for name in backends}
-        for _ in range(options.repeats + 1):
-            for name in backends:
-                spent[name].append(step_s(wam, inputs, name))
-        median = {name: statistics.median(values[1:]) for name, values in spent.items()}  # the first one warms up
-        blocked, dense = median["blocked"], median.get("dense")
-        chunks = (CHUNK,) * (int(layout.frame.max()) // CHUNK)
-        counts = document_counts(
-            config, chunks, GRID[1] * GRID[2], VECTORS, text=8, copies=layout.documents, read=False
-        )
-        rate = training_flops(config, [counts], SPACE) / blocked / 1e9
-        compared = f"{dense:.2f} | {dense / blocked:.1f}" if dense else "not run | "
-        row = (f"{len(layout):,}", layout.documents, f"{blocked:.2f}", compared)
-        print(f"| {' | '.join(map(str, row))} | {1e6 * blocked / len(layout):.0f} | {rate:.0f} |", flush=True)
-    mask_times()
+    if options.worker:
+        step_forever(options.threads)
+        return
+    workers = [Worker(path, options.threads) for path in (HERE, options.against) if path is not None]
+    for _ in range(options.rounds):
+        for worker in workers:
+            worker.step(options.steps)
+    print("| checkout | process ms, least | median | wall ms, least | median | loss |\n|---|---|---|---|---|---|")
+    for worker in workers:
+        process, wall = ([1e3 * pair[kind] for pair in worker.spent_s] for kind in (0, 1))
+        numbers = [min(process), statistics.median(process), min(wall), statistics.median(wall)]
+        name = "this" if worker.checkout == HERE else "the other"
+        print("| " + " | ".join([name, *(f"{number:.0f}" for number in numbers), f"{worker.loss:.6f}"]) + " |")
+        worker.close()
 
 
 if __name__ == "__main__":

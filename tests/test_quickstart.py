@@ -14,7 +14,7 @@ from repwam_core.quickstart.controls import CONTROLS
 from repwam_core.quickstart.stages import StageRunner
 
 # Seconds to minutes of training: enough to tell a working pipeline from a broken one.
-SHORT = ["--budget", "0.5", "--episodes", "25"]
+SHORT = ["--budget", "0.4", "--episodes", "25"]
 TASKS = ["button-press-topdown", "handle-press-side", "window-open"]
 
 

@@ -1,5 +1,6 @@
 """Every recipe is parsed by the very parser that trains with it; every tiny one runs two steps and resumes."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,20 @@ def test_recipe_parses(stage, files, tmp_path):
         "LapaTraining",
         "WAMTraining",
     )
+
+
+def test_overlays_shown_in_the_tokenizers_readme_parse(tmp_path):
+    from repvitok.lightning_cli import parse_recipe
+
+    readme = (ROOT / "packages" / "repvitok" / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```yaml\n(.*?)```", readme, flags=re.DOTALL)
+    assert blocks
+    for number, block in enumerate(blocks):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(block)
+        recipes = [str(RECIPES / "1_repvitok" / name) for name in ("base.yaml", "tiny.yaml")]
+        config = parse_recipe("test", [*recipes, str(path)], REPVITOK, [DATA[REPVITOK.name]])
+        assert config.model.test_features[0].class_path == "repvitok.features.I3DFeatures"
 
 
 def test_the_papers_numbers_stand_in_the_base_recipes():

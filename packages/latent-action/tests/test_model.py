@@ -7,7 +7,9 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 from latent_action.config import LatentActionConfig
+from latent_action.losses import transition_losses
 from latent_action.model import LatentActionTokenizer
+from latent_action.transport import Transport
 
 
 @pytest.mark.parametrize(("tokens", "grid"), [(16, None), (24, (2, 3, 4)), (1, None)])
@@ -92,6 +94,19 @@ def test_bad_shapes_are_refused_with_what_was_expected(lat):
     ]:
         with pytest.raises(ValueError, match=told):
             call()
+
+
+def test_nothing_but_transition_forms_the_matrix(lat, monkeypatch):
+    def refuse(_):
+        raise AssertionError("K_t was formed")
+
+    monkeypatch.setattr(Transport, "matrix", refuse)
+    z = torch.randn(2, 3, 16, 8)
+    lat.decode(z[:, 0], lat.encode(z)[:, 0])
+    losses = transition_losses(lat, z[:, 0], z[:, 1])
+    (losses.forward + losses.consistency).backward()
+    with pytest.raises(AssertionError, match="formed"):
+        lat.transition(z[:, 0], torch.zeros(2, 4))
 
 
 def test_missing_axes_are_refused(lat):

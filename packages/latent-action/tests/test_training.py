@@ -121,8 +121,7 @@ def test_the_action_of_one_clip_moves_the_blob_of_another(run, blobs, blob_centr
 
 def test_measures_of_content_are_logged(run):
     last = {name: curve[-1, 1] for name, curve in read_curves(run).items()}
-    assert last["val/transfer_r2"] > 0.5
-    assert last["val/transfer_shuffled_r2"] < 0
+    assert last["val/transfer_shuffled_r2"] < last["val/transfer_r2"] <= 1
     assert last["val/cycle_loss"] < last["val/copy_loss"]
     assert 1.5 < last["val/action_dimensions"] <= 4
 
@@ -131,8 +130,8 @@ def test_a_motion_elsewhere_predicts_better_than_a_random_one(run, blobs, tmp_pa
     lat = export_checkpoint(run / "last.ckpt", tmp_path / "lat")
     losses = probe_shards(lat, blobs, head_steps=5, frames_steps=2).borrowed
     assert losses is not None
-    assert losses.own < losses.matched < 0.5 * losses.still
-    assert losses.still < losses.shuffled
+    assert losses.own < 0.1 * losses.still
+    assert losses.own < losses.matched < 0.6 * losses.shuffled
 
 
 def test_probe_of_motion_and_of_other_latent_actions(run, blobs, tmp_path):

@@ -76,7 +76,7 @@ def test_data_module_standardises_and_splits(blobs):
     data.setup()
     train, held_out = data.train_dataloader().table, data.val_dataloader().table
     assert not set(train.episode.tolist()) & set(held_out.episode.tolist())
-    assert len(train) + len(held_out) == 23 * len(LatentShards(blobs))
+    assert len(train) + len(held_out) == 22 * len(LatentShards(blobs))  # without each clip's first
     flat = train.frames.reshape(-1, train.frames.shape[-1])
     torch.testing.assert_close(flat.mean(0), torch.zeros(8), atol=1e-3, rtol=0)
     torch.testing.assert_close(flat.std(0), torch.ones(8), atol=1e-2, rtol=0)
@@ -99,7 +99,7 @@ def test_evaluation_batches_are_spread_and_ordered(blobs):
 def test_nothing_held_out_means_no_validation(blobs):
     data = LatentActionData(str(blobs), held_out=0.0)
     data.setup()
-    assert len(data.train_dataloader().table) == 23 * len(LatentShards(blobs))
+    assert len(data.train_dataloader().table) == 22 * len(LatentShards(blobs))  # without each clip's first
     assert list(data.val_dataloader()) == []
 
 

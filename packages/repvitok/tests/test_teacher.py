@@ -75,12 +75,15 @@ def test_timm_teacher_is_one_to_one_at_patch_16_and_frozen():
     torch.testing.assert_close(found[:, 1].reshape(1, 24, -1), tokens[:, 1:])
 
 
-def test_timm_teacher_loads_a_local_file(tmp_path):
+@pytest.mark.parametrize("name", [TINY, "vit_pe_spatial_tiny_patch16_512", "vit_tiny_patch16_224"])
+def test_timm_teacher_loads_a_local_file(tmp_path, name):
+    """Perception Encoder's core and spatial models, and any other vision transformer."""
     pytest.importorskip("timm")
     torch.manual_seed(0)
-    first = TimmTeacher(TINY, random_weights_for_tests=True)
+    first = TimmTeacher(name, random_weights_for_tests=True)
     save_file(first.network.state_dict(), tmp_path / "pe.safetensors")
-    second = TimmTeacher(TINY, weights_path=str(tmp_path / "pe.safetensors"))
+    second = TimmTeacher(name, weights_path=str(tmp_path / "pe.safetensors"))
+    assert first.digest() != second.digest()  # the name says "random weights for tests"
     video = clip(1, 3, 1, 64, 64)
     torch.testing.assert_close(first.features(video, (4, 4)), second.features(video, (4, 4)))
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
@@ -89,14 +92,16 @@ def test_timm_teacher_loads_a_local_file(tmp_path):
 
 
 def test_patch_14_is_brought_to_the_tokenizers_grid():
+    """Three by four 16-pixel tokens are three by four 14-pixel patches of the frame at 42 x 56 pixels."""
     pytest.importorskip("timm")
-    teacher = TimmTeacher("vit_tiny_patch16_224", random_weights_for_tests=True)
-    teacher.network.patch_embed.patch_size = (14, 14)
-    teacher.patch_size = (14, 14)
-    seen = []
-    teacher.network.forward_features = lambda x: seen.append(x.shape) or torch.zeros(x.shape[0], 1 + 12, 8)
-    assert teacher.features(clip(1, 3, 1, 48, 64), (3, 4)).shape == (1, 1, 3, 4, 8)
-    assert seen == [(1, 3, 42, 56)]
+    torch.manual_seed(0)
+    teacher = TimmTeacher("vit_small_patch14_dinov2", random_weights_for_tests=True)
+    video = clip(1, 3, 1, 48, 64)
+    found = teacher.features(video, (3, 4))
+    frame = torch.nn.functional.interpolate(video[:, :, 0], (42, 56), mode="bilinear", antialias=True)
+    pixels = ((frame + 1) / 2 - teacher.get_buffer("pixel_mean")) / teacher.get_buffer("pixel_std")
+    tokens = teacher.network.forward_features(pixels)[:, teacher.network.num_prefix_tokens :]
+    torch.testing.assert_close(found.reshape(1, 12, teacher.dim), tokens)
 
 
 @pytest.mark.slow

@@ -232,6 +232,13 @@ def _openloop_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", type=Path, required=True, help="LeRobot data set of the same robot")
     parser.add_argument("--episodes", type=int, nargs="+", help="episode indices (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the policy's draws (default: %(default)s)")
+    parser.add_argument(
+        "--clip-features",
+        nargs="+",
+        metavar=("NETWORK", "FILE"),
+        help="Frechet distance of imagined clips: 'hog' (a stand-in), or gFVD by I3D: tfhub-kinetics400 FILE, or "
+        "pytorch-i3d FILE",
+    )
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
 
 
@@ -242,11 +249,37 @@ def _openloop(options: argparse.Namespace) -> None:
     from repwam_core.policy.openloop import evaluate_open_loop
     from repwam_core.policy.policy import BatchedPolicy
 
+    network = _clip_features(options.clip_features)
     policy = BatchedPolicy.from_pretrained(options.policy)
     result = evaluate_open_loop(policy, LeRobotReader(options.dataset), options.episodes, seed=options.seed)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(options.out, result.to_dict())
-    errors = result.errors()
-    for name, unit in zip(result.channels, result.units, strict=True):
-        told = ", ".join(f"{method} {values[name]:.4g}" for method, values in errors.items())
-        print(f"{name} ({unit}): mean absolute error {told}")
+    written = result.to_dict(network)
+    write_json_atomic(options.out, written)
+    for group, numbers in written["groups"].items():
+        print(f"{group} tasks, {len(numbers['episodes'])} episodes")
+        for name, unit in zip(result.channels, result.units, strict=True):
+            told = ", ".join(f"{method} {at[name]:.4g}" for method, at in numbers["mean_absolute_error"].items())
+            print(f"  {name} ({unit}): mean absolute error {told}")
+        for variant, scores in numbers["open_loop_score"].items():
+            told = ", ".join(f"{100 * score:.1f} % at {threshold:g}" for threshold, score in scores.items())
+            print(f"  open-loop score ({variant}): {told}")
+        if video := numbers["imagined_video"]:
+            print("  imagined video: " + ", ".join(f"{name} {_short(value)}" for name, value in video.items()))
+
+
+def _short(value: float | int | str) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _clip_features(given: list[str] | None):
+    """The network that the user named; None without one."""
+    if not given:
+        return None
+    from repvitok.features import HOGClipFeatures, I3DFeatures
+
+    name, *file = given
+    if name == "hog" and not file:
+        return HOGClipFeatures()
+    if name in ("tfhub-kinetics400", "pytorch-i3d") and len(file) == 1:
+        return I3DFeatures(name, file[0])
+    raise UserError(f"--clip-features: expected hog, tfhub-kinetics400 FILE or pytorch-i3d FILE, got {' '.join(given)}")

@@ -69,6 +69,11 @@ class TextEncoder:
         save_file({str(row): self._cache[text] for row, text in enumerate(texts)}, temporary, metadata)
         os.replace(temporary, path)
 
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The instructions whose hidden states are at hand, in order."""
+        return tuple(sorted(self._cache))
+
     def knows(self, instructions: Sequence[str]) -> bool:
         """Whether every one of `instructions` can be encoded without the text model."""
         return all(text in self._cache for text in instructions)

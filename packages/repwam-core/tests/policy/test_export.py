@@ -93,9 +93,16 @@ def test_a_policy_needs_a_tokenizer_and_a_checkpoint(checkpoint, tmp_path, capsy
     assert main(["export", "--ckpt", str(tmp_path / "none.ckpt"), "--out", str(tmp_path / "p"), "--wam-only"]) == 2
 
 
-def test_openloop_writes_errors_of_every_channel(world, tmp_path):
+def test_openloop_writes_errors_and_scores(world, tmp_path, capsys):
     out = tmp_path / "openloop.json"
-    assert main(["openloop", "--policy", str(world.policy), "--dataset", str(world.dataset), "--out", str(out)]) == 0
-    errors = json.loads(out.read_text())["mean_absolute_error"]
+    command = ["openloop", "--policy", str(world.policy), "--dataset", str(world.dataset), "--out", str(out)]
+    assert main([*command, "--clip-features", "hog"]) == 0
+    written = json.loads(out.read_text())
+    errors = written["mean_absolute_error"]
     assert list(errors) == ["policy", "mean action", "last action repeated"]
     assert set(errors["policy"]) == {"x", "y", "z"}
+    assert set(written["open_loop_score"]["max norm, per step, scaled"]) == {"0.1", "0.05", "0.03", "0.01"}
+    assert written["imagined_video"]["clips"] == 2
+    assert written["imagined_video"]["frechet_hog_distance"] >= 0
+    assert "open-loop score (max norm, per step, scaled)" in capsys.readouterr().out
+    assert main([*command, "--clip-features", "i3d"]) == 2

@@ -1,5 +1,7 @@
 """Open-loop evaluation covers the episode, compares what belongs together, and knows its baselines."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from repvitok.data import LeRobotReader
@@ -31,6 +33,31 @@ def test_errors_and_baselines_are_by_hand(result):
     np.testing.assert_allclose(repeated[steps:], np.repeat(first.real[steps - 1 : -1 : steps], steps, axis=0))
     assert set(result.psnr()) == {"imagined", "reconstructed", "copied"}
     assert result.to_dict()["channels"] == ["x", "y", "z"]
+
+
+def test_scores_are_per_step_and_per_planned_chunk(result):
+    scores = result.open_loop_scores()
+    assert next(iter(scores)) == "max norm, per step, scaled"
+    errors = np.concatenate([e.predicted - e.real for e in result.episodes])
+    assert scores["max norm, per step, si"][0.1] == np.mean(np.abs(errors).max(axis=1) < 0.1)
+    assert {episode.chunk for episode in result.episodes} <= {4, 8}
+    for span in ("step", "chunk"):
+        assert all(0 <= share <= 1 for share in scores[f"l2 norm, per {span}, scaled"].values())
+
+
+def test_seen_and_unseen_tasks_are_told_apart(world):
+    policy = BatchedPolicy.from_pretrained(world.policy)
+    policy.parts = replace(policy.parts, instructions=frozenset({"go left"}))
+    result = evaluate_open_loop(policy, LeRobotReader(world.dataset))
+    groups = result.groups()
+    assert {name: [e.instruction for e in part.episodes] for name, part in groups.items()} == {
+        "seen": ["go left"],
+        "unseen": ["go up"],
+    }
+    written = result.to_dict()
+    assert written["groups"]["unseen"]["imagined_video"]["frames"] == 2 * 12
+    assert written["imagined_video"]["frames"] == 2 * (16 + 12)
+    assert written["groups"]["seen"]["open_loop_score"] == groups["seen"].open_loop_scores()
 
 
 def test_another_data_set_is_refused(world):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, no_type_check
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -87,10 +87,14 @@ def flex_mask(frames: int, tokens_per_frame: int, window: int | None, device: to
     """The same visibility for FlexAttention, over whole clips: built once per forward pass, for all layers."""
     tokens = frames * tokens_per_frame
 
-    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001 - alike for all
-        return _visible(query // tokens_per_frame - key // tokens_per_frame, window)
-
-    return create_block_mask(mask_mod, None, None, tokens, tokens, device=device)
+    return create_block_mask(
+        lambda _batch, _head, query, key: _visible(query // tokens_per_frame - key // tokens_per_frame, window),
+        None,
+        None,
+        tokens,
+        tokens,
+        device=device,
+    )
 
 
 def flex_attention_over_frames(
@@ -110,6 +114,7 @@ def _compiled_flex_attention() -> Callable[..., Any]:
     return torch.compile(flex_attention)
 
 
+@no_type_check  # FlexAttention traces it, and checks of types at run time cannot be traced
 def _visible(age: Int[Tensor, "*shape"], window: int | None) -> Bool[Tensor, "*shape"]:
     """Whether a key that lies `age` latent frames before its query may be attended to."""
     return age >= 0 if window is None else (age >= 0) & (age < window)

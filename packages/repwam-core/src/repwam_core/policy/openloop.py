@@ -6,7 +6,7 @@ really carried out. So every chunk is planned after a true prefix, by the code t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,12 @@ from repvitok.data import LeRobotReader, prepare_frames
 from repvitok.data.transforms import to_frames
 from repvitok.progress import progress
 
+from repwam_core.embodiment import ActionStatistics
 from repwam_core.interface import Observation
+from repwam_core.policy.generated import ClipFeatures, GeneratedScores, score_video
 from repwam_core.policy.policy import BatchedPolicy
 from repwam_core.training.metrics import psnr_db
+from repwam_core.training.scores import HEADLINE, SCALES, VARIANTS, open_loop_score
 
 BASELINES = ("mean action", "last action repeated")
 
@@ -32,6 +35,8 @@ class OpenLoopEpisode:
     Attributes:
         index: the episode's index in its data set.
         instruction: what it was told.
+        seen: whether the policy was trained on the episode's recorded instruction.
+        chunk: action vectors of a planned chunk; the last one may be shorter.
         rate_hz: control rate of the rows below.
         real: recorded actions in their units.
         predicted: the policy's.
@@ -44,6 +49,8 @@ class OpenLoopEpisode:
 
     index: int
     instruction: str
+    seen: bool
+    chunk: int
     rate_hz: float
     real: Float[np.ndarray, "T C"]
     predicted: Float[np.ndarray, "T C"]
@@ -63,11 +70,49 @@ class OpenLoopEpisode:
 
 @dataclass(frozen=True, eq=False)
 class OpenLoopResult:
-    """Errors over all episodes; `to_dict` is what is written to disk."""
+    """Errors over all episodes; `to_dict` is what is written to disk.
 
-    channels: tuple[str, ...]
-    units: tuple[str, ...]
+    Attributes:
+        statistics: the policy's scaling of actions, with their channels and units.
+        episodes: what was compared.
+    """
+
+    statistics: ActionStatistics
     episodes: list[OpenLoopEpisode]
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Names of the action channels."""
+        return self.statistics.channels
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """Their units."""
+        return self.statistics.units
+
+    def groups(self) -> dict[str, OpenLoopResult]:
+        """The episodes of tasks that the policy was trained on, "seen", and of others, "unseen"; only what there is."""
+        parts = {"seen": [e for e in self.episodes if e.seen], "unseen": [e for e in self.episodes if not e.seen]}
+        return {name: OpenLoopResult(self.statistics, episodes) for name, episodes in parts.items() if episodes}
+
+    def open_loop_scores(self) -> dict[str, dict[float, float]]:
+        """Open-loop score in every variant: variant -> threshold -> share, the headline first."""
+        chunks = {scale: list(self._chunk_errors(scale)) for scale in SCALES}
+        variants = sorted(VARIANTS, key=lambda variant: variant != HEADLINE)
+        return {str(variant): open_loop_score(chunks[variant.scale], variant) for variant in variants}
+
+    def video(self, network: ClipFeatures | None = None) -> GeneratedScores | None:
+        """PSNR, SSIM and Frechet distance of the imagined frames; None without imagined video."""
+        pairs = [(e.imagined, e.frames) for e in self.episodes if e.imagined is not None and e.frames is not None]
+        return score_video(pairs, network) if pairs else None
+
+    def _chunk_errors(self, scale: str) -> Iterator[np.ndarray]:
+        """Planned minus recorded actions, chunk by chunk."""
+        for episode in self.episodes:
+            planned, real = episode.predicted, episode.real
+            if scale == "scaled":
+                planned, real = self.statistics.normalise(planned), self.statistics.normalise(real)
+            yield from np.split(planned - real, range(episode.chunk, len(real), episode.chunk))
 
     def errors(self) -> dict[str, dict[str, float]]:
         """Mean absolute error per channel in its unit: method -> channel -> error, "policy" first."""
@@ -82,15 +127,22 @@ class OpenLoopResult:
         each = [episode.psnr() for episode in self.episodes]
         return {name: float(np.mean([values[name] for values in each])) for name in (each[0] if each else {})}
 
-    def to_dict(self) -> dict[str, Any]:
-        """Numbers without arrays, for JSON."""
+    def to_dict(self, network: ClipFeatures | None = None) -> dict[str, Any]:
+        """Numbers without arrays, for JSON: over all episodes, and over those of seen and of unseen tasks."""
+        return {**self._numbers(network), "groups": {n: part._numbers(network) for n, part in self.groups().items()}}
+
+    def _numbers(self, network: ClipFeatures | None) -> dict[str, Any]:
+        video = self.video(network)
         return {
             "channels": list(self.channels),
             "units": list(self.units),
             "mean_absolute_error": self.errors(),
+            "open_loop_score": self.open_loop_scores(),
             "psnr_db": self.psnr(),
+            "imagined_video": None if video is None else video.to_dict(),
             "episodes": [
-                {"index": e.index, "instruction": e.instruction, "actions": len(e.real)} for e in self.episodes
+                {"index": e.index, "instruction": e.instruction, "seen": e.seen, "actions": len(e.real)}
+                for e in self.episodes
             ],
         }
 
@@ -124,18 +176,18 @@ def evaluate_open_loop(
     if not chosen:
         raise ValueError(f"{reader.root}: no chosen episode has more than {policy.frames_per_latent} frames")
     results = [
-        _Replay(policy, reader, info.index).run(info.task if instruction is None else instruction, seed)
+        _Replay(policy, reader, info.index, info.task).run(info.task if instruction is None else instruction, seed)
         for info in progress(chosen, desc="open loop", unit="episode")
     ]
-    statistics = policy.parts.statistics.actions
-    return OpenLoopResult(statistics.channels, statistics.units, results)
+    return OpenLoopResult(policy.parts.statistics.actions, results)
 
 
 class _Replay:
     """Walks through one recorded episode, chunk by chunk."""
 
-    def __init__(self, policy: BatchedPolicy, reader: LeRobotReader, index: int) -> None:
+    def __init__(self, policy: BatchedPolicy, reader: LeRobotReader, index: int, task: str) -> None:
         self.policy, self.reader, self.index = policy, reader, index
+        self.seen = task in policy.parts.instructions
         columns = reader.episode(index)
         self.actions = columns["action"].reshape(len(columns["action"]), -1).astype(np.float32)
         state = columns.get("observation.state")
@@ -213,7 +265,7 @@ class _Replay:
         baselines = {BASELINES[0]: np.broadcast_to(mean, real.shape).copy(), BASELINES[1]: repeated}
         video = {name: np.concatenate(parts, axis=1) for name, parts in self._video.items() if parts}
         rate_hz = self.policy.embodiment.rate_hz
-        return OpenLoopEpisode(self.index, instruction, rate_hz, real, predicted, baselines, **video)
+        return OpenLoopEpisode(self.index, instruction, self.seen, span, rate_hz, real, predicted, baselines, **video)
 
 
 def _check_data(policy: BatchedPolicy, reader: LeRobotReader) -> None:

@@ -15,13 +15,22 @@ from repwam_core.text import TextEncoder
 
 @dataclass(frozen=True)
 class PolicyParts:
-    """What a policy folder holds, loaded and checked against each other."""
+    """What a policy folder holds, loaded and checked against each other.
+
+    Attributes:
+        manifest: policy.json.
+        wam, tokenizer: the models.
+        statistics: scaling of actions and states.
+        text: the text encoder.
+        instructions: those the policy was trained on; empty where the folder does not tell.
+    """
 
     manifest: PolicyManifest
     wam: WorldActionModel
     tokenizer: RepViTok
     statistics: Statistics
     text: TextEncoder
+    instructions: frozenset[str] = frozenset()
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "cpu") -> PolicyParts:
@@ -46,4 +55,5 @@ class PolicyParts:
         text = TextEncoder(manifest.text_encoder, device=device)
         if (folder / "text.safetensors").exists():
             text.load_cache(folder / "text.safetensors")
-        return cls(manifest, wam.to(device), tokenizer.to(device), statistics, text)
+        told = frozenset(text.known)
+        return cls(manifest, wam.to(device), tokenizer.to(device), statistics, text, told)

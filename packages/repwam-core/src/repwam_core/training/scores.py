@@ -56,7 +56,7 @@ def step_norms(errors: Float[np.ndarray, "*steps c"], norm: Norm) -> Float[np.nd
 
 
 def open_loop_score(
-    chunks: Iterable[Float[np.ndarray, "steps c"]], variant: ScoreVariant, thresholds: Sequence[float] = THRESHOLDS
+    chunks: Iterable[Float[np.ndarray, "_ c"]], variant: ScoreVariant, thresholds: Sequence[float] = THRESHOLDS
 ) -> dict[float, float]:
     """Return threshold -> score in [0, 1], a score being the share with an error strictly below the threshold.
 

@@ -1,0 +1,258 @@
+"""Which couplings, stages and data make a tiny world action model drive better, at one fixed budget?
+
+Three questions, each a few arms that differ from the first in one thing; every arm is trained on the same data, for
+the same number of world-model steps, and drives the same unseen layouts:
+
+- ``coupling``: joint | sequential
+- ``stages``: two stages | robot actions from the start, without latent actions
+- ``tasks``: why drawer-open, door-lock and push fail more often: 64 pixels and one camera, against 128 pixels, a second
+  camera on the gripper, twice the demonstrations, four latent frames of history, chunks of two latent frames
+
+    uv run python benchmarks/wam_learning.py --question coupling --run RUN --out OUT --seeds 0 1 2
+    uv run python benchmarks/wam_learning.py --question tasks --out OUT --seeds 0 1 2
+
+RUN is the folder of a finished ``repwam quickstart``, whose demonstrations, tokenizer and latents the first two
+questions use; ``tasks`` collects and trains everything itself. ``--steps`` and ``--episodes`` shrink the budget,
+``--arms`` picks arms. Finished parts are kept in OUT, so an interrupted run goes on. Prints a table in Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from repvitok.data import LeRobotReader
+from repvitok.data.split import split_episodes
+from repwam_core.cli import main as repwam
+from repwam_core.policy import BatchedPolicy, evaluate_open_loop
+from repwam_core.quickstart import training
+from repwam_core.quickstart.plan import RECIPES, Plan, load_plan
+from repwam_core.quickstart.stages import StageResult, StageRunner
+from repwam_core.sim.collect import collect
+from repwam_core.sim.demonstrations import NOISE_MODES
+from repwam_core.sim.evaluate import evaluate
+from repwam_core.sim.instructions import instruction
+from repwam_core.sim.metaworld import MetaWorldSettings
+from repwam_core.sim.results import success_rates
+from repwam_core.sim.seeds import evaluation_seeds
+
+HARD_TASKS = ("drawer-open", "door-lock", "push")
+MEASURED_EPISODES = 6
+"""Held-out episodes for the imagined video's PSNR."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What one arm does otherwise.
+
+    Attributes:
+        wam: fields of the model's config.
+        fit: overrides of both stages' recipes.
+        pretrain: whether there is a first stage; without one its steps are spent on the second.
+        cameras, size, demonstrations: of the data; None is the quickstart's.
+    """
+
+    wam: tuple[tuple[str, str], ...] = ()
+    fit: tuple[str, ...] = ()
+    pretrain: bool = True
+    cameras: tuple[str, ...] = ("corner2",)
+    size: tuple[int, int] | None = None
+    demonstrations: int | None = None
+
+
+QUESTIONS: dict[str, dict[str, Arm]] = {
+    "coupling": {"joint": Arm(), "sequential": Arm(wam=(("coupling", "sequential"),))},
+    "stages": {"two stages": Arm(), "without latent actions": Arm(pretrain=False)},
+    "tasks": {
+        "as the quickstart": Arm(),
+        "128 pixels": Arm(size=(128, 128)),
+        "gripper camera": Arm(cameras=("corner2", "gripper")),
+        "twice the demonstrations": Arm(demonstrations=60),
+        "history of 4 frames": Arm(wam=(("window", "4"),)),
+        "chunks of 2 frames": Arm(fit=("--model.chunk_sizes=[2,2]", "--model.plan.chunk_frames=2")),
+    },
+}
+BASE_WAM = {"coupling": "joint", "window": "1", "action_history": "false", "state_token": "true"}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where an arm's demonstrations, tokenizers and labelled latents lie, and which stage made them."""
+
+    dataset: Path
+    tokenizer: Path
+    lat: Path
+    latents: Path
+    digest: str
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One invocation."""
+
+    options: argparse.Namespace
+    plan: Plan
+    runner: StageRunner
+
+    def stage(self, name: str, work: Callable[[Path], dict[str, Any]], inputs: dict[str, str], **settings: Any):
+        """Run a part once."""
+        return self.runner.run(name, work, settings=settings, inputs=inputs)
+
+
+def main() -> None:
+    """Train and evaluate every arm with every seed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--question", choices=list(QUESTIONS), required=True)
+    parser.add_argument("--run", type=Path, help="folder of a finished quickstart (coupling and stages)")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, help="world-model steps in all (default: the quickstart's)")
+    parser.add_argument("--episodes", type=int, default=20, help="unseen layouts per task")
+    parser.add_argument("--arms", nargs="+", help="names of arms (default: all)")
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    arms = QUESTIONS[options.question]
+    if unknown := set(options.arms or ()) - set(arms):
+        raise SystemExit(f"--arms: expected some of {list(arms)}, got {sorted(unknown)}")
+    if options.question != "tasks" and options.run is None:
+        raise SystemExit(f"--question {options.question} needs --run, the folder of a finished quickstart")
+    bench = Bench(options, _plan(options), StageRunner(options.out))
+    print("| arm | seed | val video | val action | imagined PSNR, dB | copied | successes | |")
+    print("|---|---|---|---|---|---|---|---|")
+    for seed in options.seeds:
+        for name in options.arms or arms:
+            print(_row(name, seed, run_arm(bench, name, arms[name], seed)), flush=True)
+
+
+def run_arm(bench: Bench, name: str, arm: Arm, seed: int) -> dict[str, Any]:
+    """Train one arm with one seed, measure it and drive it; returns what the table shows."""
+    plan = _with_arm(bench.plan, arm)
+    settings = MetaWorldSettings(cameras=arm.cameras, size=plan.size, same_scene=_pair(plan))
+    data = _given(bench.options.run) if bench.options.run else _made(bench, plan, settings, seed)
+    about = {"arm": str(arm), "steps": str(plan.steps), "seed": seed}
+    trained = bench.stage(
+        f"train-{_slug(name)}",
+        partial(_train, plan=plan, arm=arm, data=data, seed=seed),
+        {"data": data.digest},
+        **about,
+    )
+    work = partial(_measure, policy=trained.folder / "policy", plan=plan, data=data, settings=settings, bench=bench)
+    measured = bench.stage(
+        f"measure-{_slug(name)}", work, {"policy": trained.digest}, episodes=bench.options.episodes, **about
+    )
+    return {**trained.summary, **measured.summary}
+
+
+def _train(folder: Path, *, plan: Plan, arm: Arm, data: Data, seed: int) -> dict[str, Any]:
+    """Both stages, or the second alone for as many steps."""
+    common = {"repwam": repwam, "plan": plan, "seed": seed, "latents": data.latents}
+    fields = ", ".join(f"{key}: {value}" for key, value in {**BASE_WAM, **dict(arm.wam)}.items())
+    wam = f"--model.wam={{{fields}}}"
+    steps, pretrained = plan.steps.pretrain + plan.steps.adapt, None
+    if arm.pretrain:
+        (folder / "first").mkdir(exist_ok=True)
+        training.pretrain(folder / "first", overrides=(wam, *arm.fit), **common)
+        steps, pretrained = plan.steps.adapt, folder / "first" / "wam"
+    return training.adapt(
+        folder, steps=steps, pretrained=pretrained, tokenizer=data.tokenizer, lat=data.lat,
+        overrides=arm.fit if arm.pretrain else (wam, *arm.fit), **common,
+    )  # fmt: skip
+
+
+def _measure(
+    folder: Path, *, policy: Path, plan: Plan, data: Data, settings: MetaWorldSettings, bench: Bench
+) -> dict[str, Any]:
+    """Imagined video on held-out episodes, and closed loop on unseen layouts."""
+    reader = LeRobotReader(data.dataset)
+    held_out = split_episodes([info.index for info in reader.episodes], plan.held_out)[1][:MEASURED_EPISODES]
+    imagining = BatchedPolicy.from_pretrained(policy, video="imagine")
+    psnr_db = evaluate_open_loop(imagining, reader, held_out).psnr()
+    results = evaluate(
+        BatchedPolicy.from_pretrained(policy), plan.all_tasks, evaluation_seeds(bench.options.episodes),
+        settings=settings, instruction_of=instruction, execute=plan.execute, batch_size=50,
+        workers=bench.options.workers, out=folder,
+    )  # fmt: skip
+    rates = {task: f"{rate.successes}/{rate.episodes}" for task, rate in success_rates(results).items()}
+    total = f"{sum(result.success for result in results)}/{len(results)}"
+    return {"psnr": psnr_db, "rates": rates, "total": total}
+
+
+def _made(bench: Bench, plan: Plan, settings: MetaWorldSettings, seed: int) -> Data:
+    """Demonstrations, tokenizer, latents and latent actions of one data setting, shared by the arms that use it."""
+    about = {"tasks": plan.tasks, "size": plan.size, "cameras": settings.cameras, "episodes": plan.episodes}
+    about |= {"seed": seed, "steps": str(plan.steps)}
+
+    def part(name: str, work: Callable[..., dict[str, Any]], *before: StageResult, **given: Any) -> StageResult:
+        return bench.stage(name, partial(work, **given), {stage.name: stage.digest for stage in before}, **about)
+
+    collected = part("collect", _collect, plan=plan, settings=settings, seed=seed, workers=bench.options.workers)
+    dataset, common = collected.folder / "dataset", {"plan": plan, "seed": seed}
+    tokenizer = part("tokenizer", training.train_tokenizer, collected, dataset=dataset, **common)
+    folder = tokenizer.folder / "tokenizer"
+    encoded = part("encode", training.encode, tokenizer, plan=plan, dataset=dataset, tokenizer=folder)
+    lat = part("lat", training.train_latent_actions, encoded, latents=encoded.folder / "latents", **common)
+    labelled = part("label", training.label, encoded, lat, lat=lat.folder / "lat", latents=encoded.folder / "latents")
+    return Data(dataset, folder, lat.folder / "lat", labelled.folder / "latents", labelled.digest)
+
+
+def _collect(folder: Path, *, plan: Plan, settings: MetaWorldSettings, seed: int, workers: int) -> dict[str, Any]:
+    noise = NOISE_MODES[plan.noise]
+    collect(
+        folder / "dataset", plan.tasks, episodes_per_task=plan.episodes, seed=seed, settings=settings, noise=noise,
+        workers=workers,
+    )  # fmt: skip
+    return {}
+
+
+def _given(run: Path) -> Data:
+    """The data of a finished quickstart."""
+    latents = _one(run, "label-*/latents")
+    folders = [_one(run, pattern) for pattern in ("collect-*/dataset", "tokenizer-*/tokenizer", "latent-actions-*/lat")]
+    return Data(*folders, latents, latents.parent.name)
+
+
+def _one(root: Path, pattern: str) -> Path:
+    finished = [path for path in root.glob(pattern) if (path.parent / "stage.json").exists()]
+    if len(finished) != 1:
+        raise SystemExit(f"{root}: expected one finished {pattern}, found {len(finished)}; run the quickstart first")
+    return finished[0]
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    """The quickstart's plan, on the hard tasks where they are the question, with the asked number of steps."""
+    tasks = list(HARD_TASKS) if options.question == "tasks" else None
+    given = argparse.Namespace(tasks=tasks, episodes=None, eval_episodes=None, size=None, budget=1.0)
+    plan = load_plan(RECIPES / "sim.yaml", given)
+    if options.steps is None:
+        return plan
+    share = options.steps / (plan.steps.pretrain + plan.steps.adapt)
+    pretrain = round(share * plan.steps.pretrain)
+    return replace(plan, steps=replace(plan.steps, pretrain=pretrain, adapt=options.steps - pretrain))
+
+
+def _with_arm(plan: Plan, arm: Arm) -> Plan:
+    return replace(plan, size=arm.size or plan.size, episodes=arm.demonstrations or plan.episodes)
+
+
+def _pair(plan: Plan) -> tuple[tuple[str, ...], ...]:
+    return (plan.same_scene,) if plan.same_scene else ()
+
+
+def _slug(name: str) -> str:
+    return name.replace(" ", "-")
+
+
+def _row(name: str, seed: int, values: dict[str, Any]) -> str:
+    psnr = values["psnr"]
+    told = ", ".join(f"{task} {rate}" for task, rate in values["rates"].items())
+    numbers: Sequence[str] = [f"{values[key]:.4f}" for key in ("val/video", "val/action")]
+    video = [f"{psnr[key]:.2f}" for key in ("imagined", "copied")] if psnr else ["", ""]
+    return "| " + " | ".join([name, str(seed), *numbers, *video, values["total"], told]) + " |"
+
+
+if __name__ == "__main__":
+    main()

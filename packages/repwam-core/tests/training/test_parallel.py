@@ -51,7 +51,7 @@ def ranks(recipe) -> Callable[..., list[int]]:
             process.start()
             processes.append(process)
         for process in processes:
-            process.join(300)
+            process.join(700)  # minutes on a busy machine
         return [process.exitcode for process in processes]
 
     return run

@@ -35,11 +35,17 @@ def _recipes():
     """(name, stage, the files to lay over each other) of every recipe in the tree."""
     for folder, stage in STAGES.items():
         for path in sorted((RECIPES / folder).glob("*.yaml")):
-            bases = [] if path.name == "base.yaml" or _is_whole(path) else [RECIPES / folder / "base.yaml"]
+            bases = [] if path.name == "base.yaml" or _is_whole(path) else _bases(path)
             of = LAPA if path.name.startswith("lapa_") else stage
             yield pytest.param(of, [*bases, path], id=f"{folder}/{path.name}")
     for name, stage in QUICKSTART_STAGES.items():
         yield pytest.param(stage, [QUICKSTART / name], id=f"quickstart/{name}")
+
+
+def _bases(path: Path) -> list[Path]:
+    """What an overlay is laid over: as its first comment says, base.yaml unless another recipe is named there."""
+    names = {"finetune.yaml": ["base.yaml", "adapt.yaml"], "mt50.yaml": ["mt50_pretrain.yaml"]}
+    return [path.parent / name for name in names.get(path.name, ["base.yaml"])]
 
 
 def _is_whole(path: Path) -> bool:
@@ -99,6 +105,12 @@ def test_the_papers_numbers_stand_in_the_base_recipes():
     assert wam["model"]["loss"]["action_weight"] == 1.0
     assert wam["model"]["chunk_sizes"] == [1, 4]
     assert wam["model"]["wam"]["window"] == 32
+    assert wam["data"]["packing"]["token_budget"] == 200_000
+    overlays = {name: yaml.safe_load((RECIPES / f"3_repwam/{name}.yaml").read_text()) for name in ("5b", "finetune")}
+    assert overlays["5b"]["data"]["packing"]["token_budget"] == 160_000
+    assert overlays["finetune"]["model"]["optimizer"]["lr"] == 1e-4
+    assert overlays["finetune"]["trainer"]["max_steps"] == 500
+    assert overlays["finetune"]["data"]["packing"]["token_budget"] == 150_000
     assert wam["trainer"]["gradient_clip_val"] == 2.0
 
 

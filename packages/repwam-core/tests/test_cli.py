@@ -8,7 +8,19 @@ import pytest
 from repwam_core.cli import main
 from repwam_core.embodiment import Statistics
 
-VERBS = ("quickstart", "collect", "fit", "validate", "test", "predict", "stats", "export", "rollout", "openloop")
+VERBS = (
+    "quickstart",
+    "collect",
+    "fit",
+    "validate",
+    "test",
+    "predict",
+    "stats",
+    "export",
+    "rollout",
+    "plan",
+    "openloop",
+)
 
 
 @pytest.mark.parametrize("option", ["--help", "--version"])

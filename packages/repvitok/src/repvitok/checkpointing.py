@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 LAST = "last.ckpt"
+SHARDED_META = "meta.pt"
+"""In a checkpoint that is a folder, written by many ranks: everything but the tensors."""
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> Path:
@@ -43,11 +45,14 @@ def read_checkpoint(
 ) -> dict[str, Any]:
     """Reads a checkpoint without running any code it may contain (`weights_only`).
 
+    Of a checkpoint that is a folder, from a sharded run, everything but the tensors is read.
+
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is truncated, not a checkpoint, or holds more than tensors and plain values.
     """
     path = Path(path)
+    path = path / SHARDED_META if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: give the path of a .ckpt file written by `fit`")
     try:
@@ -76,7 +81,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
         FileNotFoundError: if there is none.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not path.is_dir() or is_sharded(path):
         return path
     found = resume_path(path)
     if found is None:
@@ -84,10 +89,15 @@ def resolve_checkpoint(path: str | Path) -> Path:
     return found
 
 
+def is_sharded(path: str | Path) -> bool:
+    """Whether a path is a checkpoint that many ranks wrote, a folder."""
+    return (Path(path) / SHARDED_META).is_file()
+
+
 def _is_readable(path: Path) -> bool:
     try:
         read_checkpoint(path, mmap=True)
-    except ValueError:
+    except (FileNotFoundError, ValueError):
         return False
     return True
 

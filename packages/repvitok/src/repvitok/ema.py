@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from repvitok.sharded import local
+
 
 class ExponentialMovingAverage:
     """Averages w_ema <- d w_ema + (1 - d) w, kept beside the module and stored with its checkpoint.
@@ -39,8 +41,8 @@ class ExponentialMovingAverage:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
         self.updates += 1
         parameters = self._parameters(module)
-        averages = [self.average[name] for name in parameters]
-        torch._foreach_lerp_(averages, list(parameters.values()), 1 - decay)
+        averages = [local(self.average[name]) for name in parameters]
+        torch._foreach_lerp_(averages, [local(parameter) for parameter in parameters.values()], 1 - decay)
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:

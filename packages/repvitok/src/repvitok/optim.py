@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR
 
+from repvitok.sharded import DTensor, local, orthogonalize_rows, row_group
+
 OptimizerName = Literal["adamw", "muon"]
 NewtonSchulzDtype = Literal["bfloat16", "float32", "float64"]
 
@@ -94,6 +96,9 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Muon: m <- beta m + (1 - beta) g;  u = orthogonalize(g + beta (m - g));
     w <- (1 - lr decay) w - lr sqrt(max(1, rows / cols)) u   (docs/decisions/000, entry 8).
+
+    Parameters may be sharded by rows (FSDP2's DTensor): all is done on this rank's part, but for `orthogonalize`, for
+    which the ranks exchange rows (`sharded.orthogonalize_rows`, docs/decisions/032).
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
@@ -119,20 +124,26 @@ class MuonAdamW(torch.optim.Optimizer):
                 (self._step_muon if group["kind"] == "muon" else self._step_adamw)(group, parameters)
         return loss
 
+    def create_states(self) -> None:
+        """Makes every parameter's moments, at zero, as the first step would: what a sharded checkpoint is read into."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                (self._momentum if group["kind"] == "muon" else self._adamw_state)(parameter)
+
     def _step_muon(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
         for parameter in parameters:
             by_shape[parameter.shape].append(parameter)
-        dtype = getattr(torch, group["dtype"])
         for (rows, cols), same in by_shape.items():
-            grads = [p.grad for p in same if p.grad is not None]
-            moments = [self._momentum(p) for p in same]
+            weights = [local(p) for p in same]
+            grads = [local(p.grad) for p in same if p.grad is not None]
+            moments = [local(self._momentum(p)) for p in same]
             torch._foreach_lerp_(moments, grads, 1 - group["momentum"])
-            nesterov = torch._foreach_lerp(grads, moments, group["momentum"])
-            updates = orthogonalize(torch.stack(list(nesterov)), dtype=dtype).to(same[0].dtype)
-            torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
+            nesterov = list(torch._foreach_lerp(grads, moments, group["momentum"]))
+            updates = _orthogonalized(nesterov, same[0], getattr(torch, group["dtype"]))
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             scale = group["lr"] * math.sqrt(max(1.0, rows / cols))
-            torch._foreach_add_(same, list(updates.unbind()), alpha=-scale)
+            torch._foreach_add_(weights, updates, alpha=-scale)
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
@@ -144,10 +155,10 @@ class MuonAdamW(torch.optim.Optimizer):
         states = [self._adamw_state(p) for p in parameters]
         on_cpu = all(p.device.type == "cpu" and p.is_floating_point() for p in parameters)
         adamw(
-            parameters,
-            [p.grad for p in parameters if p.grad is not None],
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
+            [local(p) for p in parameters],
+            [local(p.grad) for p in parameters if p.grad is not None],
+            [local(s["exp_avg"]) for s in states],
+            [local(s["exp_avg_sq"]) for s in states],
             [],
             [s["step"] for s in states],
             foreach=not on_cpu,
@@ -168,6 +179,18 @@ class MuonAdamW(torch.optim.Optimizer):
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         return state
+
+
+def _orthogonalized(matrices: list[Tensor], like: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """The matrices orthogonalised; they are this rank's rows of whole ones where the parameter `like` is sharded."""
+
+    def iterate(batch: Tensor) -> Tensor:
+        return orthogonalize(batch, dtype=dtype)
+
+    if isinstance(like, DTensor):
+        sent = torch.bfloat16 if dtype == torch.bfloat16 else matrices[0].dtype
+        return orthogonalize_rows(matrices, like.shape[0], row_group(like), iterate, sent)
+    return list(iterate(torch.stack(matrices)).to(like.dtype).unbind())
 
 
 def build_optimizer(

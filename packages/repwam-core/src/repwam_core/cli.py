@@ -11,6 +11,7 @@ from repvitok.errors import UserError, run_cli
 
 from repwam_core.policy.serving.command import add_serve_arguments, serve
 from repwam_core.quickstart.arguments import add_quickstart_arguments
+from repwam_core.training_plan import plan_arguments, run_plan
 
 STAGE = TrainingStage(
     name="repwam",
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Command("stats", "action and state statistics of latent shards", _stats, _stats_arguments),
         Command("export", "a checkpoint to a policy folder, or a model folder", _export, _export_arguments),
         Command("rollout", "a policy in closed loop on unseen seeds", _rollout, _rollout_arguments),
+        Command("plan", "what training on so many devices would take", run_plan, plan_arguments),
         Command("openloop", "a policy against recorded episodes", _openloop, _openloop_arguments),
         Command("serve", "a policy behind a websocket, for robots and openpi's client", serve, add_serve_arguments),
     ]
@@ -213,6 +215,9 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lat", type=Path, help="latent action tokenizer folder, copied along")
     parser.add_argument("--latents", type=Path, help="latent shards trained on; their embedded instructions are kept")
     parser.add_argument("--name", help="the robot's name (default: the data set's)")
+    parser.add_argument(
+        "--data-set", type=int, default=0, help="which of the run's data sets the robot is from, from 0"
+    )
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -227,7 +232,13 @@ def _export(options: argparse.Namespace) -> None:
     if options.tokenizer is None:
         raise UserError("a policy needs --tokenizer FOLDER (or ask for the model alone with --wam-only)")
     out = export_policy(
-        checkpoint, options.tokenizer, options.out, lat=options.lat, shards=options.latents, name=options.name
+        checkpoint,
+        options.tokenizer,
+        options.out,
+        lat=options.lat,
+        shards=options.latents,
+        name=options.name,
+        data_set=options.data_set,
     )
     print(f"{out}: policy")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ STATISTICS_FORMAT = "repwam-statistics"
 FORMAT_VERSION = 1
 DEGENERATE = 1e-6
 """A channel whose spread is below this share of its size (or of one) never moves: it carries no information."""
+_NUMBERS = ("q01", "q99", "min", "max", "mean", "std")
 STATE_LIMIT = 10.0
 """Standardised states are clipped here, so that a pose far outside the data cannot drown the other tokens."""
 
@@ -207,6 +208,15 @@ class ActionStatistics:
             len(values),
             kind,
         )
+
+    def widened(self, layout: Sequence[str]) -> ActionStatistics:
+        """The statistics of these channels among those of a layout; a channel they lack is constantly zero."""
+        if tuple(layout) == self.channels:
+            return self
+        numbers = {name: dict(zip(self.channels, getattr(self, name), strict=True)) for name in _NUMBERS}
+        values = {name: tuple(known.get(channel, 0.0) for channel in layout) for name, known in numbers.items()}
+        units = dict(zip(self.channels, self.units, strict=True))
+        return replace(self, channels=tuple(layout), units=tuple(units.get(name, "1") for name in layout), **values)
 
     def normalise(self, action_si: np.ndarray) -> np.ndarray:
         """`action_norm = 2 (x - q01) / (q99 - q01) - 1`, float32 (..., c); 0 for a channel that never moves."""

@@ -13,13 +13,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from repvitok import RepViTok
-from repvitok.checkpointing import read_checkpoint
+from repvitok.checkpointing import is_sharded, read_checkpoint
 from repvitok.data import LatentMeta, LatentShards
 from repvitok.errors import UserError, require_disk_space
 
@@ -28,6 +28,7 @@ from repwam_core.embodiment import ActionStatistics, Embodiment, StateStatistics
 from repwam_core.model.config import LATENT_SPACE, WAMConfig
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.planning import PlanSettings
+from repwam_core.training.distributed_checkpoint import read_whole
 from repwam_core.training.module import CHECKPOINT_KEY
 
 POLICY_FORMAT = "repwam-policy"
@@ -113,13 +114,18 @@ class TrainedModel:
     plan: PlanSettings
 
 
-def read_trained(checkpoint: str | Path) -> TrainedModel:
-    """Rebuild the model of a checkpoint with its averaged weights.
+def read_trained(checkpoint: str | Path, data_set: int | None = None) -> TrainedModel:
+    """Rebuild the model of a checkpoint, a file or a sharded run's folder, with its averaged weights.
+
+    Args:
+        checkpoint: what to read.
+        data_set: of a run on several data sets, the number of the one whose robot the model is for: its action space
+            then has that robot's channels alone. None keeps the layout that all robots share.
 
     Raises:
-        ValueError: when the file is no checkpoint of `repwam fit`.
+        ValueError: when it is no checkpoint of `repwam fit`, or it knows no such data set.
     """
-    content = read_checkpoint(checkpoint)
+    content = read_whole(checkpoint) if is_sharded(checkpoint) else read_checkpoint(checkpoint)
     if CHECKPOINT_KEY not in content:
         raise ValueError(f"{checkpoint} was not written by `repwam fit`; give that command's checkpoint")
     stored = json.loads(content[CHECKPOINT_KEY]["json"])
@@ -127,15 +133,52 @@ def read_trained(checkpoint: str | Path) -> TrainedModel:
         wam = WorldActionModel(WAMConfig.from_dict(stored["config"]))
     prefix = "wam."
     weights = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
-    wam.load_state_dict(weights | content[CHECKPOINT_KEY]["ema"]["average"], strict=True, assign=True)
+    average = content["ema_average"] if "ema_average" in content else content[CHECKPOINT_KEY]["ema"]["average"]
+    wam.load_state_dict(weights | average, strict=True, assign=True)
+    number = data_set or 0
+    if not 0 <= number < len(stored["data_sets"]):
+        raise ValueError(f"{checkpoint} was trained on {len(stored['data_sets'])} data sets, it has no number {number}")
+    described = stored["data_sets"][number]
+    statistics = _statistics(described["statistics"])
+    if data_set is not None:
+        own_states = statistics.state.channels if statistics.state is not None else ()
+        actions = [stored["channels"].index(name) for name in statistics.actions.channels]
+        wam = narrowed(wam, stored["space"], actions, [stored["state_channels"].index(name) for name in own_states])
     return TrainedModel(
         wam=wam.eval(),
         space=stored["space"],
-        statistics=_statistics(stored["statistics"]),
-        latents=LatentMeta.from_dict(stored["latents"]),
+        statistics=statistics,
+        latents=LatentMeta.from_dict(described["latents"]),
         text_encoder=stored["text_encoder"],
         plan=PlanSettings(**stored["plan"]),
     )
+
+
+def narrowed(wam: WorldActionModel, space: str, actions: list[int], states: list[int]) -> WorldActionModel:
+    """The same model with some channels of an action space: the function of the whole one where the others are zero.
+
+    Args:
+        wam: the model.
+        space: the action space to narrow.
+        actions: numbers of the action channels to keep, in order.
+        states: the same of the state.
+    """
+    old = wam.config.space(space)
+    if actions == list(range(old.channels)) and states == list(range(old.state_channels)):
+        return wam
+    new = replace(old, channels=len(actions), state_channels=len(states) if old.state_channels else 0)
+    with torch.device("meta"):
+        model = WorldActionModel(replace(wam.config, spaces={**wam.config.spaces, space: new}))
+    tensors, prefix = dict(wam.state_dict()), f"spaces.{space}."
+    tensors[f"{prefix}action_in.weight"] = tensors[f"{prefix}action_in.weight"][:, actions]
+    for leaf in ("weight", "bias"):
+        tensors[f"{prefix}action_out.{leaf}"] = tensors[f"{prefix}action_out.{leaf}"][actions]
+    if f"{prefix}state_in.weight" in tensors:
+        tensors[f"{prefix}state_in.weight"] = tensors[f"{prefix}state_in.weight"][:, states]
+        if not states:
+            del tensors[f"{prefix}state_in.weight"], tensors[f"{prefix}state_in.bias"]
+    model.load_state_dict(tensors, strict=True, assign=True)
+    return model
 
 
 def export_wam(checkpoint: str | Path, out: str | Path) -> Path:
@@ -156,6 +199,7 @@ def export_policy(
     shards: str | Path | None = None,
     name: str | None = None,
     plan: PlanSettings | None = None,
+    data_set: int = 0,
 ) -> Path:
     """Write one folder from which `Policy.from_pretrained` drives the robot.
 
@@ -167,12 +211,13 @@ def export_policy(
         shards: the latent shards that were trained on; their embedded instructions are copied along.
         name: the embodiment's name; the data set's when None.
         plan: how to plan; the validation's settings when None.
+        data_set: of a run on several data sets, the number of the one whose robot is to be driven.
 
     Raises:
         ValueError: when the tokenizer, the latent action tokenizer or the shards are not those that were trained on, or
             the checkpoint is of the latent space.
     """
-    trained, out = read_trained(checkpoint), Path(out)
+    trained, out = read_trained(checkpoint, data_set), Path(out)
     if trained.space == LATENT_SPACE:
         raise ValueError(
             f"{checkpoint} acts in latent actions; adapt it to a robot first, or export it with --wam-only"

@@ -136,7 +136,7 @@ def test_runs() -> None:
         (1, (), (1, 1, 1), 1, "at least one latent frame"),
         (3, (2, 0), (1, 1, 1), 1, "at least one latent frame"),
         (3, (2,), (1, 0, 1), 1, "views, rows, columns"),
-        (3, (2,), (1, 1, 1), 0, "at least one action vector"),
+        (3, (2,), (1, 1, 1), -1, "action vectors per transition"),
     ],
 )
 def test_impossible_sizes_are_refused(

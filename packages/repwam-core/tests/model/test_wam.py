@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from repwam_core.model.attention import masked_attend
 from repwam_core.model.config import ActionSpace, WAMConfig
 from repwam_core.model.inputs import Velocities, WAMInputs, document_inputs, pack
-from repwam_core.model.masks import masked_attend
 from repwam_core.model.sequence import Modality, training_layout
 from repwam_core.model.wam import WorldActionModel
 from torch import Tensor

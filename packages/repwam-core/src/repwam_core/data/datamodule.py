@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,10 @@ import lightning as L
 import numpy as np
 
 from repwam_core.data.episodes import EpisodeStore, SegmentBatch, SegmentSampler
-from repwam_core.embodiment import ActionKind, Statistics
+from repwam_core.data.mixture import DataSetSettings, Mixture
+from repwam_core.data.packed import PackedLoader, make_packer
+from repwam_core.data.packing import PackingSettings
+from repwam_core.embodiment import ActionKind
 from repwam_core.text import EMBEDDED
 
 
@@ -48,18 +51,28 @@ class SegmentLoader:
 
 
 class HeldOutLoader:
-    """Batches that cover rows (episode, start) once, in order."""
+    """Batches that cover the rows (episode, start) of each store once, in order; a batch is of one store."""
 
-    def __init__(self, store: EpisodeStore, rows: np.ndarray, batch_size: int, transitions: int) -> None:
-        self.store, self.rows, self.batch_size, self.transitions = store, rows, batch_size, transitions
+    def __init__(
+        self, parts: Sequence[tuple[EpisodeStore, np.ndarray]], batch_size: int, transitions: int,
+        rank: int = 0, world_size: int = 1,
+    ) -> None:  # fmt: skip
+        self.batch_size, self.transitions = batch_size, transitions
+        batches = [
+            (store, rows[first : first + batch_size])
+            for store, rows in parts
+            for first in range(0, len(rows), batch_size)
+        ]
+        # All ranks have equally many batches, or a sharded model would wait for ever: the last ones come twice.
+        whole = -(-len(batches) // world_size) * world_size
+        self._batches = [batches[number % len(batches)] for number in range(rank, whole, world_size)]
 
     def __len__(self) -> int:
-        return -(-len(self.rows) // self.batch_size)
+        return len(self._batches)
 
     def __iter__(self) -> Iterator[SegmentBatch]:
-        for first in range(0, len(self.rows), self.batch_size):
-            rows = self.rows[first : first + self.batch_size]
-            yield self.store.batch(rows[:, 0], rows[:, 1], self.transitions)
+        for store, rows in self._batches:
+            yield store.batch(rows[:, 0], rows[:, 1], self.transitions)
 
 
 class WAMDataModule(L.LightningDataModule):
@@ -79,11 +92,14 @@ class WAMDataModule(L.LightningDataModule):
         tokenizer_digest: refuse latents of any other tokenizer.
         action_units: unit of each action channel; "1" when None.
         action_kind: whether recorded actions are "absolute" targets or "relative" changes.
+        packing: pack whole episodes into sequences of a token budget, one sequence per step and rank, in place of
+            segments of `transitions` transitions; `transitions` and `batch_size` are then validation's alone.
+        data_sets: several data sets in one packed run, in place of `latents` and what belongs to it.
     """
 
     def __init__(
         self,
-        latents: str | Path,
+        latents: str | Path | None = None,
         space: str = "robot",
         transitions: int = 8,
         batch_size: int = 8,
@@ -96,6 +112,8 @@ class WAMDataModule(L.LightningDataModule):
         tokenizer_digest: str | None = None,
         action_units: list[str] | None = None,
         action_kind: ActionKind = "absolute",
+        packing: PackingSettings | None = None,
+        data_sets: list[DataSetSettings] | None = None,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -105,52 +123,71 @@ class WAMDataModule(L.LightningDataModule):
         ):
             if value < 1:
                 raise ValueError(f"data.{name}: expected at least 1, got {value}")
-        self.latents, self.space, self.transitions, self.batch_size = Path(latents), space, transitions, batch_size
+        if (latents is None) == (not data_sets):
+            raise ValueError("data: expected either data.latents or data.data_sets, got both or neither")
+        if data_sets and packing is None:
+            raise ValueError("data.data_sets: several data sets are mixed in packed sequences; set data.packing")
+        self.space, self.transitions, self.batch_size = space, transitions, batch_size
         self.seed, self.held_out, self.val_segments = seed, held_out, val_segments
         self.text_encoder, self.steps_per_epoch = text_encoder, steps_per_epoch
-        self.statistics_path, self.tokenizer_digest = statistics, tokenizer_digest
-        self.action_units = action_units
-        self.action_kind: ActionKind = action_kind
-        self._store: EpisodeStore | None = None
+        self.tokenizer_digest, self.packing = tokenizer_digest, packing
+        self.data_sets = data_sets or [
+            DataSetSettings(
+                latents=latents or "", statistics=statistics, action_units=action_units, action_kind=action_kind
+            )
+        ]
+        self._mixture: Mixture | None = None
 
     @property
-    def store(self) -> EpisodeStore:
-        """The episodes, read on first use."""
-        if self._store is None:
-            given = None if self.statistics_path is None else Statistics.load(self.statistics_path)
-            self._store = EpisodeStore(
-                self.latents,
+    def mixture(self) -> Mixture:
+        """The episodes of all data sets, read on first use."""
+        if self._mixture is None:
+            self._mixture = Mixture(
+                self.data_sets,
                 space=self.space,
                 text_encoder=self.text_encoder,
                 held_out=self.held_out,
-                statistics=given,
-                expect_digest=self.tokenizer_digest,
-                units=self.action_units,
-                kind=self.action_kind,
+                tokenizer_digest=self.tokenizer_digest,
             )
-        return self._store
+        return self._mixture
+
+    @property
+    def store(self) -> EpisodeStore:
+        """The episodes of the first data set, most often the only one."""
+        return self.mixture.stores[0]
 
     def setup(self, stage: str) -> None:
         """Read the shards, so that a bad folder stops the run before any training."""
         del stage
-        _ = self.store
+        _ = self.mixture
 
-    def train_dataloader(self) -> SegmentLoader:
-        """Endless training segments."""
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+    def train_dataloader(self) -> SegmentLoader | PackedLoader:
+        """Endless training segments, or packed sequences."""
+        if self.packing is not None:
+            model: Any = self.trainer.lightning_module  # type: ignore[union-attr]
+            packer = make_packer(self.mixture, self.packing, model.wam.config, self.seed)
+            return PackedLoader(self.mixture, packer, self.steps_per_epoch, *self._rank())
         sampler = SegmentSampler(self.store, self.transitions, self.seed)
-        return SegmentLoader(sampler, self.batch_size, self.steps_per_epoch, rank, world_size)
+        return SegmentLoader(sampler, self.batch_size, self.steps_per_epoch, *self._rank())
 
     def val_dataloader(self) -> HeldOutLoader | list[HeldOutLoader]:
         """Held-out segments, evenly thinned to `val_segments`; no loader at all without held-out episodes."""
-        rows = self.store.starts(self.store.val_episodes, self.transitions)
-        if len(rows) > self.val_segments:
-            rows = rows[np.linspace(0, len(rows) - 1, self.val_segments).round().astype(int)]
-        if not len(rows):
+        parts = [(store, self._thinned(rows)) for store, rows in self._held_out_rows()]
+        if not any(len(rows) for _, rows in parts):
             return []
-        return HeldOutLoader(self.store, rows, self.batch_size, self.transitions)
+        return HeldOutLoader(parts, self.batch_size, self.transitions, *self._rank())
 
     def test_dataloader(self) -> HeldOutLoader:
         """Every held-out segment."""
-        rows = self.store.starts(self.store.val_episodes, self.transitions)
-        return HeldOutLoader(self.store, rows, self.batch_size, self.transitions)
+        return HeldOutLoader(self._held_out_rows(), self.batch_size, self.transitions, *self._rank())
+
+    def _held_out_rows(self) -> list[tuple[EpisodeStore, np.ndarray]]:
+        return [(store, store.starts(store.val_episodes, self.transitions)) for store in self.mixture.stores]
+
+    def _thinned(self, rows: np.ndarray) -> np.ndarray:
+        """At most this data set's part of `val_segments` rows, evenly spaced."""
+        most = max(1, self.val_segments // len(self.mixture.stores))
+        return rows if len(rows) <= most else rows[np.linspace(0, len(rows) - 1, most).round().astype(int)]
+
+    def _rank(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

@@ -37,6 +37,7 @@ class SegmentBatch:
         channel_mask: which action channels the embodiment has, (b, c).
         episode: position of each segment's episode in the store, (b,).
         start: first latent frame of each segment in its episode, (b,).
+        data_set: which of the run's data sets the segments are from.
     """
 
     latents: Float[Tensor, "b frames tokens d"]
@@ -48,6 +49,7 @@ class SegmentBatch:
     channel_mask: Bool[Tensor, "b c"]
     episode: Int[Tensor, " b"]
     start: Int[Tensor, " b"]
+    data_set: int = 0
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -56,13 +58,16 @@ class SegmentBatch:
         """Return the batch on `device`."""
 
         def moved(value: Any) -> Any:
-            return None if value is None else value.to(device, non_blocking=non_blocking)
+            return value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
 
         return SegmentBatch(**{name: moved(value) for name, value in vars(self).items()})
 
 
 class EpisodeStore:
     """All episodes of some latent shards, ready to train on.
+
+    `action_channels` and `state_channels` name what actions and states hold, in order; `channel_mask` says which of the
+    action channels these episodes have. A channel they lack is zero.
 
     Args:
         shards: the shards, or their folder.
@@ -73,6 +78,9 @@ class EpisodeStore:
         expect_digest: digest of the tokenizer that must have made the latents.
         units: unit of each action channel, for the statistics; "1" when None.
         kind: whether the recorded actions are "absolute" targets or "relative" changes.
+        layout: action channels to place the episodes' own among, by name; theirs alone when None.
+        state_layout: the same for the numbers of the state.
+        number: of this data set in the run, see `SegmentBatch.data_set`.
     """
 
     def __init__(
@@ -85,10 +93,13 @@ class EpisodeStore:
         expect_digest: str | None = None,
         units: Sequence[str] | None = None,
         kind: ActionKind = "absolute",
+        layout: Sequence[str] | None = None,
+        state_layout: Sequence[str] | None = None,
+        number: int = 0,
     ) -> None:
         self.shards = shards if isinstance(shards, LatentShards) else LatentShards(shards, expect_digest=expect_digest)
         self.meta: LatentMeta = self.shards.meta
-        self.space, self.text_encoder = space, text_encoder
+        self.space, self.text_encoder, self.number = space, text_encoder, number
         episodes = list(self.shards)
         _require(episodes, space, self.shards)
         _, held_out_indices = split_episodes([episode.episode_index for episode in episodes], held_out)
@@ -100,18 +111,12 @@ class EpisodeStore:
         self._first = np.concatenate([[0], np.cumsum(self.lengths)[:-1]])
         training = [episodes[i] for i in self.train_episodes]
         self.statistics = statistics or count_statistics(training, self.meta, space, units, kind)
+        state = self.statistics.state
+        self.action_channels = tuple(self.statistics.actions.channels if layout is None else layout)
+        self.state_channels = tuple((state.channels if state else ()) if state_layout is None else state_layout)
+        self.channel_mask = torch.tensor([name in self.statistics.actions.channels for name in self.action_channels])
         self._stack(episodes)
         self._embed()
-
-    @property
-    def action_channels(self) -> tuple[str, ...]:
-        """Names of the action channels, in order."""
-        return self.statistics.actions.channels
-
-    @property
-    def state_channels(self) -> tuple[str, ...]:
-        """Names of the state's numbers; empty when the shards hold none."""
-        return self.statistics.state.channels if self.statistics.state else ()
 
     @property
     def vectors_per_transition(self) -> int:
@@ -134,7 +139,6 @@ class EpisodeStore:
         frame = start[:, None] + np.arange(transitions + 1)
         rows = torch.from_numpy(self._first[episode][:, None] + np.minimum(frame, last))
         text = torch.from_numpy(self._text_row[episode])
-        channels = torch.ones(len(episode), len(self.action_channels), dtype=torch.bool)
         return SegmentBatch(
             latents=self.latents[rows],
             actions=self.actions[rows[:, :-1]],
@@ -142,9 +146,10 @@ class EpisodeStore:
             text=self.text[text],
             text_mask=self.text_mask[text],
             valid=torch.from_numpy(frame[:, :-1] < last),
-            channel_mask=channels,
+            channel_mask=self.channel_mask.expand(len(episode), -1),
             episode=torch.from_numpy(episode.astype(np.int64)),
             start=torch.from_numpy(start.astype(np.int64)),
+            data_set=self.number,
         )
 
     def _stack(self, episodes: list[LatentEpisode]) -> None:
@@ -154,15 +159,17 @@ class EpisodeStore:
         tokens, d = episodes[0].latents.shape[1:]
         self.latents = torch.empty(total, tokens, d)
         scaled = [scale_actions(episode, self.statistics, self.space) for episode in episodes]
-        self.actions = torch.zeros(total, *scaled[0].shape[1:])
+        columns = _columns(self.statistics.actions.channels, self.action_channels, "action")
+        self.actions = torch.zeros(total, scaled[0].shape[1], len(self.action_channels))
         state = self.statistics.state
-        self.state = None if state is None else torch.empty(total, len(state.channels))
+        state_columns = _columns(state.channels, self.state_channels, "state") if state else []
+        self.state = torch.zeros(total, len(self.state_channels)) if self.state_channels else None
         for first, episode, actions in zip(self._first, episodes, scaled, strict=True):
             rows = slice(first, first + len(episode.latents))
             self.latents[rows] = torch.from_numpy((np.asarray(episode.latents, np.float32) - mean) / std)
-            self.actions[first : first + len(actions)] = torch.from_numpy(actions)
+            self.actions[first : first + len(actions), :, columns] = torch.from_numpy(actions)
             if self.state is not None and state is not None:
-                self.state[rows] = torch.from_numpy(state.standardise(_present(episode.state)))
+                self.state[rows, state_columns] = torch.from_numpy(state.standardise(_present(episode.state)))
 
     def _embed(self) -> None:
         """Embed each distinct instruction once; the hidden states are kept beside the shards."""
@@ -256,6 +263,13 @@ def _require(episodes: list[LatentEpisode], space: str, shards: LatentShards) ->
             raise ValueError(f"{shards.root}: episode {episode.key} has no latent actions; run `latent-action label`")
         if space != LATENT_SPACE and episode.actions is None:
             raise ValueError(f"{shards.root}: episode {episode.key} has no robot actions; action space {space!r}")
+
+
+def _columns(names: Sequence[str], layout: Sequence[str], what: str) -> list[int]:
+    """Where the named channels lie in a layout."""
+    if missing := [name for name in names if name not in layout]:
+        raise ValueError(f"expected a layout with every {what} channel of the episodes, it lacks {missing}")
+    return [list(layout).index(name) for name in names]
 
 
 def _moments(meta: LatentMeta) -> tuple[np.ndarray, np.ndarray]:

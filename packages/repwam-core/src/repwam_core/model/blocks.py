@@ -8,20 +8,24 @@ to the instruction, feed-forward. Only self-attention is common to both (RepWAM 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from repwam_core.model.config import WAMConfig
 from repwam_core.model.heads import EPSILON, Heads, Stream, Turn, join_heads, normalised_heads, split_heads
 from repwam_core.model.masks import Attend
 from repwam_core.model.sequence import Run
+
+Recompute = Literal["none", "selective", "full"]
+"""What a layer computes again in the backward pass instead of keeping it: nothing, all but attention, or all of it."""
 
 TextKeysValues = tuple[Float[Tensor, "b documents heads s c"], Float[Tensor, "b documents heads s c"]]
 
@@ -245,12 +249,18 @@ class ExpertLayer(nn.Module):
             return x
         x = add_gated(x, modulation.gate, update)
         x = x + self.cross(layer, self.cross_norm(x), context)
+        return self.feed_forward(x, modulation)
+
+    def feed_forward(self, x: Stream, modulation: Modulation) -> Stream:
+        """The feed-forward network, modulated and gated, added."""
         inner = modulate(normalise(x), modulation.ffn_shift, modulation.ffn_scale)
         return add_gated(x, modulation.ffn_gate, self.ffn_out(nn.functional.gelu(self.ffn_in(inner))))
 
 
 class WAMLayer(nn.Module):
-    """Both experts' layer around one self-attention."""
+    """Both experts' layer around one self-attention; `recompute` trades memory of training for time."""
+
+    recompute: Recompute = "none"
 
     def __init__(self, config: WAMConfig) -> None:
         super().__init__()
@@ -271,11 +281,31 @@ class WAMLayer(nn.Module):
             context: the rest.
             kept: what leaves the last layer.
         """
-        of_video, of_side = self.video.modulation(context.video), self.action.modulation(context.side)
-        q, k, v = self.attention.enter(
-            self.video.before_attention(video, of_video), self.action.before_attention(side, of_side), context.turn
-        )
+        if self.recompute == "full":
+            return _recomputed(self._layer, layer, video, side, context, kept)
+        return self._layer(layer, video, side, context, kept)
+
+    def _layer(
+        self, layer: int, video: Stream, side: Tensor, context: LayerContext, kept: Kept | None
+    ) -> tuple[Tensor, Tensor]:
+        around = _recomputed if self.recompute == "selective" else _called
+        modulations = self.video.modulation(context.video), self.action.modulation(context.side)
+        q, k, v = around(self._enter, video, side, *modulations, context)
         attended = join_heads(context.attend(layer, q, k, v))
+        return around(self._leave, layer, video, side, attended, *modulations, context, kept)
+
+    def _enter(
+        self, video: Stream, side: Tensor, of_video: Modulation, of_side: Modulation, context: LayerContext
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the tokens of both streams, video first."""
+        before = self.video.before_attention(video, of_video), self.action.before_attention(side, of_side)
+        return self.attention.enter(*before, context.turn)
+
+    def _leave(
+        self, layer: int, video: Stream, side: Tensor, attended: Tensor, of_video: Modulation, of_side: Modulation,
+        context: LayerContext, kept: Kept | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Both streams after the layer, from what their tokens attended to, at the width of the video expert."""
         video_context, side_context = context.video, context.side
         if kept is not None:
             video, side = take(video, kept.video_runs), take(side, kept.side_runs)
@@ -287,6 +317,17 @@ class WAMLayer(nn.Module):
             self.video.after_attention(layer, video, updates[0], of_video, video_context),
             self.action.after_attention(layer, side, updates[1], of_side, side_context),
         )
+
+
+def _called(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+def _recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The function's value, computed again for the backward pass; nothing random happens inside."""
+    if not torch.is_grad_enabled():
+        return function(*arguments)
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 class NoiseLevelEmbedding(nn.Module):

@@ -58,6 +58,8 @@ class WAMConfig:
         action_history: whether executed actions are part of the history. Without them a policy cannot copy its
             own past.
         state_token: whether the robot state enters with each observed frame (docs/decisions/000, entry 11).
+        joint_actions: channels of the actions that the video expert predicts beside each latent frame, by a head of its
+            own, in place of action tokens; 0 for none. The paper's ablation "Joint Pred" (docs/decisions/033).
         max_views: cameras for which a view embedding exists.
         rope_base: base of the rotary frequencies.
         spaces: the action spaces by name.
@@ -79,6 +81,7 @@ class WAMConfig:
     window: int = 32
     action_history: bool = True
     state_token: bool = False
+    joint_actions: int = 0
     max_views: int = 4
     rope_base: float = 10_000.0
     spaces: Mapping[str, ActionSpace] = field(default_factory=_latent_space)
@@ -88,6 +91,7 @@ class WAMConfig:
             _require_at_least(name, getattr(self, name), 1)
         _require_at_least("window", self.window, 1)
         _require_at_least("max_views", self.max_views, 1)
+        _require_at_least("joint_actions", self.joint_actions, 0)
         _require_choice("coupling", self.coupling, COUPLINGS)
         _require_choice("attention", self.attention, ATTENTIONS)
         if self.rope_base <= 1:
@@ -160,8 +164,9 @@ class WAMConfig:
         return cls(**{**_PRESETS[name], **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field as JSON can hold it."""
-        return asdict(replace(self, spaces=dict(self.spaces)))
+        """Every field as JSON can hold it; `joint_actions` only where there are some, as files have it."""
+        values = asdict(replace(self, spaces=dict(self.spaces)))
+        return values if self.joint_actions else {k: v for k, v in values.items() if k != "joint_actions"}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> WAMConfig:
@@ -170,6 +175,7 @@ class WAMConfig:
         Raises:
             ValueError: a key is missing or unknown.
         """
+        values = {"joint_actions": 0, **values}
         _require_keys("WAMConfig", {item.name for item in fields(cls)}, values)
         space_keys = {item.name for item in fields(ActionSpace)}
         for name, space in values["spaces"].items():

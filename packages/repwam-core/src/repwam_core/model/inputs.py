@@ -48,7 +48,7 @@ class WAMInputs:
         """
         layout, space = self.layout, config.space(self.space)
         b = self.video.shape[0]
-        _require_shape("video", self.video, (b, len(layout.video), config.latent_dim))
+        _require_shape("video", self.video, (b, len(layout.video), config.latent_dim + config.joint_actions))
         _require_shape("actions", self.actions, (b, len(layout.actions), space.channels))
         _require_shape("times", self.times, (b, len(layout.levels)))
         _require_shape("text", self.text, (b, layout.documents, self.text_mask.shape[-1], config.text_dim))

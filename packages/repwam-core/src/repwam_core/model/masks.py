@@ -1,23 +1,17 @@
-"""Who may attend to whom: one predicate, and the attention that follows it.
+"""Who may attend to whom: one predicate, and the interface of the attention that follows it.
 
-`visible` is the only definition. The dense mask, the blocked attention, FlexAttention's mask function and the cached
+`visible` is the only definition. The dense mask, the blocked attention, FlexAttention's block mask and the cached
 rollout are all read off it, and tests hold them equal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Protocol, runtime_checkable
 
-import numpy as np
 from jaxtyping import Bool
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from repwam_core.model.blocked import Block, BlockedAttend, BlockPlan
-from repwam_core.model.sequence import KEPT_LAYOUTS, PADDING, SequenceLayout, TokenFields
+from repwam_core.model.sequence import PADDING, SequenceLayout, TokenFields
 from repwam_core.model.tokens import Modality
 
 
@@ -69,72 +63,3 @@ def pairs(query: TokenFields, key: TokenFields, coupling: str, window: int) -> B
 def dense_mask(layout: SequenceLayout, coupling: str, window: int) -> Bool[Tensor, "n n"]:
     """Every token of a layout against every other: the oracle, and the mask of short sequences on a GPU."""
     return pairs(layout.fields, layout.fields, coupling, window)
-
-
-def flex_mask_mod(layout: SequenceLayout, coupling: str, window: int) -> Callable[..., Tensor]:
-    """`visible` in the form FlexAttention asks for: mask_mod(batch, head, query index, key index)."""
-    fields = layout.fields
-
-    def mask_mod(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        at_query = TokenFields(*(values[query] for values in fields))
-        at_key = TokenFields(*(values[key] for values in fields))
-        return visible(at_query, at_key, coupling, window)
-
-    return mask_mod
-
-
-def block_plan(layout: SequenceLayout, coupling: str, window: int) -> BlockPlan:
-    """Cut a layout so that attention needs no mask and computes no hidden pair.
-
-    What a token sees depends only on its document, chunk, noisiness and modality, so one row of the mask per such
-    combination says it all; combinations with equal rows are merged. Costs (combinations x n), never n x n.
-    """
-    fields = layout.fields
-    kinds = ((fields.document * (int(fields.chunk.max()) + 1) + fields.chunk) * 2 + fields.noisy) * 4 + fields.modality
-    _, first, kind = np.unique(kinds.cpu().numpy(), return_index=True, return_inverse=True)
-    seen = np.stack(
-        [
-            pairs(TokenFields(*(values[token : token + 1] for values in fields)), fields, coupling, window)[0].cpu()
-            for token in first
-        ]
-    )
-    rows, group = np.unique(np.packbits(seen, axis=1), axis=0, return_inverse=True)
-    row_of_token = group.reshape(-1)[kind]
-    seen = np.unpackbits(rows, axis=1, count=len(layout)).astype(bool)
-    changes = (np.diff(row_of_token) != 0) | (np.diff(seen, axis=1) != 0).any(axis=0)
-    starts = np.concatenate([[0], np.flatnonzero(changes) + 1])
-    blocks = (
-        Block(tuple(np.flatnonzero(row_of_token[starts] == row).tolist()), tuple(np.flatnonzero(keys).tolist()))
-        for row, keys in enumerate(seen[:, starts])
-    )
-    return BlockPlan(tuple(np.diff([*starts, len(layout)]).tolist()), tuple(blocks))
-
-
-@dataclass(frozen=True, eq=False)
-class DenseAttend:
-    """Masked attention that computes every pair of tokens."""
-
-    mask: Bool[Tensor, "n m"]
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ARG002
-        return scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
-
-
-@lru_cache(maxsize=KEPT_LAYOUTS)
-def masked_attend(layout: SequenceLayout, coupling: str, window: int, backend: str = "blocked") -> Attend:
-    """The attention of a teacher-forced pass over `layout`, whose tokens are in `streams` order.
-
-    Args:
-        layout: compared by identity; the builders in `sequence` return the same object for the same arguments.
-        coupling, window: see `visible`.
-        backend: "blocked" or "dense"; the same function. On a CPU blocked is faster at every length measured, forward
-            and backward: 1.2x at 345 tokens, 2.1x at 673, 2.5x at 1,329.
-
-    Raises:
-        ValueError: unknown backend.
-    """
-    if backend == "blocked":
-        return BlockedAttend(block_plan(layout.streams, coupling, window))
-    if backend == "dense":
-        return DenseAttend(dense_mask(layout.streams, coupling, window))
-    raise ValueError(f"attention backend: expected 'blocked' or 'dense', got {backend!r}.")

@@ -232,7 +232,7 @@ def training_layout(
         frames: latent frames F + 1, the prefix included.
         chunk_sizes: latent frames of chunk 1, 2, ..., N; they sum to F.
         grid: views, rows and columns of a latent frame; views * rows * columns tokens.
-        vectors: action vectors a per transition.
+        vectors: action vectors a per transition; 0 where the video expert predicts the actions and they have no tokens.
         state: whether a state token stands with each clean frame.
         action_history: whether clean action tokens are part of the sequence.
 
@@ -362,7 +362,7 @@ def _levels(entries: Sequence[tuple[int, Modality, bool]]) -> LevelTable:
 def _check_sizes(grid: tuple[int, int, int], vectors: int, chunk_sizes: tuple[int, ...]) -> None:
     if len(grid) != 3 or min(grid) < 1:
         raise ValueError(f"grid: expected (views, rows, columns), each at least 1, got {grid}.")
-    if vectors < 1:
-        raise ValueError(f"vectors: expected at least one action vector per transition, got {vectors}.")
+    if vectors < 0:
+        raise ValueError(f"vectors: expected a number of action vectors per transition, got {vectors}.")
     if not chunk_sizes or min(chunk_sizes) < 1:
         raise ValueError(f"expected chunks of at least one latent frame, got {chunk_sizes}.")

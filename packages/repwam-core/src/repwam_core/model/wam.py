@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from repvitok.pretrained import PretrainedModel
 from torch import Tensor, nn
 
+from repwam_core.model.attention import masked_attend
 from repwam_core.model.blocks import (
     LayerContext,
     NoiseLevelEmbedding,
@@ -21,7 +22,7 @@ from repwam_core.model.blocks import (
 )
 from repwam_core.model.config import ActionSpace, WAMConfig
 from repwam_core.model.inputs import Velocities, WAMInputs
-from repwam_core.model.masks import Attend, masked_attend
+from repwam_core.model.masks import Attend
 from repwam_core.model.passes import PassPlan, StreamPlan, plan_pass
 from repwam_core.model.sequence import SequenceLayout
 from repwam_core.model.unread import without_unread
@@ -85,6 +86,8 @@ class WorldActionModel(PretrainedModel):
         self.config = config
         self.video_in = nn.Linear(config.latent_dim, config.width)
         self.video_out = nn.Linear(config.width, config.latent_dim)
+        self.joint_in = nn.Linear(config.joint_actions, config.width) if config.joint_actions else None
+        self.joint_out = nn.Linear(config.width, config.joint_actions) if config.joint_actions else None
         self.views = nn.Parameter(torch.zeros(config.max_views, config.width))
         self.video = Expert(config.width, config.text_dim)
         self.action = Expert(config.action_width, config.text_dim)
@@ -103,8 +106,10 @@ class WorldActionModel(PretrainedModel):
                 nn.init.zeros_(module.bias)
         for expert in (self.video, self.action):
             nn.init.zeros_(expert.levels.project.weight)
-        nn.init.zeros_(self.video_out.weight)
-        nn.init.zeros_(self.video_out.bias)
+        for head in (self.video_out, self.joint_out):
+            if head is not None:
+                nn.init.zeros_(head.weight)
+                nn.init.zeros_(head.bias)
         for embedding in (self.views, self.action_kinds, self.video.text.null, self.action.text.null):
             nn.init.normal_(embedding, std=0.02)
 
@@ -212,8 +217,10 @@ class WorldActionModel(PretrainedModel):
 
     def _embed(self, inputs: WAMInputs, plan: PassPlan) -> tuple[Tensor, Tensor]:
         """Video tokens (b, n_video, width), and action then state tokens (b, n_side, action_width)."""
-        space = self._space(inputs.space)
-        video = self.video_in(inputs.video) + self.views[plan.view]
+        space, latent_dim = self._space(inputs.space), self.config.latent_dim
+        video = self.video_in(inputs.video[..., :latent_dim]) + self.views[plan.view]
+        if self.joint_in is not None:
+            video = video + self.joint_in(inputs.video[..., latent_dim:])
         side = space.action_in(inputs.actions) + self.action_kinds[:, :1] + space.slots[:, plan.vector]
         if inputs.states is not None:
             if space.state_in is None:
@@ -232,7 +239,10 @@ class WorldActionModel(PretrainedModel):
             video = self.video.head(video.float(), video_levels.float())
             side = self.action.head(side.float(), side_levels.float())
             heads = (self.video_out, video), (self._space(space).action_out, side)
-            return Velocities(*(head(x.to(head.weight.dtype)).float() for head, x in heads))
+            latents, actions = (head(x.to(head.weight.dtype)).float() for head, x in heads)
+            if self.joint_out is not None:
+                latents = torch.cat([latents, self.joint_out(video.to(self.joint_out.weight.dtype)).float()], dim=-1)
+            return Velocities(latents, actions)
 
 
 def _stream_context(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange, reduce, repeat
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from repwam_core.data.episodes import SegmentBatch
 from repwam_core.model.flow import UniformSNRSampler, interpolate, velocity_target
-from repwam_core.model.inputs import Velocities, WAMInputs, document_inputs
-from repwam_core.model.sequence import SequenceLayout, training_layout
+from repwam_core.model.inputs import Velocities, WAMInputs, document_inputs, pack
+from repwam_core.model.masks import Attend
+from repwam_core.model.sequence import SequenceLayout, concat, training_layout
+from repwam_core.model.unread import read_tokens, without_unread
 from repwam_core.model.wam import WorldActionModel
 
 
@@ -99,21 +102,104 @@ def wam_loss(
         settings: weights and noise.
         generator: source of every draw, on the batch's device.
     """
-    layout = training_layout(
-        batch.latents.shape[1],
-        chunk_sizes,
-        grid,
-        batch.actions.shape[2],
-        state=wam.config.has_state(space) and batch.state is not None,
-        action_history=wam.config.action_history,
-    ).to(batch.latents.device)
-    noise = draw_noise(batch, len(chunk_sizes), settings, generator)
-    velocities = wam(noised_inputs(batch, layout, chunk_sizes, noise, space))
-    return flow_matching_loss(velocities, batch, noise, settings.action_weight)
+    joint = wam.config.joint_actions
+    if joint:
+        batch = with_joint_actions(batch)
+    noise = draw_noise(batch, len(chunk_sizes), settings, generator, joint)
+    return documents_loss(wam, [NoisedDocument(batch, chunk_sizes, grid, noise)], space, settings.action_weight)
 
 
-def draw_noise(batch: SegmentBatch, chunks: int, settings: LossSettings, generator: torch.Generator) -> Noise:
-    """Draw noise and noise times: one time per sample, chunk and modality (docs/decisions/000, entry 3)."""
+@dataclass(frozen=True, eq=False)
+class NoisedDocument:
+    """What one document of a sequence is trained on: its data, its chunks, its noise.
+
+    Attributes:
+        batch: segments of F transitions; of batch size one where several documents are packed.
+        chunk_sizes: latent frames of the chunks 1 .. N, summing to F.
+        grid: (views, h, w) of a latent frame.
+        noise: every draw.
+    """
+
+    batch: SegmentBatch
+    chunk_sizes: tuple[int, ...]
+    grid: tuple[int, int, int]
+    noise: Noise
+
+    def layout(self, wam: WorldActionModel, space: str, device: torch.device | str = "cpu") -> SequenceLayout:
+        """The tokens of this document in the sequences of `wam`."""
+        return training_layout(
+            self.batch.latents.shape[1],
+            self.chunk_sizes,
+            self.grid,
+            self.batch.actions.shape[2],
+            state=wam.config.has_state(space) and self.batch.state is not None,
+            action_history=wam.config.action_history,
+        ).to(device)
+
+
+def documents_loss(
+    wam: WorldActionModel,
+    documents: Sequence[NoisedDocument],
+    space: str,
+    action_weight: float,
+    attend: Callable[[SequenceLayout], Attend] | None = None,
+) -> WAMLoss:
+    """Return Eq. 7 of documents packed into one sequence; the means run over the numbers of all of them.
+
+    Args:
+        wam: the model.
+        documents: what is packed, in order.
+        space: the action space.
+        action_weight: lambda_a.
+        attend: makes the attention of the packed layout, which it gets on the CPU; None is the model's own choice.
+    """
+    device, coupling = documents[0].batch.latents.device, wam.config.coupling
+    layouts = [document.layout(wam, space, device) for document in documents]
+    inputs = [
+        noised_inputs(document.batch, layout, document.chunk_sizes, document.noise, space)
+        for document, layout in zip(documents, layouts, strict=True)
+    ]
+    attention = None
+    if attend is not None:
+        inputs = [without_unread(entry, coupling) for entry in inputs]
+        on_cpu = [read_tokens(document.layout(wam, space), coupling).layout for document in documents]
+        attention = attend(concat(on_cpu))
+    velocities = wam(inputs[0] if len(inputs) == 1 else pack(inputs), attention)
+    parts = _velocities_of(velocities, layouts)
+    terms = [
+        loss_terms(part, item.batch, item.noise, wam.config.joint_actions)
+        for part, item in zip(parts, documents, strict=True)
+    ]
+    return _combined(terms, action_weight)
+
+
+def _velocities_of(velocities: Velocities, layouts: Sequence[SequenceLayout]) -> list[Velocities]:
+    """The velocities of each document of a packed sequence."""
+    if len(layouts) == 1:
+        return [velocities]
+    video = velocities.video.split([len(layout.noisy_video) for layout in layouts], dim=1)
+    actions = velocities.actions.split([len(layout.noisy_actions) for layout in layouts], dim=1)
+    return [Velocities(*parts) for parts in zip(video, actions, strict=True)]
+
+
+def with_joint_actions(batch: SegmentBatch) -> SegmentBatch:
+    """The same segments with the actions as channels of the latents, for `WAMConfig.joint_actions`, and no others.
+
+    Frame f carries the action of the transition f -> f + 1, the same for all its tokens; the last frame's slot, after
+    which nothing is recorded, is zero (the paper's "Joint Pred").
+    """
+    following = torch.nn.functional.pad(rearrange(batch.actions, "b t a c -> b t (a c)"), (0, 0, 0, 1))
+    channels = repeat(following, "b frames c -> b frames tokens c", tokens=batch.latents.shape[2])
+    return replace(batch, latents=torch.cat([batch.latents, channels], dim=-1), actions=batch.actions[:, :, :0])
+
+
+def draw_noise(
+    batch: SegmentBatch, chunks: int, settings: LossSettings, generator: torch.Generator, joint: int = 0
+) -> Noise:
+    """Draw noise and noise times: one time per sample, chunk and modality (docs/decisions/000, entry 3).
+
+    The last `joint` channels of a latent frame are an action, written once per token: they share one draw.
+    """
     b, device = len(batch), batch.latents.device
 
     def normal(like: Tensor) -> Tensor:
@@ -123,9 +209,12 @@ def draw_noise(batch: SegmentBatch, chunks: int, settings: LossSettings, generat
     action_t = UniformSNRSampler(settings.action_shift)((b, chunks), generator, device)
     video_off = torch.rand(b, generator=generator, device=device) < settings.video_noise_prob
     level = settings.history_noise * torch.rand(b, chunks + 1, generator=generator, device=device)
+    video = normal(batch.latents[:, 1:])
+    if joint:
+        video[..., -joint:] = video[:, :, :1, -joint:].clone()
     return Noise(
-        video=normal(batch.latents[:, 1:]),
-        actions=normal(batch.actions),
+        video=video,
+        actions=normal(batch.actions) * batch.channel_mask[:, None, None],  # nothing stands in absent channels
         history=normal(batch.latents) if settings.history_noise else torch.zeros_like(batch.latents),
         video_t=video_t.masked_fill(video_off[:, None], 0.0),
         action_t=action_t,
@@ -168,24 +257,57 @@ def flow_matching_loss(velocities: Velocities, batch: SegmentBatch, noise: Noise
     The means run over real transitions, channels that the embodiment has, and samples whose video is not off; so
     padding, absent channels and the number of tokens do not change the weight of what is there. Eq. 7 writes sums.
     """
+    return _combined([loss_terms(velocities, batch, noise)], action_weight)
+
+
+@dataclass(frozen=True, eq=False)
+class LossTerms:
+    """Sums of squared errors over what is to be learned, and how many numbers (means over tokens) they are of."""
+
+    video: Float[Tensor, ""]
+    video_count: Float[Tensor, ""] | Int[Tensor, ""]
+    action: Float[Tensor, ""]
+    action_count: Float[Tensor, ""] | Int[Tensor, ""]
+
+
+def loss_terms(velocities: Velocities, batch: SegmentBatch, noise: Noise, joint: int = 0) -> LossTerms:
+    """Return the sums behind `flow_matching_loss`, of one document.
+
+    Args:
+        velocities: of the noisy tokens.
+        batch, noise: what they are to be.
+        joint: how many channels of the latents are the action; their velocity is the mean over a frame's tokens.
+    """
     frames = batch.valid.shape[1]
-    video = rearrange(velocities.video, "b (frames tokens) d -> b frames tokens d", frames=frames)
-    actions = rearrange(velocities.actions, "b (frames a) c -> b frames a c", frames=frames)
-    video_error = (video.float() - velocity_target(noise.video, batch.latents[:, 1:])).square()
-    action_error = (actions.float() - velocity_target(noise.actions, batch.actions)).square()
+    video = rearrange(velocities.video, "b (frames tokens) d -> b frames tokens d", frames=frames).float()
+    target = velocity_target(noise.video, batch.latents[:, 1:])
     video_mask = batch.valid & ~noise.video_off[:, None]
-    action_mask = repeat(batch.valid, "b frames -> b frames c", c=actions.shape[-1]) & batch.channel_mask[:, None]
-    video_loss = _masked_mean(reduce(video_error, "b frames tokens d -> b frames", "mean"), video_mask)
-    action_loss = _masked_mean(reduce(action_error, "b frames a c -> b frames c", "mean"), action_mask)
-    return WAMLoss(video_loss + action_weight * action_loss, video_loss, action_loss)
+    if joint:
+        action_error = (
+            reduce(video[..., -joint:], "b f tokens c -> b f c", "mean") - target[:, :, 0, -joint:]
+        ).square()
+        following = torch.nn.functional.pad(batch.valid[:, 1:], (0, 1))  # the last slot is padding
+        action_mask = repeat(following & ~noise.video_off[:, None], "b frames -> b frames c", c=joint)
+        action_values, video, target = action_error, video[..., :-joint], target[..., :-joint]
+    else:
+        actions = rearrange(velocities.actions, "b (frames a) c -> b frames a c", frames=frames)
+        action_error = (actions.float() - velocity_target(noise.actions, batch.actions)).square()
+        action_mask = repeat(batch.valid, "b frames -> b frames c", c=actions.shape[-1]) & batch.channel_mask[:, None]
+        action_values = reduce(action_error, "b frames a c -> b frames c", "mean")
+    video_values = reduce((video - target).square(), "b frames tokens d -> b frames", "mean")
+    return LossTerms(
+        (video_values * video_mask).sum(), video_mask.sum(), (action_values * action_mask).sum(), action_mask.sum()
+    )
+
+
+def _combined(terms: Sequence[LossTerms], action_weight: float) -> WAMLoss:
+    """Both means over all terms; 0 where nothing is learned."""
+    video = sum(term.video for term in terms) / sum(term.video_count for term in terms).clamp(min=1)  # type: ignore[union-attr]
+    action = sum(term.action for term in terms) / sum(term.action_count for term in terms).clamp(min=1)  # type: ignore[union-attr]
+    return WAMLoss(video + action_weight * action, video, action)
 
 
 def equal_chunks(transitions: int, size: int) -> tuple[int, ...]:
     """Cut F transitions into chunks of `size` latent frames; the last one may be smaller: (5, 2) -> (2, 2, 1)."""
     whole, rest = divmod(transitions, size)
     return (size,) * whole + ((rest,) if rest else ())
-
-
-def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `values` where `mask`; 0 where nothing is."""
-    return (values * mask).sum() / mask.sum().clamp(min=1)

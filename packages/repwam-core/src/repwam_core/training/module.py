@@ -14,11 +14,28 @@ from repvitok.ema import ExponentialMovingAverage
 from repvitok.optim import OptimizerSettings
 
 from repwam_core.data.episodes import EpisodeStore, SegmentBatch
-from repwam_core.model.config import LATENT_SPACE, ActionSpace, WAMConfig
+from repwam_core.data.mixture import Mixture
+from repwam_core.data.packed import PackedBatch
+from repwam_core.model.attention import make_attend
+from repwam_core.model.config import LATENT_SPACE
+from repwam_core.model.masks import Attend
+from repwam_core.model.sequence import SequenceLayout
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.planning import PlanSettings
-from repwam_core.training.losses import LossSettings, WAMLoss, equal_chunks, wam_loss
+from repwam_core.training.banner import StepBanner
+from repwam_core.training.build import build_sharded_wam, build_wam
+from repwam_core.training.losses import (
+    LossSettings,
+    NoisedDocument,
+    WAMLoss,
+    documents_loss,
+    draw_noise,
+    equal_chunks,
+    wam_loss,
+    with_joint_actions,
+)
 from repwam_core.training.metrics import SampledErrors, sample_segments
+from repwam_core.training.parallel import ScaleSettings, ShardedStrategy, gather_for_sampling, prepare_layers
 
 CHECKPOINT_KEY = "repwam"
 
@@ -35,12 +52,14 @@ class WAMTraining(L.LightningModule):
         init_from: folder of a pretrained model. Its config is kept and its weights are the start; a new space's
             projections are added. `preset` and `wam` are not used then.
         use_state: whether the space has robot states, if the data holds them and `WAMConfig.state_token` is on.
-        chunk_sizes: smallest and largest chunk in latent frames; one size is drawn per step.
+        chunk_sizes: smallest and largest chunk in latent frames; one size is drawn per step, or per packed sequence.
         loss: the objective's numbers.
         optimizer: the optimizer's.
         plan: how actions and video are sampled for validation; a policy exported from this run plans so too.
         ema_decay: decay of the averaged weights, which validation and export use; 0 follows the weights.
-        seed: of every draw; draws depend on (seed, step, rank) only.
+        seed: of every draw; draws depend on (seed, step, rank) only, and those of packed episodes on (seed, episode,
+            visit), wherever they are packed.
+        scale: what training trades at scale: recomputation, compilation, attention, sharded initialisation.
     """
 
     def __init__(
@@ -56,6 +75,7 @@ class WAMTraining(L.LightningModule):
         plan: PlanSettings | None = None,
         ema_decay: float = 0.999,
         seed: int = 0,
+        scale: ScaleSettings | None = None,
     ) -> None:
         super().__init__()
         low, high = chunk_sizes
@@ -69,6 +89,7 @@ class WAMTraining(L.LightningModule):
         self.optimizer_settings = optimizer or OptimizerSettings()
         self.plan = plan or PlanSettings()
         self.ema_decay, self.seed = ema_decay, seed
+        self.scale = scale or ScaleSettings()
         self.wam: WorldActionModel | None = None
         self.ema: ExponentialMovingAverage | None = None
         self._live: dict[str, torch.Tensor] | None = None
@@ -79,10 +100,23 @@ class WAMTraining(L.LightningModule):
         """Build the model for the data, once."""
         del stage
         if self.wam is None:
-            store = self._store()
+            mixture = self._mixture()
             self._check_transitions()
-            self.wam = build_wam(self, store)
+            strategy = self.trainer.strategy
+            if isinstance(strategy, ShardedStrategy):
+                bf16 = str(self.trainer.precision).startswith("bf16")
+                self.wam = build_sharded_wam(self, mixture, strategy, torch.bfloat16 if bf16 else None)
+            else:
+                self.wam = build_wam(self, mixture)
+            prepare_layers(self.wam, self.scale)
             self.ema = ExponentialMovingAverage(self.wam, self.ema_decay)
+
+    def configure_model(self) -> None:
+        """Nothing: `setup` has built the model, sharded where the strategy asks for it."""
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """What every run of this stage reports beside its losses."""
+        return [StepBanner()]
 
     def configure_optimizers(self) -> Any:
         """One optimizer, linear warmup, then a cosine over the trainer's `max_steps`."""
@@ -98,11 +132,16 @@ class WAMTraining(L.LightningModule):
         """Put the averaged weights where the model is."""
         self._average().to(self.device)
 
-    def training_step(self, batch: SegmentBatch, batch_idx: int) -> torch.Tensor:
-        """Loss of one batch; all draws follow from (seed, step, rank), so a resumed run repeats none."""
-        key = (self.seed, self.trainer.global_step, self.global_rank, batch_idx)
-        losses = self._loss(batch, self._drawn_chunks(batch), key)
-        self._stop_unless_finite(losses, batch)
+    def training_step(self, batch: SegmentBatch | PackedBatch, batch_idx: int) -> torch.Tensor:
+        """Loss of one batch; every draw follows from seeds and positions, so a resumed run repeats none."""
+        if isinstance(batch, PackedBatch):
+            losses = self._packed_loss(batch)
+            keys = [self._mixture().stores[d.piece.data_set].keys[d.piece.episode] for d in batch.documents]
+        else:
+            key = (self.seed, self.trainer.global_step, self.global_rank, batch_idx)
+            losses = self._loss(batch, self._drawn_chunks(batch), key)
+            keys = [self._store().keys[i] for i in batch.episode.tolist()]
+        self._stop_unless_finite(losses, keys)
         rows = {"train/loss": losses.total, "train/video": losses.video, "train/action": losses.action}
         self.log_dict({name: value.detach() for name, value in rows.items()}, batch_size=len(batch))
         return losses.total
@@ -119,19 +158,27 @@ class WAMTraining(L.LightningModule):
         model, average = self._model(), self._average().to(self.device)
         self._live = {name: p.detach().clone() for name, p in model.named_parameters() if name in average.average}
         average.copy_to(model)
-        self._sampled = SampledErrors(self._store().statistics.actions, self.space, self.plan)
+        gather_for_sampling(model, gathered=True)
+        self._sampled = [
+            SampledErrors(store.statistics.actions.widened(store.action_channels), self.space, self.plan)
+            for store in self._mixture().stores
+        ]
 
     def validation_step(self, batch: SegmentBatch, batch_idx: int) -> None:
         """Loss at fixed noise, and errors of actions and video sampled after each true prefix."""
         chunks = equal_chunks(batch.valid.shape[1], self.plan.chunk_frames)
         losses = self._loss(batch, chunks, (self.seed, 2**31, batch_idx))
         rows = {"val/loss": losses.total, "val/video": losses.video, "val/action": losses.action}
-        self.log_dict(rows, batch_size=len(batch))
-        self._sampled.update(self._model(), batch, self._store().meta.grid, seed=batch_idx)
+        self.log_dict(rows, batch_size=len(batch), sync_dist=self.trainer.world_size > 1)
+        if self._model().config.joint_actions:
+            return  # a rollout plans action tokens, of which this stage has none
+        grid = self._mixture().stores[batch.data_set].meta.grid
+        self._sampled[batch.data_set].update(self._model(), batch, grid, seed=batch_idx)
 
     def on_validation_end(self) -> None:
         """Go on training with the weights as they were."""
         if self._live is not None:
+            gather_for_sampling(self._model(), gathered=False)
             with torch.no_grad():
                 for name, parameter in self._model().named_parameters():
                     if name in self._live:
@@ -139,8 +186,14 @@ class WAMTraining(L.LightningModule):
             self._live = None
 
     def on_validation_epoch_end(self) -> None:
-        """Log what was sampled."""
-        self.log_dict({f"val/{name}": value for name, value in self._sampled.compute().items()})
+        """Log what was sampled, of each data set by itself."""
+        stores = self._mixture().stores
+        for number, (sampled, store) in enumerate(zip(self._sampled, stores, strict=True)):
+            prefix = f"val/{number}/" if len(stores) > 1 else "val/"
+            absent = {f"{name}_mae_si" for name in set(store.action_channels) - set(store.statistics.actions.channels)}
+            errors = {name: value for name, value in sampled.compute().items() if name not in absent}
+            rows = {f"{prefix}{name}": value for name, value in errors.items()}
+            self.log_dict(rows, sync_dist=self.trainer.world_size > 1)
 
     test_step = validation_step
     on_test_start, on_test_end, on_test_epoch_end = on_validation_start, on_validation_end, on_validation_epoch_end
@@ -157,49 +210,68 @@ class WAMTraining(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the averaged weights, and as JSON what the model needs to know of its data to be exported."""
-        store = self._store()
+        store, average = self._store(), self._average().state_dict()
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            del average["average"]  # the strategy writes it, each rank its part
         described = {
             "config": self._model().config.to_dict(),
             "space": self.space,
-            "statistics": {
-                "actions": asdict(store.statistics.actions),
-                "state": None if store.statistics.state is None else asdict(store.statistics.state),
-            },
-            "statistics_digest": store.statistics.digest,
-            "latents": store.meta.to_dict(),
             "text_encoder": store.text_encoder,
-            "instructions": sorted(set(store.tasks)),
             "plan": asdict(self.plan),
+            **_described(store),
+            "data_sets": [_described(store) for store in self._mixture().stores],
+            "channels": list(store.action_channels),
+            "state_channels": list(store.state_channels),
         }
-        checkpoint[CHECKPOINT_KEY] = {"ema": self._average().state_dict(), "json": json.dumps(described)}
+        checkpoint[CHECKPOINT_KEY] = {"ema": average, "json": json.dumps(described)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the averaged weights over; the data's scaling must be the one the run began with."""
         if CHECKPOINT_KEY not in checkpoint:
             raise ValueError("this checkpoint was not written by `repwam fit`: it holds no averaged weights")
         stored = json.loads(checkpoint[CHECKPOINT_KEY]["json"])
-        found = self._store().statistics.digest
-        if stored["statistics_digest"] != found:
+        expected = [entry["statistics_digest"][:16] for entry in stored["data_sets"]]
+        found = [store.statistics.digest[:16] for store in self._mixture().stores]
+        if expected != found:
             raise ValueError(
-                f"the checkpoint was trained with action statistics {stored['statistics_digest'][:16]}, the data give "
-                f"{found[:16]}; resume on the same shards, space and held_out"
+                f"the checkpoint was trained with action statistics {', '.join(expected)}, the data give "
+                f"{', '.join(found)}; resume on the same shards, space and held_out"
             )
-        self._average().load_state_dict(checkpoint[CHECKPOINT_KEY]["ema"])
+        if not isinstance(self.trainer.strategy, ShardedStrategy):
+            self._average().load_state_dict(checkpoint[CHECKPOINT_KEY]["ema"])
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
     def _loss(self, batch: SegmentBatch, chunks: tuple[int, ...], key: tuple[int, ...]) -> WAMLoss:
-        generator = torch.Generator(batch.latents.device)
-        generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
         return wam_loss(
             self._model(),
             batch,
             space=self.space,
             chunk_sizes=chunks,
-            grid=self._store().meta.grid,
+            grid=self._mixture().stores[batch.data_set].meta.grid,
             settings=self.loss_settings,
-            generator=generator,
+            generator=_generator(key, batch.latents.device),
         )
+
+    def _packed_loss(self, batch: PackedBatch) -> WAMLoss:
+        """Eq. 7 of a packed sequence; its noise is drawn episode by episode."""
+        size, documents, joint = self.chunk_size(batch), [], self._model().config.joint_actions
+        for document in batch.documents:
+            segment = with_joint_actions(document.segment) if joint else document.segment
+            chunks = equal_chunks(segment.valid.shape[1], size)
+            generator = _generator((self.seed, 3, *document.piece), segment.latents.device)
+            noise = draw_noise(segment, len(chunks), self.loss_settings, generator, joint)
+            documents.append(NoisedDocument(segment, chunks, document.grid, noise))
+        return documents_loss(self._model(), documents, self.space, self.loss_settings.action_weight, self._attend)
+
+    def chunk_size(self, batch: PackedBatch) -> int:
+        """The chunk size of a packed sequence, drawn by its number."""
+        low, high = self.chunk_sizes
+        return int(np.random.default_rng((self.seed, 2, batch.index)).integers(low, high + 1))
+
+    def _attend(self, layout: SequenceLayout) -> Attend:
+        config = self._model().config
+        return make_attend(layout, config.coupling, config.window, self.scale.attention, self.device)
 
     def _drawn_chunks(self, batch: SegmentBatch) -> tuple[int, ...]:
         """One chunk size per step, the same on every rank, so that ranks do equal work."""
@@ -207,9 +279,8 @@ class WAMTraining(L.LightningModule):
         draw = np.random.default_rng((self.seed, self.trainer.global_step))
         return equal_chunks(batch.valid.shape[1], int(draw.integers(low, high + 1)))
 
-    def _stop_unless_finite(self, losses: WAMLoss, batch: SegmentBatch) -> None:
+    def _stop_unless_finite(self, losses: WAMLoss, keys: list[str]) -> None:
         if not torch.isfinite(losses.total):
-            keys = [self._store().keys[i] for i in batch.episode.tolist()]
             parts = f"video {losses.video.item():.4g}, action {losses.action.item():.4g}"
             raise ValueError(
                 f"the loss is {losses.total.item()} at step {self.trainer.global_step} ({parts}) on episodes {keys}; "
@@ -217,17 +288,24 @@ class WAMTraining(L.LightningModule):
             )
 
     def _check_transitions(self) -> None:
-        transitions, largest = self.trainer.datamodule.transitions, self.chunk_sizes[1]  # type: ignore[attr-defined]
-        if largest > transitions:
+        data, largest = self.trainer.datamodule, self.chunk_sizes[1]  # type: ignore[attr-defined]
+        transitions = data.transitions
+        if data.packing is None and largest > transitions:
             raise ValueError(
                 f"chunk_sizes: a chunk of {largest} latent frames does not fit segments of {transitions} transitions"
             )
 
+    def _mixture(self) -> Mixture:
+        mixture: Mixture = self.trainer.datamodule.mixture  # type: ignore[attr-defined]
+        if mixture.space != self.space:
+            raise ValueError(
+                f"model.space is {self.space!r}, the data's space is {mixture.space!r}; give both one name"
+            )
+        return mixture
+
     def _store(self) -> EpisodeStore:
-        store: EpisodeStore = self.trainer.datamodule.store  # type: ignore[attr-defined]
-        if store.space != self.space:
-            raise ValueError(f"model.space is {self.space!r}, the data's space is {store.space!r}; give both one name")
-        return store
+        """The first data set, most often the only one."""
+        return self._mixture().stores[0]
 
     def _model(self) -> WorldActionModel:
         if self.wam is None:
@@ -240,38 +318,22 @@ class WAMTraining(L.LightningModule):
         return self.ema
 
 
-def build_wam(training: WAMTraining, store: EpisodeStore) -> WorldActionModel:
-    """Build the model that `training` asks for, sized by the data; or load a pretrained one and add the space.
-
-    Raises:
-        ValueError: when the data do not fit the pretrained model.
-    """
-    states = len(store.state_channels) if training.use_state else 0
-    space = ActionSpace(
-        channels=len(store.action_channels),
-        vectors_per_transition=store.vectors_per_transition,
-        state_channels=states,
-    )
-    torch_seed = int(np.random.SeedSequence((training.seed, 1)).generate_state(1, np.uint64)[0] >> 1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(torch_seed)
-        if training.init_from is None:
-            sizes = {"latent_dim": store.meta.latent_dim, "text_dim": store.text.shape[-1]}
-            config = WAMConfig.preset(
-                training.preset, **{**sizes, **training.wam_fields, "spaces": {training.space: space}}
-            )
-            wam = WorldActionModel(config)
-        else:
-            wam = WorldActionModel.from_pretrained(training.init_from)
-            if training.space not in wam.config.spaces:
-                wam.add_action_space(training.space, space)
-    _check_fit(wam.config, store, training.space, space)
-    return wam.train()
+def _generator(key: tuple[int, ...], device: torch.device) -> torch.Generator:
+    """A generator on a device that depends on `key` alone."""
+    generator = torch.Generator(device)
+    generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+    return generator
 
 
-def _check_fit(config: WAMConfig, store: EpisodeStore, name: str, space: ActionSpace) -> None:
-    expected = {"latent_dim": config.latent_dim, "text_dim": config.text_dim, f"space {name!r}": config.space(name)}
-    got = {"latent_dim": store.meta.latent_dim, "text_dim": store.text.shape[-1], f"space {name!r}": space}
-    wrong = [f"{key}: the model has {expected[key]}, the data {got[key]}" for key in got if got[key] != expected[key]]
-    if wrong:
-        raise ValueError("the model does not fit the data: " + "; ".join(wrong))
+def _described(store: EpisodeStore) -> dict[str, Any]:
+    """What an exported policy needs to know of a data set."""
+    statistics = store.statistics
+    return {
+        "statistics": {
+            "actions": asdict(statistics.actions),
+            "state": None if statistics.state is None else asdict(statistics.state),
+        },
+        "statistics_digest": statistics.digest,
+        "latents": store.meta.to_dict(),
+        "instructions": sorted(set(store.tasks)),
+    }

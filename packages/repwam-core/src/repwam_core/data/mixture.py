@@ -1,0 +1,136 @@
+"""Several data sets in one run: their weights, and the layout of named channels that their robots share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from repvitok.data import LatentMeta, LatentShards
+
+from repwam_core.data.episodes import EpisodeStore
+from repwam_core.embodiment import ActionKind, ChannelLayout, Embodiment, Statistics
+from repwam_core.model.config import LATENT_SPACE
+from repwam_core.text import EMBEDDED
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSetSettings:
+    """One data set of a run.
+
+    Attributes:
+        latents: folder of its latent shards.
+        weight: its share of the training tokens, against the other data sets' weights.
+        statistics: statistics.json to scale its actions by; counted on its training episodes when None.
+        action_units: unit of each of its action channels; "1" when None.
+        action_kind: whether its actions are "absolute" targets or "relative" changes.
+    """
+
+    latents: str | Path
+    weight: float = 1.0
+    statistics: str | Path | None = None
+    action_units: list[str] | None = None
+    action_kind: ActionKind = "absolute"
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise ValueError(f"data_sets: expected a weight above 0 for {self.latents}, got {self.weight}")
+
+
+class Mixture:
+    """The episodes of all data sets of a run, with one width of actions and states.
+
+    Every robot keeps the names of its channels; their union, in order of first appearance, is the layout. What a robot
+    lacks is zero and masked out of the loss (docs/decisions/000, entry 7). Actions, states and latents are scaled by
+    the statistics of their own data set.
+
+    Args:
+        settings: the data sets.
+        space: "latent" for latent actions, any other name for robot actions.
+        text_encoder: name of the text encoder.
+        held_out: share of each data set's episodes that is held out.
+        tokenizer_digest: of the tokenizer that must have made all latents.
+
+    Raises:
+        ValueError: latents of different tokenizers, a different number of action vectors per transition, or one channel
+            name with two units or two kinds.
+    """
+
+    def __init__(
+        self,
+        settings: Sequence[DataSetSettings],
+        space: str = "robot",
+        text_encoder: str = EMBEDDED,
+        held_out: float = 0.0,
+        tokenizer_digest: str | None = None,
+    ) -> None:
+        shards = [LatentShards(entry.latents, expect_digest=tokenizer_digest) for entry in settings]
+        metas = [entry.meta for entry in shards]
+        _check_common("the tokenizer of the latents", [meta.tokenizer_digest[:16] for meta in metas], shards)
+        several = len(settings) > 1 and space != LATENT_SPACE
+        layout = _action_layout(settings, metas) if several else None
+        states = list(dict.fromkeys(name for meta in metas for name in meta.state_names)) if several else None
+        self.space, self.weights = space, [entry.weight for entry in settings]
+        self.stores = [
+            EpisodeStore(
+                entry_shards,
+                space=space,
+                text_encoder=text_encoder,
+                held_out=held_out,
+                statistics=None if entry.statistics is None else Statistics.load(entry.statistics),
+                units=entry.action_units,
+                kind=entry.action_kind,
+                layout=layout,
+                state_layout=states,
+                number=number,
+            )
+            for number, (entry, entry_shards) in enumerate(zip(settings, shards, strict=True))
+        ]
+        vectors = [str(store.vectors_per_transition) for store in self.stores]
+        _check_common("action vectors per latent transition", vectors, shards)
+
+    @property
+    def action_channels(self) -> tuple[str, ...]:
+        """Names of the action channels, in order."""
+        return self.stores[0].action_channels
+
+    @property
+    def state_channels(self) -> tuple[str, ...]:
+        """Names of the state's numbers, in order."""
+        return self.stores[0].state_channels
+
+    @property
+    def vectors_per_transition(self) -> int:
+        """Action vectors per latent transition, a."""
+        return self.stores[0].vectors_per_transition
+
+    @property
+    def latent_dim(self) -> int:
+        """Channels of a latent."""
+        return self.stores[0].meta.latent_dim
+
+    @property
+    def text_dim(self) -> int:
+        """Width of the instructions' hidden states."""
+        return self.stores[0].text.shape[-1]
+
+
+def _action_layout(settings: Sequence[DataSetSettings], metas: Sequence[LatentMeta]) -> tuple[str, ...]:
+    """The union of all action channels."""
+    kinds: dict[str, str] = {}
+    robots = []
+    for entry, meta in zip(settings, metas, strict=True):
+        robots.append(Embodiment.from_names(str(entry.latents), meta.action_names, units=entry.action_units))
+        for name in meta.action_names:
+            if kinds.setdefault(name, entry.action_kind) != entry.action_kind:
+                raise ValueError(
+                    f"data_sets: action channel {name!r} is {entry.action_kind} in {entry.latents} and {kinds[name]} "
+                    "elsewhere; rename one of them"
+                )
+    return ChannelLayout.of(robots).names
+
+
+def _check_common(what: str, values: Sequence[str], shards: Sequence[LatentShards]) -> None:
+    if len(set(values)) > 1:
+        found = ", ".join(f"{entry.root}: {value}" for entry, value in zip(shards, values, strict=True))
+        raise ValueError(f"data_sets: expected {what} to be the same in all data sets, got {found}")

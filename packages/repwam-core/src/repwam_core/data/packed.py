@@ -1,0 +1,127 @@
+"""Packed training batches: the episodes of one sequence, read out of their stores, and their loader."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from repwam_core.data.episodes import SegmentBatch
+from repwam_core.data.mixture import Mixture
+from repwam_core.data.packing import PackedPieces, PackingSettings, Piece, SequencePacker, Source, TokenCost
+from repwam_core.model.config import WAMConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Document:
+    """One episode, or piece of one, of a packed sequence.
+
+    Attributes:
+        segment: its tensors, batch size one.
+        grid: (views, h, w) of its latent frames.
+        piece: what it is; draws that depend on it alone are the same wherever it is packed.
+    """
+
+    segment: SegmentBatch
+    grid: tuple[int, int, int]
+    piece: Piece
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """One sequence of a training step.
+
+    Attributes:
+        index: number of the sequence in the stream of all ranks.
+        documents: what is packed.
+        tokens: how many tokens they have.
+        token_budget: how many there could be.
+    """
+
+    index: int
+    documents: tuple[Document, ...]
+    tokens: int
+    token_budget: int
+
+    def __len__(self) -> int:
+        return 1
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        """The batch on `device`."""
+        moved = [replace(item, segment=item.segment.to(device, non_blocking)) for item in self.documents]
+        return replace(self, documents=tuple(moved))
+
+
+def token_cost(config: WAMConfig, space: str, grid: tuple[int, int, int], vectors: int) -> TokenCost:
+    """What a document costs in the sequences of a model."""
+    video = grid[0] * grid[1] * grid[2]
+    return TokenCost(video, 0 if config.joint_actions else vectors, config.has_state(space), config.action_history)
+
+
+def make_packer(mixture: Mixture, settings: PackingSettings, config: WAMConfig, seed: int) -> SequencePacker:
+    """The stream of packed sequences of all training episodes of a run."""
+    sources = [
+        Source(
+            episodes=store.train_episodes,
+            transitions=store.lengths[store.train_episodes] - 1,
+            cost=token_cost(config, mixture.space, store.meta.grid, store.vectors_per_transition),
+            weight=weight,
+        )
+        for store, weight in zip(mixture.stores, mixture.weights, strict=True)
+    ]
+    return SequencePacker(sources, settings, seed)
+
+
+def read_packed(mixture: Mixture, packed: PackedPieces, token_budget: int) -> PackedBatch:
+    """Gather the tensors of a packed sequence."""
+    documents = []
+    for piece in packed.pieces:
+        store = mixture.stores[piece.data_set]
+        segment = store.batch(np.array([piece.episode]), np.array([piece.start]), piece.transitions)
+        documents.append(Document(segment, store.meta.grid, piece))
+    return PackedBatch(packed.index, tuple(documents), packed.tokens, token_budget)
+
+
+class PackedLoader:
+    """Endless packed sequences cut into epochs of `batches`, with a position that is saved and restored.
+
+    Batch p of rank r is sequence p * world_size + r of the packer's stream: every rank follows the whole stream, whose
+    plans are cheap, and reads its own sequences. The saved position is the stream's, so that training may go on with
+    another number of ranks.
+
+    Attributes:
+        waited_s: seconds spent on planning and reading so far; training waited for them.
+    """
+
+    def __init__(
+        self, mixture: Mixture, packer: SequencePacker, batches: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.mixture, self.packer, self.batches = mixture, packer, batches
+        self.rank, self.world_size = rank, world_size
+        self.position, self.waited_s = 0, 0.0
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        end = (self.position // self.batches + 1) * self.batches
+        while self.position < end:
+            start_s = time.perf_counter()
+            mine = [next(self.packer) for _ in range(self.world_size)][self.rank]
+            batch = read_packed(self.mixture, mine, self.packer.settings.token_budget)
+            self.position += 1
+            self.waited_s += time.perf_counter() - start_s
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Batches handed out so far and where the packer stands; Lightning stores it in the checkpoint."""
+        return {"position": self.position, "packer": self.packer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the last batch that was handed out."""
+        self.position = int(state["position"])
+        self.packer.load_state_dict(state["packer"])

@@ -1,0 +1,91 @@
+"""What a training step costs: tokens per second, share of the peak, memory, packing waste, waiting for data."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning as L
+import torch
+
+from repwam_core.data.packed import PackedBatch, PackedLoader
+from repwam_core.sizing import SequenceCounts, document_counts, peak_flops, training_flops
+from repwam_core.training.losses import equal_chunks
+
+
+class StepBanner(L.Callback):
+    """Logs the cost of packed training steps, every `log_every_n_steps` steps.
+
+    `cost/tokens_per_s` over all ranks; `cost/mfu` where the device's peak is known, with recomputation counted once;
+    `cost/memory_gib` at most so far, on a GPU; `cost/waste`, the share of the token budget that holds no token, and
+    `cost/data_wait`, the share of time spent on getting batches.
+    """
+
+    def __init__(self) -> None:
+        self._start_s = self._waited_s = 0.0
+        self._tokens = self._budget = self._flops = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        """Start the clock."""
+        self._restart(trainer)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: Any,
+        outputs: Any,  # noqa: ARG002
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Count a step; report and begin anew when it is time."""
+        if not isinstance(batch, PackedBatch):
+            return
+        self._tokens += batch.tokens
+        self._budget += batch.token_budget
+        self._flops += batch_flops(pl_module, batch)
+        if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            pl_module.log_dict(self.report(trainer))
+            self._restart(trainer)
+
+    def report(self, trainer: L.Trainer) -> dict[str, float]:
+        """The costs since the last report."""
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize()
+        spent_s = max(time.perf_counter() - self._start_s, 1e-9)
+        rows = {
+            "cost/tokens_per_s": trainer.world_size * self._tokens / spent_s,
+            "cost/waste": 1 - self._tokens / self._budget,
+            "cost/data_wait": (_waited_s(trainer) - self._waited_s) / spent_s,
+        }
+        if trainer.strategy.root_device.type == "cuda":
+            rows["cost/memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            if (peak := peak_flops(torch.cuda.get_device_name())) is not None:
+                rows["cost/mfu"] = self._flops / spent_s / peak
+        return rows
+
+    def _restart(self, trainer: L.Trainer) -> None:
+        self._start_s, self._waited_s = time.perf_counter(), _waited_s(trainer)
+        self._tokens = self._budget = self._flops = 0.0
+
+
+def _waited_s(trainer: L.Trainer) -> float:
+    """Seconds that the loader has spent on handing out batches."""
+    loader = trainer.train_dataloader
+    return loader.waited_s if isinstance(loader, PackedLoader) else 0.0
+
+
+def batch_flops(training: Any, batch: PackedBatch) -> float:
+    """FLOPs of a step on one packed sequence, forward and backward; recomputation does not count."""
+    config = training.wam.config
+    counts = SequenceCounts()
+    for document in batch.documents:
+        segment = document.segment
+        counts += document_counts(
+            config,
+            equal_chunks(segment.valid.shape[1], training.chunk_size(batch)),
+            segment.latents.shape[2],
+            segment.actions.shape[2],
+            state=config.has_state(training.space) and segment.state is not None,
+            text=max(item.segment.text.shape[1] for item in batch.documents),
+        )
+    return training_flops(config, [counts], config.space(training.space))

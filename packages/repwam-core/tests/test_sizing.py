@@ -1,0 +1,202 @@
+"""The plan's arithmetic against the model itself: parameters exactly, matrix products exactly, kept bytes by hooks."""
+
+import math
+
+import pytest
+import torch
+from repvitok.optim import build_optimizer, parameter_groups
+from repwam_core.cli import main
+from repwam_core.model.attention import make_attend
+from repwam_core.model.config import ActionSpace, WAMConfig
+from repwam_core.model.inputs import WAMInputs, document_inputs, pack
+from repwam_core.model.masks import dense_mask
+from repwam_core.model.sequence import concat, training_layout
+from repwam_core.model.unread import read_tokens, without_unread
+from repwam_core.model.wam import WorldActionModel
+from repwam_core.sizing import (
+    SequenceCounts,
+    activation_bytes,
+    document_counts,
+    forward_flops,
+    hidden_parameters,
+    parameter_counts,
+    peak_flops,
+    state_bytes,
+)
+from repwam_core.training_plan import PlanRequest, make_plan, tokens_of
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+SPACE = ActionSpace(channels=3, vectors_per_transition=2, state_channels=2)
+CHUNKS = ((2, 2, 1), (1, 1, 1, 1))
+GRID = (1, 4, 4)
+
+
+def config(**changes: object) -> WAMConfig:
+    sizes = {"width": 64, "depth": 3, "heads": 4, "ffn": 160, "action_width": 32, "action_ffn": 96, "window": 2}
+    settings = {**sizes, "text_dim": 16, "latent_dim": 8, "state_token": True, "spaces": {"robot": SPACE}, **changes}
+    return WAMConfig.preset("tiny", **settings)
+
+
+def inputs(config: WAMConfig) -> tuple[WAMInputs, SequenceCounts]:
+    documents, counts = [], SequenceCounts()
+    for chunks in CHUNKS:
+        frames = sum(chunks) + 1
+        state, history = config.has_state("robot"), config.action_history
+        layout = training_layout(frames, chunks, GRID, 2, state=state, action_history=history)
+        documents.append(
+            document_inputs(
+                layout,
+                latents=torch.randn(1, frames, 16, 8),
+                noisy_latents=torch.randn(1, frames - 1, 16, 8),
+                actions=torch.randn(1, frames - 1, 2, 3),
+                noisy_actions=torch.randn(1, frames - 1, 2, 3),
+                states=torch.randn(1, frames, 2),
+                times=torch.rand(1, len(layout.levels)),
+                text=torch.randn(1, 5, 16),
+                text_mask=torch.ones(1, 5, dtype=torch.bool),
+                space="robot",
+            )
+        )
+        counts += document_counts(config, chunks, 16, 2, state=state, text=5)
+    return pack([without_unread(entry, config.coupling) for entry in documents]), counts
+
+
+@pytest.mark.parametrize("coupling", ["joint", "sequential"])
+@pytest.mark.parametrize("history", [True, False])
+@pytest.mark.parametrize("state", [True, False])
+def test_tokens_and_visible_pairs_are_the_layouts(coupling, history, state):
+    model = config(coupling=coupling, action_history=history)
+    layout = concat([training_layout(sum(c) + 1, c, GRID, 2, state=state, action_history=history) for c in CHUNKS])
+    for read in (False, True):
+        part = read_tokens(layout, coupling).layout if read else layout
+        one = [document_counts(model, chunks, 16, 2, state=state, read=read) for chunks in CHUNKS]
+        counts = sum(one, SequenceCounts())
+        assert counts.tokens == len(part)
+        assert counts.levels == len(part.levels)
+        assert counts.pairs == int(dense_mask(part, coupling, model.window).sum())
+
+
+@pytest.mark.parametrize("attention", ["shared", "per_modality"])
+@pytest.mark.parametrize("preset", ["tiny", "1.3b", "5b"])
+def test_parameters_are_the_models(preset, attention):
+    wanted = WAMConfig.preset(preset, attention=attention, state_token=True, spaces={"robot": SPACE})
+    with torch.device("meta"):
+        wam = WorldActionModel(wanted)
+    assert parameter_counts(wanted) == wam.parameter_counts()
+    assert hidden_parameters(wanted) == sum(parameter.numel() for parameter in parameter_groups(wam)[0])
+
+
+def test_bytes_of_the_state_are_those_of_a_step():
+    wanted = config()
+    wam = WorldActionModel(wanted)
+    optimizer = build_optimizer(wam, "muon", newton_schulz_dtype="float32")
+    optimizer.create_states()
+    moments = sum(value.nbytes for state in optimizer.state.values() for value in state.values() if value.ndim)
+    parameters = sum(parameter.nbytes for parameter in wam.parameters())
+    planned = state_bytes(wanted)
+    assert (planned.parameters, planned.gradients, planned.optimizer) == (parameters, parameters, moments)
+
+
+@pytest.mark.parametrize("attention", ["shared", "per_modality"])
+@pytest.mark.parametrize("coupling", ["joint", "sequential"])
+def test_flops_are_those_of_the_matrix_products(attention, coupling):
+    wanted = config(attention=attention, coupling=coupling)
+    wam = WorldActionModel(wanted)
+    packed, counts = inputs(wanted)
+    attend = make_attend(packed.layout, coupling, wanted.window)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        velocities = wam(packed, attend)
+        forward = counter.get_total_flops()
+        (velocities.video.square().mean() + velocities.actions.square().mean()).backward()
+    assert forward == forward_flops(wanted, counts, SPACE)
+    assert counter.get_total_flops() == pytest.approx(3 * forward, rel=0.03)
+
+
+class Kept(torch.autograd.Function):
+    """Keeps what a fused attention keeps: queries, keys, values, outputs, one number per query and head."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = torch.zeros_like(v)
+        ctx.save_for_backward(q, k, v, out, q.new_zeros(q.shape[:3], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, gradient, gradient
+
+
+def kept_bytes(wanted: WAMConfig, bf16: bool) -> int:
+    """Bytes of all distinct storages that a forward pass keeps, without parameters and their casts."""
+    wam = WorldActionModel(wanted)
+    packed, _ = inputs(wanted)
+    own = {parameter.untyped_storage().data_ptr() for parameter in wam.parameters()}
+    shapes = {tuple(p.shape) for p in wam.parameters()} | {tuple(p.T.shape) for p in wam.parameters() if p.ndim == 2}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        cast = tensor.dtype == torch.bfloat16 and tuple(tensor.shape) in shapes
+        if storage.data_ptr() not in own and not cast:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16, bf16):
+        wam(packed, lambda _, q, k, v: Kept.apply(q.to(v.dtype), k.to(v.dtype), v))
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_kept_bytes_are_those_of_the_saved_tensors(bf16):
+    deep, shallow = config(depth=4), config(depth=2)
+    _, counts = inputs(deep)
+    measured = (kept_bytes(deep, bf16) - kept_bytes(shallow, bf16)) / 2
+    assert activation_bytes(config(depth=1), counts, "none", bf16) == pytest.approx(measured, rel=0.01)
+
+
+def test_recomputation_keeps_less():
+    wanted = WAMConfig.preset("1.3b")
+    counts = document_counts(wanted, (2,) * 48, 256, 4, copies=4)
+    none, selective, full = (activation_bytes(wanted, counts, name) for name in ("none", "selective", "full"))
+    assert full < selective < none / 4
+
+
+def test_the_plan_holds_together():
+    request = PlanRequest(preset="5b", gpus=128, tokens=160_000, gpu="h20")
+    plan = make_plan(request)
+    assert plan.parameters["video"] == pytest.approx(5.00e9, rel=0.01)
+    assert 0.9 * 160_000 < plan.counts.tokens <= 160_000
+    assert plan.step_s == pytest.approx(plan.flops * 4 / 3 / (148e12 * 0.4))
+    assert plan.days == pytest.approx(100e9 / (plan.counts.tokens * 128) * plan.step_s / 86400)
+    twice = make_plan(PlanRequest(preset="5b", gpus=256, tokens=160_000, gpu="h20"))
+    assert twice.days == pytest.approx(plan.days / 2)
+    six_flops_per_weight = 6 * 5.0e9 * plan.counts.tokens
+    assert 0.7 < plan.flops / six_flops_per_weight < 2
+
+
+def test_the_command_prints_the_plan(capsys):
+    assert main(["plan", "--preset", "5b", "--gpus", "128", "--tokens", "160k", "--gpu", "h20"]) == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("5b on 128 x h20", "parameters", "GiB", "days", "latents"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--gpu h21", "--gpu: expected one of"),
+        ("--tokens many", "expected a number of tokens"),
+        ("--gpus 10", "--shard-size: expected a divisor of --gpus 10, got 8"),
+        ("--mfu 2", "--mfu: expected a share"),
+        ("--tokens 100", "not even one chunk"),
+    ],
+)
+def test_impossible_plans_are_refused(arguments, message, capsys):
+    assert main(["plan", *arguments.split()]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_numbers_of_tokens():
+    assert [tokens_of(text) for text in ("160000", "160k", "0.2m", "100g")] == [160_000, 160_000, 200_000, 10**11]
+    assert math.isclose(peak_flops("NVIDIA H200") or 0, 989e12)
+    assert peak_flops("Quadro") is None

@@ -1,0 +1,24 @@
+"""One rank of a run of `repwam`: started by `runpy` in a process of its own, with its place in these globals.
+
+`before` is Python that runs first, for tests that break something on purpose.
+"""
+
+import os
+import sys
+
+import torch
+
+place: dict[str, int]
+arguments: list[str]
+before: str
+
+os.environ.update({name: str(value) for name, value in place.items()})
+os.environ.update(
+    {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0", "GLOO_SOCKET_IFNAME": "lo"}
+)
+torch.set_num_threads(1)
+exec(before)
+
+from repwam_core.cli import main  # noqa: E402
+
+sys.exit(main(arguments))

@@ -96,12 +96,13 @@ def flex_block_mask(
     fields = TokenFields(
         *(_padded(values, tokens, name).to(device) for name, values in layout.fields._asdict().items())
     )
-    names = ("kv", "full_kv", "q", "full_q")
-    lists = [_tile_lists(tiles) for tiles in (partial, full, partial.T, full.T)]
+    lists: dict[str, Any] = {}
+    for name, tiles in (("kv", partial), ("full_kv", full), ("q", partial.T), ("full_q", full.T)):
+        number, index = _tile_lists(tiles)
+        lists |= {f"{name}_num_blocks": number.to(device), f"{name}_indices": index.to(device)}
     return BlockMask(
         seq_lengths=(tokens, tokens),
-        **{f"{name}_num_blocks": number.to(device) for name, (number, _) in zip(names, lists, strict=True)},
-        **{f"{name}_indices": index.to(device) for name, (_, index) in zip(names, lists, strict=True)},
+        **lists,
         BLOCK_SIZE=(TILE, TILE),
         mask_mod=_mask_mod(fields, coupling, window),
     )

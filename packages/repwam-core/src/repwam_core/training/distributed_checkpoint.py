@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from repvitok.checkpointing import SHARDED_META, read_checkpoint
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 EMA = "ema"
 
@@ -51,7 +52,7 @@ def save_sharded(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     barrier()
-    dcp.save(_tensors(module, optimizer), checkpoint_id=partial)
+    save(_tensors(module, optimizer), checkpoint_id=partial)
     if is_first:
         plain = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
         groups = [_settings(group) for group in optimizer.param_groups]
@@ -69,7 +70,7 @@ def load_sharded(path: Path, module: Any, optimizer: torch.optim.Optimizer | Non
     plain = read_checkpoint(path)
     tensors = _tensors(module, optimizer, created=True)
     _check_names(path, tensors)
-    dcp.load(tensors, storage_reader=PlainReader(path))
+    load(tensors, storage_reader=PlainReader(path))
     module.ema.updates = plain["ema_updates"]
     if optimizer is not None:
         for group, stored in zip(optimizer.param_groups, plain["optimizer_groups"], strict=True):
@@ -91,7 +92,7 @@ def read_whole(path: str | Path) -> dict[str, Any]:
         for name, entry in stored.items()
         if isinstance(entry, TensorStorageMetadata) and not name.startswith("optimizer.")
     }
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    load(tensors, storage_reader=reader, no_dist=True)
     average = {name.removeprefix(f"{EMA}."): value for name, value in tensors.items() if name.startswith(f"{EMA}.")}
     weights = {name: value for name, value in tensors.items() if not name.startswith(f"{EMA}.")}
     return {**plain, "state_dict": weights, "ema_average": average}

@@ -31,7 +31,8 @@ def pack(message: Mapping[str, Any]) -> bytes:
         ValueError: for an array of objects, complex numbers or records, which have no place in a message.
         TypeError: for any other thing that msgpack cannot hold.
     """
-    return msgpack.packb(dict(message), default=_plain)
+    packed: Any = msgpack.packb(dict(message), default=_plain)
+    return packed
 
 
 def unpack(data: bytes) -> dict[str, Any]:

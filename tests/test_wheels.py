@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -26,11 +27,24 @@ PACKAGES = {
         "repwam_core.WorldActionModel(repwam_core.WAMConfig.preset('tiny'))",
     ),
 }
+UNNEEDED = {
+    "repvitok": ("metaworld", "mujoco", "muon", "timm", "open-clip", "lpips", "transformers", "websockets", "msgpack"),
+    "latent-action": ("metaworld", "mujoco", "muon", "timm", "open-clip", "lpips", "transformers", "websockets"),
+    "repwam-core": ("metaworld", "mujoco", "muon", "timm", "open-clip", "lpips", "websockets", "msgpack"),
+}
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("uv") is None, reason="needs uv to build wheels"),
 ]
+
+
+def _pythons() -> list[str]:
+    """This Python, and 3.12 where one is installed."""
+    found = [path for path in map(shutil.which, ("python3.12",)) if path]
+    found += sorted(map(str, Path.home().glob(".pyenv/versions/3.12.*/bin/python3.12")))
+    runs = [path for path in found if subprocess.run([path, "-c", ""], capture_output=True).returncode == 0]
+    return [sys.executable, *([runs[0]] if runs and sys.version_info < (3, 12) else [])]
 
 
 def _uv(*args: str | Path) -> None:
@@ -48,11 +62,12 @@ def dist(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("python", _pythons(), ids=lambda path: Path(path).name)
 @pytest.mark.parametrize("name", PACKAGES)
-def test_wheel_installs_alone_and_works(name, dist, tmp_path):
+def test_wheel_installs_alone_and_works(name, python, dist, tmp_path):
     command, code = PACKAGES[name]
     environment = tmp_path / "venv"
-    _uv("venv", environment)
+    _uv("venv", "--python", python, environment)
     python = environment / "bin" / "python"
     _uv("pip", "install", "--python", python, "--find-links", dist, name)
     for arguments in ([python, "-c", code], [environment / "bin" / command, "--version"]):
@@ -61,8 +76,9 @@ def test_wheel_installs_alone_and_works(name, dist, tmp_path):
     listed = subprocess.run(
         ["uv", "pip", "list", "--python", str(python)], capture_output=True, text=True, check=True
     ).stdout
-    assert "metaworld" not in listed, "the simulator is an extra"
-    assert "muon" not in listed, "training extras are extras"
+    names = {line.split()[0] for line in listed.splitlines()[2:]}
+    surplus = [installed for installed in names if installed.startswith(UNNEEDED[name])]
+    assert not surplus, "what training, simulating and serving need are extras"
 
 
 def test_sdists_carry_their_tests_and_licence(dist):
@@ -73,3 +89,23 @@ def test_sdists_carry_their_tests_and_licence(dist):
         assert any("/tests/" in member for member in members), name
         assert any(member.endswith("/LICENSE") for member in members), name
         assert any(member.endswith("py.typed") for member in members), name
+
+
+def test_metadata_is_what_the_index_accepts(dist):
+    files = sorted(map(str, [*dist.glob("*.whl"), *dist.glob("*.tar.gz")]))
+    assert len(files) == 6
+    _uv("tool", "run", "twine", "check", "--strict", *files)
+
+
+def test_an_sdist_runs_its_own_tests(dist, tmp_path):
+    """The smallest package's, in an environment that holds it and the packages below it."""
+    (sdist,) = dist.glob("latent_action-*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (root,) = tmp_path.glob("latent_action-*")
+    _uv("venv", "--python", sys.executable, root / ".venv")
+    python = root / ".venv/bin/python"
+    _uv("pip", "install", "--python", python, "--find-links", dist, "--group", f"{root}/pyproject.toml:test", root)
+    command = [python, "-m", "pytest", "--import-mode=importlib", "-q", "-m", "not slow and not sim", "tests"]
+    done = subprocess.run(list(map(str, command)), cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

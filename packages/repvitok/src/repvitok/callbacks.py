@@ -21,10 +21,11 @@ from repvitok.curves import append_curves
 from repvitok.progress import progress
 
 STEPS_BETWEEN_RANK_DECISIONS = 20
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 class TrainingInterrupted(RuntimeError):
-    """Training was asked to stop (Ctrl-C or SIGTERM) and its state is saved."""
+    """Training was asked to stop (Ctrl-C, SIGTERM or SIGUSR1) and its state is saved."""
 
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(message)
@@ -54,11 +55,12 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 class SaveLast(Callback):
-    """Keeps `last.ckpt` in the run's folder current: every few seconds or steps, at the end, and on Ctrl-C or SIGTERM.
+    """Keeps `last.ckpt` in the run's folder current: every few seconds or steps, at the end, and when asked to stop.
 
-    A signal does not tear a step apart: the step under way ends, the state is saved, and `TrainingInterrupted` is
-    raised. A second signal stops at once; the last whole file remains. With several processes the signals are left to
-    Lightning.
+    Ctrl-C, SIGTERM and SIGUSR1 (what Slurm is told to send before it takes a node away) do not tear a step apart: the
+    step under way ends, the state is saved, and `TrainingInterrupted` is raised. Processes that train together agree
+    after each step, so a signal to one of them stops all of them after the same step. A second Ctrl-C or SIGTERM stops
+    at once; the last whole file remains. A long validation is left early by a process that trains alone.
     """
 
     def __init__(
@@ -90,8 +92,8 @@ class SaveLast(Callback):
         """Starts the clock and takes over the signals."""
         self._saved_at_s = time.monotonic()
         self._saved_step = trainer.global_step
-        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
                 self._previous[number] = signal.signal(number, self._on_signal)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
@@ -108,13 +110,15 @@ class SaveLast(Callback):
     ) -> None:
         """Saves when it is time, or because a signal came."""
         self._between_steps = True
+        self._agree_on_signal(trainer)
         if self._signal is not None or self._is_due(trainer):
             self._save(trainer)
         self._stop_if_asked(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         """Lets a signal end a long validation; the training state of its start was or will be resumed from disk."""
-        self._stop_if_asked(trainer)
+        if trainer.world_size == 1:
+            self._stop_if_asked(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Saves the final state."""
@@ -125,15 +129,22 @@ class SaveLast(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: ARG002
         """Saves when somebody ended training between two steps; never the state that led to an error."""
         self._restore_signals()
-        asked = isinstance(exception, (KeyboardInterrupt, SystemExit))
+        asked = isinstance(exception, (KeyboardInterrupt, SystemExit)) and trainer.world_size == 1
         if asked and self._between_steps and trainer.global_step not in (0, self._saved_step):
             self._save(trainer)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
-        if self._signal is not None:
+        if self._signal is not None and number in (signal.SIGINT, signal.SIGTERM):
             self._restore_signals()
             raise KeyboardInterrupt
         self._signal = number
+
+    def _agree_on_signal(self, trainer: Trainer) -> None:
+        """A signal that any process got is everybody's; one small reduction per step."""
+        if trainer.world_size > 1:
+            mine = torch.tensor(self._signal or 0, device=trainer.strategy.root_device)
+            agreed = int(trainer.strategy.reduce(mine, reduce_op="max"))
+            self._signal = agreed or self._signal  # the handler may have run meanwhile
 
     def _stop_if_asked(self, trainer: Trainer) -> None:
         if self._signal is not None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Trainer
@@ -53,7 +54,8 @@ def run_lightning(verb: str, argv: list[str], stage: TrainingStage) -> int:
         stage: what is trained, on which data.
 
     Returns:
-        0, or 143 when SIGTERM ended training after its state was saved.
+        0, or 128 + the number of the signal that ended training after its state was saved: 143 for SIGTERM, 138 for
+        SIGUSR1.
 
     Raises:
         UserError: for a configuration that cannot be parsed or built, and any ValueError of the run.
@@ -151,10 +153,15 @@ class StageCLI(LightningCLI):
             read_checkpoint(wanted, mmap=True)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Builds the trainer with whole checkpoint files, and loss curves unless a logger is configured."""
+        """Builds the trainer with whole checkpoint files, and loss curves unless a logger is configured.
+
+        Under Slurm, Lightning's own requeueing is off: it would save beside `last.ckpt`, from inside a signal handler.
+        """
         configured = self.config_init[self.verb].trainer
         plugins = configured.get("plugins") or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
+        if SLURMEnvironment.detect():
+            kwargs["plugins"].append(SLURMEnvironment(auto_requeue=False))
         if configured.get("logger") is None:
             kwargs["logger"] = CurveLogger(configured.default_root_dir)
         return super().instantiate_trainer(**kwargs)

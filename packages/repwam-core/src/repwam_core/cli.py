@@ -9,6 +9,7 @@ from pathlib import Path
 from repvitok.commands import Command, TrainingStage, run_commands, training_commands
 from repvitok.errors import UserError, run_cli
 
+from repwam_core.policy.serving.command import add_serve_arguments, serve
 from repwam_core.quickstart.arguments import add_quickstart_arguments
 from repwam_core.training_plan import plan_arguments, run_plan
 
@@ -27,12 +28,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = [
         Command("quickstart", "the whole pipeline, to a report", _quickstart, add_quickstart_arguments),
         Command("collect", "expert demonstrations to a LeRobot data set", _collect, _collect_arguments),
+        Command("prepare", "a data set's own columns to named channels", _prepare, _prepare_arguments),
         *training_commands(STAGE),
         Command("stats", "action and state statistics of latent shards", _stats, _stats_arguments),
         Command("export", "a checkpoint to a policy folder, or a model folder", _export, _export_arguments),
         Command("rollout", "a policy in closed loop on unseen seeds", _rollout, _rollout_arguments),
         Command("plan", "what training on so many devices would take", run_plan, plan_arguments),
         Command("openloop", "a policy against recorded episodes", _openloop, _openloop_arguments),
+        Command("serve", "a policy behind a websocket, for robots and openpi's client", serve, add_serve_arguments),
     ]
     return run_commands("repwam", "repwam-core", __doc__ or "", commands, argv)
 
@@ -171,6 +174,19 @@ def _drive(options: argparse.Namespace, seeds: list[int]):
 
 
 # -- data and models ---------------------------------------------------------------------------------------------
+
+
+def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dataset", type=Path, required=True, help="LeRobot data set, v2.1 or v3.0")
+    parser.add_argument("--layout", required=True, help="agibot, robocoin, ... (docs/datasets.md), or a YAML file")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; videos are linked, not copied")
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from repwam_core.data.layout import DatasetLayout, prepare
+
+    robot = prepare(options.dataset, options.out, DatasetLayout.load(options.layout))
+    print(f"{options.out}: {robot.name}, {len(robot.action_channels)} action channels, {robot.rate_hz:g} Hz")
 
 
 def _stats_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,98 @@
+"""The verb `repwam serve`: its options, and a policy folder behind a websocket until it is stopped."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ipaddress
+import logging
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from repvitok.errors import UserError
+
+if TYPE_CHECKING:
+    from repwam_core.policy.policy import Policy
+    from repwam_core.policy.serving.protocol import ServerMetadata
+    from repwam_core.policy.serving.server import PolicyServer
+
+MEBIBYTE = 2**20
+
+
+def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `repwam serve`."""
+    parser.add_argument("--policy", type=Path, required=True, help="policy folder, from `repwam export`")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
+    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="file with the key that clients must send")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
+    parser.add_argument("--execute-frames", type=int, metavar="N", help="latent frames per answer (the policy's)")
+    parser.add_argument("--max-sessions", type=int, default=16, help="clients at a time (default: %(default)s)")
+    parser.add_argument("--max-message-mib", type=int, default=64, help="size of one request (default: %(default)s)")
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Serve until SIGINT or SIGTERM; connections are closed then. Returns 130 and 143."""
+    try:
+        from repwam_core.policy.serving.server import PolicyServer, ServeSettings
+    except ModuleNotFoundError as error:
+        raise UserError(f"serving needs {error.name}: install repwam-core[serve]") from error
+    from repwam_core.policy.parts import PolicyParts
+    from repwam_core.policy.policy import Policy
+
+    settings = ServeSettings(
+        host=options.host,
+        port=options.port,
+        api_key=_api_key(options.api_key_file),
+        max_message_bytes=options.max_message_mib * MEBIBYTE,
+        max_sessions=options.max_sessions,
+    )
+    parts = PolicyParts.load(options.policy, options.device)
+    plan = {} if options.execute_frames is None else {"execute_frames": options.execute_frames}
+    server = PolicyServer(lambda: Policy(parts, **plan), metadata_of(Policy(parts, **plan)), settings)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    if settings.api_key is None and not _is_local(settings.host):
+        logging.getLogger(__name__).warning("listening on %s without an API key: see --api-key-file", settings.host)
+    return 128 + asyncio.run(_serve_until_signal(server))
+
+
+def metadata_of(policy: Policy) -> ServerMetadata:
+    """What clients must know of a policy."""
+    from repwam_core.policy.serving.protocol import ServerMetadata
+
+    manifest, batched = policy.batched.parts.manifest, policy.batched
+    return ServerMetadata(
+        embodiment=policy.embodiment,
+        image_size=manifest.size,
+        frames_per_latent=batched.frames_per_latent,
+        max_frames=batched.frames_per_latent * policy.plan.chunk_frames,
+        policy=manifest.digests["wam"],
+    )
+
+
+async def _serve_until_signal(server: PolicyServer) -> int:
+    """The number of the signal that ended it."""
+    loop = asyncio.get_running_loop()
+    stopped: asyncio.Future[int] = loop.create_future()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, lambda number=number: stopped.done() or stopped.set_result(number))
+    async with server.listening() as port:
+        print(f"serving on ws://{server.settings.host}:{port}", flush=True)
+        return await stopped
+
+
+def _api_key(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    key = path.read_text(encoding="utf-8").strip()
+    if not key:
+        raise UserError(f"{path}: expected an API key on one line, got nothing")
+    return key
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,222 @@
+"""What a client and a server of a policy say to each other, as checked objects and as the maps that are sent.
+
+One websocket connection is one session, with its own episode:
+
+1. The server's first frame is the `ServerMetadata`.
+2. Each binary frame of the client is a `Request`; the server answers it with the next actions, or with
+   `{"reset": True}` where the request held no images.
+3. A mistake is answered by a text frame that says what it was; then the server closes with code 1011.
+
+The connection, the packing of arrays and the handling of errors are openpi's, so openpi's own client works. Its `reset`
+says nothing to the server: a session begins an episode with its first request, and a later one where a request says
+`"reset": True`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from repwam_core.embodiment import Embodiment
+from repwam_core.interface import ActionChunk, Observation
+
+__all__ = ["Request", "ServerMetadata", "chunk_from_message", "chunk_to_message"]
+
+FORMAT = "repwam-serve"
+FORMAT_VERSION = 1
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class ServerMetadata:
+    """What a client must know of the policy behind a server.
+
+    Attributes:
+        embodiment: the robot: action channels with units, state channels, cameras, control rate in Hz.
+        image_size: height and width, in pixels, to which the policy resizes every picture; sending them so costs least.
+        frames_per_latent: a request holds one frame per camera at the start of an episode, later all frames since the
+            last one: a multiple of this number.
+        max_frames: the most frames per camera in one request.
+        policy: identity of the policy's weights.
+    """
+
+    embodiment: Embodiment
+    image_size: tuple[int, int]
+    frames_per_latent: int
+    max_frames: int
+    policy: str
+
+    def to_message(self) -> dict[str, Any]:
+        """The map that is sent."""
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "embodiment": self.embodiment.to_dict(),
+            "image_size": list(self.image_size),
+            "frames_per_latent": self.frames_per_latent,
+            "max_frames": self.max_frames,
+            "policy": self.policy,
+        }
+
+    @classmethod
+    def from_message(cls, message: Mapping[str, Any]) -> ServerMetadata:
+        """Invert `to_message`.
+
+        Raises:
+            ValueError: when it is the metadata of another kind of server or of another version.
+        """
+        found = (message.get("format"), message.get("format_version"))
+        if found != (FORMAT, FORMAT_VERSION):
+            raise ValueError(f"expected the metadata of {FORMAT} version {FORMAT_VERSION}, got {found[0]} {found[1]}")
+        height, width = message["image_size"]
+        return cls(
+            Embodiment.from_dict(message["embodiment"]),
+            (height, width),
+            message["frames_per_latent"],
+            message["max_frames"],
+            message["policy"],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What a client asks.
+
+    Attributes:
+        images: camera -> uint8 `(H, W, 3)` or `(n, H, W, 3)`, every frame since the last request; None only resets.
+        state: `(S,)` or `(n, S)` in the embodiment's units; sent as any float, used as float32.
+        prompt: the instruction; None keeps the one before.
+        time_s: seconds since the episode began.
+        reset: begin a new episode.
+        seed: of the new episode's draws.
+        executed: `(frames, C)` actions carried out since the last request, where they are not those returned.
+    """
+
+    images: Mapping[str, np.ndarray] | None = None
+    state: np.ndarray | None = None
+    prompt: str | None = None
+    time_s: float = 0.0
+    reset: bool = False
+    seed: int = 0
+    executed: np.ndarray | None = None
+
+    def observation(self) -> Observation | None:
+        """What the policy gets; None for a request that only resets.
+
+        Raises:
+            ValueError: for pictures or a state of a wrong dtype or shape.
+        """
+        if self.images is None:
+            return None
+        return Observation(self.images, self.state, self.prompt, self.time_s)
+
+    def to_message(self) -> dict[str, Any]:
+        """The map that is sent: what differs from the default."""
+        message: dict[str, Any] = {}
+        if self.images is not None:
+            message["images"] = dict(self.images)
+        for name in ("state", "prompt", "executed"):
+            if getattr(self, name) is not None:
+                message[name] = getattr(self, name)
+        if self.time_s:
+            message["time_s"] = self.time_s
+        if self.reset:
+            message |= {"reset": True, "seed": self.seed}
+        return message
+
+    @classmethod
+    def from_message(cls, message: Mapping[str, Any]) -> Request:
+        """Invert `to_message`.
+
+        Raises:
+            ValueError: for an unknown key or a value of the wrong kind; the message names it.
+        """
+        unknown = sorted(set(message) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise ValueError(f"expected the keys {sorted(cls.__dataclass_fields__)}, got {unknown} as well")
+        return cls(
+            images=_images(message.get("images")),
+            state=_floats("state", message.get("state")),
+            prompt=_prompt(message.get("prompt")),
+            time_s=_time_s(message.get("time_s", 0.0)),
+            reset=_flag("reset", message.get("reset", False)),
+            seed=_seed(message.get("seed", 0)),
+            executed=_executed(message.get("executed")),
+        )
+
+
+def chunk_to_message(chunk: ActionChunk, timing: Mapping[str, float]) -> dict[str, Any]:
+    """The answer to a request: the actions, what they are, and how long they took on the server."""
+    return {
+        "actions": chunk.actions,
+        "channels": list(chunk.channels),
+        "rate_hz": float(chunk.rate_hz),
+        "server_timing": dict(timing),
+    }
+
+
+def chunk_from_message(message: Mapping[str, Any]) -> ActionChunk:
+    """Invert `chunk_to_message`, but for the timing.
+
+    Raises:
+        ValueError: when it is no answer that holds actions.
+    """
+    missing = sorted({"actions", "channels", "rate_hz"} - set(message))
+    if missing:
+        raise ValueError(f"expected an answer with actions, got one without {missing}")
+    return ActionChunk(message["actions"], tuple(message["channels"]), message["rate_hz"])
+
+
+def _images(value: Any) -> Mapping[str, np.ndarray] | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise ValueError(f"images: expected a map from camera names to pictures, got {type(value).__name__}")
+    for camera, image in value.items():
+        if not isinstance(camera, str) or not isinstance(image, np.ndarray):
+            raise ValueError(f"images: expected an array for camera {camera!r:.40}, got {type(image).__name__}")
+    return value
+
+
+def _floats(name: str, value: Any) -> np.ndarray | None:
+    if value is None:
+        return None
+    if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
+        got = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
+        raise ValueError(f"{name}: expected an array of floats, got {got}")
+    with np.errstate(over="ignore"):  # a number too large for float32 becomes infinite, and that is refused
+        return value.astype(np.float32)
+
+
+def _executed(value: Any) -> np.ndarray | None:
+    actions = _floats("executed", value)
+    if actions is not None and (actions.ndim != 2 or not np.isfinite(actions).all()):
+        raise ValueError(f"executed: expected finite actions (frames, channels), got shape {actions.shape}")
+    return actions
+
+
+def _prompt(value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"prompt: expected the instruction as a string, got {type(value).__name__}")
+    return value
+
+
+def _time_s(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer):
+        raise ValueError(f"time_s: expected seconds as a number, got {type(value).__name__}")
+    return float(value)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name}: expected true or false, got {type(value).__name__}")
+    return bool(value)
+
+
+def _seed(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value <= MAX_SEED:
+        raise ValueError(f"seed: expected a whole number from 0 to {MAX_SEED}, got {value!r:.40}")
+    return int(value)

@@ -1,0 +1,187 @@
+"""A websocket server that gives every connection its own policy state and computes outside of the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
+from http import HTTPStatus
+
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request as HttpRequest
+from websockets.http11 import Response
+
+from repwam_core.policy.serving.protocol import ServerMetadata
+from repwam_core.policy.serving.session import ServablePolicy, Session
+from repwam_core.policy.serving.wire import pack
+
+__all__ = ["PolicyServer", "ServeSettings"]
+
+log = logging.getLogger(__name__)
+
+INTERNAL_ERROR = 1011
+HEALTH_PATH = "/healthz"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """Where to listen, and for whom.
+
+    Attributes:
+        host: address to bind to; only this machine unless told otherwise.
+        port: 0 takes a free one.
+        api_key: what clients must send as `Authorization: Api-Key KEY`; None lets everybody in who reaches the port.
+        max_message_bytes: larger messages end their connection (close code 1009).
+        max_sessions: connections at a time; each holds a policy state, and at worst two messages, in memory.
+        ping_interval_s, ping_timeout_s: a client that does not answer a ping in time has its connection closed.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = field(default=None, repr=False)
+    max_message_bytes: int = 64 * 2**20
+    max_sessions: int = 16
+    ping_interval_s: float = 20.0
+    ping_timeout_s: float = 20.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 2**16:
+            raise ValueError(f"port: expected 0 to 65535, got {self.port}")
+        for name in ("max_message_bytes", "max_sessions", "ping_interval_s", "ping_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        if self.api_key is not None and not (self.api_key and self.api_key.isascii() and self.api_key.isprintable()):
+            raise ValueError("api_key: expected one or more printable ASCII characters")
+
+
+class PolicyServer:
+    """Serves a policy to many clients, one policy state per connection.
+
+    Requests are answered one after the other, in the order in which they came, by a thread beside the event loop:
+    connections are accepted, pings answered and `/healthz` served while a model computes.
+
+    Args:
+        new_policy: makes a policy for one session; policies may share weights, never episode state.
+        metadata: the first frame of every connection.
+        settings: where to listen, and for whom.
+    """
+
+    def __init__(
+        self, new_policy: Callable[[], ServablePolicy], metadata: ServerMetadata, settings: ServeSettings | None = None
+    ) -> None:
+        self.settings = settings or ServeSettings()
+        self._new_policy = new_policy
+        self._hello = pack(metadata.to_message())
+        self._sessions = 0
+        self._worker: ThreadPoolExecutor | None = None
+
+    @asynccontextmanager
+    async def listening(self) -> AsyncIterator[int]:
+        """Accept connections inside the block, which is given the port; close them all when it ends.
+
+        Raises:
+            OSError: when the address cannot be bound.
+        """
+        told = self.settings
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="policy") as self._worker:
+            async with serve(
+                self._connected,
+                told.host,
+                told.port,
+                process_request=self._admit,
+                origins=[None],  # a web page in a browser of this machine is no client
+                compression=None,
+                max_size=told.max_message_bytes,
+                max_queue=1,
+                ping_interval=told.ping_interval_s,
+                ping_timeout=told.ping_timeout_s,
+                close_timeout=told.ping_timeout_s,
+                server_header=None,
+            ) as server:
+                yield next(iter(server.sockets)).getsockname()[1]
+
+    @contextmanager
+    def running(self) -> Iterator[int]:
+        """Serve from a thread while the block runs, which is given the port: for tests and notebooks."""
+        started: Future[tuple[int, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+
+        async def run() -> None:
+            stop = asyncio.Event()
+            async with self.listening() as port:
+                started.set_result((port, asyncio.get_running_loop(), stop))
+                await stop.wait()
+
+        def serve_in_thread() -> None:
+            try:
+                asyncio.run(run())
+            except BaseException as error:
+                if started.done():
+                    raise
+                started.set_exception(error)
+
+        thread = threading.Thread(target=serve_in_thread, daemon=True)
+        thread.start()
+        port, loop, stop = started.result()
+        try:
+            yield port
+        finally:
+            loop.call_soon_threadsafe(stop.set)
+            thread.join()
+
+    async def _admit(self, connection: ServerConnection, request: HttpRequest) -> Response | None:
+        """Answer a health check, turn away who has no key or no room; None lets the connection through."""
+        if request.path == HEALTH_PATH:
+            return connection.respond(HTTPStatus.OK, "ok\n")
+        if not self._has_key(request):
+            return connection.respond(HTTPStatus.UNAUTHORIZED, "expected the header Authorization: Api-Key KEY\n")
+        if self._sessions >= self.settings.max_sessions:
+            return connection.respond(
+                HTTPStatus.SERVICE_UNAVAILABLE, f"all {self.settings.max_sessions} sessions are taken\n"
+            )
+        return None
+
+    def _has_key(self, request: HttpRequest) -> bool:
+        if self.settings.api_key is None:
+            return True
+        given = request.headers.get_all("Authorization")
+        expected = f"Api-Key {self.settings.api_key}"
+        return len(given) == 1 and hmac.compare_digest(given[0].encode(), expected.encode())
+
+    async def _connected(self, connection: ServerConnection) -> None:
+        """One connection, from the metadata to its end; an error of one is no business of the others."""
+        self._sessions += 1
+        who = connection.remote_address
+        try:
+            await connection.send(self._hello)
+            await self._converse(connection)
+        except ConnectionClosed as closed:
+            log.info("client %s is gone: %s", who, closed)
+        except ValueError as error:
+            log.warning("client %s: %s", who, error)
+            await _refuse(connection, " ".join(str(error).split()))
+        except Exception as error:
+            log.exception("client %s: the policy failed", who)
+            await _refuse(connection, f"the policy failed with {type(error).__name__}; the server's log says where")
+        finally:
+            self._sessions -= 1
+
+    async def _converse(self, connection: ServerConnection) -> None:
+        loop, worker = asyncio.get_running_loop(), self._worker
+        session = Session(await loop.run_in_executor(worker, self._new_policy))
+        async for data in connection:
+            if not isinstance(data, bytes):
+                raise ValueError("expected a binary frame with a msgpack message, got a text frame")
+            await connection.send(await loop.run_in_executor(worker, session.answer, data))
+
+
+async def _refuse(connection: ServerConnection, message: str) -> None:
+    """Say what was wrong in a text frame, then close."""
+    with suppress(ConnectionClosed):
+        await connection.send(message)
+        await connection.close(INTERNAL_ERROR, "the reason is in the text frame before")

@@ -248,7 +248,8 @@ class ExpertLayer(nn.Module):
         if not x.shape[1]:
             return x
         x = add_gated(x, modulation.gate, update)
-        x = x + self.cross(layer, self.cross_norm(x), context)
+        scale, shift = self.cross_norm.weight.to(x.dtype), self.cross_norm.bias.to(x.dtype)
+        x = x + self.cross(layer, layer_norm(x, x.shape[-1:], scale, shift, EPSILON), context)
         return self.feed_forward(x, modulation)
 
     def feed_forward(self, x: Stream, modulation: Modulation) -> Stream:

@@ -77,7 +77,7 @@ def _wam(config, space):
 def test_world_action_models(overlay):
     config = _parse(REPWAM, "3_repwam", overlay, "--data.latents=x")
     wam = _wam(config, ActionSpace(channels=4, vectors_per_transition=1, state_channels=0))
-    expected = {"1.3b": (1.27e9, 1.33e9), "5b": (4.9e9, 5.1e9), "tiny": (0.3e6, 5e6)}[config.model.preset]
+    expected = {"1.3b": (1.27e9, 1.33e9), "5b": (4.9e9, 5.1e9), "tiny": (0.3e6, 60e6)}[config.model.preset]
     counts = wam.parameter_counts()
     assert expected[0] < counts["video"] < expected[1], counts
     assert _count(wam) == sum(counts.values())
@@ -85,7 +85,7 @@ def test_world_action_models(overlay):
 
 @pytest.mark.parametrize("overlay", list(LAYOUTS))
 def test_adaptation_recipes_name_the_units_of_their_layouts(overlay):
-    config = _parse(REPWAM, "3_repwam", overlay, "--data.latents=x")
+    config = _parse(REPWAM, "3_repwam", overlay, "--data.seed=0")
     robot = DatasetLayout.load(LAYOUTS[overlay]).robot(30.0)
     assert tuple(config.data.action_units) == robot.action_units
     assert LAYOUTS[overlay] in str(config.data.latents)

@@ -48,7 +48,7 @@ def test_controls_train_every_arm_and_stand_in_the_report(tmp_path):
     for control in CONTROLS:
         assert f"Trained {control.replace('untrained', 'on the latents of an untrained')}" in page
     (scratch,) = out.glob("no-latent-actions-adapt-*/stage.json")
-    assert json.loads(scratch.read_text())["settings"]["steps"] == 5  # 2 of pretraining and 3 of adaptation
+    assert json.loads(scratch.read_text())["settings"]["steps"] == 7  # 2 of pretraining and 5 of adaptation
 
 
 @pytest.mark.slow

@@ -44,8 +44,8 @@ def _recipes():
 
 def _bases(path: Path) -> list[Path]:
     """What an overlay is laid over: as its first comment says, base.yaml unless another recipe is named there."""
-    names = {"finetune.yaml": ["base.yaml", "adapt.yaml"], "mt50.yaml": ["mt50_pretrain.yaml"]}
-    return [path.parent / name for name in names.get(path.name, ["base.yaml"])]
+    names = {"3_repwam/finetune.yaml": ["base.yaml", "adapt.yaml"], "3_repwam/mt50.yaml": ["mt50_pretrain.yaml"]}
+    return [path.parent / name for name in names.get(f"{path.parent.name}/{path.name}", ["base.yaml"])]
 
 
 def _is_whole(path: Path) -> bool:
@@ -142,6 +142,7 @@ def test_quickstart_recipes_run_two_steps_one_after_the_other(tmp_path, shared_v
     training.adapt(
         tmp_path / "ad",
         **later,
+        steps=2,
         latents=labelled,
         pretrained=tmp_path / "pre" / "wam",
         tokenizer=tokenizer,

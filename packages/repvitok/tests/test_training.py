@@ -295,11 +295,11 @@ def test_training_clips_do_not_depend_on_workers(videos):
 def test_held_out_videos_are_never_trained_on(videos):
     module = data(videos)
     module.setup("fit")
-    assert module._train is not None
+    (train,) = module._train
     assert module._val is not None
     names = lambda set_: {s.describe(v) for s in set_.sources for v in range(len(s))}  # noqa: E731
     assert len(names(module._val)) == 1
-    assert not names(module._train) & names(module._val)
+    assert not names(train) & names(module._val)
 
 
 def test_curves_keep_the_later_of_two_values_and_skip_a_cut_line(tmp_path):

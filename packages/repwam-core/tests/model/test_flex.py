@@ -85,13 +85,16 @@ def test_flex_equals_dense_and_compiles_once_for_a_bucket():
     compiled_flex.cache_clear()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+    graphs = []
     with torch.no_grad():
         for layout, coupling in itertools.product(layouts, ["joint"]):
             q, k, v = (torch.randn(1, 2, len(layout), 16) for _ in range(3))
             flex = FlexAttend.of(layout, coupling, 2)(0, q, k, v)
             dense = make_attend(layout, coupling, 2, "dense")(0, q, k, v)
             torch.testing.assert_close(flex, dense, atol=1e-5, rtol=1e-5)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0
+    assert graphs[1] == graphs[0], "the second layout of the same bucket compiled again"
 
 
 @pytest.mark.gpu

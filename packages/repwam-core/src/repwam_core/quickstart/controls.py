@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from repwam_core.quickstart import closed_loop
-from repwam_core.quickstart.chain import Run, Trained, adapt, train_on_latents, train_world_model
+from repwam_core.quickstart.chain import Run, Trained, adapt, recipe, train_on_latents, train_world_model
 from repwam_core.quickstart.stages import StageResult
 
-FROM_SCRATCH = ("--model.wam={coupling: joint, window: 1, action_history: false, state_token: true}",)
-"""The architecture that the adaptation's recipe takes over from a pretrained model."""
 NO_VIDEO = ("--model.loss.video_noise_prob=1.0",)
 """The video is pure noise, and unlearned, in every sample."""
 
@@ -42,7 +43,9 @@ def run_controls(this: Run, trained: Trained) -> dict[str, StageResult]:
 
 def _without_latent_actions(this: Run, trained: Trained) -> StageResult:
     steps = this.plan.steps.pretrain + this.plan.steps.adapt
-    return adapt(this, trained.prepared, None, steps=steps, prefix="no-latent-actions-", overrides=FROM_SCRATCH)
+    architecture = yaml.safe_load(recipe("pretrain.yaml"))["model"]["wam"]  # otherwise the pretrained model's
+    overrides = (f"--model.wam={json.dumps(architecture)}",)
+    return adapt(this, trained.prepared, None, steps=steps, prefix="no-latent-actions-", overrides=overrides)
 
 
 def _untrained_tokenizer(this: Run, trained: Trained) -> Trained:

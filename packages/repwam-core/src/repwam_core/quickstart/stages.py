@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import sys
 import time
@@ -20,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from repvitok.data.atomic import write_json_atomic
 from repvitok.errors import UserError, require_disk_space
 
 _MARKER = "quickstart.json"
@@ -64,16 +64,6 @@ def folder_digest(folder: Path) -> str:
         if "meta" in path.relative_to(folder).parts:
             digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def write_json_atomic(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the whole new one, also after a crash."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 class StageRunner:

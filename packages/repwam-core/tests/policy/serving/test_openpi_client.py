@@ -93,4 +93,5 @@ def test_a_real_policy_acts_over_the_wire_as_it_does_alone(openpi, world):
             picture[..., 1] = number
             state = np.full((*shape[:-3], 2), 0.1 * client, np.float32)
             expected = alone.act(Observation(dict.fromkeys(CAMERAS, picture), state)).actions
-            np.testing.assert_array_equal(np.array(actions, np.float32), expected)
+            # Threads of the server may sum in another order.
+            np.testing.assert_allclose(np.array(actions, np.float32), expected, rtol=1e-4, atol=1e-5)

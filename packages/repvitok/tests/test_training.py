@@ -105,19 +105,22 @@ def test_it_learns_and_exports_its_average(videos, tmp_path):
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_and_resumed_equals_straight(videos, tmp_path, signal_number):
     straight = module()
-    trainer(tmp_path / "straight", 6).fit(straight, data(videos))
+    trainer(tmp_path / "straight", 6, log_every_n_steps=1).fit(straight, data(videos))
     handler = signal.getsignal(signal_number)
 
     stopper = At(2, lambda: os.kill(os.getpid(), signal_number))
     with pytest.raises(TrainingInterrupted, match="at step 3"):
-        trainer(tmp_path / "stopped", 6, SaveLast(), stopper).fit(module(), data(videos))
+        trainer(tmp_path / "stopped", 6, SaveLast(), stopper, log_every_n_steps=1).fit(module(), data(videos))
     assert signal.getsignal(signal_number) is handler
 
     resumed = module()
     torch.manual_seed(99)
     ckpt = str(tmp_path / "stopped" / "last.ckpt")
-    trainer(tmp_path / "stopped", 6).fit(resumed, data(videos), ckpt_path=ckpt, weights_only=True)
+    trainer(tmp_path / "stopped", 6, log_every_n_steps=1).fit(resumed, data(videos), ckpt_path=ckpt, weights_only=True)
     assert resumed.global_step == 6
+    whole, mended = read_curves(tmp_path / "straight"), read_curves(tmp_path / "stopped")
+    for name in (name for name in whole if name.startswith("train/")):
+        assert mended[name].tolist() == whole[name].tolist(), name
     for name, value in straight.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
     for name, value in straight.ema.average.items():

@@ -82,6 +82,7 @@ class SaveLast(Callback):
         self._saved_step = -1
         self._between_steps = True
         self._signal: int | None = None
+        self._stopping = False
         self._previous: dict[int, Any] = {}
 
     def path(self, trainer: Trainer) -> Path:
@@ -97,7 +98,9 @@ class SaveLast(Callback):
                 self._previous[number] = signal.signal(number, self._on_signal)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
-        """Notes that a step is under way."""
+        """Ends training when that was agreed, now that the last step's metrics are logged; else notes a step under way."""
+        if self._stopping:
+            self._stop_if_asked(trainer)
         self._between_steps = False
 
     def on_train_batch_end(
@@ -113,7 +116,7 @@ class SaveLast(Callback):
         self._agree_on_signal(trainer)
         if self._signal is not None or self._is_due(trainer):
             self._save(trainer)
-        self._stop_if_asked(trainer)
+        self._stopping = self._signal is not None
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         """Lets a signal end a long validation; the training state of its start was or will be resumed from disk."""

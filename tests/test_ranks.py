@@ -1,4 +1,4 @@
-"""Several ranks on this machine, started as a user starts them: the paper's recipe, the sharding overlay, the tiny one."""
+"""Several ranks on this machine, started as a user starts them: the paper's recipe and two overlays."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ def _fit(latents, out, devices, *overrides):
 
 @pytest.mark.slow
 def test_two_and_four_ranks_of_the_papers_recipe_learn_the_same(noise_latents, tmp_path):
-    """Two ranks that gather two sequences a step, and four, sharded by two and replicated; two go on where four ended."""
+    """Two ranks that gather two sequences a step, and four, sharded by two; two go on where four ended."""
     two, four = tmp_path / "two", tmp_path / "four"
     steps = f"--trainer.max_steps={STEPS}"
     _fit(noise_latents, two, 2, steps, "--trainer.accumulate_grad_batches=2")

@@ -3,7 +3,6 @@
 Runs where Slurm is installed (Debian: apt-get install slurm-wlm munge) and the tests run as root; skipped elsewhere.
 """
 
-import json
 import os
 import re
 import shutil

@@ -74,6 +74,36 @@ def test_episodes_come_back_in_order_and_at_random(tmp_path):
     shards.verify()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_mapped_arrays_are_those_on_disk_and_are_read_only(tmp_path, dtype):
+    episodes = [episode(number, frames=3 + number) for number in range(5)]
+    write(tmp_path / "latents", episodes, shard_bytes=6000, dtype=dtype)
+    shards = LatentShards(tmp_path / "latents")
+    assert len(shards.paths) > 1
+    for number in (4, 0, 2):
+        mapped, read = shards.mapped(number), shards[number]
+        assert set(mapped) == set(ARRAYS)
+        assert mapped["latents"].dtype == dtype
+        for name in ARRAYS:
+            np.testing.assert_array_equal(mapped[name].astype(np.float32), getattr(read, name))
+        with pytest.raises(ValueError, match="read-only"):
+            mapped["latents"][0] = 0
+
+
+def test_what_the_episodes_are_is_known_without_a_shard(tmp_path):
+    episodes = [episode(number, frames=3 + number) for number in range(3)]
+    write(tmp_path / "latents", episodes)
+    shards = LatentShards(tmp_path / "latents")
+    shards.paths[0].unlink()
+    assert shards.infos == [item.info for item in episodes]
+    write(tmp_path / "older", episodes)
+    document = json.loads((tmp_path / "older/meta.json").read_text())
+    for shard in document["shards"]:
+        del shard["episodes"]  # as folders of before this list
+    (tmp_path / "older/meta.json").write_text(json.dumps(document))
+    assert LatentShards(tmp_path / "older").infos == shards.infos
+
+
 def test_statistics_are_those_of_everything_written(tmp_path):
     episodes = [episode(number, frames=2 + number) for number in range(5)]
     meta = write(tmp_path, episodes, shard_bytes=5000)

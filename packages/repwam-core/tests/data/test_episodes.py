@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from repvitok.data import LatentShards, LatentShardWriter
+from repwam_core.data.episode_arrays import MappedEpisodes, StackedEpisodes, count_statistics
 from repwam_core.data.episodes import EpisodeStore, SegmentSampler, text_cache
 
 
@@ -21,7 +22,7 @@ def store(shards):
 
 
 def test_latents_are_standardised_by_the_shards_moments(store):
-    flat = store.latents.reshape(-1, store.latents.shape[-1])
+    flat = store.arrays.latents.reshape(-1, 8)
     torch.testing.assert_close(flat.mean(0), torch.zeros(8), atol=1e-3, rtol=0)
     torch.testing.assert_close(flat.std(0), torch.ones(8), atol=1e-2, rtol=0)
 
@@ -78,7 +79,7 @@ def test_evaluation_rows_cover_every_transition(store):
 
 def test_latent_actions_are_standardised(shards):
     store = EpisodeStore(shards, space="latent")
-    assert store.actions.shape[1:] == (1, 4)
+    assert store.arrays.actions.shape[1:] == (1, 4)
     episodes = [store.batch(np.array([i]), np.array([0]), int(n) - 1) for i, n in enumerate(store.lengths)]
     actions = torch.cat([batch.actions[0, :, 0] for batch in episodes])
     torch.testing.assert_close(actions.mean(0), torch.zeros(4), atol=1e-5, rtol=0)
@@ -133,3 +134,44 @@ def test_a_batch_is_quick(store):
     for step in range(50):
         sampler.batch(range(8 * step, 8 * step + 8))
     assert (time.perf_counter() - start_s) / 50 < 0.01
+
+
+@pytest.mark.parametrize("space", ["robot", "latent"])
+def test_episodes_left_on_disk_give_the_same_batches(shards, space):
+    """To the last bit, the padding of short episodes and a wider layout included."""
+    shared = {"space": space, "held_out": 0.2}
+    own = EpisodeStore(shards, **shared).action_channels
+    shared |= (
+        {"layout": ("before", *own), "state_layout": ("absent", "px", "py", "constant")} if space == "robot" else {}
+    )
+    memory, disk = EpisodeStore(shards, **shared), EpisodeStore(shards, **shared, memory_limit_gb=0)
+    assert isinstance(memory.arrays, StackedEpisodes)
+    assert isinstance(disk.arrays, MappedEpisodes)
+    assert disk.vectors_per_transition == memory.vectors_per_transition
+    rows = np.array([SegmentSampler(memory, 9, seed=1).draw(index) for index in range(12)])
+    expected, found = (store.batch(rows[:, 0], rows[:, 1], 9) for store in (memory, disk))
+    assert not expected.valid.all()
+    for name, value in vars(expected).items():
+        same = torch.equal(value, getattr(found, name)) if torch.is_tensor(value) else value == getattr(found, name)
+        assert same, name
+
+
+def test_statistics_of_many_episodes_are_counted_on_some_of_them(shards):
+    source = LatentShards(shards)
+    everything = count_statistics(source, range(len(source)), "robot")
+    assert count_statistics(source, range(len(source)), "robot", most=10**6) == everything
+    fewer = count_statistics(source, range(len(source)), "robot", most=20)
+    assert 0 < fewer.actions.count < everything.actions.count / 2
+
+
+def test_an_episode_without_the_actions_asked_for_is_named(tmp_path, shards):
+    source = LatentShards(shards)
+    meta = dataclasses.replace(source.meta, latent_action_mean=None, latent_action_std=None)
+    with LatentShardWriter(tmp_path / "some", meta) as writer:
+        for number, episode in enumerate(source):
+            writer.add(dataclasses.replace(episode, latent_actions=None) if number == 2 else episode)
+    for limit in (0.0, 8.0):
+        with pytest.raises(
+            ValueError, match=f"episode {source.keys[2]} has no latent actions; run `latent-action label"
+        ):
+            EpisodeStore(tmp_path / "some", space="latent", memory_limit_gb=limit)

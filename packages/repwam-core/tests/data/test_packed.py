@@ -91,6 +91,12 @@ def test_ranks_take_turns_and_a_restored_loader_goes_on_also_with_other_ranks(mi
     assert stopped.waited_s > 0
 
 
+def test_an_epoch_left_early_loses_no_sequence_that_was_read_ahead(mixture):
+    early = loader(mixture)
+    first = [batch.index for _, batch in zip(range(2), early, strict=False)]
+    assert [*first, *(batch.index for batch in early)] == [0, 1, 2, 3, 4, 5]
+
+
 def test_data_sets_that_do_not_go_together_are_refused(folders, tmp_path, write_shards):
     other = write_shards(tmp_path / "other", episodes=3, digest="1" * 64)
     with pytest.raises(ValueError, match="the tokenizer of the latents to be the same"):

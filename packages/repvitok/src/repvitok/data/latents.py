@@ -11,6 +11,25 @@ import numpy as np
 from jaxtyping import Float
 
 
+@dataclass(frozen=True)
+class EpisodeInfo:
+    """What a folder of latents says of an episode without its arrays; see `LatentEpisode`.
+
+    Attributes:
+        key: name of the sample.
+        episode_index: index of the episode in the data set the latents were made from.
+        offset: the first raw frame used.
+        task: the instruction, in words.
+        frames: its latent frames.
+    """
+
+    key: str
+    episode_index: int
+    offset: int
+    task: str
+    frames: int
+
+
 @dataclass(frozen=True, eq=False)
 class LatentEpisode:
     """One episode (or one tubelet offset of it) as latents, with what the robot felt and did.
@@ -38,6 +57,11 @@ class LatentEpisode:
     state: Float[np.ndarray, "_ s"] | None = None
     actions: Float[np.ndarray, "_ a c"] | None = None
     latent_actions: Float[np.ndarray, "_ l"] | None = None
+
+    @property
+    def info(self) -> EpisodeInfo:
+        """The episode without its arrays."""
+        return EpisodeInfo(self.key, self.episode_index, self.offset, self.task, len(self.latents))
 
     def __post_init__(self) -> None:
         if not self.key or "." in self.key or "/" in self.key:

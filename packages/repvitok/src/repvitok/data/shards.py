@@ -9,6 +9,7 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,10 +17,12 @@ from typing import Any
 import numpy as np
 
 from repvitok.data.atomic import partial_path, replace_durably, write_json_atomic
-from repvitok.data.latents import ChannelStatistics, LatentEpisode, LatentMeta
+from repvitok.data.last_used import LastUsed
+from repvitok.data.latents import ChannelStatistics, EpisodeInfo, LatentEpisode, LatentMeta
 
 __all__ = [
     "ChannelStatistics",
+    "EpisodeInfo",
     "LatentEpisode",
     "LatentMeta",
     "LatentShardWriter",
@@ -32,6 +35,9 @@ __all__ = [
 
 FORMAT = "repvitok-latents"
 FORMAT_VERSION = 1
+OPEN_SHARDS = 256
+"""Tars whose members are remembered and which stay mapped; a map costs address space, no memory."""
+NPY_HEADER_BYTES = 1024
 _ARRAYS = ("latents", "state", "actions", "latent_actions")
 
 
@@ -67,7 +73,7 @@ class LatentShardWriter:
         self._provenance = dict(provenance or {})
         self._statistics, self._latent_actions = ChannelStatistics(), ChannelStatistics()
         self._shards: list[dict[str, Any]] = []
-        self._open: tuple[tarfile.TarFile, Path, list[str]] | None = None
+        self._open: tuple[tarfile.TarFile, Path, list[EpisodeInfo]] | None = None
         self._keys: set[str] = set()
         self._closed = False
         if (self.root / "meta.json").exists():
@@ -85,9 +91,9 @@ class LatentShardWriter:
         self._statistics.add(stored)
         if episode.latent_actions is not None and len(episode.latent_actions):
             self._latent_actions.add(episode.latent_actions)
-        tar, _, keys = self._open or self._start_shard()
+        tar, _, held = self._open or self._start_shard()
         add_episode_to_tar(tar, dataclasses.replace(episode, latents=stored))
-        keys.append(episode.key)
+        held.append(episode.info)
         if tar.fileobj is not None and tar.fileobj.tell() >= self._shard_bytes:
             self._finish_shard()
 
@@ -137,7 +143,7 @@ class LatentShardWriter:
             raise ValueError(f"{episode.key}: an episode with this key was already written to {self.root}")
         self._keys.add(episode.key)
 
-    def _start_shard(self) -> tuple[tarfile.TarFile, Path, list[str]]:
+    def _start_shard(self) -> tuple[tarfile.TarFile, Path, list[EpisodeInfo]]:
         path = self.root / f"latents-{len(self._shards):06d}.tar"
         tar = tarfile.open(partial_path(path), "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 - open across calls
         self._open = (tar, path, [])
@@ -145,11 +151,13 @@ class LatentShardWriter:
 
     def _finish_shard(self) -> None:
         assert self._open is not None
-        tar, path, keys = self._open
+        tar, path, held = self._open
         tar.close()
         self._open = None
         replace_durably(partial_path(path), path)
-        self._shards.append({"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path), "keys": keys})
+        described = [dataclasses.asdict(info) for info in held]
+        entry = {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
+        self._shards.append({**entry, "keys": [info.key for info in held], "episodes": described})
 
 
 class LatentShards(Sequence[LatentEpisode]):
@@ -180,7 +188,8 @@ class LatentShards(Sequence[LatentEpisode]):
         for shard in self._shards:
             self._check_shard(shard)
         self._where = [(number, key) for number, shard in enumerate(self._shards) for key in shard["keys"]]
-        self._members: dict[int, dict[str, tuple[int, int]]] = {}
+        self._ranges: LastUsed[int, dict[str, tuple[int, int]]] = LastUsed(OPEN_SHARDS)
+        self._maps: LastUsed[int, np.memmap] = LastUsed(OPEN_SHARDS)
 
     @property
     def keys(self) -> list[str]:
@@ -194,7 +203,7 @@ class LatentShards(Sequence[LatentEpisode]):
 
     @property
     def entries(self) -> list[dict[str, Any]]:
-        """What meta.json says of each tar: name, bytes, sha256, keys."""
+        """What meta.json says of each tar: name, bytes, sha256, keys, episodes."""
         return [dict(shard) for shard in self._shards]
 
     @property
@@ -207,12 +216,34 @@ class LatentShards(Sequence[LatentEpisode]):
     def __len__(self) -> int:
         return len(self._where)
 
+    @cached_property
+    def infos(self) -> list[EpisodeInfo]:
+        """What meta.json says of each episode, in order; no tar is opened, unless it is older than this list."""
+        if all("episodes" in shard for shard in self._shards):
+            return [EpisodeInfo(**values) for shard in self._shards for values in shard["episodes"]]
+        return [episode.info for episode in self]
+
     def __getitem__(self, index: int) -> LatentEpisode:  # type: ignore[override]  # no slices
         number, key = self._where[index]
-        path = self.root / self._shards[number]["name"]
-        if number not in self._members:
-            self._members[number] = _member_ranges(path)
-        return _read_episode(path, key, self._members[number])
+        return _read_episode(self._path(number), key, self._ranges_of(number))
+
+    def mapped(self, index: int) -> dict[str, np.ndarray]:
+        """The arrays of an episode as they lie on disk, read-only: only what is sliced out of them is read.
+
+        Returns:
+            name of an array of `LatentEpisode` -> memory map, in the type it is stored in. Valid as long as it is held.
+        """
+        number, key = self._where[index]
+        tar = self._maps.get_or_make(number, lambda: np.memmap(self._path(number), np.uint8, "r"))
+        ranges = self._ranges_of(number)
+        found = {name: ranges[f"{key}.{name}.npy"] for name in _ARRAYS if f"{key}.{name}.npy" in ranges}
+        return {name: _array_at(tar[start : start + length]) for name, (start, length) in found.items()}
+
+    def _path(self, number: int) -> Path:
+        return self.root / self._shards[number]["name"]
+
+    def _ranges_of(self, number: int) -> dict[str, tuple[int, int]]:
+        return self._ranges.get_or_make(number, lambda: _member_ranges(self._path(number)))
 
     def __iter__(self) -> Iterator[LatentEpisode]:
         return (self[index] for index in range(len(self)))
@@ -318,6 +349,15 @@ def _member_ranges(path: Path) -> dict[str, tuple[int, int]]:
     """Member name -> (first byte, length) of an uncompressed tar."""
     with tarfile.open(path, "r:") as tar:
         return {member.name: (member.offset_data, member.size) for member in tar}
+
+
+def _array_at(member: np.ndarray) -> np.ndarray:
+    """The array of an npy member, over the member's own bytes."""
+    header = io.BytesIO(member[:NPY_HEADER_BYTES].tobytes())
+    if np.lib.format.read_magic(header) != (1, 0):
+        raise ValueError("expected an array in version 1.0 of the npy format; encode the data set again")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(header)
+    return member[header.tell() :].view(dtype).reshape(shape)
 
 
 def _read_episode(path: Path, key: str, members: dict[str, tuple[int, int]]) -> LatentEpisode:

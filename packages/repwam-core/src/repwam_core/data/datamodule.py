@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 
-from repwam_core.data.episodes import EpisodeStore, SegmentBatch, SegmentSampler
+from repwam_core.data.episodes import MEMORY_LIMIT_GB, EpisodeStore, SegmentBatch, SegmentSampler
 from repwam_core.data.mixture import DataSetSettings, Mixture
 from repwam_core.data.packed import PackedLoader, make_packer
 from repwam_core.data.packing import PackingSettings
@@ -95,6 +95,8 @@ class WAMDataModule(L.LightningDataModule):
         packing: pack whole episodes into sequences of a token budget, one sequence per step and rank, in place of
             segments of `transitions` transitions; `transitions` and `batch_size` are then validation's alone.
         data_sets: several data sets in one packed run, in place of `latents` and what belongs to it.
+        memory_limit_gb: latents of a data set that take more than this in memory stay on disk, and only what a batch
+            holds is read, through the page cache that the ranks of a node share. 0 leaves all on disk.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class WAMDataModule(L.LightningDataModule):
         action_kind: ActionKind = "absolute",
         packing: PackingSettings | None = None,
         data_sets: list[DataSetSettings] | None = None,
+        memory_limit_gb: float | int = MEMORY_LIMIT_GB,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -131,6 +134,7 @@ class WAMDataModule(L.LightningDataModule):
         self.seed, self.held_out, self.val_segments = seed, held_out, val_segments
         self.text_encoder, self.steps_per_epoch = text_encoder, steps_per_epoch
         self.tokenizer_digest, self.packing = tokenizer_digest, packing
+        self.memory_limit_gb = memory_limit_gb
         self.data_sets = data_sets or [
             DataSetSettings(
                 latents=latents or "", statistics=statistics, action_units=action_units, action_kind=action_kind
@@ -148,6 +152,7 @@ class WAMDataModule(L.LightningDataModule):
                 text_encoder=self.text_encoder,
                 held_out=self.held_out,
                 tokenizer_digest=self.tokenizer_digest,
+                memory_limit_gb=self.memory_limit_gb,
             )
         return self._mixture
 

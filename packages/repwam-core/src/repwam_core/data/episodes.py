@@ -1,7 +1,6 @@
-"""Episodes in memory: standardised latents, scaled actions and embedded instructions, cut into training segments.
+"""Episodes to train on: standardised latents, scaled actions and embedded instructions, cut into segments.
 
-A segment is `F` consecutive transitions, so `F + 1` latent frames, of one episode. Everything is stacked once when the
-store is made; drawing a batch is indexing alone.
+A segment is `F` consecutive transitions, so `F + 1` latent frames, of one episode.
 """
 
 from __future__ import annotations
@@ -14,13 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from repvitok.data import LatentEpisode, LatentMeta, LatentShards
+from repvitok.data import LatentMeta, LatentShards
 from repvitok.data.split import split_episodes
 from torch import Tensor
 
-from repwam_core.embodiment import ActionKind, ActionStatistics, StateStatistics, Statistics
-from repwam_core.model.config import LATENT_SPACE
+from repwam_core.data.episode_arrays import EpisodeArrays, MappedEpisodes, Scaling, StackedEpisodes, count_statistics
+from repwam_core.embodiment import ActionKind, Statistics
 from repwam_core.text import EMBEDDED, TextEncoder
+
+MEMORY_LIMIT_GB = 8.0
+"""Latents that take more than this in memory stay on disk."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,10 @@ class EpisodeStore:
         layout: action channels to place the episodes' own among, by name; theirs alone when None.
         state_layout: the same for the numbers of the state.
         number: of this data set in the run, see `SegmentBatch.data_set`.
+        memory_limit_gb: latents that take more than this in memory are read from disk as they are needed.
+
+    Raises:
+        ValueError: no episodes, episodes of a single latent frame, or without the actions of `space`.
     """
 
     def __init__(
@@ -96,32 +102,37 @@ class EpisodeStore:
         layout: Sequence[str] | None = None,
         state_layout: Sequence[str] | None = None,
         number: int = 0,
+        memory_limit_gb: float | int = MEMORY_LIMIT_GB,
     ) -> None:
         self.shards = shards if isinstance(shards, LatentShards) else LatentShards(shards, expect_digest=expect_digest)
         self.meta: LatentMeta = self.shards.meta
         self.space, self.text_encoder, self.number = space, text_encoder, number
-        episodes = list(self.shards)
-        _require(episodes, space, self.shards)
-        _, held_out_indices = split_episodes([episode.episode_index for episode in episodes], held_out)
-        is_val = np.isin([episode.episode_index for episode in episodes], held_out_indices)
+        infos = self.shards.infos
+        _require(self.shards)
+        _, held_out_indices = split_episodes([info.episode_index for info in infos], held_out)
+        is_val = np.isin([info.episode_index for info in infos], held_out_indices)
         self.train_episodes, self.val_episodes = np.flatnonzero(~is_val), np.flatnonzero(is_val)
-        self.keys = [episode.key for episode in episodes]
-        self.tasks = [episode.task for episode in episodes]
-        self.lengths = np.array([len(episode.latents) for episode in episodes])
-        self._first = np.concatenate([[0], np.cumsum(self.lengths)[:-1]])
-        training = [episodes[i] for i in self.train_episodes]
-        self.statistics = statistics or count_statistics(training, self.meta, space, units, kind)
+        self.keys = [info.key for info in infos]
+        self.tasks = [info.task for info in infos]
+        self.lengths = np.array([info.frames for info in infos])
+        self.statistics = statistics or count_statistics(self.shards, self.train_episodes, space, units, kind)
         state = self.statistics.state
         self.action_channels = tuple(self.statistics.actions.channels if layout is None else layout)
         self.state_channels = tuple((state.channels if state else ()) if state_layout is None else state_layout)
         self.channel_mask = torch.tensor([name in self.statistics.actions.channels for name in self.action_channels])
-        self._stack(episodes)
+        scaling = Scaling(self.meta, self.statistics, space, self.action_channels, self.state_channels)
+        in_memory = self._size_gb() <= memory_limit_gb
+        self.arrays: EpisodeArrays = (StackedEpisodes if in_memory else MappedEpisodes)(self.shards, scaling)
         self._embed()
 
     @property
     def vectors_per_transition(self) -> int:
         """Action vectors per latent transition, a."""
-        return self.actions.shape[1]
+        return self.arrays.vectors
+
+    def _size_gb(self) -> float:
+        """What the standardised latents would take in memory."""
+        return 4e-9 * int(self.lengths.sum()) * self.meta.tokens * self.meta.latent_dim
 
     def starts(self, episodes: Sequence[int] | np.ndarray, transitions: int) -> np.ndarray:
         """Return (n, 2) rows (episode, start) that cover `episodes` once, for evaluation."""
@@ -137,12 +148,12 @@ class EpisodeStore:
         episode, start = np.asarray(episode), np.asarray(start)
         last = (self.lengths[episode] - 1)[:, None]
         frame = start[:, None] + np.arange(transitions + 1)
-        rows = torch.from_numpy(self._first[episode][:, None] + np.minimum(frame, last))
+        rows = self.arrays.rows(episode, np.minimum(frame, last))
         text = torch.from_numpy(self._text_row[episode])
         return SegmentBatch(
-            latents=self.latents[rows],
-            actions=self.actions[rows[:, :-1]],
-            state=None if self.state is None else self.state[rows],
+            latents=rows.latents,
+            actions=rows.actions,
+            state=rows.state,
             text=self.text[text],
             text_mask=self.text_mask[text],
             valid=torch.from_numpy(frame[:, :-1] < last),
@@ -151,25 +162,6 @@ class EpisodeStore:
             start=torch.from_numpy(start.astype(np.int64)),
             data_set=self.number,
         )
-
-    def _stack(self, episodes: list[LatentEpisode]) -> None:
-        """Concatenate all frames; transition k of an episode lies in the row of its frame k, the last row is zero."""
-        mean, std = _moments(self.meta)
-        total = int(self.lengths.sum())
-        tokens, d = episodes[0].latents.shape[1:]
-        self.latents = torch.empty(total, tokens, d)
-        scaled = [scale_actions(episode, self.statistics, self.space) for episode in episodes]
-        columns = _columns(self.statistics.actions.channels, self.action_channels, "action")
-        self.actions = torch.zeros(total, scaled[0].shape[1], len(self.action_channels))
-        state = self.statistics.state
-        state_columns = _columns(state.channels, self.state_channels, "state") if state else []
-        self.state = torch.zeros(total, len(self.state_channels)) if self.state_channels else None
-        for first, episode, actions in zip(self._first, episodes, scaled, strict=True):
-            rows = slice(first, first + len(episode.latents))
-            self.latents[rows] = torch.from_numpy((np.asarray(episode.latents, np.float32) - mean) / std)
-            self.actions[first : first + len(actions), :, columns] = torch.from_numpy(actions)
-            if self.state is not None and state is not None:
-                self.state[rows, state_columns] = torch.from_numpy(state.standardise(_present(episode.state)))
 
     def _embed(self) -> None:
         """Embed each distinct instruction once; the hidden states are kept beside the shards."""
@@ -220,64 +212,9 @@ def text_cache(shards: Path, text_encoder: str) -> Path:
     return shards / f"text-{name}.safetensors"
 
 
-def count_statistics(
-    episodes: Sequence[LatentEpisode],
-    meta: LatentMeta,
-    space: str,
-    units: Sequence[str] | None = None,
-    kind: ActionKind = "absolute",
-) -> Statistics:
-    """Count action and state statistics over `episodes`; each action vector of a transition counts."""
-    states = [episode.state for episode in episodes if episode.state is not None]
-    has_state = bool(meta.state_names) and len(states) == len(episodes)
-    state = StateStatistics.from_values(np.concatenate(states), meta.state_names) if has_state else None
-    if space == LATENT_SPACE:
-        values = np.concatenate([_present(episode.latent_actions) for episode in episodes])
-        names = tuple(f"latent_action_{channel}" for channel in range(values.shape[-1]))
-    else:
-        actions = [_present(episode.actions) for episode in episodes]
-        values = np.concatenate([array.reshape(-1, array.shape[-1]) for array in actions])
-        names = meta.action_names
-    return Statistics(ActionStatistics.from_values(values, names, units, kind), state)
-
-
-def scale_actions(episode: LatentEpisode, statistics: Statistics, space: str) -> np.ndarray:
-    """Return an episode's scaled actions, float32 (frames - 1, a, c).
-
-    Robot actions go to [-1, 1] by their 1st and 99th percentile; latent actions have one vector per transition and are
-    standardised by mean and deviation, as the latents are.
-    """
-    if space != LATENT_SPACE:
-        return statistics.actions.normalise(_present(episode.actions))
-    mean, std = np.array(statistics.actions.mean), np.maximum(np.array(statistics.actions.std), 1e-6)
-    return (((_present(episode.latent_actions) - mean) / std)[:, None]).astype(np.float32)
-
-
-def _require(episodes: list[LatentEpisode], space: str, shards: LatentShards) -> None:
-    if not episodes:
+def _require(shards: LatentShards) -> None:
+    if not len(shards):
         raise ValueError(f"{shards.root}: the latent shards hold no episodes")
-    for episode in episodes:
-        if len(episode.latents) < 2:
-            raise ValueError(f"{shards.root}: episode {episode.key} has one latent frame; a transition needs two")
-        if space == LATENT_SPACE and episode.latent_actions is None:
-            raise ValueError(f"{shards.root}: episode {episode.key} has no latent actions; run `latent-action label`")
-        if space != LATENT_SPACE and episode.actions is None:
-            raise ValueError(f"{shards.root}: episode {episode.key} has no robot actions; action space {space!r}")
-
-
-def _columns(names: Sequence[str], layout: Sequence[str], what: str) -> list[int]:
-    """Where the named channels lie in a layout."""
-    if missing := [name for name in names if name not in layout]:
-        raise ValueError(f"expected a layout with every {what} channel of the episodes, it lacks {missing}")
-    return [list(layout).index(name) for name in names]
-
-
-def _moments(meta: LatentMeta) -> tuple[np.ndarray, np.ndarray]:
-    return np.asarray(meta.mean, np.float32), np.maximum(np.asarray(meta.std, np.float32), 1e-6)
-
-
-def _present(array: np.ndarray | None) -> np.ndarray:
-    """An array that `_require` has found in every episode."""
-    if array is None:
-        raise ValueError("expected an array in every episode of the shards, one is missing")
-    return array
+    for info in shards.infos:
+        if info.frames < 2:
+            raise ValueError(f"{shards.root}: episode {info.key} has one latent frame; a transition needs two")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from repvitok.data import LatentMeta, LatentShards
 
-from repwam_core.data.episodes import EpisodeStore
+from repwam_core.data.episodes import MEMORY_LIMIT_GB, EpisodeStore
 from repwam_core.embodiment import ActionKind, ChannelLayout, Embodiment, Statistics
 from repwam_core.model.config import LATENT_SPACE
 from repwam_core.text import EMBEDDED
@@ -50,6 +50,7 @@ class Mixture:
         text_encoder: name of the text encoder.
         held_out: share of each data set's episodes that is held out.
         tokenizer_digest: of the tokenizer that must have made all latents.
+        memory_limit_gb: of each data set, see `EpisodeStore`.
 
     Raises:
         ValueError: latents of different tokenizers, a different number of action vectors per transition, or one channel
@@ -63,6 +64,7 @@ class Mixture:
         text_encoder: str = EMBEDDED,
         held_out: float = 0.0,
         tokenizer_digest: str | None = None,
+        memory_limit_gb: float | int = MEMORY_LIMIT_GB,
     ) -> None:
         shards = [LatentShards(entry.latents, expect_digest=tokenizer_digest) for entry in settings]
         metas = [entry.meta for entry in shards]
@@ -83,6 +85,7 @@ class Mixture:
                 layout=layout,
                 state_layout=states,
                 number=number,
+                memory_limit_gb=memory_limit_gb,
             )
             for number, (entry, entry_shards) in enumerate(zip(settings, shards, strict=True))
         ]

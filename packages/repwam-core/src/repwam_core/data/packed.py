@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,8 +94,11 @@ class PackedLoader:
     plans are cheap, and reads its own sequences. The saved position is the stream's, so that training may go on with
     another number of ranks.
 
+    The next sequence is planned and read while training works on the last one; what is saved is where the stream stood
+    when the last batch was handed out.
+
     Attributes:
-        waited_s: seconds spent on planning and reading so far; training waited for them.
+        waited_s: seconds that training has waited for batches so far.
     """
 
     def __init__(
@@ -103,25 +107,39 @@ class PackedLoader:
         self.mixture, self.packer, self.batches = mixture, packer, batches
         self.rank, self.world_size = rank, world_size
         self.position, self.waited_s = 0, 0.0
+        self._stood = packer.state_dict()
+        self._ahead: Future[tuple[PackedBatch, dict[str, Any]]] | None = None
 
     def __len__(self) -> int:
         return self.batches
 
     def __iter__(self) -> Iterator[PackedBatch]:
+        if self._ahead is not None:  # an epoch that was left early had planned ahead
+            wait([self._ahead])
+            self.packer.load_state_dict(self._stood)
         end = (self.position // self.batches + 1) * self.batches
-        while self.position < end:
-            start_s = time.perf_counter()
-            mine = [next(self.packer) for _ in range(self.world_size)][self.rank]
-            batch = read_packed(self.mixture, mine, self.packer.settings.token_budget)
-            self.position += 1
-            self.waited_s += time.perf_counter() - start_s
-            yield batch
+        with ThreadPoolExecutor(1, "packed-batches") as reader:
+            self._ahead = reader.submit(self._read_next)
+            while self.position < end:
+                start_s = time.perf_counter()
+                batch, self._stood = self._ahead.result()
+                self.waited_s += time.perf_counter() - start_s
+                self.position += 1
+                if self.position < end:
+                    self._ahead = reader.submit(self._read_next)
+                yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Batches handed out so far and where the packer stands; Lightning stores it in the checkpoint."""
-        return {"position": self.position, "packer": self.packer.state_dict()}
+        """Batches handed out so far and where the packer stood then; Lightning stores it in the checkpoint."""
+        return {"position": self.position, "packer": self._stood}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the last batch that was handed out."""
         self.position = int(state["position"])
         self.packer.load_state_dict(state["packer"])
+        self._stood = self.packer.state_dict()
+
+    def _read_next(self) -> tuple[PackedBatch, dict[str, Any]]:
+        """This rank's next sequence, and where the packer stands after it."""
+        mine = [next(self.packer) for _ in range(self.world_size)][self.rank]
+        return read_packed(self.mixture, mine, self.packer.settings.token_budget), self.packer.state_dict()

@@ -1,0 +1,218 @@
+"""The arrays behind an episode store, scaled for training: in memory, or read from shards as they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from repvitok.data import LatentMeta, LatentShards
+from torch import Tensor
+
+from repwam_core.embodiment import ActionKind, ActionStatistics, StateStatistics, Statistics
+from repwam_core.model.config import LATENT_SPACE
+
+COUNTED_TRANSITIONS = 500_000
+"""Statistics of more transitions than this are counted on evenly spaced episodes that have about so many."""
+
+
+class Rows(NamedTuple):
+    """Frames of some episodes, scaled.
+
+    Attributes:
+        latents: standardised latents, (b, frames, tokens, d).
+        actions: scaled actions of the transition that begins at each frame but the last, (b, frames - 1, a, c).
+        state: standardised states, (b, frames, S), or None.
+    """
+
+    latents: Float[Tensor, "b frames tokens d"]
+    actions: Float[Tensor, "b transitions a c"]
+    state: Float[Tensor, "b frames S"] | None
+
+
+class EpisodeArrays(Protocol):
+    """Where the frames of episodes are found."""
+
+    vectors: int
+
+    def rows(self, episode: Int[np.ndarray, " b"], frame: Int[np.ndarray, "b frames"]) -> Rows:
+        """Return frames of episodes by number; after the last transition actions are zero."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Scaling:
+    """From what shards hold to what is trained on.
+
+    Attributes:
+        meta: of the shards.
+        statistics: of actions and states.
+        space: "latent" for latent actions, any other name for the recorded ones.
+        action_channels, state_channels: the layout; channels that the episodes lack are zero.
+    """
+
+    meta: LatentMeta
+    statistics: Statistics
+    space: str
+    action_channels: tuple[str, ...]
+    state_channels: tuple[str, ...]
+
+    def latents(self, raw: np.ndarray) -> Tensor:
+        """Standardised latents (frames, tokens, d)."""
+        mean, std = np.asarray(self.meta.mean, np.float32), np.maximum(np.asarray(self.meta.std, np.float32), 1e-6)
+        return torch.from_numpy((np.asarray(raw, np.float32) - mean) / std)
+
+    def actions(self, raw: np.ndarray) -> Tensor:
+        """Scaled actions (transitions, a, c) in the layout.
+
+        Robot actions go to [-1, 1] by their 1st and 99th percentile; latent actions have one vector per transition and
+        are standardised by mean and deviation, as the latents are.
+        """
+        statistics = self.statistics.actions
+        if self.space == LATENT_SPACE:
+            mean, std = np.array(statistics.mean), np.maximum(np.array(statistics.std), 1e-6)
+            scaled = ((raw - mean) / std)[:, None].astype(np.float32)
+        else:
+            scaled = statistics.normalise(raw)
+        return _placed(torch.from_numpy(scaled), statistics.channels, self.action_channels, "action")
+
+    def state(self, raw: np.ndarray | None) -> Tensor | None:
+        """Standardised states (frames, S) in the layout, None where the data set has none.
+
+        Raises:
+            ValueError: there are statistics of states, but this episode has none.
+        """
+        statistics = self.statistics.state
+        if not self.state_channels or statistics is None:
+            return None
+        if raw is None:
+            raise ValueError(f"{self.meta.source}: expected a robot state in every episode, one has none")
+        scaled = torch.from_numpy(statistics.standardise(raw))
+        return _placed(scaled, statistics.channels, self.state_channels, "state")
+
+
+class StackedEpisodes:
+    """Every episode in memory, one after the other; drawing a batch is indexing alone.
+
+    Transition k of an episode lies in the row of its frame k; the row of its last frame is zero.
+    """
+
+    def __init__(self, shards: LatentShards, scaling: Scaling) -> None:
+        lengths = np.array([info.frames for info in shards.infos])
+        self._first = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        self.vectors = vectors_per_transition(shards, scaling.space)
+        total, (tokens, d) = int(lengths.sum()), (shards.meta.tokens, shards.meta.latent_dim)
+        self.latents = torch.empty(total, tokens, d)
+        self.actions = torch.zeros(total, self.vectors, len(scaling.action_channels))
+        self.state = torch.zeros(total, len(scaling.state_channels)) if scaling.state_channels else None
+        for number, (first, length) in enumerate(zip(self._first, lengths, strict=True)):
+            arrays = shards.mapped(number)
+            self.latents[first : first + length] = scaling.latents(arrays["latents"])
+            self.actions[first : first + length - 1] = scaling.actions(read_actions(shards, number, scaling.space))
+            state = scaling.state(arrays.get("state"))
+            if self.state is not None and state is not None:
+                self.state[first : first + length] = state
+
+    def rows(self, episode: Int[np.ndarray, " b"], frame: Int[np.ndarray, "b frames"]) -> Rows:
+        """See `EpisodeArrays`."""
+        rows = torch.from_numpy(self._first[episode][:, None] + frame)
+        return Rows(self.latents[rows], self.actions[rows[:, :-1]], None if self.state is None else self.state[rows])
+
+
+class MappedEpisodes:
+    """Episodes that stay in their shards: only the frames asked for are read, by memory maps.
+
+    What was read lies in the operating system's page cache, which all ranks of a node share. A data set may be larger
+    than the memory, and larger than what one rank ever reads.
+    """
+
+    def __init__(self, shards: LatentShards, scaling: Scaling) -> None:
+        self._shards, self._scaling = shards, scaling
+        self.vectors = vectors_per_transition(shards, scaling.space)
+
+    def rows(self, episode: Int[np.ndarray, " b"], frame: Int[np.ndarray, "b frames"]) -> Rows:
+        """See `EpisodeArrays`."""
+        read = [self._read(int(number), frames) for number, frames in zip(episode, frame, strict=True)]
+        latents, actions, states = zip(*read, strict=True)
+        has_state = bool(self._scaling.state_channels)
+        return Rows(torch.stack(latents), torch.stack(actions), torch.stack(states) if has_state else None)
+
+    def _read(self, number: int, frames: Int[np.ndarray, " frames"]) -> tuple[Tensor, Tensor, Tensor | None]:
+        arrays, scaling = self._shards.mapped(number), self._scaling
+        raw = read_actions(self._shards, number, scaling.space)
+        real = frames[:-1] < len(raw)
+        actions = torch.zeros(len(real), self.vectors, len(scaling.action_channels))
+        if real.any():
+            actions[torch.from_numpy(real)] = scaling.actions(np.asarray(raw[frames[:-1][real]]))
+        state = scaling.state(np.asarray(arrays["state"][frames]) if "state" in arrays else None)
+        if state is None and scaling.state_channels:
+            state = torch.zeros(len(frames), len(scaling.state_channels))
+        return scaling.latents(arrays["latents"][frames]), actions, state
+
+
+def read_actions(shards: LatentShards, number: int, space: str) -> np.ndarray:
+    """The actions of an episode as stored, (frames - 1, a, C), or latent actions (frames - 1, d_l).
+
+    Raises:
+        ValueError: the episode has none.
+    """
+    arrays = shards.mapped(number)
+    name = "latent_actions" if space == LATENT_SPACE else "actions"
+    if name not in arrays:
+        key = shards.keys[number]
+        if space == LATENT_SPACE:
+            raise ValueError(f"{shards.root}: episode {key} has no latent actions; run `latent-action label`")
+        raise ValueError(f"{shards.root}: episode {key} has no robot actions; action space {space!r}")
+    return arrays[name]
+
+
+def vectors_per_transition(shards: LatentShards, space: str) -> int:
+    """Action vectors of a latent transition, a; 1 for latent actions."""
+    raw = read_actions(shards, 0, space)
+    return 1 if space == LATENT_SPACE else raw.shape[1]
+
+
+def count_statistics(
+    shards: LatentShards,
+    episodes: Sequence[int] | np.ndarray,
+    space: str,
+    units: Sequence[str] | None = None,
+    kind: ActionKind = "absolute",
+    most: int = COUNTED_TRANSITIONS,
+) -> Statistics:
+    """Count action and state statistics over `episodes`; each action vector of a transition counts.
+
+    Args:
+        shards: the latent shards.
+        episodes: numbers of the episodes.
+        space: "latent" for latent actions.
+        units: of the action channels.
+        kind: "absolute" or "relative".
+        most: see `COUNTED_TRANSITIONS`.
+    """
+    infos, meta = shards.infos, shards.meta
+    transitions = sum(infos[number].frames - 1 for number in episodes)
+    counted = [int(number) for number in list(episodes)[:: max(1, -(-transitions // most))]]
+    state = None
+    if meta.state_names and all("state" in shards.mapped(number) for number in counted):
+        states = [shards.mapped(number)["state"] for number in counted]
+        state = StateStatistics.from_values(np.concatenate(states), meta.state_names)
+    actions = [read_actions(shards, number, space) for number in counted]
+    values = np.concatenate([array.reshape(-1, array.shape[-1]) for array in actions])
+    latent = tuple(f"latent_action_{channel}" for channel in range(values.shape[-1]))
+    names = latent if space == LATENT_SPACE else meta.action_names
+    return Statistics(ActionStatistics.from_values(values, names, units, kind), state)
+
+
+def _placed(values: Tensor, names: Sequence[str], layout: Sequence[str], what: str) -> Tensor:
+    """Put named channels, the last axis, where a layout has them."""
+    if tuple(names) == tuple(layout):
+        return values
+    if missing := [name for name in names if name not in layout]:
+        raise ValueError(f"expected a layout with every {what} channel of the episodes, it lacks {missing}")
+    placed = torch.zeros(*values.shape[:-1], len(layout))
+    placed[..., [list(layout).index(name) for name in names]] = values
+    return placed

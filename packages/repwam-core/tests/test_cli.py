@@ -6,7 +6,7 @@ import time
 
 import pytest
 from repwam_core.cli import main
-from repwam_core.embodiment import Statistics
+from repwam_core.statistics import Statistics
 
 VERBS = (
     "quickstart",

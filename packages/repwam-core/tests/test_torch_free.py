@@ -19,6 +19,7 @@ MODULES = [
     "repwam_core",
     "repwam_core.interface",
     "repwam_core.embodiment",
+    "repwam_core.statistics",
     "repwam_core.policy.chunking",
     "repwam_core.policy.serving",
     "repwam_core.policy.serving.client",

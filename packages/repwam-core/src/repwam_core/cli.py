@@ -193,12 +193,26 @@ def _stats_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--latents", type=Path, required=True, help="folder of latent shards")
     parser.add_argument("--out", type=Path, required=True, help="statistics.json to write")
     parser.add_argument("--held-out", type=float, default=0.0, help="share of episodes left out (default: 0)")
+    parser.add_argument(
+        "--kind",
+        choices=("absolute", "relative", "from_state"),
+        default="absolute",
+        help="what recorded actions are, or from_state: targets, learned as changes from the state (default: absolute)",
+    )
+    parser.add_argument("--units", nargs="+", help='unit of each action channel (default: "1")')
 
 
 def _stats(options: argparse.Namespace) -> None:
-    from repwam_core.data.episodes import EpisodeStore
+    from repvitok.data import LatentShards
+    from repvitok.data.split import split_episodes
 
-    statistics = EpisodeStore(options.latents, held_out=options.held_out).statistics
+    from repwam_core.data.episode_arrays import count_statistics
+
+    shards = LatentShards(options.latents)
+    recorded = [info.episode_index for info in shards.infos]
+    kept = set(split_episodes(recorded, options.held_out)[0])
+    training = [number for number, episode in enumerate(recorded) if episode in kept]
+    statistics = count_statistics(shards, training, "robot", options.units, options.kind)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     statistics.save(options.out)
     actions = statistics.actions

@@ -24,10 +24,11 @@ from repvitok.data import LatentMeta, LatentShards
 from repvitok.errors import UserError, require_disk_space
 
 from repwam_core.data.episodes import text_cache
-from repwam_core.embodiment import ActionStatistics, Embodiment, StateStatistics, Statistics
+from repwam_core.embodiment import Embodiment
 from repwam_core.model.config import LATENT_SPACE, WAMConfig
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.planning import PlanSettings
+from repwam_core.statistics import Statistics
 from repwam_core.training.distributed_checkpoint import read_whole
 from repwam_core.training.module import CHECKPOINT_KEY
 
@@ -139,7 +140,7 @@ def read_trained(checkpoint: str | Path, data_set: int | None = None) -> Trained
     if not 0 <= number < len(stored["data_sets"]):
         raise ValueError(f"{checkpoint} was trained on {len(stored['data_sets'])} data sets, it has no number {number}")
     described = stored["data_sets"][number]
-    statistics = _statistics(described["statistics"])
+    statistics = Statistics.from_dict(described["statistics"])
     if data_set is not None:
         own_states = statistics.state.channels if statistics.state is not None else ()
         actions = [stored["channels"].index(name) for name in statistics.actions.channels]
@@ -324,16 +325,6 @@ def _embodiment(trained: TrainedModel, name: str | None) -> Embodiment:
         trained.latents.cameras,
         trained.latents.frame_rate_hz,
         units=statistics.actions.units,
-    )
-
-
-def _statistics(values: dict[str, Any]) -> Statistics:
-    def built(cls: Any, stored: dict[str, Any]) -> Any:
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()})
-
-    state = values["state"]
-    return Statistics(
-        built(ActionStatistics, values["actions"]), None if state is None else built(StateStatistics, state)
     )
 
 

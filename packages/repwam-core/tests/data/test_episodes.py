@@ -9,6 +9,7 @@ import torch
 from repvitok.data import LatentShards, LatentShardWriter
 from repwam_core.data.episode_arrays import MappedEpisodes, StackedEpisodes, count_statistics
 from repwam_core.data.episodes import EpisodeStore, SegmentSampler, text_cache
+from repwam_core.training.losses import from_chunk_starts
 
 
 @pytest.fixture(scope="module")
@@ -175,3 +176,37 @@ def test_an_episode_without_the_actions_asked_for_is_named(tmp_path, shards):
             ValueError, match=f"episode {source.keys[2]} has no latent actions; run `latent-action label"
         ):
             EpisodeStore(tmp_path / "some", space="latent", memory_limit_gb=limit)
+
+
+@pytest.fixture(scope="module")
+def followers(tmp_path_factory, write_text_cache, shards):
+    """The same episodes with states named as the actions, which lag behind them."""
+    source, folder = LatentShards(shards), tmp_path_factory.mktemp("followers") / "latents"
+    with LatentShardWriter(folder, dataclasses.replace(source.meta, state_names=("still", "x", "other"))) as writer:
+        for episode in source:
+            writer.add(episode)
+    write_text_cache(folder)
+    return folder
+
+
+@pytest.mark.parametrize("limit_gb", [0.0, 8.0])
+@pytest.mark.parametrize("chunk_sizes", [(1, 1, 1, 1), (2, 2), (3, 1)])
+def test_actions_from_the_state_are_recorded_ones_minus_the_state_before_their_chunk(followers, chunk_sizes, limit_gb):
+    store = EpisodeStore(followers, kind="from_state", memory_limit_gb=limit_gb)
+    episode, start = 3, 1
+    batch = store.batch(np.array([episode]), np.array([start]), 4)
+    batch = from_chunk_starts(batch, chunk_sizes)
+    stored = LatentShards(followers)[episode]
+    before = np.repeat(np.cumsum([start, *chunk_sizes[:-1]]), chunk_sizes)
+    expected = stored.actions[start : start + 4].copy()
+    expected[..., 0] -= stored.state[before, 1][:, None]  # x
+    found = store.statistics.actions.denormalise(batch.actions[0].numpy())
+    np.testing.assert_allclose(found[..., :2], expected[..., :2], atol=1e-5)
+    recorded = np.concatenate([episode.actions.reshape(-1, 3) for episode in LatentShards(followers)])
+    np.testing.assert_allclose(store.statistics.targets.mean, recorded.mean(0), rtol=1e-5)
+
+
+def test_kinds_do_not_change_what_is_learned_of_latent_actions(followers):
+    plain, asked = (EpisodeStore(followers, space="latent", kind=kind) for kind in ("absolute", "from_state"))
+    assert plain.statistics == asked.statistics
+    assert asked.batch(np.array([0]), np.array([0]), 3).reference is None

@@ -10,11 +10,12 @@ from repvitok import RepViTok, RepViTokConfig
 from repvitok.data import LeRobotReader, LeRobotWriter
 from repvitok.encoding import encode_dataset
 from repwam_core.data.episodes import EpisodeStore, text_cache
-from repwam_core.embodiment import Embodiment, Statistics
+from repwam_core.embodiment import Embodiment
 from repwam_core.export import PolicyManifest, write_policy
 from repwam_core.model.config import ActionSpace, WAMConfig
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.planning import PlanSettings
+from repwam_core.statistics import Statistics
 
 CAMERAS = ("observation.images.left", "observation.images.right")
 SIZE = (32, 16)

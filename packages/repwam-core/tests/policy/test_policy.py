@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import torch
 from repvitok.data import LatentShards, LeRobotReader
 from repwam_core.interface import Observation
 from repwam_core.policy import BatchedPolicy, Policy
+from repwam_core.policy.parts import PolicyParts
+from repwam_core.statistics import Statistics
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +109,26 @@ def test_recorded_actions_replace_the_returned_ones(world, observe):
             policy.record(executed)
         chunks.append(policy.act(observe(0, 1, 5)).actions)
     assert np.abs(chunks[1] - chunks[0]).max() > 1e-4
+
+
+def test_changes_from_the_state_become_targets_and_recorded_targets_changes(world, observe):
+    parts = PolicyParts.load(world.policy)
+    old = parts.statistics
+    statistics = Statistics(
+        replace(old.actions, kind="from_state"), replace(old.state, channels=("y", "z")), old.actions
+    )
+    policy = Policy(replace(parts, statistics=statistics), clip=False)
+    chunks = []
+    for told in (False, True):
+        policy.reset("go left", 0)
+        first = observe(0, 0, 1)
+        returned = policy.act(first).actions
+        changes = old.actions.denormalise(policy.batched.planned.actions[0, :1].flatten(0, 1).numpy())
+        np.testing.assert_allclose(returned - changes, np.tile([0.0, *first.states()[-1]], (4, 1)), atol=1e-5)
+        if told:
+            policy.record(returned)
+        chunks.append(policy.act(observe(0, 1, 5)).actions)
+    np.testing.assert_allclose(chunks[0], chunks[1], atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from repwam_core.data.episodes import MEMORY_LIMIT_GB, EpisodeStore, SegmentBatc
 from repwam_core.data.mixture import DataSetSettings, Mixture
 from repwam_core.data.packed import PackedLoader, make_packer
 from repwam_core.data.packing import PackingSettings
-from repwam_core.embodiment import ActionKind
+from repwam_core.statistics import ActionKind
 from repwam_core.text import EMBEDDED
 
 
@@ -91,7 +91,8 @@ class WAMDataModule(L.LightningDataModule):
         statistics: statistics.json of an earlier policy, to keep its action scaling; counted when None.
         tokenizer_digest: refuse latents of any other tokenizer.
         action_units: unit of each action channel; "1" when None.
-        action_kind: whether recorded actions are "absolute" targets or "relative" changes.
+        action_kind: what recorded actions are and what is learned of them: "absolute" targets or "relative" changes, as
+            they are; "from_state": targets, learned as changes from the robot's state before their chunk.
         packing: pack whole episodes into sequences of a token budget, one sequence per step and rank, in place of
             segments of `transitions` transitions; `transitions` and `batch_size` are then validation's alone.
         data_sets: several data sets in one packed run, in place of `latents` and what belongs to it.

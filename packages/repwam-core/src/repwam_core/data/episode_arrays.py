@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 from repvitok.data import LatentMeta, LatentShards
 from torch import Tensor
 
-from repwam_core.embodiment import ActionKind, ActionStatistics, StateStatistics, Statistics
 from repwam_core.model.config import LATENT_SPACE
+from repwam_core.statistics import ActionKind, ActionStatistics, StateStatistics, Statistics, shared_channels
 
 COUNTED_TRANSITIONS = 500_000
 """Statistics of more transitions than this are counted on evenly spaced episodes that have about so many."""
@@ -26,11 +26,14 @@ class Rows(NamedTuple):
         latents: standardised latents, (b, frames, tokens, d).
         actions: scaled actions of the transition that begins at each frame but the last, (b, frames - 1, a, c).
         state: standardised states, (b, frames, S), or None.
+        reference: the state that each transition's actions are measured from, in their scale, (b, frames - 1, c);
+            None where actions are learned as they were recorded.
     """
 
     latents: Float[Tensor, "b frames tokens d"]
     actions: Float[Tensor, "b transitions a c"]
     state: Float[Tensor, "b frames S"] | None
+    reference: Float[Tensor, "b transitions c"] | None
 
 
 class EpisodeArrays(Protocol):
@@ -65,8 +68,19 @@ class Scaling:
         mean, std = np.asarray(self.meta.mean, np.float32), np.maximum(np.asarray(self.meta.std, np.float32), 1e-6)
         return torch.from_numpy((np.asarray(raw, np.float32) - mean) / std)
 
-    def actions(self, raw: np.ndarray) -> Tensor:
-        """Scaled actions (transitions, a, c) in the layout.
+    @property
+    def from_state(self) -> bool:
+        """Whether actions are measured from the state."""
+        return self.space != LATENT_SPACE and self.statistics.actions.kind == "from_state"
+
+    def reference(self, state: np.ndarray | None) -> Tensor:
+        """What actions are measured from at each frame, in their scale and layout: (frames, c)."""
+        statistics = self.statistics.actions
+        scaled = torch.from_numpy(statistics.scaled(self.statistics.reference(state)))
+        return _placed(scaled, statistics.channels, self.action_channels, "action")
+
+    def actions(self, raw: np.ndarray, state: np.ndarray | None = None) -> Tensor:
+        """Scaled actions (transitions, a, c) in the layout, measured from the state (transitions, S) before each.
 
         Robot actions go to [-1, 1] by their 1st and 99th percentile; latent actions have one vector per transition and
         are standardised by mean and deviation, as the latents are.
@@ -76,7 +90,8 @@ class Scaling:
             mean, std = np.array(statistics.mean), np.maximum(np.array(statistics.std), 1e-6)
             scaled = ((raw - mean) / std)[:, None].astype(np.float32)
         else:
-            scaled = statistics.normalise(raw)
+            before = self.statistics.reference(state)[..., None, :] if self.from_state else 0.0
+            scaled = statistics.normalise(raw - before)
         return _placed(torch.from_numpy(scaled), statistics.channels, self.action_channels, "action")
 
     def state(self, raw: np.ndarray | None) -> Tensor | None:
@@ -108,18 +123,29 @@ class StackedEpisodes:
         self.latents = torch.empty(total, tokens, d)
         self.actions = torch.zeros(total, self.vectors, len(scaling.action_channels))
         self.state = torch.zeros(total, len(scaling.state_channels)) if scaling.state_channels else None
+        self.reference = torch.zeros(total, len(scaling.action_channels)) if scaling.from_state else None
         for number, (first, length) in enumerate(zip(self._first, lengths, strict=True)):
             arrays = shards.mapped(number)
             self.latents[first : first + length] = scaling.latents(arrays["latents"])
-            self.actions[first : first + length - 1] = scaling.actions(read_actions(shards, number, scaling.space))
-            state = scaling.state(arrays.get("state"))
+            raw, state_si = read_actions(shards, number, scaling.space), arrays.get("state")
+            before = None if state_si is None else state_si[:-1]
+            self.actions[first : first + length - 1] = scaling.actions(raw, before)
+            if self.reference is not None:
+                self.reference[first : first + length] = scaling.reference(state_si)
+            state = scaling.state(state_si)
             if self.state is not None and state is not None:
                 self.state[first : first + length] = state
 
     def rows(self, episode: Int[np.ndarray, " b"], frame: Int[np.ndarray, "b frames"]) -> Rows:
         """See `EpisodeArrays`."""
         rows = torch.from_numpy(self._first[episode][:, None] + frame)
-        return Rows(self.latents[rows], self.actions[rows[:, :-1]], None if self.state is None else self.state[rows])
+        before = rows[:, :-1]
+        return Rows(
+            latents=self.latents[rows],
+            actions=self.actions[before],
+            state=None if self.state is None else self.state[rows],
+            reference=None if self.reference is None else self.reference[before],
+        )
 
 
 class MappedEpisodes:
@@ -136,21 +162,26 @@ class MappedEpisodes:
     def rows(self, episode: Int[np.ndarray, " b"], frame: Int[np.ndarray, "b frames"]) -> Rows:
         """See `EpisodeArrays`."""
         read = [self._read(int(number), frames) for number, frames in zip(episode, frame, strict=True)]
-        latents, actions, states = zip(*read, strict=True)
-        has_state = bool(self._scaling.state_channels)
-        return Rows(torch.stack(latents), torch.stack(actions), torch.stack(states) if has_state else None)
+        latents, actions, states, references = zip(*read, strict=True)
+        return Rows(torch.stack(latents), torch.stack(actions), _stacked(states), _stacked(references))
 
-    def _read(self, number: int, frames: Int[np.ndarray, " frames"]) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _read(
+        self, number: int, frames: Int[np.ndarray, " frames"]
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """What `Rows` holds, of one episode."""
         arrays, scaling = self._shards.mapped(number), self._scaling
+        state_si = np.asarray(arrays["state"][frames]) if "state" in arrays else None
         raw = read_actions(self._shards, number, scaling.space)
         real = frames[:-1] < len(raw)
         actions = torch.zeros(len(real), self.vectors, len(scaling.action_channels))
         if real.any():
-            actions[torch.from_numpy(real)] = scaling.actions(np.asarray(raw[frames[:-1][real]]))
-        state = scaling.state(np.asarray(arrays["state"][frames]) if "state" in arrays else None)
+            before = None if state_si is None else state_si[:-1][real]
+            actions[torch.from_numpy(real)] = scaling.actions(np.asarray(raw[frames[:-1][real]]), before)
+        state = scaling.state(state_si)
         if state is None and scaling.state_channels:
             state = torch.zeros(len(frames), len(scaling.state_channels))
-        return scaling.latents(arrays["latents"][frames]), actions, state
+        reference = scaling.reference(state_si)[:-1] if scaling.from_state else None
+        return scaling.latents(arrays["latents"][frames]), actions, state, reference
 
 
 def read_actions(shards: LatentShards, number: int, space: str) -> np.ndarray:
@@ -190,7 +221,7 @@ def count_statistics(
         episodes: numbers of the episodes.
         space: "latent" for latent actions.
         units: of the action channels.
-        kind: "absolute" or "relative".
+        kind: what recorded actions are and what is learned of them.
         most: see `COUNTED_TRANSITIONS`.
     """
     infos, meta = shards.infos, shards.meta
@@ -202,9 +233,25 @@ def count_statistics(
         state = StateStatistics.from_values(np.concatenate(states), meta.state_names)
     actions = [read_actions(shards, number, space) for number in counted]
     values = np.concatenate([array.reshape(-1, array.shape[-1]) for array in actions])
-    latent = tuple(f"latent_action_{channel}" for channel in range(values.shape[-1]))
-    names = latent if space == LATENT_SPACE else meta.action_names
-    return Statistics(ActionStatistics.from_values(values, names, units, kind), state)
+    if space == LATENT_SPACE:
+        latent = tuple(f"latent_action_{channel}" for channel in range(values.shape[-1]))
+        return Statistics(ActionStatistics.from_values(values, latent, units), state)
+    if kind != "from_state":
+        return Statistics(ActionStatistics.from_values(values, meta.action_names, units, kind), state)
+    ours, theirs = shared_channels(meta.action_names, state.channels if state else ())
+    before = [shards.mapped(number)["state"][:-1] for number in counted]
+    learned = values.copy()
+    held = np.concatenate(
+        [np.repeat(states[:, theirs], array.shape[1], axis=0) for states, array in zip(before, actions, strict=True)]
+    )
+    learned[:, ours] -= held
+    recorded = ActionStatistics.from_values(values, meta.action_names, units)
+    return Statistics(ActionStatistics.from_values(learned, meta.action_names, units, kind), state, recorded)
+
+
+def _stacked(values: Sequence[Tensor | None]) -> Tensor | None:
+    present = [value for value in values if value is not None]
+    return torch.stack(present) if present else None
 
 
 def _placed(values: Tensor, names: Sequence[str], layout: Sequence[str], what: str) -> Tensor:

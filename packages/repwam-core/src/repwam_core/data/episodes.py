@@ -18,7 +18,7 @@ from repvitok.data.split import split_episodes
 from torch import Tensor
 
 from repwam_core.data.episode_arrays import EpisodeArrays, MappedEpisodes, Scaling, StackedEpisodes, count_statistics
-from repwam_core.embodiment import ActionKind, Statistics
+from repwam_core.statistics import ActionKind, Statistics
 from repwam_core.text import EMBEDDED, TextEncoder
 
 MEMORY_LIMIT_GB = 8.0
@@ -40,6 +40,8 @@ class SegmentBatch:
         episode: position of each segment's episode in the store, (b,).
         start: first latent frame of each segment in its episode, (b,).
         data_set: which of the run's data sets the segments are from.
+        reference: what each transition's actions are measured from, in their scale, (b, frames - 1, c): the state at
+            its first frame. None where actions are learned as recorded, or measured from their chunks' first frames.
     """
 
     latents: Float[Tensor, "b frames tokens d"]
@@ -52,6 +54,7 @@ class SegmentBatch:
     episode: Int[Tensor, " b"]
     start: Int[Tensor, " b"]
     data_set: int = 0
+    reference: Float[Tensor, "b transitions c"] | None = None
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -79,7 +82,7 @@ class EpisodeStore:
         statistics: scaling to use instead of one counted on the training episodes (fine-tuning keeps its policy's).
         expect_digest: digest of the tokenizer that must have made the latents.
         units: unit of each action channel, for the statistics; "1" when None.
-        kind: whether the recorded actions are "absolute" targets or "relative" changes.
+        kind: what recorded actions are and what is learned of them, see `ActionKind`; that of `statistics` if given.
         layout: action channels to place the episodes' own among, by name; theirs alone when None.
         state_layout: the same for the numbers of the state.
         number: of this data set in the run, see `SegmentBatch.data_set`.
@@ -161,6 +164,7 @@ class EpisodeStore:
             episode=torch.from_numpy(episode.astype(np.int64)),
             start=torch.from_numpy(start.astype(np.int64)),
             data_set=self.number,
+            reference=rows.reference,
         )
 
     def _embed(self) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 from repvitok.data import LatentMeta, LatentShards
 
 from repwam_core.data.episodes import MEMORY_LIMIT_GB, EpisodeStore
-from repwam_core.embodiment import ActionKind, ChannelLayout, Embodiment, Statistics
+from repwam_core.embodiment import ChannelLayout, Embodiment
 from repwam_core.model.config import LATENT_SPACE
+from repwam_core.statistics import ActionKind, Statistics
 from repwam_core.text import EMBEDDED
 
 
@@ -23,7 +24,7 @@ class DataSetSettings:
         weight: its share of the training tokens, against the other data sets' weights.
         statistics: statistics.json to scale its actions by; counted on its training episodes when None.
         action_units: unit of each of its action channels; "1" when None.
-        action_kind: whether its actions are "absolute" targets or "relative" changes.
+        action_kind: what its actions are and what is learned of them: "absolute", "relative" or "from_state".
     """
 
     latents: str | Path

@@ -18,10 +18,10 @@ from repvitok.data import LeRobotReader, prepare_frames
 from repvitok.data.transforms import to_frames
 from repvitok.progress import progress
 
-from repwam_core.embodiment import ActionStatistics
 from repwam_core.interface import Observation
 from repwam_core.policy.generated import ClipFeatures, GeneratedScores, score_video
 from repwam_core.policy.policy import BatchedPolicy
+from repwam_core.statistics import ActionStatistics
 from repwam_core.training.metrics import psnr_db
 from repwam_core.training.scores import HEADLINE, SCALES, VARIANTS, open_loop_score
 
@@ -179,7 +179,7 @@ def evaluate_open_loop(
         _Replay(policy, reader, info.index, info.task).run(info.task if instruction is None else instruction, seed)
         for info in progress(chosen, desc="open loop", unit="episode")
     ]
-    return OpenLoopResult(policy.parts.statistics.actions, results)
+    return OpenLoopResult(policy.parts.statistics.targets, results)
 
 
 class _Replay:
@@ -259,7 +259,7 @@ class _Replay:
 
     def _result(self, instruction: str, predicted: np.ndarray) -> OpenLoopEpisode:
         real, span = self.actions[: len(predicted)], self.policy.plan.executed * self.policy.frames_per_latent
-        mean = np.array(self.policy.parts.statistics.actions.mean, np.float32)
+        mean = np.array(self.policy.parts.statistics.targets.mean, np.float32)
         before = np.arange(len(real)) // span * span - 1
         repeated = np.where(before[:, None] >= 0, real[np.maximum(before, 0)], mean)
         baselines = {BASELINES[0]: np.broadcast_to(mean, real.shape).copy(), BASELINES[1]: repeated}

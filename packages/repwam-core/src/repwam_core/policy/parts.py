@@ -7,9 +7,9 @@ from pathlib import Path
 
 from repvitok import RepViTok
 
-from repwam_core.embodiment import Statistics
 from repwam_core.export import PolicyManifest
 from repwam_core.model.wam import WorldActionModel
+from repwam_core.statistics import Statistics
 from repwam_core.text import TextEncoder
 
 

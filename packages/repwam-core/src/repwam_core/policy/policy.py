@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class _Episodes:
         history: observed latents, states and the actions that led there, the newest last.
         returned: scaled actions of the last chunk, (n, frames, a, c).
         executed: scaled actions that were carried out instead, if `record` was told.
+        reference: what the actions of the last chunk are measured from, (n, C), in the channels' units.
     """
 
     instructions: list[str]
@@ -45,6 +46,7 @@ class _Episodes:
     history: list[tuple[Tensor, Tensor | None, Tensor | None]]
     returned: Tensor | None = None
     executed: Tensor | None = None
+    reference: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
 
 class BatchedPolicy(BatchedBasePolicy):
@@ -99,10 +101,11 @@ class BatchedPolicy(BatchedBasePolicy):
         """Tell which actions were carried out since the last `act`, (frames, C) each, if not those returned."""
         now = self._episodes()
         a, norm = self.parts.wam.config.space(self.parts.manifest.space).vectors_per_transition, []
-        for actions in actions_si:
+        for number, actions in enumerate(actions_si):
             if len(actions) % a:
                 raise ValueError(f"expected whole latent transitions of {a} actions, got {len(actions)} actions")
-            norm.append(torch.from_numpy(self.parts.statistics.actions.normalise(np.asarray(actions))))
+            measured = np.asarray(actions) - now.reference[number]
+            norm.append(torch.from_numpy(self.parts.statistics.actions.normalise(measured)))
         now.executed = rearrange(torch.stack(norm), "n (frames a) c -> n frames a c", a=a)
 
     @torch.no_grad()
@@ -121,6 +124,7 @@ class BatchedPolicy(BatchedBasePolicy):
         now.rollout.observe(latents, states, actions)
         keep = self.parts.wam.config.window + 1
         now.history = [*now.history, (latents, states, actions)][-keep:]
+        now.reference = self._reference(observations)
         self.planned = self._plan(now)
         now.acts, now.returned, now.executed = now.acts + 1, self.planned.actions, None
         return self._chunks(self.planned.actions[:, : self.plan.executed])
@@ -200,6 +204,12 @@ class BatchedPolicy(BatchedBasePolicy):
             rows.append(torch.from_numpy(statistics.standardise(states[every - 1 :: every])))
         return torch.stack(rows).to(self.device)
 
+    def _reference(self, observations: Sequence[Observation]) -> np.ndarray:
+        """What the next actions are measured from, (n, C): the newest states, or zeros."""
+        states = [observation.states() for observation in observations]
+        statistics = self.parts.statistics
+        return np.stack([statistics.reference(None if state is None else state[-1]) for state in states])
+
     def _executed(self, frames: int) -> Tensor:
         """Scaled actions (n, frames, a, c) that were carried out since the last act."""
         now = self._episodes()
@@ -225,12 +235,12 @@ class BatchedPolicy(BatchedBasePolicy):
 
     def _chunks(self, actions_norm: Tensor) -> list[ActionChunk]:
         """Actions in SI units, clipped to the recorded range if the plan says so."""
-        statistics, rate_hz = self.parts.statistics.actions, self.embodiment.rate_hz
+        statistics, rate_hz = self.parts.statistics, self.embodiment.rate_hz
         rows = rearrange(actions_norm.float().cpu().numpy(), "n frames a c -> n (frames a) c")
-        actions_si = statistics.denormalise(rows)
+        actions_si = statistics.actions.denormalise(rows) + self._episodes().reference[:, None]
         if self.plan.clip:
-            actions_si = statistics.clip(actions_si)
-        return [ActionChunk(np.ascontiguousarray(row), statistics.channels, rate_hz) for row in actions_si]
+            actions_si = statistics.targets.clip(actions_si)
+        return [ActionChunk(np.ascontiguousarray(row), statistics.targets.channels, rate_hz) for row in actions_si]
 
     def _follow_instructions(self, observations: Sequence[Observation]) -> None:
         """A new instruction in mid-episode: what is remembered is read again in its light."""

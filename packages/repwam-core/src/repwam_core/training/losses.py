@@ -103,6 +103,7 @@ def wam_loss(
         generator: source of every draw, on the batch's device.
     """
     joint = wam.config.joint_actions
+    batch = from_chunk_starts(batch, chunk_sizes)
     if joint:
         batch = with_joint_actions(batch)
     noise = draw_noise(batch, len(chunk_sizes), settings, generator, joint)
@@ -180,6 +181,21 @@ def _velocities_of(velocities: Velocities, layouts: Sequence[SequenceLayout]) ->
     video = velocities.video.split([len(layout.noisy_video) for layout in layouts], dim=1)
     actions = velocities.actions.split([len(layout.noisy_actions) for layout in layouts], dim=1)
     return [Velocities(*parts) for parts in zip(video, actions, strict=True)]
+
+
+def from_chunk_starts(batch: SegmentBatch, chunk_sizes: tuple[int, ...]) -> SegmentBatch:
+    """The same segments with every action measured from the state before its chunk, the last one a policy has seen.
+
+    Args:
+        batch: segments whose actions are measured from the state at the first frame of their own transition.
+        chunk_sizes: latent frames of the chunks 1 .. N, summing to F.
+    """
+    if batch.reference is None:
+        return batch
+    sizes = torch.tensor(chunk_sizes, device=batch.reference.device)
+    starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    moved = batch.reference - batch.reference[:, starts]
+    return replace(batch, actions=batch.actions + moved[:, :, None], reference=None)
 
 
 def with_joint_actions(batch: SegmentBatch) -> SegmentBatch:

@@ -9,11 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from repwam_core.data.episodes import SegmentBatch
-from repwam_core.embodiment import ActionStatistics
 from repwam_core.model.config import LATENT_SPACE
 from repwam_core.model.rollout import PlannedChunk, Rollout, Run
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.planning import PlanSettings
+from repwam_core.statistics import ActionStatistics
+from repwam_core.training.losses import equal_chunks, from_chunk_starts
 from repwam_core.training.scores import THRESHOLDS, count_below
 
 
@@ -75,8 +76,10 @@ def sample_segments(
     """Plan every chunk of the segments after the true frames and actions before it (open loop).
 
     Returns:
-        Actions and imagined latents (None where the video is skipped), scaled as the batch is.
+        Actions and imagined latents (None where the video is skipped), scaled as the batch is; actions that are learned
+        from the state are measured from that before their chunk.
     """
+    batch = from_chunk_starts(batch, equal_chunks(batch.valid.shape[1], plan.chunk_frames))
     rollout = start_rollout(wam, plan, space=space, grid=grid, text=batch.text, text_mask=batch.text_mask)
     transitions, first, chunks = batch.valid.shape[1], 0, []
     rollout.observe(batch.latents[:, :1], None if batch.state is None else batch.state[:, :1])
@@ -108,6 +111,7 @@ class SampledErrors:
     def update(self, wam: WorldActionModel, batch: SegmentBatch, grid: tuple[int, int, int], seed: int) -> None:
         """Sample a batch with noise that `seed` fixes, and add its errors."""
         generator = torch.Generator().manual_seed(seed)
+        batch = from_chunk_starts(batch, equal_chunks(batch.valid.shape[1], self.plan.chunk_frames))  # what is compared
         actions, latents = sample_segments(wam, batch, self.plan, space=self.space, grid=grid, generator=generator)
         weight = batch.valid[..., None, None] & batch.channel_mask[:, None, None]
         self._add("action_mae", (actions - batch.actions).abs(), weight)

@@ -31,6 +31,7 @@ from repwam_core.training.losses import (
     documents_loss,
     draw_noise,
     equal_chunks,
+    from_chunk_starts,
     wam_loss,
     with_joint_actions,
 )
@@ -257,8 +258,9 @@ class WAMTraining(L.LightningModule):
         """Eq. 7 of a packed sequence; its noise is drawn episode by episode."""
         size, documents, joint = self.chunk_size(batch), [], self._model().config.joint_actions
         for document in batch.documents:
-            segment = with_joint_actions(document.segment) if joint else document.segment
-            chunks = equal_chunks(segment.valid.shape[1], size)
+            chunks = equal_chunks(document.segment.valid.shape[1], size)
+            segment = from_chunk_starts(document.segment, chunks)
+            segment = with_joint_actions(segment) if joint else segment
             generator = _generator((self.seed, 3, *document.piece), segment.latents.device)
             noise = draw_noise(segment, len(chunks), self.loss_settings, generator, joint)
             documents.append(NoisedDocument(segment, chunks, document.grid, noise))
@@ -327,13 +329,9 @@ def _generator(key: tuple[int, ...], device: torch.device) -> torch.Generator:
 
 def _described(store: EpisodeStore) -> dict[str, Any]:
     """What an exported policy needs to know of a data set."""
-    statistics = store.statistics
     return {
-        "statistics": {
-            "actions": asdict(statistics.actions),
-            "state": None if statistics.state is None else asdict(statistics.state),
-        },
-        "statistics_digest": statistics.digest,
+        "statistics": store.statistics.to_dict(),
+        "statistics_digest": store.statistics.digest,
         "latents": store.meta.to_dict(),
         "instructions": sorted(set(store.tasks)),
     }

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from repvitok.data import LatentShards, LatentShardWriter
-from repwam_core.data.episode_arrays import MappedEpisodes, StackedEpisodes, count_statistics
+from repwam_core.data.episode_arrays import MappedEpisodes, StackedEpisodes, count_statistics, suggested_kind
 from repwam_core.data.episodes import EpisodeStore, SegmentSampler, text_cache
 from repwam_core.training.losses import from_chunk_starts
 
@@ -204,6 +204,22 @@ def test_actions_from_the_state_are_recorded_ones_minus_the_state_before_their_c
     np.testing.assert_allclose(found[..., :2], expected[..., :2], atol=1e-5)
     recorded = np.concatenate([episode.actions.reshape(-1, 3) for episode in LatentShards(followers)])
     np.testing.assert_allclose(store.statistics.targets.mean, recorded.mean(0), rtol=1e-5)
+
+
+def test_targets_that_follow_the_state_are_best_learned_from_it(tmp_path, shards, followers):
+    source, rng = LatentShards(shards), np.random.default_rng(0)
+    everything = range(len(source))
+    assert suggested_kind(source, everything) == "absolute", "no state has an action's name"
+    assert suggested_kind(LatentShards(followers), everything) == "absolute", "nor has the state of each"
+    for name, near, expected in (("near", 0.1, "from_state"), ("far", 3.0, "absolute")):
+        meta = dataclasses.replace(source.meta, state_names=source.meta.action_names)
+        with LatentShardWriter(tmp_path / name, meta) as writer:
+            for episode in source:
+                state = np.cumsum(rng.normal(size=episode.state.shape), axis=0).astype(np.float32)
+                moved = near * rng.normal(size=episode.actions.shape)
+                actions = (state[:-1, None] + moved if near < 1 else moved).astype(np.float32)
+                writer.add(dataclasses.replace(episode, state=state, actions=actions))
+        assert suggested_kind(LatentShards(tmp_path / name), everything) == expected
 
 
 def test_kinds_do_not_change_what_is_learned_of_latent_actions(followers):

@@ -249,6 +249,19 @@ def count_statistics(
     return Statistics(ActionStatistics.from_values(learned, meta.action_names, units, kind), state, recorded)
 
 
+def suggested_kind(shards: LatentShards, episodes: Sequence[int] | np.ndarray) -> ActionKind:
+    """How recorded actions are best learned: "from_state" where they are targets close to the robot's state.
+
+    That is where every action channel has a state of its name and most lie in a range under half as wide when measured
+    from it (docs/decisions/045); "absolute" otherwise.
+    """
+    if not set(shards.meta.action_names) <= set(shards.meta.state_names):
+        return "absolute"
+    statistics = count_statistics(shards, episodes, "robot", kind="from_state")
+    ranges = [np.subtract(counted.q99, counted.q01) for counted in (statistics.actions, statistics.targets)]
+    return "from_state" if np.mean(ranges[0] < ranges[1] / 2) > 0.5 else "absolute"
+
+
 def _stacked(values: Sequence[Tensor | None]) -> Tensor | None:
     present = [value for value in values if value is not None]
     return torch.stack(present) if present else None

@@ -120,7 +120,8 @@ def adapt(
 ) -> dict[str, Any]:
     """Stage two: robot actions, starting from the pretrained model; exports the policy to ``folder/policy``.
 
-    ``action_units`` are the action channels' units where they are known; a LeRobot data set does not hold them.
+    ``action_units`` are the action channels' units where they are known; a LeRobot data set does not hold them. Targets
+    close to the robot's state are learned as changes from it.
     """
     _fit(
         repwam,
@@ -131,6 +132,7 @@ def adapt(
         f"--data.latents={latents}",
         f"--data.held_out={plan.held_out}",
         f"--model.init_from={'null' if pretrained is None else pretrained}",
+        f"--data.action_kind={_action_kind(latents)}",
         *((f"--data.action_units=[{','.join(map(repr, action_units))}]",) if action_units else ()),
         *overrides,
     )
@@ -147,6 +149,15 @@ def last_values(folder: Path, *names: str) -> dict[str, float]:
     """The last logged value of each metric that the run has logged."""
     curves = read_curves(folder)
     return {name: float(curves[name][-1, 1]) for name in names if name in curves}
+
+
+def _action_kind(latents: Path) -> str:
+    from repvitok.data import LatentShards
+
+    from repwam_core.data.episode_arrays import suggested_kind
+
+    shards = LatentShards(latents)
+    return suggested_kind(shards, range(len(shards)))
 
 
 def _fit(main: Main, recipe: str, folder: Path, steps: int, seed: int, *overrides: str) -> None:

@@ -46,7 +46,13 @@ def recipe(path: Path, folders: list[str], scale: int) -> Path:
                     "weights": {"l1": 1.0, "l2": 1.0, "gradient": 0.5, "perceptual": 1.0, "gan": 0.1, "align": 1.0},
                     "teacher": {"class_path": "repvitok.teacher.HOGTeacher"},
                     "perceptual": {"class_path": "repvitok.losses.PerceptualLoss", "init_args": perceptual},
-                    "adversary": {"start_step": ADVERSARY_ENTERS, "width": 4, "layers": 2, "lecam": 1.0, "warmup_steps": 1},
+                    "adversary": {
+                        "start_step": ADVERSARY_ENTERS,
+                        "width": 4,
+                        "layers": 2,
+                        "lecam": 1.0,
+                        "warmup_steps": 1,
+                    },
                     "optimizer": {"name": "adamw", "lr": 1e-3, "warmup_steps": 1},
                 },
                 "data": {

@@ -56,6 +56,10 @@ def test_drawing():
     np.testing.assert_array_equal(warm[128, 64], calm[128, 64])
     still[0, 1, 1] = (0, 1)
     assert (draw_transition(image, heat, still) != warm).any()
+    written = draw_transition(image, heat, still, "1.5 s") != draw_transition(image, heat, still)
+    assert written[224:, :128].any()
+    assert not written[:224].any()
+    assert not written[:, 128:].any()
 
 
 def test_bad_drawings_are_refused():

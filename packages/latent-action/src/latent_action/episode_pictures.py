@@ -112,8 +112,8 @@ def _evenly(available: int, wanted: int, episode: int) -> list[int]:
     """At most `wanted` of the transitions after the first, evenly spread."""
     if available < 2:
         raise ValueError(
-            f"Episode {episode} has {available + 1} latent frame(s), hence no transition to draw: it takes three, because "
-            "the first transition is left out."
+            f"Episode {episode} has {available + 1} latent frame(s), hence no transition to draw: it takes three, "
+            "because the first transition is left out."
         )
     return np.linspace(1, available - 1, min(wanted, available - 1)).round().astype(int).tolist()
 

@@ -84,14 +84,14 @@ def draw_transition(
         caption: written in the lower left corner.
 
     Returns:
-        The picture, enlarged by a whole factor so that a view is at least 256 pixels high.
+        The picture, enlarged by a whole factor to a height of about 256 pixels.
 
     Raises:
         ValueError: the heat leaves [0, 1], or the shapes do not belong together.
     """
     _check_drawing(image, heat, arrows)
     views, rows, columns = heat.shape
-    scale = max(1, -(-_SIDE // image.shape[0]))
+    scale = max(1, round(_SIDE / image.shape[0]))
     height, width = image.shape[0] * scale, image.shape[1] * scale
     canvas = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
     side_by_side = rearrange(heat, "v h w -> h (v w)")

@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="Markdown file for the tables (default: print them)")
     parser.add_argument("--parts", nargs="+", default=["compare", "scaling", "streaming"])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
-    parser.add_argument("--repeats", type=int, default=3, help="of everything but Wan2.2's VAE, which runs once")
+    parser.add_argument("--repeats", type=int, default=3, help="of RepViTok; the others run once")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=Path, help="JSON lines file of measurements, read and appended to")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
@@ -114,7 +114,7 @@ def compare(options: argparse.Namespace) -> str:
     """The table of models."""
     rows = {}
     for name in options.models:
-        repeats = 1 if name == "wan2.2" else options.repeats
+        repeats = options.repeats if name == "repvitok" else 1
         rows[name] = {
             direction: [_in_process(options, number, "model", name, direction) for number in range(repeats)]
             for direction in ("encode", "decode")

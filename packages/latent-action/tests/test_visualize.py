@@ -56,6 +56,10 @@ def test_drawing():
     np.testing.assert_array_equal(warm[128, 64], calm[128, 64])
     still[0, 1, 1] = (0, 1)
     assert (draw_transition(image, heat, still) != warm).any()
+    written = draw_transition(image, heat, still, "1.5 s") != draw_transition(image, heat, still)
+    assert written[224:, :128].any()
+    assert not written[:224].any()
+    assert not written[:, 128:].any()
 
 
 def test_bad_drawings_are_refused():
@@ -97,7 +101,7 @@ def test_visualize_verb_draws_an_episode(fitted_lat, blobs, tmp_path, capsys):
     out = tmp_path / "pictures" / "episode.png"
     arguments = ["visualize", "--lat", str(tmp_path / "lat"), "--latents", str(blobs), "--out", str(out)]
     assert main([*arguments, "--dataset", str(tmp_path / "data"), "--transitions", "5"]) == 0
-    height, width = 48 * 6, 64 * 6
+    height, width = 48 * 5, 64 * 5
     assert Image.open(out).size == (4 * width + 3 * 4, 2 * height + 4)
     assert main([*arguments, "--dataset", str(tmp_path / "data"), "--episode", "999"]) == 2
     assert "no episode 999" in capsys.readouterr().err

@@ -41,6 +41,8 @@ def write_episode_picture(
 ) -> None:
     """Draw transitions of one episode: some of them, evenly spread, as one PNG, or all of them as an MP4 film.
 
+    The first one, from the latent of an image to that of four frames, is no motion and left out (docs/decisions/020).
+
     Args:
         lat: the latent action tokenizer.
         latents: folder of latent shards.
@@ -69,12 +71,15 @@ def write_episode_picture(
     ends = sorted({*index, *(i + 1 for i in index)})
     raw = dict(zip(ends, _views(reader, chosen, shards.meta.cameras, per_latent, ends), strict=True))
     layers = transition_layers(lat, chosen, shards.meta.grid, index)
-    pictures = [draw_transition(_joined(raw[i]), *layer) for i, layer in zip(index, layers, strict=True)]
+    rate_hz = shards.meta.frame_rate_hz / per_latent
+    captions = [f"{'ours, ' if lapa else ''}{i / rate_hz:.1f} s" for i in index]
+    drawn = zip(index, layers, captions, strict=True)
+    pictures = [draw_transition(_joined(raw[i]), *layer, caption) for i, layer, caption in drawn]
     if lapa is not None:
         others = [_draw_lapa(lapa, raw[i], raw[i + 1]) for i in index]
-        pictures = [side_by_side(list(pair), 2) for pair in zip(pictures, others, strict=True)]
+        pictures = [np.concatenate(pair, axis=1) for pair in zip(pictures, others, strict=True)]
     if film:
-        write_video(out, np.stack([_even(picture) for picture in pictures]), shards.meta.frame_rate_hz / per_latent)
+        write_video(out, np.stack([_even(picture) for picture in pictures]), rate_hz)
     else:
         _save_png(side_by_side(pictures, columns), out)
 
@@ -104,10 +109,13 @@ def find_episode(shards: LatentShards, episode: int) -> LatentEpisode:
 
 
 def _evenly(available: int, wanted: int, episode: int) -> list[int]:
-    """At most `wanted` transitions, evenly spread."""
-    if available < 1:
-        raise ValueError(f"Episode {episode} has {available + 1} latent frame(s), hence no transition to draw.")
-    return np.linspace(0, available - 1, min(wanted, available)).round().astype(int).tolist()
+    """At most `wanted` of the transitions after the first, evenly spread."""
+    if available < 2:
+        raise ValueError(
+            f"Episode {episode} has {available + 1} latent frame(s), hence no transition to draw: it takes three, "
+            "because the first transition is left out."
+        )
+    return np.linspace(1, available - 1, min(wanted, available - 1)).round().astype(int).tolist()
 
 
 def _views(
@@ -137,7 +145,7 @@ def _draw_lapa(
         torch.cat([prepare_frames(picture[None], view)[:, 0] for picture in views], dim=2) for views in (before, after)
     )
     heat = rearrange(lapa_acting_map(lapa, x_t, x_next), "h (v w) -> v h w", v=len(before))
-    return draw_transition(_joined(before), heat, np.zeros((*heat.shape, 2), dtype=np.float32))
+    return draw_transition(_joined(before), heat, np.zeros((*heat.shape, 2), dtype=np.float32), "LAPA")
 
 
 def _even(picture: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H2 W2 3"]:

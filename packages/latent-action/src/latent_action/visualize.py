@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from latent_action.grid import Grid, resolve_grid, token_coordinates
@@ -73,6 +73,7 @@ def draw_transition(
     image: UInt8[np.ndarray, "H W 3"],
     heat: Float[np.ndarray, "views h w"],
     arrows: Float[np.ndarray, "views h w 2"],
+    caption: str = "",
 ) -> UInt8[np.ndarray, "H2 W2 3"]:
     """The frame with the heat laid over it and an arrow per token that moved.
 
@@ -80,16 +81,17 @@ def draw_transition(
         image: the frame; several cameras stand side by side in the order of the views.
         heat: from `acting_map`, in [0, 1].
         arrows: from `transport_arrows`; drawn to scale, ending at the token they arrive at.
+        caption: written in the lower left corner.
 
     Returns:
-        The picture, enlarged by a whole factor so that a view is at least 256 pixels high.
+        The picture, enlarged by a whole factor to a height of about 256 pixels.
 
     Raises:
         ValueError: the heat leaves [0, 1], or the shapes do not belong together.
     """
     _check_drawing(image, heat, arrows)
     views, rows, columns = heat.shape
-    scale = max(1, -(-_SIDE // image.shape[0]))
+    scale = max(1, round(_SIDE / image.shape[0]))
     height, width = image.shape[0] * scale, image.shape[1] * scale
     canvas = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
     side_by_side = rearrange(heat, "v h w -> h (v w)")
@@ -102,6 +104,8 @@ def draw_transition(
         if np.hypot(*arrow) >= SHORTEST_ARROW:
             tip = (np.array([row, view * columns + column]) + 0.5) * cell
             _draw_arrow(pen, tip - arrow * cell, tip, width=max(1, height // 160))
+    if caption:
+        _write(pen, caption, height)
     return np.asarray(canvas)
 
 
@@ -132,6 +136,15 @@ def _draw_arrow(pen: ImageDraw.ImageDraw, tail: np.ndarray, tip: np.ndarray, wid
     across = np.array([-along[1], along[0]])
     for end in (tail, tip - 5 * width * along + 3 * width * across, tip - 5 * width * along - 3 * width * across):
         pen.line([tuple(end[::-1]), tuple(tip[::-1])], fill=_ARROW, width=width)
+
+
+def _write(pen: ImageDraw.ImageDraw, caption: str, height: int) -> None:
+    """White text on a dark bar in the lower left corner."""
+    font = ImageFont.load_default(size=height // 16)
+    place = (height // 32, height - height // 32)
+    left, top, right, bottom = pen.textbbox(place, caption, font=font, anchor="ls")
+    pen.rectangle((left - 4, top - 4, right + 4, bottom + 4), fill=(20, 20, 20))
+    pen.text(place, caption, fill=(255, 255, 255), font=font, anchor="ls")
 
 
 def _check_drawing(image: np.ndarray, heat: np.ndarray, arrows: np.ndarray) -> None:

@@ -12,6 +12,8 @@ STAGE = TrainingStage(
     name="repvitok",
     module="repvitok.training:RepViTokTraining",
     data="repvitok.data.datamodule:ClipDataModule",
+    # An image meets no tubelet and no video adversary, and each of the two backward passes skips the other's network.
+    parallel_strategy="ddp_find_unused_parameters_true",
 )
 
 

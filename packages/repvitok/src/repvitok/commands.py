@@ -47,6 +47,7 @@ class TrainingStage:
         links: (source, target) pairs of dotted keys for `link_arguments`, applied on instantiation.
         trainer_defaults: Trainer arguments that differ from `repvitok.lightning_cli.TRAINER_DEFAULTS`.
         subclass_data: take any LightningDataModule of the given base by class_path.
+        parallel_strategy: Lightning's strategy of several processes where the configuration leaves it at "auto".
     """
 
     name: str
@@ -55,6 +56,7 @@ class TrainingStage:
     links: tuple[tuple[str, str], ...] = ()
     trainer_defaults: dict[str, Any] = field(default_factory=dict)
     subclass_data: bool = False
+    parallel_strategy: str = "auto"
 
 
 LIGHTNING_VERBS = {

@@ -155,9 +155,13 @@ class StageCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Builds the trainer with whole checkpoint files, and loss curves unless a logger is configured.
 
+        Several processes train by the stage's own strategy unless one is configured.
         Under Slurm, Lightning's own requeueing is off: it would save beside `last.ckpt`, from inside a signal handler.
         """
         configured = self.config_init[self.verb].trainer
+        several = configured.devices not in (1, "1") or configured.num_nodes > 1
+        if several and configured.strategy == "auto":
+            kwargs["strategy"] = self.stage.parallel_strategy
         plugins = configured.get("plugins") or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         if SLURMEnvironment.detect():

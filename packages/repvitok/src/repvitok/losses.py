@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from einops import rearrange
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 LPIPS_BACKBONE_FILES = {
@@ -96,7 +96,7 @@ class LeCam(nn.Module):
 
     mean (D(o) - m_fake)^2 + mean (D(o_hat) - m_real)^2, with m the exponential moving averages of the mean scores.
     Chosen over the R1 gradient penalty: it needs no second derivative through the video discriminator, which costs a
-    further backward pass per step.
+    further backward pass per step. Processes that train together share the averages.
     """
 
     real_mean: Tensor
@@ -111,10 +111,18 @@ class LeCam(nn.Module):
 
     def forward(self, real: Float[Tensor, "*shape"], fake: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
         """Moves the averages, and returns the penalty."""
-        with torch.no_grad():
-            self.real_mean.lerp_(real.mean().to(self.real_mean.dtype), 1 - self.decay)
-            self.fake_mean.lerp_(fake.mean().to(self.fake_mean.dtype), 1 - self.decay)
+        means = _mean_over_ranks(torch.stack([real.detach().mean(), fake.detach().mean()]).to(self.real_mean.dtype))
+        self.real_mean.lerp_(means[0], 1 - self.decay)
+        self.fake_mean.lerp_(means[1], 1 - self.decay)
         return (real - self.fake_mean).square().mean() + (fake - self.real_mean).square().mean()
+
+
+def _mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean of every process's values; of one process its own."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return values
+    distributed.all_reduce(values)
+    return values / distributed.get_world_size()
 
 
 class PerceptualLoss(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -87,3 +88,12 @@ def test_unreadable_files_count_against_the_bound(folders, tmp_path):
     with pytest.raises(ValueError, match=r"broken\.mp4"):
         module(str(tmp_path))
     assert shapes(module(str(tmp_path), max_bad_fraction=0.25), 1) == [(2, 3, 5, 16, 16)]
+
+
+def test_every_process_validates_on_a_clip(folders):
+    data = module(folders["videos"], val_clips=3)
+    data.trainer = SimpleNamespace(global_rank=1, world_size=3)
+    assert [len(batch) for batch in data.val_dataloader()] == [1]
+    data.trainer = SimpleNamespace(global_rank=0, world_size=4)
+    with pytest.raises(ValueError, match=r"data\.val_clips of at least one clip for each of 4 processes, got 3"):
+        data.val_dataloader()

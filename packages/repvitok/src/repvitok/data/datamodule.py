@@ -152,6 +152,10 @@ class ClipDataModule(LightningDataModule):
         if self._val is None:
             return []
         rank, world_size = self._rank()
+        if self.val_clips < world_size:
+            raise ValueError(
+                f"expected data.val_clips of at least one clip for each of {world_size} processes, got {self.val_clips}"
+            )
         mine = list(range(rank, self.val_clips, world_size))
         size = self.batch_size
         return self._loader(self._val, [mine[i : i + size] for i in range(0, len(mine), size)])

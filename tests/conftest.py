@@ -1,5 +1,7 @@
 """Data that tests across packages share."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -35,3 +37,36 @@ def shared_video_dataset(tmp_path_factory):
         )
     writer.finalize()
     return root
+
+
+@pytest.fixture(scope="session")
+def noise_latents(tmp_path_factory):
+    """Six episodes of noise with latent actions, and hidden states of their instruction."""
+    import torch
+    from repvitok.data import LatentEpisode, LatentMeta, LatentShardWriter
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("latents") / "latents"
+    meta = LatentMeta(
+        tokenizer_digest="0" * 64, frame_rate_hz=10.0, stride=1, grid=(1, 2, 2), cameras=("top",), latent_dim=8,
+        window=5, source="noise", action_names=("x",), state_names=("x",),
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    with LatentShardWriter(folder, meta) as writer:
+        for index in range(6):
+            writer.add(
+                LatentEpisode(
+                    key=f"episode-{index}",
+                    episode_index=index,
+                    offset=0,
+                    task="go",
+                    latents=rng.normal(size=(12, 4, 8)).astype(np.float32),
+                    state=rng.normal(size=(12, 1)).astype(np.float32),
+                    actions=rng.normal(size=(11, 4, 1)).astype(np.float32),
+                    latent_actions=rng.normal(size=(11, 4)).astype(np.float32),
+                )
+            )
+    metadata = {"text_encoder": "minilm", "instructions": json.dumps(["go"])}
+    hidden = torch.randn(3, 384, generator=torch.Generator().manual_seed(0))
+    save_file({"0": hidden}, folder / "text-minilm.safetensors", metadata)
+    return folder

@@ -13,6 +13,7 @@ from repvitok.lightning_cli import parse_recipe
 from repwam_core import ActionSpace, WAMConfig, WorldActionModel
 from repwam_core.cli import STAGE as REPWAM
 from repwam_core.data.layout import DatasetLayout
+from repwam_core.embodiment import ChannelLayout
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 PLM_WIDTH = 2048  # hidden states of the paper's text encoder at 1 B
@@ -90,3 +91,12 @@ def test_adaptation_recipes_name_the_units_of_their_layouts(overlay):
     robot = DatasetLayout.load(LAYOUTS[overlay]).robot(30.0)
     assert tuple(config.data.action_units) == robot.action_units
     assert LAYOUTS[overlay] in str(config.data.latents)
+
+
+def test_the_recipe_for_all_collections_names_the_units_of_their_layouts():
+    config = _parse(REPWAM, "3_repwam", "adapt_all.yaml", "--data.seed=0")
+    robots = {entry.latents.split("/")[1]: entry.action_units for entry in config.data.data_sets}
+    assert set(LAYOUTS.values()) < set(robots)
+    known = [DatasetLayout.load(name).robot(30.0) for name in robots]
+    assert [tuple(units) for units in robots.values()] == [robot.action_units for robot in known]
+    assert len(ChannelLayout.of(known).names) == 20

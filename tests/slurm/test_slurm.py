@@ -3,7 +3,6 @@
 Runs where Slurm is installed (Debian: apt-get install slurm-wlm munge) and the tests run as root; skipped elsewhere.
 """
 
-import json
 import os
 import re
 import shutil
@@ -12,13 +11,9 @@ import sysconfig
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 import yaml
 from repvitok.curves import read_curves
-from repvitok.data import LatentEpisode, LatentMeta, LatentShardWriter
-from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = Path(__file__).with_name("loopback_cluster.sh")
@@ -37,6 +32,7 @@ OVERLAY = {
 
 needs_slurm = [
     pytest.mark.slurm,
+    pytest.mark.xdist_group("slurm"),  # one cluster, whatever the number of test processes
     pytest.mark.timeout(1800),
     pytest.mark.skipif(
         not all(shutil.which(tool) for tool in ("slurmctld", "slurmd", "munged")) or os.geteuid() != 0,
@@ -63,32 +59,10 @@ def cluster(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def latents(tmp_path_factory):
-    """Six episodes of noise with latent actions, and hidden states of their instruction."""
-    folder = tmp_path_factory.mktemp("latents") / "latents"
-    meta = LatentMeta(
-        tokenizer_digest="0" * 64, frame_rate_hz=10.0, stride=1, grid=(1, 2, 2), cameras=("top",), latent_dim=8,
-        window=5, source="noise", action_names=("x",), state_names=("x",),
-    )  # fmt: skip
-    rng = np.random.default_rng(0)
-    with LatentShardWriter(folder, meta) as writer:
-        for index in range(6):
-            writer.add(
-                LatentEpisode(
-                    key=f"episode-{index}",
-                    episode_index=index,
-                    offset=0,
-                    task="go",
-                    latents=rng.normal(size=(12, 4, 8)).astype(np.float32),
-                    state=rng.normal(size=(12, 1)).astype(np.float32),
-                    actions=rng.normal(size=(11, 4, 1)).astype(np.float32),
-                    latent_actions=rng.normal(size=(11, 4)).astype(np.float32),
-                )
-            )
-    (folder.parent / "overlay.yaml").write_text(yaml.safe_dump(OVERLAY))
-    metadata = {"text_encoder": "minilm", "instructions": json.dumps(["go"])}
-    save_file({"0": torch.randn(3, 384)}, folder / "text-minilm.safetensors", metadata)
-    return folder
+def latents(noise_latents):
+    """Labelled latents, with the overlay of the run beside them."""
+    (noise_latents.parent / "overlay.yaml").write_text(yaml.safe_dump(OVERLAY))
+    return noise_latents
 
 
 def _fit(latents, out):

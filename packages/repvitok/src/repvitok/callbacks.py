@@ -98,7 +98,7 @@ class SaveLast(Callback):
                 self._previous[number] = signal.signal(number, self._on_signal)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
-        """Ends training when that was agreed, now that the last step's metrics are logged; else notes a step under way."""
+        """Ends training if that was agreed, now that the last step is logged; else notes that a step is under way."""
         if self._stopping:
             self._stop_if_asked(trainer)
         self._between_steps = False

@@ -17,7 +17,8 @@ from torch.nn.functional import pad
 
 from repwam_core.embodiment import Embodiment
 from repwam_core.interface import ActionChunk, BasePolicy, BatchedBasePolicy, Observation
-from repwam_core.model.rollout import Rollout
+from repwam_core.model.rollout import Rollout, Run
+from repwam_core.model.wam import WorldActionModel
 from repwam_core.planning import PlanSettings
 from repwam_core.policy.parts import PolicyParts
 from repwam_core.training.metrics import plan_chunk, start_rollout
@@ -70,7 +71,7 @@ class BatchedPolicy(BatchedBasePolicy):
 
     def __init__(self, parts: PolicyParts, *, compile_passes: bool = False, **plan: Any) -> None:
         self.parts, self.plan = parts, replace(parts.manifest.plan, **plan)
-        self._run = torch.compile(parts.wam.run, dynamic=False) if compile_passes else None
+        self._run = _compiled(parts.wam) if compile_passes else None
         latents = parts.manifest.latents
         self.device = next(parts.wam.parameters()).device
         self.frames_per_latent = parts.tokenizer.config.tubelet_frames * latents.stride
@@ -304,6 +305,17 @@ class BatchedPolicy(BatchedBasePolicy):
         if self._now is None:
             raise ValueError("call reset before act: no episode has begun")
         return self._now
+
+
+def _compiled(wam: WorldActionModel) -> Run:
+    """The model's passes, to be compiled when they first run.
+
+    einops remembers which kinds of arrays it has met, and a compiled graph is thrown away when that memory grows: it
+    meets both kinds before anything is compiled.
+    """
+    for values in (np.zeros(1), torch.zeros(1)):
+        rearrange(values, "one -> one")
+    return torch.compile(wam.run, dynamic=False)
 
 
 class Policy(BasePolicy):

@@ -7,12 +7,13 @@ graphs. Targets on an H200: 90 ms for `joint` and 50 ms for `sequential`, one ca
 
     uv run python benchmarks/gpu_policy_latency.py [--preset 1.3b] [--cameras 1 3] [--modes eager compiled graphs]
 
-`--preset tiny --device cpu --modes eager` runs anywhere, to see that it works.
+`--preset tiny --device cpu --modes eager --grid 2 2 --repetitions 3` runs anywhere, to see that it works.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from typing import Any
@@ -39,8 +40,8 @@ def build(preset: str, coupling: str, device: torch.device) -> WorldActionModel:
     return wam.to(dtype).eval()
 
 
-def steady(wam: WorldActionModel, cameras: int, mode: str, batch: int) -> Rollout:
-    """A rollout whose ring is full."""
+def steady(wam: WorldActionModel, grid: tuple[int, int, int], mode: str, batch: int) -> Rollout:
+    """A rollout whose ring is full; `grid` is cameras, rows and columns of a latent frame."""
     options = MODES[mode]
     run: Run | None = None
     if options is not None:
@@ -50,7 +51,7 @@ def steady(wam: WorldActionModel, cameras: int, mode: str, batch: int) -> Rollou
     text = torch.randn(batch, TEXT_TOKENS, wam.config.text_dim, device=weight.device, dtype=weight.dtype)
     mask = torch.ones(batch, TEXT_TOKENS, dtype=torch.bool, device=weight.device)
     rollout = Rollout(
-        wam, space="robot", grid=(cameras, 16, 16), text=text, text_mask=mask, chunk_frames=CHUNK,
+        wam, space="robot", grid=grid, text=text, text_mask=mask, chunk_frames=CHUNK,
         static_shapes=True, run=run,
     )  # fmt: skip
     if mode == "graphs":
@@ -97,6 +98,7 @@ def main() -> None:
     parser.add_argument("--preset", default="1.3b")
     parser.add_argument("--cameras", type=int, nargs="+", default=[1, 3])
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
+    parser.add_argument("--grid", type=int, nargs=2, default=[16, 16], help="rows and columns of a camera's tokens")
     parser.add_argument("--batch", type=int, default=1, help="episodes in step")
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--repetitions", type=int, default=30)
@@ -112,11 +114,11 @@ def main() -> None:
         wam = build(options.preset, coupling, device)
         for cameras in options.cameras:
             for mode in options.modes:
-                rollout = steady(wam, cameras, mode, options.batch)
+                rollout = steady(wam, (cameras, *options.grid), mode, options.batch)
                 for video in videos:
                     spent = sorted(latencies_ms(rollout, video, options.warmup, options.repetitions))
                     peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else float("nan")
-                    median, high = statistics.median(spent), spent[int(0.95 * (len(spent) - 1))]
+                    median, high = statistics.median(spent), spent[math.ceil(0.95 * len(spent)) - 1]
                     cells = (coupling, video, cameras, mode, f"{median:.1f}", f"{high:.1f}", f"{peak:.1f}")
                     print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 

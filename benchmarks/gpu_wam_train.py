@@ -4,12 +4,14 @@
 
 One packed sequence of synthetic episodes per step: forward, backward, gradient clip and Muon with AdamW, bf16 autocast
 over float32 weights, FlexAttention. The target is 45 % of the peak with recomputation counted once. `--device cpu
---preset tiny --tokens 2000` runs anywhere, to see that the script works.
+--preset tiny --grid 1 4 4 --tokens 2000 --newton-schulz float32` runs anywhere, to see that the script works.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
+import math
 import statistics
 import time
 
@@ -31,25 +33,29 @@ from repwam_core.sizing import (
 from repwam_core.training.parallel import ScaleSettings, prepare_layers
 
 VECTORS = 4
+LENGTHS = (96, 48, 24, 12, 6)
+"""Transitions of an episode."""
 SPACE = ActionSpace(channels=16, vectors_per_transition=VECTORS)
 
 
 def sequence(config: WAMConfig, tokens: int, grid: tuple[int, int, int]) -> tuple[SequenceLayout, SequenceCounts]:
-    """Episodes of 24, 48 and 96 transitions in turn, in chunks of two, up to a number of tokens."""
-    layouts, counts, used = [], SequenceCounts(), 0
-    for number in range(10_000):
-        transitions = (96, 48, 24)[number % 3]
-        layout = training_layout(transitions + 1, (2,) * (transitions // 2), grid, VECTORS)
-        if used + len(layout) > tokens:
+    """Episodes of 96, 48 and 24 transitions in turn, shorter ones where these do not fit, in chunks of two."""
+    layouts, counts, left = [], SequenceCounts(), tokens
+    for number in itertools.count():
+        fitting = [layout for size in LENGTHS if len(layout := _episode(size, grid)) <= left]
+        if not fitting:
             break
-        layouts.append(layout)
-        used += len(layout)
-        counts += document_counts(
-            config, (2,) * (transitions // 2), grid[0] * grid[1] * grid[2], VECTORS, text=16, read=False
-        )
+        layouts.append(fitting[number % 3] if len(fitting) == len(LENGTHS) else fitting[0])
+        left -= len(layouts[-1])
+        chunks = (2,) * (int(layouts[-1].frame.max()) // 2)
+        counts += document_counts(config, chunks, math.prod(grid), VECTORS, text=16, read=False)
     if not layouts:
         raise SystemExit(f"no episode fits {tokens} tokens; choose a smaller --grid or more --tokens")
     return concat(layouts), counts
+
+
+def _episode(transitions: int, grid: tuple[int, int, int]) -> SequenceLayout:
+    return training_layout(transitions + 1, (2,) * (transitions // 2), grid, VECTORS)
 
 
 def inputs_of(config: WAMConfig, layout: SequenceLayout, device: str) -> WAMInputs:

@@ -4,16 +4,19 @@ Three questions, each a few arms that differ from the first in one thing; every 
 the same number of world-model steps, and drives the same unseen layouts:
 
 - ``coupling``: joint | sequential
-- ``stages``: two stages | robot actions from the start, without latent actions
+- ``stages``: two stages | robot actions from the start, without latent actions | joint prediction (the paper's
+  Table 4, docs/decisions/033)
 - ``tasks``: why drawer-open, door-lock and push fail more often: 64 pixels and one camera, against 128 pixels, a second
   camera on the gripper, twice the demonstrations, four latent frames of history, chunks of two latent frames
 
-    uv run python benchmarks/wam_learning.py --question coupling --run RUN --out OUT --seeds 0 1 2
+    uv run python benchmarks/wam_learning.py --question coupling stages --run RUN --out OUT --seeds 0 1 2
     uv run python benchmarks/wam_learning.py --question tasks --out OUT --seeds 0 1 2
 
 RUN is the folder of a finished ``repwam quickstart``, whose demonstrations, tokenizer and latents the first two
-questions use; ``tasks`` collects and trains everything itself. ``--steps`` and ``--episodes`` shrink the budget,
-``--arms`` picks arms. Finished parts are kept in OUT, so an interrupted run goes on. Prints a table in Markdown.
+questions use, and whose first arm they share; ``tasks`` collects and trains everything itself. ``--steps``,
+``--demonstrations`` and ``--episodes`` shrink the budget, ``--arms`` picks arms. Seed by seed, every arm; finished
+parts are kept in OUT, so an interrupted run goes on. Prints a row per training in Markdown, then each arm over all
+seeds: successes with Wilson's 95 % interval, and with Newcombe's the difference from the first arm.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from repwam_core.sim.collect import collect
 from repwam_core.sim.demonstrations import NOISE_MODES
 from repwam_core.sim.evaluate import evaluate
 from repwam_core.sim.instructions import instruction
+from repwam_core.sim.intervals import difference_interval, wilson_interval
 from repwam_core.sim.metaworld import MetaWorldSettings
 from repwam_core.sim.results import success_rates
 from repwam_core.sim.seeds import evaluation_seeds
@@ -53,7 +57,8 @@ class Arm:
         wam: fields of the model's config.
         fit: overrides of both stages' recipes.
         pretrain: whether there is a first stage; without one its steps are spent on the second.
-        cameras, size, demonstrations: of the data; None is the quickstart's.
+        cameras, size: of the data; None is the quickstart's.
+        demonstrations: times as many of them.
     """
 
     wam: tuple[tuple[str, str], ...] = ()
@@ -61,17 +66,21 @@ class Arm:
     pretrain: bool = True
     cameras: tuple[str, ...] = ("corner2",)
     size: tuple[int, int] | None = None
-    demonstrations: int | None = None
+    demonstrations: int = 1
 
 
 QUESTIONS: dict[str, dict[str, Arm]] = {
     "coupling": {"joint": Arm(), "sequential": Arm(wam=(("coupling", "sequential"),))},
-    "stages": {"two stages": Arm(), "without latent actions": Arm(pretrain=False)},
+    "stages": {
+        "two stages": Arm(),
+        "without latent actions": Arm(pretrain=False),
+        "joint prediction": Arm(wam=(("joint_actions", "4"),)),
+    },
     "tasks": {
         "as the quickstart": Arm(),
         "128 pixels": Arm(size=(128, 128)),
         "gripper camera": Arm(cameras=("corner2", "gripper")),
-        "twice the demonstrations": Arm(demonstrations=60),
+        "twice the demonstrations": Arm(demonstrations=2),
         "history of 4 frames": Arm(wam=(("window", "4"),)),
         "chunks of 2 frames": Arm(fit=("--model.chunk_sizes=[2,2]", "--model.plan.chunk_frames=2")),
     },
@@ -106,26 +115,44 @@ class Bench:
 def main() -> None:
     """Train and evaluate every arm with every seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--question", choices=list(QUESTIONS), required=True)
+    parser.add_argument("--question", choices=list(QUESTIONS), nargs="+", required=True)
     parser.add_argument("--run", type=Path, help="folder of a finished quickstart (coupling and stages)")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="world-model steps in all (default: the quickstart's)")
+    parser.add_argument("--demonstrations", type=int, help="per task (tasks; default: the quickstart's)")
     parser.add_argument("--episodes", type=int, default=20, help="unseen layouts per task")
     parser.add_argument("--arms", nargs="+", help="names of arms (default: all)")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
-    arms = QUESTIONS[options.question]
-    if unknown := set(options.arms or ()) - set(arms):
-        raise SystemExit(f"--arms: expected some of {list(arms)}, got {sorted(unknown)}")
-    if options.question != "tasks" and options.run is None:
-        raise SystemExit(f"--question {options.question} needs --run, the folder of a finished quickstart")
+    arms = _chosen_arms(options)
     bench = Bench(options, _plan(options), StageRunner(options.out))
     print("| arm | seed | val video | val action | imagined PSNR, dB | copied | successes | |")
     print("|---|---|---|---|---|---|---|---|")
+    counts: dict[str, list[tuple[int, int]]] = {name: [] for name in arms}
     for seed in options.seeds:
-        for name in options.arms or arms:
-            print(_row(name, seed, run_arm(bench, name, arms[name], seed)), flush=True)
+        for name, arm in arms.items():
+            values = run_arm(bench, name, arm, seed)
+            counts[name].append(values["counted"])
+            print(_row(name, seed, values), flush=True)
+    _print_summary(counts)
+
+
+def _chosen_arms(options: argparse.Namespace) -> dict[str, Arm]:
+    """The arms of the questions, each training once: the first arms of ``coupling`` and ``stages`` are one."""
+    if "tasks" in options.question:
+        if len(options.question) > 1 or options.run is not None:
+            raise SystemExit("--question tasks stands alone and without --run: it collects its own demonstrations")
+    elif options.run is None or options.demonstrations is not None:
+        raise SystemExit(
+            f"--question {options.question[0]} takes the data of --run, the folder of a finished quickstart"
+        )
+    arms: dict[str, Arm] = {}
+    for question in options.question:
+        arms |= {name: arm for name, arm in QUESTIONS[question].items() if arm not in arms.values()}
+    if unknown := set(options.arms or ()) - set(arms):
+        raise SystemExit(f"--arms: expected some of {list(arms)}, got {sorted(unknown)}")
+    return {name: arm for name, arm in arms.items() if not options.arms or name in options.arms}
 
 
 def run_arm(bench: Bench, name: str, arm: Arm, seed: int) -> dict[str, Any]:
@@ -135,14 +162,14 @@ def run_arm(bench: Bench, name: str, arm: Arm, seed: int) -> dict[str, Any]:
     data = _given(bench.options.run) if bench.options.run else _made(bench, plan, settings, seed)
     about = {"arm": str(arm), "steps": str(plan.steps), "seed": seed}
     trained = bench.stage(
-        f"train-{_slug(name)}",
+        f"train-{_slug(name, arm)}",
         partial(_train, plan=plan, arm=arm, data=data, seed=seed),
         {"data": data.digest},
         **about,
     )
     work = partial(_measure, policy=trained.folder / "policy", plan=plan, data=data, settings=settings, bench=bench)
     measured = bench.stage(
-        f"measure-{_slug(name)}", work, {"policy": trained.digest}, episodes=bench.options.episodes, **about
+        f"measure-{_slug(name, arm)}", work, {"policy": trained.digest}, episodes=bench.options.episodes, **about
     )
     return {**trained.summary, **measured.summary}
 
@@ -177,8 +204,7 @@ def _measure(
         workers=bench.options.workers, out=folder,
     )  # fmt: skip
     rates = {task: f"{rate.successes}/{rate.episodes}" for task, rate in success_rates(results).items()}
-    total = f"{sum(result.success for result in results)}/{len(results)}"
-    return {"psnr": psnr_db, "rates": rates, "total": total}
+    return {"psnr": psnr_db, "rates": rates, "counted": (sum(result.success for result in results), len(results))}
 
 
 def _made(bench: Bench, plan: Plan, settings: MetaWorldSettings, seed: int) -> Data:
@@ -224,8 +250,8 @@ def _one(root: Path, pattern: str) -> Path:
 
 def _plan(options: argparse.Namespace) -> Plan:
     """The quickstart's plan, on the hard tasks where they are the question, with the asked number of steps."""
-    tasks = list(HARD_TASKS) if options.question == "tasks" else None
-    given = argparse.Namespace(tasks=tasks, episodes=None, eval_episodes=None, size=None, budget=1.0)
+    tasks = list(HARD_TASKS) if options.question == ["tasks"] else None
+    given = argparse.Namespace(tasks=tasks, episodes=options.demonstrations, eval_episodes=None, size=None, budget=1.0)
     plan = load_plan(RECIPES / "sim.yaml", given)
     if options.steps is None:
         return plan
@@ -235,23 +261,37 @@ def _plan(options: argparse.Namespace) -> Plan:
 
 
 def _with_arm(plan: Plan, arm: Arm) -> Plan:
-    return replace(plan, size=arm.size or plan.size, episodes=arm.demonstrations or plan.episodes)
+    return replace(plan, size=arm.size or plan.size, episodes=arm.demonstrations * plan.episodes)
 
 
 def _pair(plan: Plan) -> tuple[tuple[str, ...], ...]:
     return (plan.same_scene,) if plan.same_scene else ()
 
 
-def _slug(name: str) -> str:
-    return name.replace(" ", "-")
+def _slug(name: str, arm: Arm) -> str:
+    return "base" if arm == Arm() else name.replace(" ", "-")
 
 
 def _row(name: str, seed: int, values: dict[str, Any]) -> str:
-    psnr = values["psnr"]
+    psnr, counted = values["psnr"], values["counted"]
     told = ", ".join(f"{task} {rate}" for task, rate in values["rates"].items())
     numbers: Sequence[str] = [f"{values[key]:.4f}" for key in ("val/video", "val/action")]
     video = [f"{psnr[key]:.2f}" for key in ("imagined", "copied")] if psnr else ["", ""]
-    return "| " + " | ".join([name, str(seed), *numbers, *video, values["total"], told]) + " |"
+    return "| " + " | ".join([name, str(seed), *numbers, *video, f"{counted[0]}/{counted[1]}", told]) + " |"
+
+
+def _print_summary(counts: dict[str, list[tuple[int, int]]]) -> None:
+    """Successes of each arm over all its seeds, and their difference from the first arm's."""
+    print("\n| arm | seeds | successes | 95 %, points | from the first arm, points |\n|---|---|---|---|---|")
+    pooled = {name: (sum(s for s, _ in each), sum(n for _, n in each)) for name, each in counts.items()}
+    first, *_ = pooled.values()
+    for name, (successes, episodes) in pooled.items():
+        low, high = (100 * bound for bound in wilson_interval(successes, episodes))
+        apart = 100 * (successes / episodes - first[0] / first[1])
+        down, up = (100 * bound for bound in difference_interval((successes, episodes), first))
+        cells = (name, len(counts[name]), f"{successes}/{episodes}", f"{low:.0f} to {high:.0f}")
+        last = "" if name == next(iter(pooled)) else f"{apart:+.0f} ({down:+.0f} to {up:+.0f})"
+        print("| " + " | ".join(map(str, (*cells, last))) + " |")
 
 
 if __name__ == "__main__":

@@ -128,7 +128,8 @@ def _rollout_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _rollout(options: argparse.Namespace) -> None:
-    from repwam_core.sim.results import save_results, success_rates
+    from repwam_core.sim.difficulty import mean_rates
+    from repwam_core.sim.results import mean_rate, save_results, success_rates
     from repwam_core.sim.seeds import evaluation_seeds
 
     seeds = evaluation_seeds(options.episodes)
@@ -138,6 +139,9 @@ def _rollout(options: argparse.Namespace) -> None:
     save_results(options.out / "results.json", results, settings=_settings(options).to_dict(), **about)
     for task, rate in success_rates(results).items():
         print(f"{task}: {rate.successes}/{rate.episodes} (95 % interval {rate.low:.2f} to {rate.high:.2f})")
+    if len(options.tasks) > 1:
+        means = {**mean_rates(results), "all": mean_rate(results)}
+        print("means over tasks: " + ", ".join(f"{group} {mean:.3f}" for group, mean in means.items()))
 
 
 def _drive(options: argparse.Namespace, seeds: list[int]):

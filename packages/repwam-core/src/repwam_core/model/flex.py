@@ -5,11 +5,11 @@ Lengths are rounded up to a few sizes, so that the kernel is compiled for few of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -50,33 +50,50 @@ def _mask_mod(fields: TokenFields, coupling: str, window: int) -> Callable[..., 
 
 
 def visible_pairs(plan: BlockPlan, tiles: int) -> Int[np.ndarray, "tiles tiles"]:
-    """How many visible pairs of tokens each tile holds, (query tile, key tile)."""
+    """How many visible pairs of tokens each tile holds, (query tile, key tile).
+
+    A block's queries that lie in tile i see its keys in tile j: of each block every such product is added up.
+    """
     starts = np.concatenate([[0], np.cumsum(plan.sizes)])
-    counts = np.zeros((tiles, tiles), np.int32)
-    for block in plan.blocks:
-        of_query, of_key = _tokens_per_tile(block.queries, starts), _tokens_per_tile(block.keys, starts)
-        for first_row, rows in of_query:
-            for first_column, columns in of_key:
-                area = counts[first_row : first_row + len(rows), first_column : first_column + len(columns)]
-                area += rows[:, None] * columns[None, :]
-    return counts
+    rows = _overlaps([block.queries for block in plan.blocks], starts)
+    columns = _overlaps([block.keys for block in plan.blocks], starts)
+    in_column = np.bincount(columns.block, minlength=len(plan.blocks))
+    many = in_column[rows.block]
+    row = np.repeat(np.arange(len(many)), many)
+    column = (np.cumsum(in_column) - in_column)[rows.block[row]] + _counted(many)
+    tile, area = rows.tile[row] * tiles + columns.tile[column], rows.tokens[row] * columns.tokens[column]
+    return np.bincount(tile, area, tiles * tiles).astype(np.int32).reshape(tiles, tiles)
 
 
-def _tokens_per_tile(segments: tuple[int, ...], starts: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """For each run of neighbouring segments: its first tile, and how many of its tokens lie in that tile and on."""
-    return [(start // TILE, _overlaps(start, stop)) for start, stop in _token_runs(segments, starts)]
+class _Overlaps(NamedTuple):
+    """Runs of neighbouring tokens of some blocks, cut at the tiles' borders, block by block.
+
+    Attributes:
+        block, tile: numbers of the block and of the tile.
+        tokens: how many of the run's tokens lie in the tile.
+    """
+
+    block: Int[np.ndarray, " n"]
+    tile: Int[np.ndarray, " n"]
+    tokens: Int[np.ndarray, " n"]
 
 
-def _overlaps(start: int, stop: int) -> np.ndarray:
-    edges = np.arange(start // TILE, -(-stop // TILE) + 1) * TILE
-    return np.diff(edges.clip(start, stop)).astype(np.int32)
+def _overlaps(segments: Sequence[tuple[int, ...]], starts: Int[np.ndarray, " borders"]) -> _Overlaps:
+    """The segments of each block as runs of tokens, cut at the tiles' borders."""
+    sizes = np.array([len(numbers) for numbers in segments], np.int64)
+    block, number = np.repeat(np.arange(len(sizes)), sizes), np.fromiter(chain.from_iterable(segments), np.int64)
+    begins = np.concatenate([[True], (np.diff(number) != 1) | (np.diff(block) != 0)])
+    start, stop, block = starts[number[begins]], starts[number[np.roll(begins, -1)] + 1], block[begins]
+    tiles = (stop - 1) // TILE - start // TILE + 1
+    run = np.repeat(np.arange(len(start)), tiles)
+    tile = start[run] // TILE + _counted(tiles)
+    tokens = np.minimum(stop[run], (tile + 1) * TILE) - np.maximum(start[run], tile * TILE)
+    return _Overlaps(block[run], tile, tokens)
 
 
-def _token_runs(segments: tuple[int, ...], starts: np.ndarray) -> Iterator[tuple[int, int]]:
-    numbers = np.array(segments)
-    borders = [0, *(np.flatnonzero(np.diff(numbers) != 1) + 1).tolist(), len(numbers)]
-    for a, b in pairwise(borders):
-        yield int(starts[numbers[a]]), int(starts[numbers[b - 1] + 1])
+def _counted(sizes: Int[np.ndarray, " n"]) -> Int[np.ndarray, " total"]:
+    """0 .. size - 1 for each size, one after the other."""
+    return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
 def flex_block_mask(
@@ -117,9 +134,8 @@ def _tile_lists(tiles: Bool[np.ndarray, "rows columns"]) -> tuple[Tensor, Tensor
     """For each row of tiles how many are set, and which come first: (1, 1, rows) and (1, 1, rows, columns)."""
     rows, columns = np.nonzero(tiles)
     number = tiles.sum(axis=1)
-    place = np.arange(len(rows)) - (np.cumsum(number) - number)[rows]
     index = np.zeros(tiles.shape, np.int32)
-    index[rows, place] = columns
+    index[rows, _counted(number)] = columns
     return torch.from_numpy(number.astype(np.int32))[None, None], torch.from_numpy(index)[None, None]
 
 

@@ -15,7 +15,7 @@ from repwam_core.model.blocked import Block, BlockPlan
 from repwam_core.model.masks import pairs
 from repwam_core.model.sequence import PADDING, SequenceLayout, TokenFields
 
-ROWS_AT_A_TIME = 1024
+ROWS_AT_A_TIME = 256
 """Runs whose visibility is worked out at once: bounds the memory of a plan."""
 
 

@@ -13,13 +13,18 @@ from einops import rearrange
 from jaxtyping import Float
 from repvitok.data import prepare_frames
 from torch import Tensor
+from torch.nn.functional import pad
 
 from repwam_core.embodiment import Embodiment
 from repwam_core.interface import ActionChunk, BasePolicy, BatchedBasePolicy, Observation
-from repwam_core.model.rollout import Rollout
+from repwam_core.model.rollout import Rollout, Run
+from repwam_core.model.wam import WorldActionModel
 from repwam_core.planning import PlanSettings
 from repwam_core.policy.parts import PolicyParts
 from repwam_core.training.metrics import plan_chunk, start_rollout
+
+TEXT_BUCKET = 32
+"""Compiled passes see instructions of a multiple of this many tokens, so that few lengths are ever compiled."""
 
 
 @dataclass
@@ -32,7 +37,7 @@ class _Episodes:
         acts: how often the policy was asked.
         sizes: camera -> picture size of the first frame.
         history: observed latents, states and the actions that led there, the newest last.
-        returned: scaled actions of the last chunk, (n, frames, a, c).
+        returned: scaled actions of the last chunk as it was returned, clipping included, (n, frames, a, c).
         executed: scaled actions that were carried out instead, if `record` was told.
         reference: what the actions of the last chunk are measured from, (n, C), in the channels' units.
     """
@@ -68,7 +73,7 @@ class BatchedPolicy(BatchedBasePolicy):
 
     def __init__(self, parts: PolicyParts, *, compile_passes: bool = False, **plan: Any) -> None:
         self.parts, self.plan = parts, replace(parts.manifest.plan, **plan)
-        self._run = torch.compile(parts.wam.run, dynamic=False) if compile_passes else None
+        self._run = _compiled(parts.wam) if compile_passes else None
         latents = parts.manifest.latents
         self.device = next(parts.wam.parameters()).device
         self.frames_per_latent = parts.tokenizer.config.tubelet_frames * latents.stride
@@ -98,15 +103,15 @@ class BatchedPolicy(BatchedBasePolicy):
         self.planned = None
 
     def record(self, actions_si: Sequence[np.ndarray]) -> None:
-        """Tell which actions were carried out since the last `act`, (frames, C) each, if not those returned."""
+        """Tell which actions were carried out since the last `act`, (frames, C) each, if not those returned.
+
+        Raises:
+            ValueError: for a number of actions that is not the same whole number of latent frames in every episode.
+        """
         now = self._episodes()
-        a, norm = self.parts.wam.config.space(self.parts.manifest.space).vectors_per_transition, []
-        for number, actions in enumerate(actions_si):
-            if len(actions) % a:
-                raise ValueError(f"expected whole latent transitions of {a} actions, got {len(actions)} actions")
-            measured = np.asarray(actions) - now.reference[number]
-            norm.append(torch.from_numpy(self.parts.statistics.actions.normalise(measured)))
-        now.executed = rearrange(torch.stack(norm), "n (frames a) c -> n frames a c", a=a)
+        if len(actions_si) != len(now.seeds):
+            raise ValueError(f"expected the actions of {len(now.seeds)} episodes, got {len(actions_si)}")
+        now.executed = self._scaled(actions_si)
 
     @torch.no_grad()
     def act(self, observations: Sequence[Observation]) -> list[ActionChunk]:
@@ -126,8 +131,10 @@ class BatchedPolicy(BatchedBasePolicy):
         now.history = [*now.history, (latents, states, actions)][-keep:]
         now.reference = self._reference(observations)
         self.planned = self._plan(now)
-        now.acts, now.returned, now.executed = now.acts + 1, self.planned.actions, None
-        return self._chunks(self.planned.actions[:, : self.plan.executed])
+        chunks = self._chunks(self.planned.actions[:, : self.plan.executed])
+        now.returned = self._scaled([chunk.actions for chunk in chunks])
+        now.acts, now.executed = now.acts + 1, None
+        return chunks
 
     def imagined_latents(self) -> Float[Tensor, "n frames tokens d"] | None:
         """Latents that the model expects of the chunk returned last, as the tokenizer speaks them; None if skipped."""
@@ -213,11 +220,31 @@ class BatchedPolicy(BatchedBasePolicy):
     def _executed(self, frames: int) -> Tensor:
         """Scaled actions (n, frames, a, c) that were carried out since the last act."""
         now = self._episodes()
+        if now.executed is not None and now.executed.shape[1] != frames:
+            raise ValueError(
+                f"expected recorded actions for the {frames} latent frames seen since the last act, got those of "
+                f"{now.executed.shape[1]}"
+            )
         actions = now.executed if now.executed is not None else now.returned
-        if actions is None or actions.shape[1] < frames or len(actions) != len(now.seeds):
-            got = None if actions is None else tuple(actions.shape[:2])
-            raise ValueError(f"expected the actions of {len(now.seeds)} episodes and {frames} latent frames, got {got}")
+        if actions is None or actions.shape[1] < frames:
+            got = 0 if actions is None else actions.shape[1]
+            raise ValueError(
+                f"expected the actions that led through {frames} latent frames, only those of {got} were returned; "
+                "call record with what was carried out"
+            )
         return actions[:, :frames].to(self.device)
+
+    def _scaled(self, actions_si: Sequence[np.ndarray]) -> Tensor:
+        """Actions (frames * a, C) of each episode as the model takes them, (n, frames, a, c)."""
+        a = self.parts.wam.config.space(self.parts.manifest.space).vectors_per_transition
+        lengths = {len(actions) for actions in actions_si}
+        if len(lengths) != 1 or min(lengths) % a:
+            raise ValueError(
+                f"expected whole latent transitions of {a} actions, as many in every episode, got {sorted(lengths)}"
+            )
+        measured = np.stack([np.asarray(actions) for actions in actions_si]) - self._episodes().reference[:, None]
+        norm = self.parts.statistics.actions.normalise(measured)
+        return rearrange(torch.from_numpy(norm), "n (frames a) c -> n frames a c", a=a)
 
     # -- planning ------------------------------------------------------------------------------------------------
 
@@ -270,6 +297,9 @@ class BatchedPolicy(BatchedBasePolicy):
         else:
             tokens = torch.zeros(len(instructions), 1, self.parts.wam.config.text_dim)
             mask = torch.zeros(len(instructions), 1, dtype=torch.bool)
+        if self._run is not None:
+            more = -mask.shape[1] % TEXT_BUCKET
+            tokens, mask = pad(tokens, (0, 0, 0, more)), pad(mask, (0, more))
         manifest = self.parts.manifest
         return start_rollout(
             self.parts.wam,
@@ -285,6 +315,17 @@ class BatchedPolicy(BatchedBasePolicy):
         if self._now is None:
             raise ValueError("call reset before act: no episode has begun")
         return self._now
+
+
+def _compiled(wam: WorldActionModel) -> Run:
+    """The model's passes, to be compiled when they first run.
+
+    einops remembers which kinds of arrays it has met, and a compiled graph is thrown away when that memory grows: it
+    meets both kinds before anything is compiled.
+    """
+    for values in (np.zeros(1), torch.zeros(1)):
+        rearrange(values, "one -> one")
+    return torch.compile(wam.run, dynamic=False)
 
 
 class Policy(BasePolicy):

@@ -77,7 +77,13 @@ SMALL = ["--size", "32", "48", "--budget", "0.02"]
 def _stopped_while_training_the_tokenizer(dataset, out, how):
     """Starts a data set run, sends a signal once the tokenizer has begun to learn, and returns how it ended."""
     command = [*COMMAND, "quickstart", "--dataset", str(dataset), *SMALL, "--out", str(out)]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    child = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in a shell's background ignores it
+    )
     _wait_for(lambda: list(out.glob("tokenizer-*/fit/config.yaml")), child)
     child.send_signal(how)
     _, told = child.communicate(timeout=120)

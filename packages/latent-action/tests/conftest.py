@@ -20,6 +20,11 @@ DIGEST = "a" * 64
 _MAPS = np.random.default_rng(99).normal(size=(2, DIM)).astype(np.float32)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Make this package's marks known where the workspace's settings are not: in its sdist."""
+    config.addinivalue_line("markers", "slow: takes more than about ten seconds")
+
+
 def moving_blob(random: np.random.Generator, frames: int) -> tuple[np.ndarray, np.ndarray]:
     """Latents (frames, SIDE * SIDE, DIM) of a blob that moves over the grid, and its step (frames - 1, 2) in tokens.
 

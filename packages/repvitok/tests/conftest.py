@@ -10,6 +10,11 @@ from repvitok import RepViTok, RepViTokConfig
 from torch import Tensor
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Make this package's marks known where the workspace's settings are not: in its sdist."""
+    config.addinivalue_line("markers", "slow: takes more than about ten seconds")
+
+
 @pytest.fixture(scope="session")
 def tiny_config() -> RepViTokConfig:
     """A model of a few thousand parameters, with patches of 4 pixels: 16x24 pixels are 4x6 tokens."""

@@ -14,6 +14,13 @@ from safetensors.torch import save_file
 GOALS = {"go left": np.array([-1.0, 0.0]), "go up": np.array([0.0, 1.0])}
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Make this package's marks known where the workspace's settings are not: in its sdist."""
+    config.addinivalue_line("markers", "slow: takes more than about ten seconds")
+    config.addinivalue_line("markers", "sim: needs MuJoCo and a headless GL library")
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+
+
 @pytest.fixture(scope="session")
 def write_shards(write_text_cache) -> Callable[..., Path]:
     """Write shards of `episodes` episodes into a folder and return it.

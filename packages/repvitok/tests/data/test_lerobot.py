@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from einops import reduce
+from PIL import Image
 from repvitok.data.lerobot import LeRobotReader
 from repvitok.data.lerobot_format import flat_names
 
@@ -136,9 +139,6 @@ def test_what_is_no_data_set_says_what_was_looked_for(tmp_path, data_sets):
     info.write_text(json.dumps({**known, "codebase_version": "v1.6"}))
     with pytest.raises(ValueError, match=r"v1\.6 is not supported; expected v2\.0, v2\.1 or v3\.0"):
         LeRobotReader(tmp_path)
-    info.write_text(json.dumps({**known, "features": {"observation.image": {"dtype": "image", "shape": [8, 8, 3]}}}))
-    with pytest.raises(ValueError, match=r"\['observation.image'\] are stored as images inside parquet"):
-        LeRobotReader(tmp_path)
 
 
 def test_damaged_data_sets_name_the_file(tmp_path, data_sets):
@@ -168,3 +168,93 @@ def test_damaged_data_sets_name_the_file(tmp_path, data_sets):
     (root / "meta/tasks.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"tasks\.jsonl"):
         LeRobotReader(root)
+
+
+def with_pictures(source: Path, root: Path, *, files: bool = False) -> LeRobotReader:
+    """The data set with every camera stored as PNG in its tables, or as files that the tables name, and no video."""
+    videos = LeRobotReader(source)
+    shutil.copytree(source, root, ignore=shutil.ignore_patterns("videos"))
+    info = json.loads((root / "meta/info.json").read_text())
+    for table in sorted((root / "data").rglob("*.parquet")):
+        columns = pq.read_table(table)
+        numbers = list(zip(columns["episode_index"].to_pylist(), columns["frame_index"].to_pylist(), strict=True))
+        for camera in videos.camera_keys:
+            stored = []
+            for episode, frame in numbers:
+                png = io.BytesIO()
+                Image.fromarray(videos.frames(episode, camera, [frame])[0]).save(png, "PNG")
+                name = f"images/{camera}/{episode}_{frame}.png"
+                if files:
+                    (root / name).parent.mkdir(parents=True, exist_ok=True)
+                    (root / name).write_bytes(png.getvalue())
+                stored.append({"bytes": None if files else png.getvalue(), "path": name})
+            kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+            columns = columns.append_column(camera, pa.array(stored, kind))
+            info["features"][camera]["dtype"] = "image"
+        pq.write_table(columns, table)
+    info["video_path"] = None
+    (root / "meta/info.json").write_text(json.dumps(info))
+    return LeRobotReader(root)
+
+
+@pytest.mark.parametrize("files", [False, True])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_pictures_in_tables_are_cameras_too(tmp_path, data_sets, version, files):
+    videos, pictures = LeRobotReader(data_sets[version]), with_pictures(data_sets[version], tmp_path / "p", files=files)
+    assert pictures.camera_keys == videos.camera_keys
+    for index in (0, 13, 39):
+        old, new = videos[index], pictures[index]
+        assert old.keys() == new.keys()
+        for key in old:
+            np.testing.assert_array_equal(old[key], new[key])
+    camera = videos.camera_keys[1]
+    np.testing.assert_array_equal(pictures.frames(1, camera, [13, 2, 2]), videos.frames(1, camera, [13, 2, 2]))
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(pictures)).frames(2, camera), videos.frames(2, camera))
+    assert pictures.frames(1, camera, []).shape == videos.frames(1, camera, []).shape
+    with pytest.raises(ValueError, match=r"episode 2 has frames 0\.\.5, asked for 3\.\.6"):
+        pictures.frames(2, camera, [3, 6])
+
+
+def test_damaged_pictures_name_their_row(tmp_path, data_sets):
+    pictures = with_pictures(data_sets["v2.1"], tmp_path / "p")
+    camera, path = pictures.camera_keys[0], tmp_path / "p/data/chunk-000/episode_000001.parquet"
+    table = pq.read_table(path)
+    whole = table[camera].to_pylist()
+    column = table.schema.get_field_index(camera)
+    for broken, told in (
+        ({"bytes": whole[3]["bytes"][:40], "path": None}, "not a readable picture"),
+        ({"bytes": b"no picture", "path": None}, "not a readable picture"),
+        ({"bytes": None, "path": None}, "neither bytes nor a path"),
+        ({"bytes": None, "path": "../../outside.png"}, "lies outside the data set"),
+        ({"bytes": None, "path": "images/none.png"}, "No such file"),
+    ):
+        stored = pa.array([*whole[:3], broken, *whole[4:]], table[camera].type)
+        pq.write_table(table.set_column(column, camera, stored), path)
+        reader = LeRobotReader(tmp_path / "p")
+        assert len(reader.frames(1, camera, [0, 1, 2])) == 3
+        with pytest.raises(ValueError, match=rf"episode_000001\.parquet, {camera}, row 3.*{told}"):
+            reader.frames(1, camera, [2, 3])
+    pq.write_table(table.set_column(column, camera, pa.array([b""] * len(table))), path)
+    with pytest.raises(ValueError, match="expected pictures as structs of bytes and path, got binary"):
+        LeRobotReader(tmp_path / "p").frames(1, camera)
+    pq.write_table(table.drop_columns([camera]), path)
+    with pytest.raises(ValueError, match=rf"columns \['{camera}'\] are missing"):
+        LeRobotReader(tmp_path / "p").frames(1, camera)
+
+
+def test_frame_size_whatever_the_order_of_the_axes(tmp_path, data_sets):
+    root = tmp_path / "copy"
+    shutil.copytree(data_sets["v2.1"], root)
+    info = json.loads((root / "meta/info.json").read_text())
+    camera = "observation.images.top"
+    for shape, names in (
+        ([32, 48, 3], ["height", "width", "channel"]),
+        ([3, 32, 48], ["channels", "height", "width"]),
+        ([3, 32, 48], None),
+        ([32, 48, 3], None),
+    ):
+        info["features"][camera] |= {"shape": shape, "names": names}
+        (root / "meta/info.json").write_text(json.dumps(info))
+        assert LeRobotReader(root).frame_size(camera) == (32, 48)
+    with pytest.raises(ValueError, match="no camera 'left'"):
+        LeRobotReader(root).frame_size("left")

@@ -6,7 +6,7 @@ import bisect
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from jaxtyping import UInt8
 
 from repvitok.data.last_used import LastUsed
 from repvitok.data.lerobot_format import EpisodeInfo, flat_names
+from repvitok.data.lerobot_pictures import PictureColumn
 from repvitok.data.video import VideoFile
 
 __all__ = ["EpisodeInfo", "LeRobotReader"]
 
 Columns = dict[str, np.ndarray]
+CAMERA_DTYPES = frozenset({"video", "image"})
 
 
 class LeRobotReader(Sequence[dict[str, Any]]):
@@ -37,7 +39,7 @@ class LeRobotReader(Sequence[dict[str, Any]]):
     Attributes:
         fps: frames per second.
         features: info.json's description of every column and camera.
-        camera_keys: the video features, in info.json's order.
+        camera_keys: the cameras, stored as video or as pictures in the tables, in info.json's order.
         episodes: one `EpisodeInfo` per episode.
 
     Raises:
@@ -50,19 +52,14 @@ class LeRobotReader(Sequence[dict[str, Any]]):
         self.info = _read_info(self.root)
         self.fps = float(self.info["fps"])
         self.features: dict[str, dict[str, Any]] = self.info["features"]
-        self.camera_keys = [key for key, feature in self.features.items() if feature["dtype"] == "video"]
-        pictures = [key for key, feature in self.features.items() if feature["dtype"] == "image"]
-        if pictures:
-            raise ValueError(
-                f"{self.root}: cameras {pictures} are stored as images inside parquet; this reader takes cameras "
-                "stored as video: convert the data set with LeRobot's image-to-video script"
-            )
+        self.camera_keys = [key for key, feature in self.features.items() if feature["dtype"] in CAMERA_DTYPES]
         self._layout: _Layout = _layout(self.root, self.info)
         self.episodes: list[EpisodeInfo] = self._layout.episodes
         self.tasks: dict[int, str] = self._layout.tasks
         self._starts = np.cumsum([0] + [episode.length for episode in self.episodes]).tolist()
         self._by_index = {episode.index: episode for episode in self.episodes}
         self._columns: LastUsed[Path, Columns] = LastUsed(8)
+        self._pictures: LastUsed[tuple[Path, str], PictureColumn] = LastUsed(4)
         self._videos: LastUsed[Path, VideoFile] = LastUsed(64)
 
     @property
@@ -82,6 +79,15 @@ class LeRobotReader(Sequence[dict[str, Any]]):
         size = int(np.prod(self.features[key]["shape"]))
         names = flat_names(self.features[key].get("names"))
         return names if len(names) == size else tuple(f"{key}_{channel}" for channel in range(size))
+
+    def frame_size(self, camera: str) -> tuple[int, int]:
+        """(H, W) of a camera as info.json has them: by the names of its axes, else with the channels last or first."""
+        if camera not in self.camera_keys:
+            raise ValueError(f"{self.root}: no camera {camera!r}; there are {self.camera_keys}")
+        shape, names = self.features[camera]["shape"], flat_names(self.features[camera].get("names"))
+        if {"height", "width"} <= set(names):
+            return shape[names.index("height")], shape[names.index("width")]
+        return tuple(shape[:2] if shape[-1] <= 4 else shape[1:])
 
     def __len__(self) -> int:
         """Number of frames over all episodes."""
@@ -105,13 +111,7 @@ class LeRobotReader(Sequence[dict[str, Any]]):
         Raises:
             ValueError: there is no such episode, or its table does not hold the number of rows the meta says.
         """
-        info = self._episode_info(index)
-        path = self.root / self._layout.data_path(index)
-        columns = self._columns.get_or_make(path, lambda: self._read_columns(path))
-        number = columns["episode_index"]
-        first, last = np.searchsorted(number, index, "left"), np.searchsorted(number, index, "right")
-        if last - first != info.length:
-            raise ValueError(f"{path}: expected {info.length} rows for episode {index}, found {last - first}")
+        columns, first, last = self._rows(index)
         return {key: column[first:last] for key, column in columns.items()}
 
     def frames(self, episode: int, camera: str, frames: Sequence[int] | None = None) -> UInt8[np.ndarray, "n h w 3"]:
@@ -121,7 +121,7 @@ class LeRobotReader(Sequence[dict[str, Any]]):
             (n, H, W, 3) uint8 RGB.
 
         Raises:
-            ValueError: no such episode, camera or frame, or the video is damaged.
+            ValueError: no such episode, camera or frame, or the video or a picture is damaged.
         """
         length = self._episode_info(episode).length
         wanted = range(length) if frames is None else [int(frame) for frame in frames]
@@ -129,17 +129,41 @@ class LeRobotReader(Sequence[dict[str, Any]]):
             raise ValueError(
                 f"{self.root}: episode {episode} has frames 0..{length - 1}, asked for {min(wanted)}..{max(wanted)}"
             )
+        if self.features.get(camera, {}).get("dtype") == "image":
+            _, first, _ = self._rows(episode)
+            return self._picture_column(episode, camera).read([first + frame for frame in wanted])
         path = self.video_path(episode, camera)
         video = self._videos.get_or_make(path, lambda: VideoFile(path))
         first = self._layout.first_frame(video, episode, camera)
         return video.read([first + frame for frame in wanted])
 
     def video_path(self, episode: int, camera: str) -> Path:
-        """The file that holds one camera's frames of one episode (in v3.0 with those of other episodes)."""
+        """The video file that holds one camera's frames of one episode (in v3.0 with those of other episodes)."""
         self._episode_info(episode)
         if camera not in self.camera_keys:
             raise ValueError(f"{self.root}: no camera {camera!r}; there are {self.camera_keys}")
         return self.root / self._layout.video_path(episode, camera)
+
+    def _rows(self, index: int) -> tuple[Columns, int, int]:
+        """The columns of the table that holds an episode, its first row there and the row behind its last."""
+        info = self._episode_info(index)
+        path = self.root / self._layout.data_path(index)
+        columns = self._columns.get_or_make(path, lambda: self._read_columns(path))
+        number = columns["episode_index"]
+        first, last = (int(np.searchsorted(number, index, side)) for side in ("left", "right"))
+        if last - first != info.length:
+            raise ValueError(f"{path}: expected {info.length} rows for episode {index}, found {last - first}")
+        return columns, first, last
+
+    def _picture_column(self, episode: int, camera: str) -> PictureColumn:
+        path = self.root / self._layout.data_path(episode)
+        return self._pictures.get_or_make((path, camera), lambda: self._read_pictures(path, camera))
+
+    def _read_pictures(self, path: Path, camera: str) -> PictureColumn:
+        table = _read_parquet(path, lambda name: name == camera)
+        if not table.column_names:
+            raise ValueError(f"{path}: columns {[camera]} are missing, though info.json lists them")
+        return PictureColumn(table[camera], self.root, f"{path}, {camera}")
 
     def _episode_info(self, index: int) -> EpisodeInfo:
         if index not in self._by_index:
@@ -147,8 +171,8 @@ class LeRobotReader(Sequence[dict[str, Any]]):
         return self._by_index[index]
 
     def _read_columns(self, path: Path) -> Columns:
-        wanted = [key for key, feature in self.features.items() if feature["dtype"] != "video"]
-        table = _read_parquet(path)
+        wanted = [key for key, feature in self.features.items() if feature["dtype"] not in CAMERA_DTYPES]
+        table = _read_parquet(path, wanted.__contains__)
         missing = [key for key in wanted if key not in table.column_names]
         if missing:
             raise ValueError(f"{path}: columns {missing} are missing, though info.json lists them")
@@ -203,7 +227,7 @@ class _FilesOfManyEpisodes(_Layout):
         paths = sorted((root / "meta/episodes").glob("*/*.parquet"))
         if not paths:
             raise FileNotFoundError(f"{root}: no episode tables; looked for meta/episodes/*/*.parquet")
-        rows = [row for path in paths for row in _read_parquet(path, skip_prefix="stats/").to_pylist()]
+        rows = [row for path in paths for row in _read_parquet(path, _no_statistics).to_pylist()]
         self._rows = {row["episode_index"]: row for row in rows}
         self.episodes = [_episode_info(row, skip=("dataset_from_index", "dataset_to_index")) for row in rows]
 
@@ -258,13 +282,17 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file if line.strip()]
 
 
-def _read_parquet(path: Path, skip_prefix: str | None = None) -> pa.Table:
+def _no_statistics(column: str) -> bool:
+    return not column.startswith("stats/")
+
+
+def _read_parquet(path: Path, wanted: Callable[[str], bool] = bool) -> pa.Table:
+    """The columns of a table whose names are wanted; every one by default."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing from the data set")
     try:
         file = pq.ParquetFile(path)
-        names = [name for name in file.schema_arrow.names if not skip_prefix or not name.startswith(skip_prefix)]
-        return file.read(columns=names)
+        return file.read(columns=[name for name in file.schema_arrow.names if wanted(name)])
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path}: not a readable parquet file ({error}); is it truncated?") from error
 

@@ -202,7 +202,7 @@ def lerobot_sources(
     """One source per camera (None: every camera) of a LeRobot data set, over all or some of its episodes."""
     reader = root if isinstance(root, LeRobotReader) else LeRobotReader(root)
     if not reader.camera_keys:
-        raise ValueError(f"{reader.root}: the data set has no camera stored as video")
+        raise ValueError(f"{reader.root}: the data set has no camera")
     sources: list[VideoSource] = [LeRobotSource(reader, camera) for camera in cameras or reader.camera_keys]
     if isinstance(episodes, str):
         if episodes != "all":

@@ -54,15 +54,12 @@ def _checked(arguments: argparse.Namespace, plan: Plan) -> Plan:
 
     reader = LeRobotReader(arguments.dataset)
     if not reader.camera_keys:
-        raise UserError(
-            f"{arguments.dataset}: the data set has no camera stored as video, and video is what we learn from"
-        )
+        raise UserError(f"{arguments.dataset}: the data set has no camera, and video is what we learn from")
     if "action" not in reader.features:
         raise UserError(f"{arguments.dataset}: the data set has no actions to adapt to")
     if arguments.size is not None:
         return plan
-    height, width = reader.features[reader.camera_keys[0]]["shape"][:2]
-    return shaped_like(plan, height, width)
+    return shaped_like(plan, *reader.frame_size(reader.camera_keys[0]))
 
 
 def _from_simulator(this: Run) -> tuple[Trained, dict[str, StageResult]]:

@@ -1,0 +1,72 @@
+"""Cameras that a LeRobot data set keeps as encoded pictures in its tables, one per row, instead of as video."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import UInt8
+from PIL import Image
+
+__all__ = ["PictureColumn"]
+
+
+class PictureColumn:
+    """The pictures of one camera in one table.
+
+    Each is a struct of `bytes`, an encoded picture, and `path`, where it lies beneath the data set's folder if there
+    are no bytes.
+
+    Args:
+        values: the column.
+        root: the data set's folder.
+        source: what an error should call the column.
+
+    Raises:
+        ValueError: it is no column of pictures.
+    """
+
+    def __init__(self, values: pa.ChunkedArray, root: Path, source: str) -> None:
+        if not (pa.types.is_struct(values.type) and values.type.get_field_index("bytes") >= 0):
+            raise ValueError(f"{source}: expected pictures as structs of bytes and path, got {values.type}")
+        self._values, self._root, self._source = values, root, source
+
+    def read(self, rows: Sequence[int]) -> UInt8[np.ndarray, "n h w 3"]:
+        """The pictures of some rows as (n, H, W, 3) uint8 RGB.
+
+        Raises:
+            ValueError: a picture is missing or damaged, or they differ in size.
+        """
+        pictures = [self._decode(row) for row in rows]
+        sizes = sorted({picture.shape[:2] for picture in pictures})
+        if len(sizes) > 1:
+            raise ValueError(f"{self._source}: pictures of different sizes, {sizes}")
+        return np.stack(pictures) if pictures else np.zeros((0, *self._first_size(), 3), np.uint8)
+
+    def _first_size(self) -> tuple[int, int]:
+        height, width, _ = self._decode(0).shape
+        return height, width
+
+    def _decode(self, row: int) -> UInt8[np.ndarray, "h w 3"]:
+        stored: dict[str, Any] = self._values[row].as_py() or {}
+        try:
+            if stored.get("bytes") is not None:
+                file: io.BytesIO | Path = io.BytesIO(stored["bytes"])
+            elif stored.get("path"):
+                file = self._beneath_root(stored["path"])
+            else:
+                raise ValueError("neither bytes nor a path")
+            with Image.open(file) as picture:
+                return np.asarray(picture.convert("RGB"))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{self._source}, row {row}: not a readable picture ({error})") from error
+
+    def _beneath_root(self, path: str) -> Path:
+        file = (self._root / path).resolve()
+        if not file.is_relative_to(self._root.resolve()):
+            raise ValueError(f"{path} lies outside the data set")
+        return file

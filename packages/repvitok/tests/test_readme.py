@@ -54,6 +54,8 @@ def test_the_block_that_shows_the_model_is_short():
 @pytest.mark.parametrize("path", re.findall(r"\]\(((?!http)[^)#]+)\)", README))
 def test_what_the_readme_points_to_is_there(path):
     found = PACKAGE / path
+    if path.startswith("../../") and not (PACKAGE / "../../uv.lock").exists():
+        pytest.skip("the workspace is not here, only this package's sdist")
     assert found.exists()
     if found.suffix == ".png":
         assert found.stat().st_size < 200_000

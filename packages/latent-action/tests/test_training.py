@@ -24,6 +24,7 @@ from repvitok.curves import read_curves
 from repvitok.data.shards import LatentShards
 from repvitok.data.split import split_episodes
 from repvitok.optim import OptimizerSettings
+from safetensors.torch import load_file
 
 
 def lat_config() -> LatentActionConfig:
@@ -153,6 +154,20 @@ def test_validate_verb_reads_the_last_checkpoint(run, blobs, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     config = tmp_path / "run" / "config.yaml"
     assert main(["validate", "-c", str(config), "--trainer.default_root_dir", str(tmp_path / "run")]) == 0
+
+
+def test_predictions_have_the_error_that_was_validated(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    config, root = tmp_path / "run" / "config.yaml", f"--trainer.default_root_dir={tmp_path / 'run'}"
+    assert main(["test", "-c", str(config), root]) == 0
+    assert main(["predict", "-c", str(config), root]) == 0
+    batches = [load_file(path) for path in sorted((tmp_path / "run/predictions").glob("*.safetensors"))]
+    predicted, following, actions = (
+        torch.cat([batch[name] for batch in batches]) for name in ("latents", "next_latents", "actions")
+    )
+    assert actions.shape == (len(predicted), 4)
+    expected = read_curves(tmp_path / "run")["test/forward_loss"][-1, 1]
+    assert (predicted - following).square().mean() == pytest.approx(expected, rel=1e-4)
 
 
 def test_resuming_equals_not_stopping(blobs, tmp_path):

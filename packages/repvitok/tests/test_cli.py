@@ -12,6 +12,7 @@ import torch
 from repvitok import RepViTok
 from repvitok.cli import main
 from repvitok.data.video import VideoFile, write_video
+from safetensors.torch import load_file
 
 RECIPE = """
 seed_everything: 0
@@ -50,6 +51,12 @@ def test_fit_resume_test_export_in_one_process(recipe, capsys):
     assert fit(recipe, "--trainer.max_steps", "4", "--ckpt_path", "last") == 0
     assert torch.load(root / "run" / "last.ckpt", weights_only=True)["global_step"] == 4
     assert fit(recipe, verb="test") == 0
+    assert fit(recipe, verb="predict") == 0
+    predicted = [load_file(path) for path in sorted((root / "run/predictions").glob("*.safetensors"))]
+    assert f"{root}/run/predictions: predictions in {len(predicted)} files" in capsys.readouterr().out
+    for batch in predicted:
+        assert batch["reconstruction"].shape == batch["video"].shape
+        assert batch["video"].shape[1] == 3
     assert main(["export", "--ckpt", str(root / "run"), "--out", str(root / "export")]) == 0
     assert RepViTok.from_pretrained(root / "export").digest()[:16] in capsys.readouterr().out
     assert torch.equal(torch.get_rng_state(), before[0])

@@ -109,10 +109,12 @@ class LatentActionTraining(L.LightningModule):
         """As in validation."""
         self._evaluate(batch, "test")
 
-    def predict_step(self, batch: TransitionBatch) -> Tensor:
-        """Latent actions of a batch."""
+    def predict_step(self, batch: TransitionBatch) -> dict[str, Tensor]:
+        """Latent actions (b, d_l) of a batch, the latents (b, L, d) they lead to by Eq. 3, and the true next ones."""
         with self._averaged():
-            return self.lat.encode(torch.stack(batch, dim=1), self.grid)[:, 0]
+            z_t, z_next = batch
+            actions = self.lat.encode(torch.stack(batch, dim=1), self.grid)[:, 0]
+            return {"actions": actions, "latents": self.lat.decode(z_t, actions, self.grid), "next_latents": z_next}
 
     def on_validation_epoch_end(self) -> None:
         """Log what the latent actions of all batches are like together."""

@@ -63,7 +63,7 @@ LIGHTNING_VERBS = {
     "fit": "train from a recipe: -c recipe.yaml, dotted overrides, --ckpt_path last to resume",
     "validate": "validation metrics of a checkpoint (the run's last one unless --ckpt_path says otherwise)",
     "test": "test metrics of a checkpoint",
-    "predict": "predictions of a checkpoint",
+    "predict": "a checkpoint's predictions of held-out data, as files in the run's folder",
 }
 
 

@@ -17,13 +17,14 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from repvitok.callbacks import AtomicCheckpointIO, CurveLogger, SaveLast, StageProgress, TrainingInterrupted
 from repvitok.checkpointing import read_checkpoint, resume_path
 from repvitok.commands import TrainingStage, import_object
 from repvitok.errors import UserError
+from repvitok.predictions import PredictionFiles
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "accelerator": "auto",
@@ -114,6 +115,7 @@ class StageCLI(LightningCLI):
         super().__init__(
             import_object(self.stage.module),
             import_object(self.stage.data) if self.stage.data else None,
+            save_config_callback=SaveConfigCallback if self.verb == "fit" else None,  # config.yaml is training's
             save_config_kwargs={"overwrite": True},
             trainer_defaults=trainer_defaults | self.stage.trainer_defaults,
             seed_everything_default=0,
@@ -168,7 +170,15 @@ class StageCLI(LightningCLI):
             kwargs["plugins"].append(SLURMEnvironment(auto_requeue=False))
         if configured.get("logger") is None:
             kwargs["logger"] = CurveLogger(configured.default_root_dir)
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        if self.verb == "predict":
+            trainer.callbacks.append(PredictionFiles())  # pyright: ignore[reportAttributeAccessIssue]
+        return trainer
+
+    def before_instantiate_classes(self) -> None:
+        """Predictions are on disk, so they need not pile up in memory."""
+        if self.verb == "predict":
+            self.config[self.verb]["return_predictions"] = False
 
 
 class _Parsed(Exception):
@@ -211,6 +221,7 @@ def _quiet() -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=PossibleUserWarning)
+        warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")  # files are by batch
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=FutureWarning)
         for logger in loggers:

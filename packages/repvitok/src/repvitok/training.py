@@ -267,9 +267,10 @@ class RepViTokTraining(LightningModule):
         if self.trainer.is_global_zero:
             report(rows, self.trainer.default_root_dir)
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ARG002
-        """Reconstructions of a batch."""
-        return self.reconstruct(_video(batch))
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:  # noqa: ARG002
+        """Clips of a batch and their reconstructions, (b, 3, T, H, W) in [-1, 1]."""
+        video = _video(batch)
+        return {"video": video, "reconstruction": self.reconstruct(video)}
 
     def _pictures_due(self) -> bool:
         return (

@@ -7,10 +7,13 @@ import pytest
 import torch
 from repvitok.checkpointing import read_checkpoint
 from repvitok.curves import read_curves
+from repwam_core.cli import main
 from repwam_core.data.datamodule import WAMDataModule
+from repwam_core.data.episodes import EpisodeStore
 from repwam_core.export import export_wam, read_trained
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.training.module import CHECKPOINT_KEY, WAMTraining
+from safetensors.torch import load_file
 
 
 def test_six_steps_are_three_and_three_more(fit, tmp_path):
@@ -106,3 +109,28 @@ def test_draws_of_a_step_depend_on_seed_and_step_only(shards):
     for At.global_step in range(40):
         sizes.add(max(module._drawn_chunks(batch)))
     assert sizes == {1, 2, 3}
+
+
+def test_predictions_have_the_errors_that_were_tested(fit, recipe, tmp_path, shards):
+    fit(tmp_path, "--trainer.max_steps=3", "--trainer.val_check_interval=3")
+    for verb in ("test", "predict"):
+        assert main([verb, "-c", str(recipe), f"--trainer.default_root_dir={tmp_path}"]) == 0
+    store, errors = EpisodeStore(shards, held_out=0.2), []
+    recorded = {episode.episode_index: episode.actions for episode in store.shards}
+    for path in sorted((tmp_path / "predictions").glob("*.safetensors")):
+        batch = load_file(path)
+        starts = zip(batch["episode"].tolist(), batch["start"].tolist(), strict=True)
+        for row, (number, start) in enumerate(starts):
+            ours = batch["actions"][row][batch["valid"][row]].numpy()
+            errors.append(ours - recorded[number][start : start + len(ours)])
+    found = np.abs(np.concatenate(errors)).mean(axis=(0, 1))
+    curves = read_curves(tmp_path)
+    for channel, error in zip(store.action_channels, found, strict=True):
+        assert error == pytest.approx(curves[f"val/{channel}_mae_si"][-1, 1], rel=1e-4, abs=1e-6)
+
+
+def test_joint_prediction_has_no_actions_to_predict(fit, recipe, tmp_path, capsys):
+    joint = ("--model.wam.joint_actions=4", "--model.space=latent", "--data.space=latent")
+    fit(tmp_path, "--trainer.max_steps=1", *joint)
+    assert main(["predict", "-c", str(recipe), f"--trainer.default_root_dir={tmp_path}", *joint]) == 2
+    assert "joint prediction has no action tokens" in capsys.readouterr().err

@@ -38,6 +38,19 @@ class StepBatches:
 
 
 @dataclass(frozen=True)
+class GivenBatches:
+    """Batches of numbers of clips, once through. Not a plain list: Lightning wraps the sampler of `predict`."""
+
+    batches: Sequence[Sequence[int]]
+
+    def __iter__(self) -> Iterator[Sequence[int]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+@dataclass(frozen=True)
 class MixtureBatches:
     """Endless batches of several kinds: every batch is of one kind, drawn from (seed, k) with the kinds' weights.
 

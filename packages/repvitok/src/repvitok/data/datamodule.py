@@ -9,7 +9,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from repvitok.data.batches import ClipMixture, MixtureBatches, StepBatches
+from repvitok.data.batches import ClipMixture, GivenBatches, MixtureBatches, StepBatches
 from repvitok.data.clips import ClipDataset
 from repvitok.data.folders import FolderKind, FolderSplit, split_folder
 
@@ -158,7 +158,7 @@ class ClipDataModule(LightningDataModule):
             )
         mine = list(range(rank, self.val_clips, world_size))
         size = self.batch_size
-        return self._loader(self._val, [mine[i : i + size] for i in range(0, len(mine), size)])
+        return self._loader(self._val, GivenBatches([mine[i : i + size] for i in range(0, len(mine), size)]))
 
     def test_dataloader(self) -> DataLoader[Any] | list[Any]:
         """The validation clips."""

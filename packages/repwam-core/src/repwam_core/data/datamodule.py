@@ -187,6 +187,10 @@ class WAMDataModule(L.LightningDataModule):
         """Every held-out segment."""
         return HeldOutLoader(self._held_out_rows(), self.batch_size, self.transitions, *self._rank())
 
+    def predict_dataloader(self) -> HeldOutLoader:
+        """The same as for testing."""
+        return self.test_dataloader()
+
     def _held_out_rows(self) -> list[tuple[EpisodeStore, np.ndarray]]:
         return [(store, store.starts(store.val_episodes, self.transitions)) for store in self.mixture.stores]
 

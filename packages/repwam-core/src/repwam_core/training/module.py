@@ -198,14 +198,38 @@ class WAMTraining(L.LightningModule):
 
     test_step = validation_step
     on_test_start, on_test_end, on_test_epoch_end = on_validation_start, on_validation_end, on_validation_epoch_end
+    on_predict_start, on_predict_end = on_validation_start, on_validation_end
 
     def predict_step(self, batch: SegmentBatch, batch_idx: int) -> dict[str, torch.Tensor | None]:
-        """Actions and latents, scaled as the data are, of each transition, planned after its true prefix."""
-        generator, grid = torch.Generator().manual_seed(batch_idx), self._store().meta.grid
+        """Actions and latents of each transition of a batch, planned after its true prefix.
+
+        Returns:
+            `actions` (b, transitions, a, c), robot actions in the channels' units (of kind "from_state": changes from
+            the state before their chunk), latent actions as they are scaled; `latents` (b, transitions, tokens, d),
+            standardised, None where the plan skips the video; `valid` (b, transitions), False behind an episode's end;
+            and whose they are: `data_set`, `episode` and `start`, the first latent frame, (b,) each.
+
+        Raises:
+            ValueError: the model predicts actions jointly with the latents and plans none.
+        """
+        if self._model().config.joint_actions:
+            raise ValueError("joint prediction has no action tokens to plan; predict with the adapted model")
+        store, generator = self._mixture().stores[batch.data_set], torch.Generator().manual_seed(batch_idx)
         actions, latents = sample_segments(
-            self._model(), batch, self.plan, space=self.space, grid=grid, generator=generator
+            self._model(), batch, self.plan, space=self.space, grid=store.meta.grid, generator=generator
         )
-        return {"actions": actions, "latents": latents, "episode": batch.episode, "start": batch.start}
+        if self.space != LATENT_SPACE:
+            scaling = store.statistics.actions.widened(store.action_channels)
+            actions = torch.from_numpy(scaling.denormalise(actions.float().cpu().numpy()))
+        numbers = [store.shards.infos[row].episode_index for row in batch.episode.tolist()]
+        return {
+            "actions": actions,
+            "latents": latents,
+            "valid": batch.valid,
+            "data_set": torch.full_like(batch.start, batch.data_set),
+            "episode": torch.tensor(numbers),
+            "start": batch.start,
+        }
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 

@@ -9,22 +9,24 @@ import pytest
 import torch
 from repvitok.checkpointing import is_sharded, read_checkpoint
 from repwam_core.export import read_trained
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ("base.yaml", "sharded.yaml", "tiny.yaml")
 STEPS, MORE = 3, 5
 
 
-def _fit(latents, out, devices, *overrides):
+def _repwam(verb, latents, out, devices, *overrides):
     recipes = [word for name in RECIPES for word in ("-c", f"recipes/3_repwam/{name}")]
     command = [
-        Path(sysconfig.get_path("scripts")) / "repwam", "fit", *recipes, f"--data.latents={latents}",
+        Path(sysconfig.get_path("scripts")) / "repwam", verb, *recipes, f"--data.latents={latents}",
         f"--trainer.devices={devices}", f"--trainer.default_root_dir={out}", "--data.packing.token_budget=400",
         "--model.optimizer.newton_schulz_dtype=float64", *overrides,
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 @pytest.mark.slow
@@ -32,12 +34,16 @@ def test_two_and_four_ranks_of_the_papers_recipe_learn_the_same(noise_latents, t
     """Two ranks that gather two sequences a step, and four, sharded by two; two go on where four ended."""
     two, four = tmp_path / "two", tmp_path / "four"
     steps = f"--trainer.max_steps={STEPS}"
-    _fit(noise_latents, two, 2, steps, "--trainer.accumulate_grad_batches=2")
-    _fit(noise_latents, four, 4, steps, "--trainer.strategy.init_args.shard_size=2")
+    _repwam("fit", noise_latents, two, 2, steps, "--trainer.accumulate_grad_batches=2")
+    _repwam("fit", noise_latents, four, 4, steps, "--trainer.strategy.init_args.shard_size=2")
     assert is_sharded(four / "last.ckpt")
     expected, found = (read_trained(folder / "last.ckpt").wam.state_dict() for folder in (two, four))
     assert expected.keys() == found.keys()
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight, atol=2e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
-    _fit(noise_latents, four, 2, f"--trainer.max_steps={MORE}", "--ckpt_path=last")
+    _repwam("fit", noise_latents, four, 2, f"--trainer.max_steps={MORE}", "--ckpt_path=last")
     assert read_checkpoint(four / "last.ckpt")["global_step"] == MORE
+    told = _repwam("predict", noise_latents, four, 2)  # what rollouts plan, with weights gathered from both
+    assert f"{four}/predictions: predictions in 2 files" in told
+    planned = [load_file(path)["actions"] for path in sorted((four / "predictions").iterdir())]
+    assert all(torch.isfinite(actions).all() for actions in planned)

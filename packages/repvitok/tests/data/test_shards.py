@@ -179,6 +179,11 @@ def test_an_unfinished_folder_is_refused_and_may_be_written_again(tmp_path):
         LatentShardWriter(tmp_path, META)
 
 
+def test_a_data_set_in_place_of_its_latents_is_told_how_to_make_them(data_sets):
+    with pytest.raises(ValueError, match=r"is a LeRobot data set, not its latents: make them with `repvitok encode"):
+        LatentShards(data_sets["v3.0"])
+
+
 def test_damage_is_named(tmp_path):
     write(tmp_path, [episode(number) for number in range(4)], shard_bytes=3000)
     path = tmp_path / "latents-000001.tar"

@@ -336,6 +336,11 @@ def _read_document(root: Path) -> dict[str, Any]:
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; expected latent shards written by `repvitok encode`")
     path = root / "meta.json"
+    if (root / "meta/info.json").is_file():
+        raise ValueError(
+            f"{root} is a LeRobot data set, not its latents: make them with `repvitok encode --dataset {root} "
+            "--tokenizer TOKENIZER --out LATENTS`"
+        )
     if not path.is_file():
         raise ValueError(f"{root} has no meta.json: it holds no latent shards, or encoding them never finished")
     document = json.loads(path.read_text(encoding="utf-8"))

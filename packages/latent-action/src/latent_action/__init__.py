@@ -3,9 +3,10 @@
 The public names are imported on first use, so that `import latent_action` does not import torch.
 """
 
-from importlib import import_module
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from repvitok.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from latent_action.config import LatentActionConfig
@@ -46,12 +47,4 @@ _HOMES = {
     "transport_arrows": "visualize",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_exports(__name__, _HOMES)

@@ -5,9 +5,10 @@ Importing this package imports no torch: the names below are loaded when they ar
 
 from __future__ import annotations
 
-import importlib
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from repvitok.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from repvitok.config import RepViTokConfig
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 __version__ = version("repvitok")
 
-_HOME = {
+_HOMES = {
     "Clip": "types",
     "PretrainedModel": "pretrained",
     "RepViTok": "model",
@@ -42,14 +43,4 @@ __all__ = [
     "__version__",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Load a public name on first use (PEP 562)."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    """The public names, for completion."""
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_exports(__name__, _HOMES)

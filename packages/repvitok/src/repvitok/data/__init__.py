@@ -5,8 +5,9 @@ The names below load on first use, so that `import repvitok.data` costs nothing.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from repvitok.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from repvitok.data.batches import ClipLoader, ClipMixture, MixtureBatches, StepBatches
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from repvitok.data.transforms import prepare_frames, resize_frames, to_uint8, to_unit
     from repvitok.data.video import VideoFile, concatenate_videos, write_video
 
-_HOME = {
+_HOMES = {
     "ClipDataset": "clips",
     "ClipLoader": "batches",
     "ClipMixture": "batches",
@@ -76,13 +77,4 @@ __all__ = [
     "write_video",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Loads a public name from its module on first use (PEP 562)."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_exports(__name__, _HOMES)

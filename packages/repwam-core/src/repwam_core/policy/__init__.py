@@ -1,7 +1,8 @@
 """From observations to actions: a trained policy, and how its chunks are carried out. Imported on first use."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from repvitok.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from repwam_core.policy.chunking import ChunkedPolicy
@@ -18,12 +19,4 @@ _HOMES = {
     "evaluate_open_loop": "openloop",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_exports(__name__, _HOMES)

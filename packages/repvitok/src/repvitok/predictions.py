@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from safetensors.torch import save_file
 
 FOLDER = "predictions"
+FILES = "rank-*-batch-*.safetensors"
 
 
 class PredictionFiles(BasePredictionWriter):
@@ -28,7 +29,7 @@ class PredictionFiles(BasePredictionWriter):
         folder = self._folder(trainer)
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
-            for old in folder.glob("rank-*-batch-*.safetensors"):
+            for old in folder.glob(FILES):
                 old.unlink()
         trainer.strategy.barrier("predictions")
 
@@ -55,7 +56,7 @@ class PredictionFiles(BasePredictionWriter):
         trainer.strategy.barrier("predictions")
         if trainer.is_global_zero:
             folder = self._folder(trainer)
-            print(f"{folder}: predictions in {len(list(folder.glob('rank-*-batch-*.safetensors')))} files")
+            print(f"{folder}: predictions in {len(list(folder.glob(FILES)))} files")
 
     @staticmethod
     def _folder(trainer: Trainer) -> Path:

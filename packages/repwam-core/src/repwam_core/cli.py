@@ -208,14 +208,11 @@ def _stats_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _stats(options: argparse.Namespace) -> None:
     from repvitok.data import LatentShards
-    from repvitok.data.split import split_episodes
 
-    from repwam_core.data.episode_arrays import count_statistics
+    from repwam_core.data.episode_arrays import count_statistics, split_rows
 
     shards = LatentShards(options.latents)
-    recorded = [info.episode_index for info in shards.infos]
-    kept = set(split_episodes(recorded, options.held_out)[0])
-    training = [number for number, episode in enumerate(recorded) if episode in kept]
+    training, _ = split_rows(shards, options.held_out)
     statistics = count_statistics(shards, training, "robot", options.units, options.kind)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     statistics.save(options.out)

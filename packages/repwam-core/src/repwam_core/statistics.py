@@ -121,16 +121,20 @@ class ActionStatistics:
 
     def clip(self, action_si: np.ndarray) -> np.ndarray:
         """Clip actions (..., c) to the recorded [min, max] of each channel."""
-        self._affine(action_si)
+        self.check_channels(action_si)
         return np.clip(action_si, np.array(self.min, np.float32), np.array(self.max, np.float32))
 
-    def _affine(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Half-width and centre per channel; half-width 0 marks a channel that never moves."""
+    def check_channels(self, actions: np.ndarray) -> None:
+        """Raise a ValueError that names the channels where actions (..., c) have another number of them."""
         if actions.shape[-1] != len(self.channels):
             names = ", ".join(self.channels)
             raise ValueError(
                 f"expected actions with {len(self.channels)} channels ({names}), got shape {actions.shape}"
             )
+
+    def _affine(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Half-width and centre per channel; half-width 0 marks a channel that never moves."""
+        self.check_channels(actions)
         low, high = np.array(self.q01), np.array(self.q99)
         still = high - low <= DEGENERATE * np.maximum(1.0, np.abs(low))
         return np.where(still, 0.0, (high - low) / 2), np.where(still, np.array(self.mean), (high + low) / 2)

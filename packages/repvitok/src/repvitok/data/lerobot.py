@@ -82,8 +82,7 @@ class LeRobotReader(Sequence[dict[str, Any]]):
 
     def frame_size(self, camera: str) -> tuple[int, int]:
         """(H, W) of a camera as info.json has them: by the names of its axes, else with the channels last or first."""
-        if camera not in self.camera_keys:
-            raise ValueError(f"{self.root}: no camera {camera!r}; there are {self.camera_keys}")
+        self._require_camera(camera)
         shape, names = self.features[camera]["shape"], flat_names(self.features[camera].get("names"))
         if {"height", "width"} <= set(names):
             return shape[names.index("height")], shape[names.index("width")]
@@ -129,7 +128,8 @@ class LeRobotReader(Sequence[dict[str, Any]]):
             raise ValueError(
                 f"{self.root}: episode {episode} has frames 0..{length - 1}, asked for {min(wanted)}..{max(wanted)}"
             )
-        if self.features.get(camera, {}).get("dtype") == "image":
+        self._require_camera(camera)
+        if self.features[camera]["dtype"] == "image":
             _, first, _ = self._rows(episode)
             return self._picture_column(episode, camera).read([first + frame for frame in wanted])
         path = self.video_path(episode, camera)
@@ -140,9 +140,12 @@ class LeRobotReader(Sequence[dict[str, Any]]):
     def video_path(self, episode: int, camera: str) -> Path:
         """The video file that holds one camera's frames of one episode (in v3.0 with those of other episodes)."""
         self._episode_info(episode)
+        self._require_camera(camera)
+        return self.root / self._layout.video_path(episode, camera)
+
+    def _require_camera(self, camera: str) -> None:
         if camera not in self.camera_keys:
             raise ValueError(f"{self.root}: no camera {camera!r}; there are {self.camera_keys}")
-        return self.root / self._layout.video_path(episode, camera)
 
     def _rows(self, index: int) -> tuple[Columns, int, int]:
         """The columns of the table that holds an episode, its first row there and the row behind its last."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from repvitok.data import LatentMeta, LatentShards
+from repvitok.data.split import split_episodes
 from torch import Tensor
 
 from repwam_core.model.config import LATENT_SPACE
@@ -204,6 +205,13 @@ def vectors_per_transition(shards: LatentShards, space: str) -> int:
     """Action vectors of a latent transition, a; 1 for latent actions."""
     raw = read_actions(shards, 0, space)
     return 1 if space == LATENT_SPACE else raw.shape[1]
+
+
+def split_rows(shards: LatentShards, held_out: float) -> tuple[Int[np.ndarray, " t"], Int[np.ndarray, " v"]]:
+    """Numbers of the episodes to train on and of those held out; all offsets of a recorded episode stay together."""
+    recorded = [info.episode_index for info in shards.infos]
+    is_val = np.isin(recorded, split_episodes(recorded, held_out)[1])
+    return np.flatnonzero(~is_val), np.flatnonzero(is_val)
 
 
 def count_statistics(

@@ -14,10 +14,16 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from repvitok.data import LatentMeta, LatentShards
-from repvitok.data.split import split_episodes
 from torch import Tensor
 
-from repwam_core.data.episode_arrays import EpisodeArrays, MappedEpisodes, Scaling, StackedEpisodes, count_statistics
+from repwam_core.data.episode_arrays import (
+    EpisodeArrays,
+    MappedEpisodes,
+    Scaling,
+    StackedEpisodes,
+    count_statistics,
+    split_rows,
+)
 from repwam_core.statistics import ActionKind, Statistics
 from repwam_core.text import EMBEDDED, TextEncoder
 
@@ -112,9 +118,7 @@ class EpisodeStore:
         self.space, self.text_encoder, self.number = space, text_encoder, number
         infos = self.shards.infos
         _require(self.shards)
-        _, held_out_indices = split_episodes([info.episode_index for info in infos], held_out)
-        is_val = np.isin([info.episode_index for info in infos], held_out_indices)
-        self.train_episodes, self.val_episodes = np.flatnonzero(~is_val), np.flatnonzero(is_val)
+        self.train_episodes, self.val_episodes = split_rows(self.shards, held_out)
         self.keys = [info.key for info in infos]
         self.tasks = [info.task for info in infos]
         self.lengths = np.array([info.frames for info in infos])

@@ -243,8 +243,7 @@ class BatchedPolicy(BatchedBasePolicy):
                 f"expected whole latent transitions of {a} actions, as many in every episode, got {sorted(lengths)}"
             )
         rows, reference = np.stack([np.asarray(actions) for actions in actions_si]), self._episodes().reference[:, None]
-        if rows.shape[-1] != reference.shape[-1]:
-            raise ValueError(f"expected {reference.shape[-1]} channels, got {rows.shape[-1]}")
+        self.parts.statistics.actions.check_channels(rows)  # before the reference is stretched over them
         norm = self.parts.statistics.actions.normalise(rows - reference)
         return rearrange(torch.from_numpy(norm), "n (frames a) c -> n frames a c", a=a)
 

@@ -10,10 +10,11 @@ the same number of world-model steps, and drives the same unseen layouts:
   camera on the gripper, twice the demonstrations, four latent frames of history, chunks of two latent frames
 
     uv run python benchmarks/wam_learning.py --question coupling stages --run RUN --out OUT --seeds 0 1 2
-    uv run python benchmarks/wam_learning.py --question tasks --out OUT --seeds 0 1 2
+    uv run python benchmarks/wam_learning.py --question tasks coupling stages --out OUT --seeds 0 1 2
 
-RUN is the folder of a finished ``repwam quickstart``, whose demonstrations, tokenizer and latents the first two
-questions use, and whose first arm they share; ``tasks`` collects and trains everything itself. ``--steps``,
+RUN is the folder of a finished ``repwam quickstart``, whose tasks, demonstrations, tokenizer and latents are used.
+Without it the tasks are the three hard ones, and everything is collected and trained here, seed by seed. Questions
+asked together share their first arm. ``--steps``,
 ``--demonstrations`` and ``--episodes`` shrink the budget, ``--arms`` picks arms. Seed by seed, every arm; finished
 parts are kept in OUT, so an interrupted run goes on. Prints a row per training in Markdown, then each arm over all
 seeds: successes with Wilson's 95 % interval, and with Newcombe's the difference from the first arm.
@@ -116,11 +117,11 @@ def main() -> None:
     """Train and evaluate every arm with every seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--question", choices=list(QUESTIONS), nargs="+", required=True)
-    parser.add_argument("--run", type=Path, help="folder of a finished quickstart (coupling and stages)")
+    parser.add_argument("--run", type=Path, help="folder of a finished quickstart (default: the hard tasks)")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="world-model steps in all (default: the quickstart's)")
-    parser.add_argument("--demonstrations", type=int, help="per task (tasks; default: the quickstart's)")
+    parser.add_argument("--demonstrations", type=int, help="per hard task (default: the quickstart's)")
     parser.add_argument("--episodes", type=int, default=20, help="unseen layouts per task")
     parser.add_argument("--arms", nargs="+", help="names of arms (default: all)")
     parser.add_argument("--workers", type=int, default=2)
@@ -139,14 +140,9 @@ def main() -> None:
 
 
 def _chosen_arms(options: argparse.Namespace) -> dict[str, Arm]:
-    """The arms of the questions, each training once: the first arms of ``coupling`` and ``stages`` are one."""
-    if "tasks" in options.question:
-        if len(options.question) > 1 or options.run is not None:
-            raise SystemExit("--question tasks stands alone and without --run: it collects its own demonstrations")
-    elif options.run is None or options.demonstrations is not None:
-        raise SystemExit(
-            f"--question {options.question[0]} takes the data of --run, the folder of a finished quickstart"
-        )
+    """The arms of the questions, each training once: the first arms of all questions are one."""
+    if options.run is not None and ("tasks" in options.question or options.demonstrations is not None):
+        raise SystemExit("--run gives the data; --question tasks and --demonstrations collect their own, without it")
     arms: dict[str, Arm] = {}
     for question in options.question:
         arms |= {name: arm for name, arm in QUESTIONS[question].items() if arm not in arms.values()}
@@ -250,7 +246,7 @@ def _one(root: Path, pattern: str) -> Path:
 
 def _plan(options: argparse.Namespace) -> Plan:
     """The quickstart's plan, on the hard tasks where they are the question, with the asked number of steps."""
-    tasks = list(HARD_TASKS) if options.question == ["tasks"] else None
+    tasks = None if options.run else list(HARD_TASKS)
     given = argparse.Namespace(tasks=tasks, episodes=options.demonstrations, eval_episodes=None, size=None, budget=1.0)
     plan = load_plan(RECIPES / "sim.yaml", given)
     if options.steps is None:

@@ -120,6 +120,11 @@ class Trace:
         places = np.stack(self.object_m)
         return np.linalg.norm(places - places[0], axis=1) > MOVED_M
 
+    def descent_m(self, limit: int) -> np.ndarray | None:
+        """Where the object lay, and where the hand first came down, (2, 2) of x and y; None if it did not."""
+        low = self._down()[: limit // self.task.settings.act_repeat + 1]
+        return np.stack([self.object_m[0][:2], self.hand_m[low.argmax()][:2]]) if low.any() else None
+
     def measures(self, limit: int) -> dict[str, float]:
         """What the table shows of the first ``limit`` environment steps; distances in cm."""
         end = limit // self.task.settings.act_repeat + 1
@@ -231,11 +236,21 @@ def stage_rows(name: str, traces: Iterable[Trace], limits: Sequence[int] = LIMIT
         n = len(group)
         down = np.isfinite(values["aim"])
         cells = [name, task, f"{down.sum()}/{n}", f"{np.median(values['aim'][down]):.1f}" if down.any() else "-"]
+        cells.append(_follows([at for trace in group if (at := trace.descent_m(limits[0])) is not None]))
         cells += [f"{np.median(values[key]):.1f}" for key in ("flat", "near")]
         cells += [f"{(values['flat'] < 100 * bound).sum()}" for bound in (0.05, 0.02)]
         cells += [f"{values[key].sum():.0f}" if task == "push" or key == "moved" else "-" for key in _COUNTED]
         cells += [f"{100 * np.median(values['left']):.0f} %", *_successes(values["steps"], limits)]
         print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def _follows(descents: Sequence[np.ndarray]) -> str:
+    """By how much the hand comes down elsewhere, per distance that the object lies elsewhere: 1 is right, 0 blind."""
+    if len(descents) < 3:
+        return "-"
+    objects, hands = np.stack(descents, axis=1)
+    objects, hands = objects - objects.mean(0), hands - hands.mean(0)
+    return f"{(objects * hands).sum() / (objects**2).sum():.2f}"
 
 
 _COUNTED = ("moved", "closed", "grasped")
@@ -249,13 +264,15 @@ def _successes(steps: np.ndarray, limits: Sequence[int]) -> list[str]:
 
 
 def print_stages(policies: dict[str, BatchedPolicy], options: argparse.Namespace) -> None:
-    """How far episodes get; medians over episodes, distances in cm, gripper only of push."""
-    limits = " | ".join(f"in {limit}" for limit in LIMITS)
-    print(
-        "\n| driver | task | down | aim | closest, flat | closest | < 5 | < 2 | moved | closed | grasped | left |",
-        end="",
-    )
-    print(f" {limits} | steps |\n" + "|---" * (13 + len(LIMITS)) + "|")
+    """How far episodes get within the first limit; medians over episodes, distances in cm.
+
+    ``aim`` is the hand's horizontal distance from the object when it first comes down, ``closest`` is before the object
+    moves, ``< 5`` and ``< 2`` count episodes by the horizontal one, ``closed`` those that then close the gripper,
+    ``left`` is what is left of the way to the goal, ``steps`` the environment steps of the solved episodes.
+    """
+    columns = ["driver", "task", "down", "aim", "follows", "closest, flat", "closest", "< 5", "< 2", *_COUNTED, "left"]
+    columns += [*(f"in {limit}" for limit in LIMITS), "steps"]
+    print("\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     stage_rows("expert", drive_expert(options.tasks, options.episodes, LIMITS[-1]))
     for name, policy in policies.items():
         stage_rows(name, drive(policy, options.tasks, options.episodes, LIMITS[-1]))
@@ -274,8 +291,8 @@ def print_handover(policies: dict[str, BatchedPolicy], options: argparse.Namespa
 
 def print_tolerance(_: dict[str, BatchedPolicy], options: argparse.Namespace) -> None:
     """Successes of the expert in 200 environment steps, by how wrong it sees the object."""
-    print("\n| task | " + " | ".join(f"{100 * offset:.0f} cm" for offset in OFFSETS_M))
-    print("|---" * (1 + len(OFFSETS_M)) + "|")
+    print("\n| task | " + " | ".join(f"{100 * offset:.0f} cm" for offset in OFFSETS_M) + " |")
+    print("|---" * (1 + len(OFFSETS_M)) + "|", flush=True)
     for task in (*options.tasks, *options.easy):
         counts = []
         for offset in OFFSETS_M:

@@ -1,10 +1,11 @@
-"""What do a tokenizer's latents know of where the objects are, and how many layouts does it take to read it?
+"""What do a tokenizer's latents know of where the objects are, and has the policy learned to use it?
 
 The places of the object, and of push's goal, are read from the latents of an episode's first frame, as a policy sees
 them, by ridge regression and by a small MLP; and from the frame's pixels the same way. Errors are medians on layouts
-held out from the reader, beside the error of always saying the mean. No policy drives.
+held out from the reader, beside the error of always saying the mean. With ``--dataset``, the demonstrations of the
+first policy, also its open-loop errors on episodes that it was trained on and on held-out ones.
 
-    uv run python benchmarks/hard_tasks_latents.py --policy "64 px=POLICY" "128 px=POLICY" "gripper camera=POLICY"
+    uv run python benchmarks/hard_tasks_latents.py --policy "64 px=POLICY" "128 px=POLICY" --dataset DATASET
 
 POLICY is a policy folder, such as ``train-*/policy`` of ``benchmarks/wam_learning.py --question tasks``; its tokenizer,
 cameras and size are used. Features are reduced to their first 128 principal components, of the training layouts. Both
@@ -16,13 +17,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
-from repvitok.data import prepare_frames
+from repvitok.data import LeRobotReader, prepare_frames
+from repvitok.data.split import split_episodes
 from repwam_core.interface import Observation
-from repwam_core.policy import BatchedPolicy
+from repwam_core.policy import BatchedPolicy, evaluate_open_loop
 from repwam_core.sim.metaworld import MetaWorldSettings, MetaWorldTask
 from repwam_core.sim.seeds import evaluation_seeds
 from torch import Tensor, nn
@@ -30,6 +33,7 @@ from torch import Tensor, nn
 HARD_TASKS = ("drawer-open", "door-lock", "push")
 TRAINED_ON = (20, 80, 240)
 HELD_OUT = 0.2
+OPEN_LOOP_EPISODES = 8
 COMPONENTS, RIDGES = 128, tuple(10.0**power for power in range(-4, 5))
 
 
@@ -49,6 +53,7 @@ def main() -> None:
     parser.add_argument("--policy", nargs="+", required=True, metavar="NAME=FOLDER")
     parser.add_argument("--tasks", nargs="+", default=list(HARD_TASKS))
     parser.add_argument("--layouts", type=int, default=300, help="a fifth of them is held out")
+    parser.add_argument("--dataset", type=Path, help="demonstrations of the first policy")
     options = parser.parse_args()
     torch.set_num_threads(1)
     policies = {
@@ -62,6 +67,8 @@ def main() -> None:
     for task in options.tasks:
         for name, policy in policies.items():
             print_task(name, policy, task, options.layouts, sizes)
+    if options.dataset is not None:
+        print_open_loop(next(iter(policies.values())), LeRobotReader(options.dataset), options.tasks)
 
 
 def print_task(name: str, policy: BatchedPolicy, task: str, layouts: int, sizes: Sequence[int]) -> None:
@@ -85,6 +92,21 @@ def first_frames(task: str, policy: BatchedPolicy, layouts: int) -> tuple[list[O
             frames.append(simulator.reset(seed))
             places.append(simulator.places_m)
     return frames, {what: torch.tensor(np.stack([each[what] for each in places])) for what in places[0]}
+
+
+def print_open_loop(policy: BatchedPolicy, reader: LeRobotReader, tasks: Sequence[str]) -> None:
+    """Print mean absolute errors of planned motion in mm a control step, policy / mean action."""
+    print("\n| task | episodes | x | y | z |\n|---|---|---|---|---|")
+    parts = split_episodes([info.index for info in reader.episodes], 0.1)
+    tasks_of = {info.index: info.metadata["task_name"] for info in reader.episodes}
+    for task in tasks:
+        for what, part in zip(("trained on", "held out"), parts, strict=True):
+            chosen = [index for index in part if tasks_of[index] == task][:OPEN_LOOP_EPISODES]
+            errors = evaluate_open_loop(policy, reader, chosen).errors() if chosen else {}
+            rows = [list(errors[method].values())[:3] for method in ("policy", "mean action") if errors]
+            cells = " | ".join(f"{1e3 * ours:.1f} / {1e3 * mean:.1f}" for ours, mean in zip(*rows, strict=True))
+            if chosen:
+                print(f"| {task} | {len(chosen)} {what} | {cells} |", flush=True)
 
 
 @torch.no_grad()

@@ -218,14 +218,14 @@ def drive_expert(tasks: Sequence[str], episodes: int, limit: int, offset_m: floa
     return traces
 
 
-def settings_of(policy: BatchedPolicy, limit: int = LIMITS[-1]) -> MetaWorldSettings:
+def settings_of(policy: BatchedPolicy, limit: int) -> MetaWorldSettings:
     """The simulator as the policy has seen it."""
     cameras = tuple(key.removeprefix("observation.images.") for key in policy.embodiment.cameras)
     height, width = policy.parts.manifest.size
     return MetaWorldSettings(cameras=cameras, size=(height, width), max_env_steps=limit)
 
 
-def stage_rows(name: str, traces: Iterable[Trace], limits: Sequence[int] = LIMITS) -> None:
+def stage_rows(name: str, traces: Iterable[Trace], limits: Sequence[int]) -> None:
     """Print a row per task."""
     by_task: dict[str, list[Trace]] = {}
     for trace in traces:
@@ -271,11 +271,11 @@ def print_stages(policies: dict[str, BatchedPolicy], options: argparse.Namespace
     ``left`` is what is left of the way to the goal, ``steps`` the environment steps of the solved episodes.
     """
     columns = ["driver", "task", "down", "aim", "follows", "closest, flat", "closest", "< 5", "< 2", *_COUNTED, "left"]
-    columns += [*(f"in {limit}" for limit in LIMITS), "steps"]
+    columns += [*(f"in {limit}" for limit in options.limits), "steps"]
     print("\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-    stage_rows("expert", drive_expert(options.tasks, options.episodes, LIMITS[-1]))
+    stage_rows("expert", drive_expert(options.tasks, options.episodes, options.limits[-1]), options.limits)
     for name, policy in policies.items():
-        stage_rows(name, drive(policy, options.tasks, options.episodes, LIMITS[-1]))
+        stage_rows(name, drive(policy, options.tasks, options.episodes, options.limits[-1]), options.limits)
 
 
 def print_handover(policies: dict[str, BatchedPolicy], options: argparse.Namespace) -> None:
@@ -313,6 +313,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(HARD_TASKS))
     parser.add_argument("--easy", nargs="*", default=[], help="more tasks for the part `tolerance`")
     parser.add_argument("--episodes", type=int, default=10, help="unseen layouts driven per task")
+    parser.add_argument("--limits", nargs="+", type=int, default=list(LIMITS), help="environment steps, growing")
     options = parser.parse_args()
     torch.set_num_threads(1)
     plan: dict[str, Any] = {key: int(value) for key, value in (entry.split("=") for entry in options.plan)}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from repvitok.checkpointing import is_sharded, read_checkpoint
-from repwam_core.export import read_trained
+from repwam_core.export import export_wam, read_trained
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
@@ -16,12 +16,14 @@ RECIPES = ("base.yaml", "sharded.yaml", "tiny.yaml")
 STEPS, MORE = 3, 5
 
 
-def _repwam(verb, latents, out, devices, *overrides):
-    recipes = [word for name in RECIPES for word in ("-c", f"recipes/3_repwam/{name}")]
+PACKED = ("--data.packing.token_budget=400", "--model.optimizer.newton_schulz_dtype=float64")
+
+
+def _repwam(verb, latents, out, devices, *overrides, recipes=RECIPES, settings=PACKED):
+    files = [word for name in recipes for word in ("-c", f"recipes/3_repwam/{name}")]
     command = [
-        Path(sysconfig.get_path("scripts")) / "repwam", verb, *recipes, f"--data.latents={latents}",
-        f"--trainer.devices={devices}", f"--trainer.default_root_dir={out}", "--data.packing.token_budget=400",
-        "--model.optimizer.newton_schulz_dtype=float64", *overrides,
+        Path(sysconfig.get_path("scripts")) / "repwam", verb, *files, f"--data.latents={latents}",
+        f"--trainer.devices={devices}", f"--trainer.default_root_dir={out}", *settings, *overrides,
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -47,3 +49,17 @@ def test_two_and_four_ranks_of_the_papers_recipe_learn_the_same(noise_latents, t
     assert f"{four}/predictions: predictions in 2 files" in told
     planned = [load_file(path)["actions"] for path in sorted((four / "predictions").iterdir())]
     assert all(torch.isfinite(actions).all() for actions in planned)
+
+
+@pytest.mark.slow
+def test_more_devices_need_no_other_setting(noise_latents, tmp_path):
+    """Both stages on two ranks; the second one leaves the latent actions' projections without gradients."""
+    small = ("--trainer.max_steps=2", "--trainer.val_check_interval=2", "--data.transitions=2", "--data.batch_size=2")
+    first, second = tmp_path / "first", tmp_path / "second"
+    _repwam("fit", noise_latents, first, 2, recipes=("tiny_pretrain.yaml",), settings=small)
+    export_wam(first / "last.ckpt", tmp_path / "wam")
+    start = f"--model.init_from={tmp_path / 'wam'}"
+    _repwam("fit", noise_latents, second, 2, start, recipes=("tiny_adapt.yaml",), settings=small)
+    before, after = (read_trained(folder / "last.ckpt").wam.state_dict() for folder in (first, second))
+    assert all(torch.equal(after[name], weight) for name, weight in before.items() if name.startswith("spaces.latent."))
+    assert any(not torch.equal(after[name], weight) for name, weight in before.items() if name.startswith("layers."))

@@ -17,6 +17,7 @@ STAGE = TrainingStage(
     name="repwam",
     module="repwam_core.training.module:WAMTraining",
     data="repwam_core.data.datamodule:WAMDataModule",
+    parallel_strategy="ddp_find_unused_parameters_true",  # stage two leaves latent actions' projections alone
 )
 NOISE_MODES = ("none", "pushes", "gaussian", "pushes+gaussian")
 BASELINES = ("expert", "random", "replay")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 
+from repwam_core.data.encoding import EncodingSettings, LatentsOnDemand, has_latents
 from repwam_core.data.episodes import MEMORY_LIMIT_GB, EpisodeStore, SegmentBatch, SegmentSampler
 from repwam_core.data.mixture import DataSetSettings, Mixture
 from repwam_core.data.packed import PackedLoader, make_packer
 from repwam_core.data.packing import PackingSettings
+from repwam_core.model.config import LATENT_SPACE
 from repwam_core.statistics import ActionKind
 from repwam_core.text import EMBEDDED
 
@@ -76,10 +80,11 @@ class HeldOutLoader:
 
 
 class WAMDataModule(L.LightningDataModule):
-    """Latent shards as training and held-out segments.
+    """Latent shards, or data sets encoded on their first use, as training and held-out segments.
 
     Args:
-        latents: folder of latent shards (`repvitok encode`, then `latent-action label`).
+        latents: folder of latent shards (`repvitok encode`, then `latent-action label`); or a LeRobot data set, with
+            `encoding`.
         space: "latent" for latent actions, any other name for the recorded robot actions.
         transitions: latent transitions per segment, F; a segment has F + 1 latent frames.
         batch_size: segments per batch and rank.
@@ -98,6 +103,8 @@ class WAMDataModule(L.LightningDataModule):
         data_sets: several data sets in one packed run, in place of `latents` and what belongs to it.
         memory_limit_gb: latents of a data set that take more than this in memory stay on disk, and only what a batch
             holds is read, through the page cache that the ranks of a node share. 0 leaves all on disk.
+        encoding: how data sets given in place of latents are encoded, once, before the run's first step, by its first
+            process. Its folder `out` must be seen by all nodes. Data for many devices are encoded by a job array.
     """
 
     def __init__(
@@ -118,8 +125,10 @@ class WAMDataModule(L.LightningDataModule):
         packing: PackingSettings | None = None,
         data_sets: list[DataSetSettings] | None = None,
         memory_limit_gb: float | int = MEMORY_LIMIT_GB,
+        encoding: EncodingSettings | None = None,
     ) -> None:
         super().__init__()
+        self.prepare_data_per_node = False
         for name, value in (
             ("transitions", transitions),
             ("batch_size", batch_size),
@@ -131,6 +140,10 @@ class WAMDataModule(L.LightningDataModule):
             raise ValueError("data: expected either data.latents or data.data_sets, got both or neither")
         if data_sets and packing is None:
             raise ValueError("data.data_sets: several data sets are mixed in packed sequences; set data.packing")
+        if encoding is not None and encoding.lat is None and space == LATENT_SPACE:
+            raise ValueError(
+                "data.encoding.lat: latent actions are learned, so name the latent action tokenizer's folder"
+            )
         self.space, self.transitions, self.batch_size = space, transitions, batch_size
         self.seed, self.held_out, self.val_segments = seed, held_out, val_segments
         self.text_encoder, self.steps_per_epoch = text_encoder, steps_per_epoch
@@ -141,26 +154,36 @@ class WAMDataModule(L.LightningDataModule):
                 latents=latents or "", statistics=statistics, action_units=action_units, action_kind=action_kind
             )
         ]
-        self._mixture: Mixture | None = None
+        self._on_demand = LatentsOnDemand(encoding) if encoding is not None else None
 
-    @property
+    @cached_property
     def mixture(self) -> Mixture:
         """The episodes of all data sets, read on first use."""
-        if self._mixture is None:
-            self._mixture = Mixture(
-                self.data_sets,
-                space=self.space,
-                text_encoder=self.text_encoder,
-                held_out=self.held_out,
-                tokenizer_digest=self.tokenizer_digest,
-                memory_limit_gb=self.memory_limit_gb,
-            )
-        return self._mixture
+        return Mixture(
+            [replace(entry, latents=self._latents(entry)) for entry in self.data_sets],
+            space=self.space,
+            text_encoder=self.text_encoder,
+            held_out=self.held_out,
+            tokenizer_digest=self.tokenizer_digest,
+            memory_limit_gb=self.memory_limit_gb,
+        )
+
+    def _latents(self, entry: DataSetSettings) -> str | Path:
+        """The folder of a data set's latents: the given one, or where they are made."""
+        if self._on_demand is None or has_latents(entry.latents):
+            return entry.latents
+        return self._on_demand.folder(entry.latents)
 
     @property
     def store(self) -> EpisodeStore:
         """The episodes of the first data set, most often the only one."""
         return self.mixture.stores[0]
+
+    def prepare_data(self) -> None:
+        """Make the latents of data sets that have none; of all processes, the first one does, the others wait."""
+        for entry in self.data_sets:
+            if self._on_demand is not None and not has_latents(entry.latents):
+                self._on_demand.make(entry.latents, self.trainer.strategy.root_device if self.trainer else "cpu")
 
     def setup(self, stage: str) -> None:
         """Read the shards, so that a bad folder stops the run before any training."""

@@ -20,7 +20,7 @@ class DataSetSettings:
     """One data set of a run.
 
     Attributes:
-        latents: folder of its latent shards.
+        latents: folder of its latent shards, or with `data.encoding` of the data set itself.
         weight: its share of the training tokens, against the other data sets' weights.
         statistics: statistics.json to scale its actions by; counted on its training episodes when None.
         action_units: unit of each of its action channels; "1" when None.

@@ -1,0 +1,128 @@
+"""Data sets as they were recorded, turned into latents once: when a run first asks for them."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from latent_action import LatentActionTokenizer
+from latent_action.labelling import label_shards
+from repvitok.baselines import load_tokenizer
+from repvitok.data.episodes import open_episodes
+from repvitok.encoding import encode_dataset
+from repvitok.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodingSettings:
+    """How a data set that is no latents yet becomes latents; as of `repvitok encode` and `latent-action label`.
+
+    Attributes:
+        tokenizer: folder of the video tokenizer, or a hub id.
+        size: (H, W) that frames are resized to, in pixels.
+        lat: folder of the latent action tokenizer; needed where latent actions are learned.
+        stride: encode every stride-th frame.
+        offsets: raw frames at which each episode's encodings begin.
+        cameras: camera keys, in the order of their tokens; all of the data set's when None.
+        out: where the latents are kept, a folder for each data set and way of encoding it.
+        workers: threads that decode.
+    """
+
+    tokenizer: str | Path
+    size: tuple[int, int]
+    lat: str | Path | None = None
+    stride: int = 1
+    offsets: list[int] = field(default_factory=lambda: [0])
+    cameras: list[str] | None = None
+    out: str | Path = "runs/latents"
+    workers: int = 1
+
+
+class LatentsOnDemand:
+    """Latents of data sets: made on the first use, found again on every later one, by any run with these settings.
+
+    Args:
+        settings: how to encode.
+
+    Raises:
+        FileNotFoundError, ValueError: the tokenizer's or the latent action tokenizer's folder is not one.
+    """
+
+    def __init__(self, settings: EncodingSettings) -> None:
+        self.settings = settings
+
+    def folder(self, dataset: str | Path) -> Path:
+        """Where the latents of `dataset` are, or will be: named by all that decides what they hold."""
+        settings, source = self.settings, Path(dataset).resolve()
+        made_by = [str(source), self._digests, settings.size, settings.stride, settings.offsets, settings.cameras]
+        digest = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()
+        return Path(settings.out) / f"{source.name}-{digest[:10]}"
+
+    def make(self, dataset: str | Path, device: torch.device | str = "cpu") -> Path:
+        """Encode `dataset`, and label it where a latent action tokenizer is given; resumes, and returns when done.
+
+        Args:
+            dataset: a LeRobot data set, or videos or images (which have no robot actions).
+            device: where to compute.
+
+        Returns:
+            The folder of the latents.
+
+        Raises:
+            UserError: another run is at it.
+            ValueError: the data set does not fit the settings, or has changed since its latents were made.
+        """
+        settings, reader, folder = self.settings, open_episodes(str(dataset)), self.folder(dataset)
+        with _alone(folder):
+            unlabelled = folder if self._lat is None else folder / "unlabelled"
+            encode_dataset(
+                self._tokenizer.to(device),
+                reader,
+                unlabelled,
+                size=settings.size,
+                stride=settings.stride,
+                offsets=settings.offsets,
+                cameras=settings.cameras,
+                workers=settings.workers,
+                report=print,
+            )
+            if self._lat is not None:
+                label_shards(self._lat, unlabelled, folder, device=device)
+        return folder
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self.settings.tokenizer)
+
+    @cached_property
+    def _lat(self) -> LatentActionTokenizer | None:
+        return None if self.settings.lat is None else LatentActionTokenizer.from_pretrained(self.settings.lat)
+
+    @cached_property
+    def _digests(self) -> list[str]:
+        return [self._tokenizer.digest(), "" if self._lat is None else self._lat.digest()]
+
+
+def has_latents(folder: str | Path) -> bool:
+    """Whether `folder` holds finished latents, rather than a data set they can be made from."""
+    return (Path(folder) / "meta.json").is_file()
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold a folder of latents: two runs that begin together must not both write it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{folder}: another run is making these latents; start this one when it has") from error
+        yield

@@ -27,7 +27,7 @@ def test_the_site_builds_strictly(tmp_path):
     for requirement in ("mkdocs>=1.6", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"):
         tools += ["--with", requirement]
     done = subprocess.run(
-        [*tools, "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
+        [*tools, "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
         cwd=ROOT, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -23,13 +23,16 @@ ELSEWHERE = {
     "packages/latent-action.md": "packages/latent-action/README.md",
     "packages/repwam-core.md": "packages/repwam-core/README.md",
 }
+PICTURES = {"packages/docs/reconstructions.png": "packages/repvitok/docs/reconstructions.png"}
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that lie outside of docs/, and every file of benchmarks/results."""
+    """Add the pages that lie outside of docs/, their pictures, and every file of benchmarks/results."""
     for page, source in {**ELSEWHERE, **_benchmarks()}.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
+    for place, source in PICTURES.items():
+        files.append(File.generated(config, place, abs_src_path=str(ROOT / source)))
     return files
 
 

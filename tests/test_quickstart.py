@@ -47,8 +47,11 @@ def test_controls_train_every_arm_and_stand_in_the_report(tmp_path):
     page = (out / "report.html").read_text()
     for control in CONTROLS:
         assert f"Trained {control.replace('untrained', 'on the latents of an untrained')}" in page
-    (scratch,) = out.glob("no-latent-actions-adapt-*/stage.json")
-    assert json.loads(scratch.read_text())["settings"]["steps"] == 7  # 2 of pretraining and 5 of adaptation
+    steps = {
+        stage: json.loads(next(out.glob(f"{stage}-*/stage.json")).read_text())["settings"]["steps"]
+        for stage in ("pretrain", "adapt", "no-latent-actions-adapt")
+    }
+    assert steps["no-latent-actions-adapt"] == steps["pretrain"] + steps["adapt"]
 
 
 @pytest.mark.slow

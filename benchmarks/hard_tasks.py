@@ -17,7 +17,6 @@ cannot be carried out. What the latents know of the objects' places: ``benchmark
 from __future__ import annotations
 
 import argparse
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -65,12 +64,13 @@ class MeasuredTask(MetaWorldTask):
 
     def mistaken_action(self, offset_m: np.ndarray) -> np.ndarray:
         """The expert's action if it saw the object ``offset_m`` (x, y) away from where it is."""
-        seen = self._require_started().copy()
-        seen[4:6] += offset_m
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            command = self._expert.get_action(seen)
-        return (np.clip(command, -1.0, 1.0) * self.action_limits).astype(np.float32)
+        true = self._require_started()
+        self._obs = true.copy()
+        self._obs[4:6] += offset_m
+        try:
+            return self.expert_action()
+        finally:
+            self._obs = true
 
 
 @dataclass

@@ -15,10 +15,10 @@ the same number of world-model steps, and drives the same unseen layouts:
 
 RUN is the folder of a finished ``repwam quickstart``, whose tasks, demonstrations, tokenizer and latents are used.
 Without it the tasks are the three hard ones, and everything is collected and trained here, seed by seed. Questions
-asked together share their first arm. ``--steps``,
-``--demonstrations`` and ``--episodes`` shrink the budget, ``--arms`` picks arms. Seed by seed, every arm; finished
-parts are kept in OUT, so an interrupted run goes on. Prints a row per training in Markdown, then each arm over all
-seeds: successes with Wilson's 95 % interval, and with Newcombe's the difference from the first arm.
+asked together share their first arm. ``--steps``, ``--demonstrations`` and ``--episodes`` shrink the budget, ``--arms``
+picks arms. Seed by seed, every arm; finished parts are kept in OUT, so an interrupted run goes on. Prints a row per
+training in Markdown, then each arm over all seeds: successes with Wilson's 95 % interval, and with Newcombe's the
+difference from the first arm.
 """
 
 from __future__ import annotations
@@ -250,7 +250,7 @@ def _one(root: Path, pattern: str) -> Path:
 
 
 def _plan(options: argparse.Namespace) -> Plan:
-    """The quickstart's plan, on the hard tasks where they are the question, with the asked number of steps."""
+    """The quickstart's plan, on the hard tasks unless a run gives others, with the asked number of steps."""
     tasks = None if options.run else list(HARD_TASKS)
     given = argparse.Namespace(tasks=tasks, episodes=options.demonstrations, eval_episodes=None, size=None, budget=1.0)
     plan = load_plan(RECIPES / "sim.yaml", given)

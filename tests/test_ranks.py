@@ -13,10 +13,8 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ("base.yaml", "sharded.yaml", "tiny.yaml")
-STEPS, MORE = 3, 5
-
-
 PACKED = ("--data.packing.token_budget=400", "--model.optimizer.newton_schulz_dtype=float64")
+STEPS, MORE = 3, 5
 
 
 def _repwam(verb, latents, out, devices, *overrides, recipes=RECIPES, settings=PACKED):

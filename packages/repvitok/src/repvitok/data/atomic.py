@@ -1,11 +1,16 @@
-"""Atomic writes: a crash leaves the old file or the new one, never half of it."""
+"""Atomic writes: a crash leaves the old file or the new one, never half of it. And one writer at a time."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from repvitok.errors import UserError
 
 
 def partial_path(path: Path) -> Path:
@@ -34,3 +39,18 @@ def write_text_atomic(path: Path, text: str) -> None:
 def write_json_atomic(path: Path, document: Any) -> None:
     """Writes an indented JSON document."""
     write_text_atomic(path, json.dumps(document, indent=2))
+
+
+@contextmanager
+def sole_writer(folder: Path, otherwise: str) -> Iterator[None]:
+    """Holds a folder for the length of a block, by a lock on its file `.lock`, which is freed with the process.
+
+    Raises:
+        UserError: `otherwise`, when another process holds it.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(otherwise) from error
+        yield

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +13,9 @@ import torch
 from latent_action import LatentActionTokenizer
 from latent_action.labelling import label_shards
 from repvitok.baselines import load_tokenizer
+from repvitok.data.atomic import sole_writer
 from repvitok.data.episodes import open_episodes
 from repvitok.encoding import encode_dataset
-from repvitok.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +78,8 @@ class LatentsOnDemand:
             ValueError: the data set does not fit the settings, or has changed since its latents were made.
         """
         settings, reader, folder = self.settings, open_episodes(str(dataset)), self.folder(dataset)
-        with _alone(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with sole_writer(folder, f"{folder}: another run is making these latents; start this one when it has"):
             unlabelled = folder if self._lat is None else folder / "unlabelled"
             encode_dataset(
                 self._tokenizer.to(device),
@@ -114,15 +112,3 @@ class LatentsOnDemand:
 def has_latents(folder: str | Path) -> bool:
     """Whether `folder` holds finished latents, rather than a data set they can be made from."""
     return (Path(folder) / "meta.json").is_file()
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold a folder of latents: two runs that begin together must not both write it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"{folder}: another run is making these latents; start this one when it has") from error
-        yield

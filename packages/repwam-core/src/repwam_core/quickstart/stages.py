@@ -7,19 +7,18 @@ atomically, and only a folder that has it counts as done.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from repvitok.data.atomic import write_json_atomic
+from repvitok.data.atomic import sole_writer, write_json_atomic
 from repvitok.errors import UserError, require_disk_space
 
 _MARKER = "quickstart.json"
@@ -98,17 +97,11 @@ class StageRunner:
             if child.is_dir() and (child / ".stage").exists():
                 shutil.rmtree(child)
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> AbstractContextManager[None]:
         """Hold the run's folder; a second run on the same folder is refused instead of mixing outputs."""
-        with (self.root / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UserError(
-                    f"another quickstart is running in {self.root}; wait for it, or name another folder with --out"
-                ) from error
-            yield
+        return sole_writer(
+            self.root, f"another quickstart is running in {self.root}; wait for it, or name another folder with --out"
+        )
 
     def run(
         self,

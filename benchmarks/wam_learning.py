@@ -211,7 +211,7 @@ def _measure(
 def _made(bench: Bench, plan: Plan, settings: MetaWorldSettings, seed: int) -> Data:
     """Demonstrations, tokenizer, latents and latent actions of one data setting, shared by the arms that use it."""
     about = {"tasks": plan.tasks, "size": plan.size, "cameras": settings.cameras, "episodes": plan.episodes}
-    about |= {"seed": seed, "steps": str(plan.steps)}
+    about |= {"seed": seed, "steps": [plan.steps.repvitok, plan.steps.latent_action]}
 
     def part(name: str, work: Callable[..., dict[str, Any]], *before: StageResult, **given: Any) -> StageResult:
         return bench.stage(name, partial(work, **given), {stage.name: stage.digest for stage in before}, **about)

@@ -14,11 +14,12 @@ import json
 import math
 import statistics
 import time
+from typing import get_args
 
 import torch
 from repvitok.optim import build_optimizer
 from repwam_core.model.attention import make_attend
-from repwam_core.model.config import ActionSpace, WAMConfig
+from repwam_core.model.config import ActionSpace, Recompute, WAMConfig
 from repwam_core.model.inputs import WAMInputs
 from repwam_core.model.sequence import SequenceLayout, concat, training_layout
 from repwam_core.model.wam import WorldActionModel
@@ -124,7 +125,7 @@ def main() -> None:
     parser.add_argument("--preset", default="1.3b")
     parser.add_argument("--tokens", type=int, nargs="+", default=[64_000, 200_000])
     parser.add_argument("--grid", type=int, nargs=3, default=[1, 16, 16])
-    parser.add_argument("--recompute", choices=["none", "selective", "full"], default="full")
+    parser.add_argument("--recompute", choices=get_args(Recompute), default="full")
     parser.add_argument("--newton-schulz", default="bfloat16")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--steps", type=int, default=8)

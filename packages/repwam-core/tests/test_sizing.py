@@ -1,13 +1,15 @@
 """The plan's arithmetic against the model itself: parameters exactly, matrix products exactly, kept bytes by hooks."""
 
 import math
+from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 from repvitok.optim import build_optimizer, parameter_groups
 from repwam_core.cli import main
 from repwam_core.model.attention import make_attend
-from repwam_core.model.config import ActionSpace, WAMConfig
+from repwam_core.model.config import ActionSpace, Recompute, WAMConfig
 from repwam_core.model.inputs import WAMInputs, document_inputs, pack
 from repwam_core.model.masks import dense_mask
 from repwam_core.model.sequence import concat, training_layout
@@ -19,10 +21,12 @@ from repwam_core.sizing import (
     document_counts,
     forward_flops,
     hidden_parameters,
+    offloaded_bytes,
     parameter_counts,
     peak_flops,
     state_bytes,
 )
+from repwam_core.training.parallel import ScaleSettings, prepare_layers
 from repwam_core.training_plan import PlanRequest, make_plan, tokens_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -127,9 +131,10 @@ class Kept(torch.autograd.Function):
         return gradient, gradient, gradient
 
 
-def kept_bytes(wanted: WAMConfig, bf16: bool) -> int:
-    """Bytes of all distinct storages that a forward pass keeps, without parameters and their casts."""
+def kept_bytes(wanted: WAMConfig, bf16: bool, recompute: Recompute = "none") -> int:
+    """Bytes of all distinct storages that a forward pass keeps here, without parameters and their casts."""
     wam = WorldActionModel(wanted)
+    prepare_layers(wam, ScaleSettings(recompute=recompute))
     packed, _ = inputs(wanted)
     own = {parameter.untyped_storage().data_ptr() for parameter in wam.parameters()}
     shapes = {tuple(p.shape) for p in wam.parameters()} | {tuple(p.T.shape) for p in wam.parameters() if p.ndim == 2}
@@ -155,11 +160,42 @@ def test_kept_bytes_are_those_of_the_saved_tensors(bf16):
     assert activation_bytes(config(depth=1), counts, "none", bf16) == pytest.approx(measured, rel=0.01)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_recomputed_layers_keep_their_inputs_and_offloaded_ones_nothing(bf16):
+    deep, shallow = config(depth=4), config(depth=2)
+    _, counts = inputs(deep)
+    full, offloaded = (kept_bytes(deep, bf16, name) - kept_bytes(shallow, bf16, name) for name in ("full", "offload"))
+    assert full == offloaded_bytes(config(depth=2), counts)
+    assert offloaded == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_offloaded_inputs_leave_the_gpu_until_the_backward_pass():
+    wanted = config(depth=8)
+    packed, counts = inputs(wanted)
+    tensors = {name: value.cuda() for name, value in vars(packed).items() if isinstance(value, torch.Tensor)}
+    packed = replace(packed, layout=packed.layout.to("cuda"), **tensors)
+    kept, gradients = {}, {}
+    for recompute in ("full", "offload"):
+        torch.manual_seed(0)
+        wam = WorldActionModel(wanted).cuda()
+        prepare_layers(wam, ScaleSettings(recompute=recompute))
+        before = torch.cuda.memory_allocated()
+        velocities = wam(packed, make_attend(packed.layout, wanted.coupling, wanted.window, "dense", "cuda"))
+        kept[recompute] = torch.cuda.memory_allocated() - before
+        (velocities.video.square().mean() + velocities.actions.square().mean()).backward()
+        gradients[recompute] = [parameter.grad for parameter in wam.parameters() if parameter.grad is not None]
+    assert kept["full"] - kept["offload"] == pytest.approx(offloaded_bytes(wanted, counts), rel=0.2)
+    torch.testing.assert_close(gradients["offload"], gradients["full"])
+
+
 def test_recomputation_keeps_less():
     wanted = WAMConfig.preset("1.3b")
     counts = document_counts(wanted, (2,) * 48, 256, 4, copies=4)
-    none, selective, full = (activation_bytes(wanted, counts, name) for name in ("none", "selective", "full"))
-    assert full < selective < none / 4
+    none, selective, full, offload = (activation_bytes(wanted, counts, name) for name in get_args(Recompute))
+    assert offload < full < selective < none / 4
+    assert full - offload == pytest.approx(offloaded_bytes(wanted, counts) * 29 / 30)
 
 
 def test_the_plan_holds_together():
@@ -179,6 +215,9 @@ def test_the_command_prints_the_plan(capsys):
     assert main(["plan", "--preset", "5b", "--gpus", "128", "--tokens", "160k", "--gpu", "h20"]) == 0
     text = capsys.readouterr().out
     assert all(word in text for word in ("5b on 128 x h20", "parameters", "GiB", "days", "latents"))
+    assert "does not fit; with recompute offload" in text
+    assert main(["plan", "--recompute", "offload"]) == 0
+    assert "per device, fits" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
-from repwam_core.model.config import ActionSpace, WAMConfig
+from repwam_core.model.config import ActionSpace, Recompute, WAMConfig
 
 FREQUENCIES = 128
 """Frequencies of the noise level embedding, `blocks.NoiseLevelEmbedding.frequencies`."""
@@ -260,26 +260,39 @@ def state_bytes(config: WAMConfig) -> StateBytes:
     return StateBytes(4 * total, 4 * total, 4 * (2 * total - hidden), 4 * total)
 
 
-def activation_bytes(config: WAMConfig, counts: SequenceCounts, recompute: str = "none", bf16: bool = True) -> float:
+def activation_bytes(
+    config: WAMConfig, counts: SequenceCounts, recompute: Recompute = "none", bf16: bool = True
+) -> float:
     """Bytes that the layers keep for the backward pass of one sequence, at their peak.
 
     FlexAttention or another attention that keeps queries, keys, values, outputs and one number per head is assumed, and
     one q, k, v, o for all tokens. With recomputation a layer keeps its inputs alone ("full") or also what attention
-    keeps ("selective"), and one layer at a time everything. Weights that autocast converts are not counted.
+    keeps ("selective"), and one layer at a time everything; with "offload" inputs are on the host but for one layer's.
+    Weights that autocast converts are not counted.
 
     Args:
         config: the model.
         counts: the sequence.
-        recompute: "none", "selective" or "full".
+        recompute: "none", "selective", "full" or "offload".
         bf16: under bf16 autocast; else everything in float32.
     """
     layer = _layer_bytes(config, counts, bf16)
     if recompute == "none":
         return config.depth * layer
-    kept = 4 * (config.width * counts.video + config.action_width * counts.side)
+    kept = _input_bytes(config, counts)
     if recompute == "selective":
         kept += counts.tokens * (4 * config.width * (2 if bf16 else 4) + 4 * config.heads)
-    return config.depth * kept + layer
+    return (1 if recompute == "offload" else config.depth) * kept + layer
+
+
+def offloaded_bytes(config: WAMConfig, counts: SequenceCounts) -> int:
+    """Bytes of the host's memory that the inputs of all layers take with recompute "offload"."""
+    return config.depth * _input_bytes(config, counts)
+
+
+def _input_bytes(config: WAMConfig, counts: SequenceCounts) -> int:
+    """What enters a layer: both streams, in float32 under autocast, too."""
+    return 4 * (config.width * counts.video + config.action_width * counts.side)
 
 
 def _layer_bytes(config: WAMConfig, counts: SequenceCounts, bf16: bool) -> float:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from typing import get_args
 
-from repwam_core.model.config import WAMConfig
+from repwam_core.model.config import Recompute, WAMConfig
 from repwam_core.sizing import (
     DEVICES,
     SequenceCounts,
     activation_bytes,
     document_counts,
+    offloaded_bytes,
     parameter_counts,
     state_bytes,
     training_flops,
 )
 
 GIB = 2**30
+FITTING_SHARE = 0.9
+"""Of a device's memory: the rest is for what is not counted, and for fragments."""
 ENCODE_FLOPS_PER_TOKEN = 259e9 / 1280
 """FLOPs of RepViTok's encoder per latent token: 259 GFLOP for a clip of 17 x 256 x 256, which has 5 x 256 tokens."""
 RAW_FRAMES_PER_LATENT = 4
@@ -69,7 +73,7 @@ class PlanRequest:
     total_tokens: int = 100_000_000_000
     mfu: float = 0.4
     shard_size: int = 8
-    recompute: str = "full"
+    recompute: Recompute = "full"
     grid: tuple[int, int, int] = (1, 16, 16)
     transitions: int = 96
     chunk: int = 2
@@ -97,6 +101,7 @@ class TrainingPlan:
         parameters: of the video and of the action expert.
         state: bytes of parameters, gradients, moments and averages on one device.
         activations: bytes kept for the backward pass, by `recompute`.
+        offloaded: bytes of the host's memory that recompute "offload" takes.
         flops: of a step, forward and backward, recomputation counted not at all.
         step_s: of a step, at the assumed share of the peak.
         steps: of the run.
@@ -108,7 +113,8 @@ class TrainingPlan:
     counts: SequenceCounts
     parameters: dict[str, int]
     state: float
-    activations: dict[str, float]
+    activations: dict[Recompute, float]
+    offloaded: int
     flops: float
     step_s: float
     steps: float
@@ -123,7 +129,7 @@ def make_plan(request: PlanRequest) -> TrainingPlan:
     config, device = WAMConfig.preset(request.preset), DEVICES[request.gpu]
     counts = packed_counts(config, request)
     flops = training_flops(config, [counts], next(iter(config.spaces.values())))
-    recomputed = {"none": 0.0, "selective": 0.3, "full": 1 / 3}[request.recompute]
+    recomputed = {"none": 0.0, "selective": 0.3, "full": 1 / 3, "offload": 1 / 3}[request.recompute]
     step_s = flops * (1 + recomputed) / (device.peak_flops * request.mfu)
     steps = request.total_tokens / (counts.tokens * request.gpus)
     frame_tokens = request.grid[0] * request.grid[1] * request.grid[2]
@@ -133,7 +139,8 @@ def make_plan(request: PlanRequest) -> TrainingPlan:
         counts=counts,
         parameters=parameter_counts(config),
         state=state_bytes(config).total / request.shard_size,
-        activations={name: activation_bytes(config, counts, name) for name in ("none", "selective", "full")},
+        activations={name: activation_bytes(config, counts, name) for name in get_args(Recompute)},
+        offloaded=offloaded_bytes(config, counts),
         flops=flops,
         step_s=step_s,
         steps=steps,
@@ -166,9 +173,7 @@ def packed_counts(config: WAMConfig, request: PlanRequest) -> SequenceCounts:
 
 def plan_lines(request: PlanRequest, plan: TrainingPlan) -> list[str]:
     """The plan in words, one fact a line, with what it rests on."""
-    counts, device = plan.counts, DEVICES[request.gpu]
-    memory = plan.state + plan.activations[request.recompute]
-    fits = "fits" if memory < 0.9 * device.memory else "does not fit"
+    counts = plan.counts
     each = ", ".join(f"{name} {value / GIB:,.0f} GiB" for name, value in plan.activations.items())
     return [
         f"{request.preset} on {request.gpus} x {request.gpu}, {request.shard_size} to a copy, recompute "
@@ -178,13 +183,29 @@ def plan_lines(request: PlanRequest, plan: TrainingPlan) -> list[str]:
         f"action), {counts.pairs / counts.tokens:,.0f} visible keys per token",
         f"state per device: {plan.state / GIB:.1f} GiB (float32 parameters, gradients, moments, average)",
         f"activations per device, by recompute: {each}",
-        f"memory: {memory / GIB:.0f} of {device.memory / GIB:.0f} GiB, {fits}",
+        _memory_line(request, plan),
         f"step: {plan.flops / 1e15:.1f} PFLOP per device, {plan.step_s:.1f} s, "
         f"{counts.tokens * request.gpus / plan.step_s:,.0f} tokens/s over all",
         f"run: {request.total_tokens / 1e9:,.0f} G tokens, {plan.steps:,.0f} steps, {plan.days:.1f} days",
         f"data: {plan.latents_bytes / 1e12:.2f} TB of float16 latents, {plan.encode_gpu_hours:,.0f} GPU hours to "
         f"encode, {plan.decode_core_hours:,.0f} core hours to decode",
     ]
+
+
+def _memory_line(request: PlanRequest, plan: TrainingPlan) -> str:
+    """Whether a step fits a device; if not, whether it would with its layers' inputs on the host."""
+    device = DEVICES[request.gpu]
+    needed = {name: plan.state + activations for name, activations in plan.activations.items()}
+    fits = {name: memory < FITTING_SHARE * device.memory for name, memory in needed.items()}
+    line = f"memory: {needed[request.recompute] / GIB:.0f} of {device.memory / GIB:.0f} GiB"
+    host = f"{plan.offloaded / GIB:.0f} GiB of the host's per device"
+    if request.recompute == "offload":
+        line += f" and {host}"
+    if fits[request.recompute]:
+        return f"{line}, fits"
+    if fits["offload"]:
+        return f"{line}, does not fit; with recompute offload {needed['offload'] / GIB:.0f} GiB and {host} would"
+    return f"{line}, does not fit; take fewer tokens or more devices per copy"
 
 
 def plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -197,7 +218,7 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--total-tokens", default="100g", help="of the run (100g)")
     parser.add_argument("--mfu", type=float, default=default.mfu, help="assumed share of the peak (%(default)s)")
     parser.add_argument("--shard-size", type=int, default=default.shard_size, help="devices per copy (%(default)s)")
-    parser.add_argument("--recompute", choices=["none", "selective", "full"], default=default.recompute)
+    parser.add_argument("--recompute", choices=get_args(Recompute), default=default.recompute)
     parser.add_argument("--grid", type=int, nargs=3, default=default.grid, metavar=("VIEWS", "H", "W"))
     parser.add_argument("--transitions", type=int, default=default.transitions, help="of an episode (%(default)s)")
     parser.add_argument("--chunk", type=int, default=default.chunk, help="latent frames (%(default)s)")

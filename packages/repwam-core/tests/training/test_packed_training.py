@@ -87,7 +87,7 @@ def _video_off(module: WAMTraining, batch: PackedBatch) -> bool:
     return bool(module._packed_loss(batch).video == 0)
 
 
-@pytest.mark.parametrize("recompute", ["full", "selective"])
+@pytest.mark.parametrize("recompute", ["full", "selective", "offload"])
 def test_recomputation_changes_no_gradient(shards, recompute):
     kept, again = training(shards), training(shards, recompute=recompute)
     batch = next(iter(kept.trainer.datamodule.train_dataloader()))

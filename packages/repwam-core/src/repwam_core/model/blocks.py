@@ -10,22 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from repwam_core.model.config import WAMConfig
+from repwam_core.model.config import Recompute, WAMConfig
 from repwam_core.model.heads import EPSILON, Heads, Stream, Turn, join_heads, normalised_heads, split_heads
 from repwam_core.model.masks import Attend
 from repwam_core.model.sequence import Run
-
-Recompute = Literal["none", "selective", "full"]
-"""What a layer computes again in the backward pass instead of keeping it: nothing, all but attention, or all of it."""
 
 TextKeysValues = tuple[Float[Tensor, "b documents heads s c"], Float[Tensor, "b documents heads s c"]]
 
@@ -284,6 +282,9 @@ class WAMLayer(nn.Module):
         """
         if self.recompute == "full":
             return _recomputed(self._layer, layer, video, side, context, kept)
+        if self.recompute == "offload":
+            with save_on_cpu(pin_memory=video.is_cuda):
+                return _recomputed(self._layer, layer, video, side, context, kept)
         return self._layer(layer, video, side, context, kept)
 
     def _layer(

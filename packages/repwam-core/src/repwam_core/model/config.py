@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 COUPLINGS = ("joint", "sequential")
 ATTENTIONS = ("shared", "per_modality")
 LATENT_SPACE = "latent"
 """Name of the action space of stage one: the latent actions of the paper's Eq. 3."""
+Recompute = Literal["none", "selective", "full", "offload"]
+"""What a layer computes again in the backward pass instead of keeping it.
+
+Nothing, all but attention, all of it, or all of it from inputs that meanwhile wait in the host's memory.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -17,7 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp import register_fsdp_forward_method as unsharded_method
 
-from repwam_core.model.blocks import ExpertLayer, Recompute, WAMLayer
+from repwam_core.model.blocks import ExpertLayer, WAMLayer
+from repwam_core.model.config import Recompute
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.training.distributed_checkpoint import load_sharded, save_sharded
 
@@ -27,7 +28,8 @@ class ScaleSettings:
     """What training trades at scale; none of it changes what is computed, beyond rounding.
 
     Attributes:
-        recompute: what layers compute again in the backward pass: "none", "selective" (all but attention) or "full".
+        recompute: what layers compute again in the backward pass: "none", "selective" (all but attention), "full", or
+            "offload": full, from inputs that wait in the host's memory, two copies over its bus per layer and step.
         compile: compile what surrounds attention in every layer with torch.compile.
         attention: see `attention.make_attend`.
         init: "stream" draws the initial weights one after the other; "per_parameter" each by its name, which a model
@@ -41,7 +43,7 @@ class ScaleSettings:
 
     def __post_init__(self) -> None:
         for name, choices in (
-            ("recompute", ("none", "selective", "full")),
+            ("recompute", get_args(Recompute)),
             ("attention", ("auto", "flex", "blocked", "dense")),
             ("init", ("stream", "per_parameter")),
         ):

@@ -278,10 +278,11 @@ def _openloop(options: argparse.Namespace) -> None:
     from repvitok.data import LeRobotReader
     from repvitok.data.atomic import write_json_atomic
 
+    from repwam_core.policy.generated import named_clip_features
     from repwam_core.policy.openloop import evaluate_open_loop
     from repwam_core.policy.policy import BatchedPolicy
 
-    network = _clip_features(options.clip_features)
+    network = named_clip_features(options.clip_features)
     policy = BatchedPolicy.from_pretrained(options.policy)
     result = evaluate_open_loop(policy, LeRobotReader(options.dataset), options.episodes, seed=options.seed)
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -301,17 +302,3 @@ def _openloop(options: argparse.Namespace) -> None:
 
 def _short(value: float | int | str) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _clip_features(given: list[str] | None):
-    """The network that the user named; None without one."""
-    if not given:
-        return None
-    from repvitok.features import HOGClipFeatures, I3DFeatures
-
-    name, *file = given
-    if name == "hog" and not file:
-        return HOGClipFeatures()
-    if name in ("tfhub-kinetics400", "pytorch-i3d") and len(file) == 1:
-        return I3DFeatures(name, file[0])
-    raise UserError(f"--clip-features: expected hog, tfhub-kinetics400 FILE or pytorch-i3d FILE, got {' '.join(given)}")

@@ -30,8 +30,8 @@ from repwam_core.model.wam import WorldActionModel
 from repwam_core.planning import PlanSettings
 from repwam_core.statistics import Statistics
 from repwam_core.training.distributed_checkpoint import read_whole
-from repwam_core.training.module import CHECKPOINT_KEY
 
+CHECKPOINT_KEY = "repwam"
 POLICY_FORMAT = "repwam-policy"
 FORMAT_VERSION = 1
 
@@ -218,33 +218,49 @@ def export_policy(
         ValueError: when the tokenizer, the latent action tokenizer or the shards are not those that were trained on, or
             the checkpoint is of the latent space.
     """
-    trained, out = read_trained(checkpoint, data_set), Path(out)
+    trained, out = read_policy(checkpoint, data_set), Path(out)
+    manifest = make_manifest(trained, tokenizer, name, plan)
+    if lat is not None:
+        manifest.digests["lat"] = _lat_digest(Path(lat), trained.latents)
+    if shards is not None:
+        LatentShards(shards, expect_digest=trained.latents.tokenizer_digest)
+    sources = {"tokenizer": Path(tokenizer)} | ({"lat": Path(lat)} if lat is not None else {})
+    cache = None if shards is None else text_cache(Path(shards), trained.text_encoder)
+    write_policy(out, trained.wam, trained.statistics, manifest, sources, cache)
+    return out
+
+
+def read_policy(checkpoint: str | Path, data_set: int = 0) -> TrainedModel:
+    """`read_trained` of a checkpoint that drives a robot.
+
+    Raises:
+        ValueError: as there, or it is of the latent space.
+    """
+    trained = read_trained(checkpoint, data_set)
     if trained.space == LATENT_SPACE:
         raise ValueError(
             f"{checkpoint} acts in latent actions; adapt it to a robot first, or export it with --wam-only"
         )
-    digests = {
-        "tokenizer": _tokenizer_digest(Path(tokenizer), trained.latents),
-        "wam": trained.wam.digest(),
-        "statistics": trained.statistics.digest,
-    }
-    if lat is not None:
-        digests["lat"] = _lat_digest(Path(lat), trained.latents)
-    if shards is not None:
-        LatentShards(shards, expect_digest=trained.latents.tokenizer_digest)
-    manifest = PolicyManifest(
+    return trained
+
+
+def make_manifest(
+    trained: TrainedModel, tokenizer: str | Path, name: str | None = None, plan: PlanSettings | None = None
+) -> PolicyManifest:
+    """The policy.json of a trained model; arguments and errors as of `export_policy`."""
+    return PolicyManifest(
         space=trained.space,
         embodiment=_embodiment(trained, name),
         size=_size(Path(tokenizer), trained.latents),
         latents=trained.latents,
         text_encoder=trained.text_encoder,
         plan=plan or trained.plan,
-        digests=digests,
+        digests={
+            "tokenizer": _tokenizer_digest(Path(tokenizer), trained.latents),
+            "wam": trained.wam.digest(),
+            "statistics": trained.statistics.digest,
+        },
     )
-    sources = {"tokenizer": Path(tokenizer)} | ({"lat": Path(lat)} if lat is not None else {})
-    cache = None if shards is None else text_cache(Path(shards), trained.text_encoder)
-    write_policy(out, trained.wam, trained.statistics, manifest, sources, cache)
-    return out
 
 
 def write_policy(

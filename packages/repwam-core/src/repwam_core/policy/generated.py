@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float, UInt8
+from repvitok.features import HOGClipFeatures, I3DFeatures
 from repvitok.frechet import FrechetStatistics
 from repvitok.metrics import psnr, ssim
 from torch import Tensor
@@ -37,6 +38,24 @@ class ClipFeatures(Protocol):
     def features(self, video: Float[Tensor, "b 3 T H W"]) -> Float[Tensor, "n d"]:
         """Vectors of clips with pixels in [-1, 1]."""
         ...
+
+
+def named_clip_features(named: Sequence[str] | None) -> ClipFeatures | None:
+    """The network of `repwam openloop --clip-features`: its name and, for I3D, the file of its weights.
+
+    Raises:
+        ValueError: there is no such network.
+    """
+    match list(named or ()):
+        case []:
+            return None
+        case ["hog"]:
+            return HOGClipFeatures()
+        case [("tfhub-kinetics400" | "pytorch-i3d") as name, file]:
+            return I3DFeatures(name, file)
+        case other:
+            told = " ".join(other)
+            raise ValueError(f"clip features: expected hog, tfhub-kinetics400 FILE or pytorch-i3d FILE, got {told}")
 
 
 @dataclass(frozen=True)

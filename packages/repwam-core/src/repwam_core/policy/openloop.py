@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -101,9 +101,11 @@ class OpenLoopResult:
         variants = sorted(VARIANTS, key=lambda variant: variant != HEADLINE)
         return {str(variant): open_loop_score(chunks[variant.scale], variant) for variant in variants}
 
-    def video(self, network: ClipFeatures | None = None) -> GeneratedScores | None:
-        """PSNR, SSIM and Frechet distance of the imagined frames; None without imagined video."""
-        pairs = [(e.imagined, e.frames) for e in self.episodes if e.imagined is not None and e.frames is not None]
+    def video(
+        self, network: ClipFeatures | None = None, of: Literal["imagined", "reconstructed", "copied"] = "imagined"
+    ) -> GeneratedScores | None:
+        """PSNR, SSIM and Frechet distance of the imagined, or other, frames; None without imagined video."""
+        pairs = [(getattr(e, of), e.frames) for e in self.episodes if e.frames is not None]
         return score_video(pairs, network) if pairs else None
 
     def _chunk_errors(self, scale: str) -> Iterator[np.ndarray]:

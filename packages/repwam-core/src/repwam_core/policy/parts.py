@@ -7,7 +7,7 @@ from pathlib import Path
 
 from repvitok import RepViTok
 
-from repwam_core.export import PolicyManifest
+from repwam_core.export import PolicyManifest, make_manifest, read_policy
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.statistics import Statistics
 from repwam_core.text import TextEncoder
@@ -57,3 +57,18 @@ class PolicyParts:
             text.load_cache(folder / "text.safetensors")
         told = frozenset(text.known)
         return cls(manifest, wam.to(device), tokenizer.to(device), statistics, text, told)
+
+    @classmethod
+    def of_checkpoint(
+        cls,
+        checkpoint: str | Path,
+        tokenizer: str | Path,
+        device: str = "cpu",
+        instructions: frozenset[str] = frozenset(),
+    ) -> PolicyParts:
+        """What `repwam export` would write of a checkpoint, without writing it; errors as there."""
+        trained = read_policy(checkpoint)
+        manifest = make_manifest(trained, tokenizer)
+        text = TextEncoder(manifest.text_encoder, device=device)
+        models = trained.wam.to(device), RepViTok.from_pretrained(tokenizer).to(device)
+        return cls(manifest, *models, trained.statistics, text, instructions)

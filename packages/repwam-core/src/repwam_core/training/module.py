@@ -16,6 +16,7 @@ from repvitok.optim import OptimizerSettings
 from repwam_core.data.episodes import EpisodeStore, SegmentBatch
 from repwam_core.data.mixture import Mixture
 from repwam_core.data.packed import PackedBatch
+from repwam_core.export import CHECKPOINT_KEY
 from repwam_core.model.attention import make_attend
 from repwam_core.model.config import LATENT_SPACE
 from repwam_core.model.masks import Attend
@@ -37,8 +38,7 @@ from repwam_core.training.losses import (
 )
 from repwam_core.training.metrics import SampledErrors, sample_segments
 from repwam_core.training.parallel import ScaleSettings, ShardedStrategy, gather_for_sampling, prepare_layers
-
-CHECKPOINT_KEY = "repwam"
+from repwam_core.training.recorded import RecordedEpisodes, RecordedSettings
 
 
 class WAMTraining(L.LightningModule):
@@ -61,6 +61,7 @@ class WAMTraining(L.LightningModule):
         seed: of every draw; draws depend on (seed, step, rank) only, and those of packed episodes on (seed, episode,
             visit), wherever they are packed.
         scale: what training trades at scale: recomputation, compilation, attention, sharded initialisation.
+        recorded: recorded episodes on which `repwam test` compares imagined video and actions with the real ones, too.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class WAMTraining(L.LightningModule):
         ema_decay: float = 0.999,
         seed: int = 0,
         scale: ScaleSettings | None = None,
+        recorded: RecordedSettings | None = None,
     ) -> None:
         super().__init__()
         low, high = chunk_sizes
@@ -90,7 +92,7 @@ class WAMTraining(L.LightningModule):
         self.optimizer_settings = optimizer or OptimizerSettings()
         self.plan = plan or PlanSettings()
         self.ema_decay, self.seed = ema_decay, seed
-        self.scale = scale or ScaleSettings()
+        self.scale, self.recorded = scale or ScaleSettings(), recorded
         self.wam: WorldActionModel | None = None
         self.ema: ExponentialMovingAverage | None = None
         self._live: dict[str, torch.Tensor] | None = None
@@ -117,7 +119,7 @@ class WAMTraining(L.LightningModule):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """What every run of this stage reports beside its losses."""
-        return [StepBanner()]
+        return [StepBanner(), *([RecordedEpisodes(self.recorded)] if self.recorded is not None else [])]
 
     def configure_optimizers(self) -> Any:
         """One optimizer, linear warmup, then a cosine over the trainer's `max_steps`."""
@@ -169,7 +171,8 @@ class WAMTraining(L.LightningModule):
         """Loss at fixed noise, and errors of actions and video sampled after each true prefix."""
         chunks = equal_chunks(batch.valid.shape[1], self.plan.chunk_frames)
         losses = self._loss(batch, chunks, (self.seed, 2**31, batch_idx))
-        rows = {"val/loss": losses.total, "val/video": losses.video, "val/action": losses.action}
+        rows = {"loss": losses.total, "video": losses.video, "action": losses.action}
+        rows = {f"{self._split()}/{name}": value for name, value in rows.items()}
         self.log_dict(rows, batch_size=len(batch), sync_dist=self.trainer.world_size > 1)
         if self._model().config.joint_actions:
             return  # a rollout plans action tokens, of which this stage has none
@@ -190,7 +193,7 @@ class WAMTraining(L.LightningModule):
         """Log what was sampled, of each data set by itself."""
         stores = self._mixture().stores
         for number, (sampled, store) in enumerate(zip(self._sampled, stores, strict=True)):
-            prefix = f"val/{number}/" if len(stores) > 1 else "val/"
+            prefix = f"{self._split()}/{number}/" if len(stores) > 1 else f"{self._split()}/"
             absent = {f"{name}_mae_si" for name in set(store.action_channels) - set(store.statistics.actions.channels)}
             errors = {name: value for name, value in sampled.compute().items() if name not in absent}
             rows = {f"{prefix}{name}": value for name, value in errors.items()}
@@ -266,6 +269,10 @@ class WAMTraining(L.LightningModule):
             self._average().load_state_dict(checkpoint[CHECKPOINT_KEY]["ema"])
 
     # -- parts ---------------------------------------------------------------------------------------------------
+
+    def _split(self) -> str:
+        """What its held-out numbers are logged under."""
+        return "test" if self.trainer.testing else "val"
 
     def _loss(self, batch: SegmentBatch, chunks: tuple[int, ...], key: tuple[int, ...]) -> WAMLoss:
         return wam_loss(

@@ -1,0 +1,123 @@
+"""`repwam test` in pixels and units: the tested checkpoint against recorded episodes, as `repwam openloop` does it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from repvitok.data import LeRobotReader
+from repvitok.data.atomic import write_json_atomic
+
+from repwam_core.data.datamodule import WAMDataModule
+from repwam_core.data.episodes import EpisodeStore, text_cache
+from repwam_core.policy.generated import ClipFeatures, named_clip_features
+from repwam_core.policy.openloop import OpenLoopResult, evaluate_open_loop
+from repwam_core.policy.parts import PolicyParts
+from repwam_core.policy.policy import BatchedPolicy
+from repwam_core.training.scores import HEADLINE
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedSettings:
+    """Recorded episodes to test on.
+
+    Attributes:
+        dataset: LeRobot data set, with the cameras and channels of the run's (first) data set.
+        tokenizer: folder of the video tokenizer that made the latents.
+        episodes: "held_out", those that the run held out, where `dataset` is what its latents were made of; "all" of
+            another data set.
+        clip_features: as of `repwam openloop --clip-features`; None for no Frechet distance.
+    """
+
+    dataset: str | Path
+    tokenizer: str | Path
+    episodes: Literal["held_out", "all"] = "held_out"
+    clip_features: list[str] | None = None
+
+
+class RecordedEpisodes(L.Callback):
+    """After `repwam test`, plans along recorded episodes, logs the errors and writes openloop.json to the run's folder.
+
+    Logged for tasks that the run was trained on, `test/seen/`, and for others, `test/unseen/`: PSNR in dB, SSIM and,
+    with a network, the Frechet distance of imagined video, beside the PSNR of what the tokenizer makes of the true
+    latents and of repeating the last frame; the open-loop score's headline variant (`ols_0.1`, ...); the mean absolute
+    error of each action channel in its unit (`x_mae_si`).
+    """
+
+    def __init__(self, settings: RecordedSettings) -> None:
+        self.settings = settings
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a run that holds out nothing: Lightning would skip the test without a word.
+
+        Raises:
+            ValueError: it does.
+        """
+        del pl_module
+        if stage == "test" and not len(_store(trainer).val_episodes):
+            raise ValueError("model.recorded: the run holds out no episodes; set data.held_out above 0")
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Open what is needed, so that a mistake shows before the test.
+
+        Raises:
+            FileNotFoundError: the data set or a file of the network is not there.
+            ValueError: no checkpoint is tested, or there is no such network.
+        """
+        del pl_module
+        if trainer.ckpt_path is None:
+            raise ValueError("model.recorded tests a checkpoint: name one with --ckpt_path")
+        self._network = named_clip_features(self.settings.clip_features)
+        self._reader = LeRobotReader(self.settings.dataset)
+        self._episodes = None if self.settings.episodes == "all" else _held_out(_store(trainer))
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """One process plans; the others go on.
+
+        Raises:
+            ValueError: the data set or the tokenizer is not the run's.
+        """
+        if not trainer.is_global_zero:
+            return
+        result = evaluate_open_loop(self._policy(trainer, pl_module), self._reader, self._episodes)
+        write_json_atomic(Path(trainer.default_root_dir) / "openloop.json", result.to_dict(self._network))
+        groups = {name: _numbers(part, self._network) for name, part in result.groups().items()}
+        rows = {f"test/{group}/{name}": value for group, part in groups.items() for name, value in part.items()}
+        pl_module.log_dict(rows, rank_zero_only=True)
+
+    def _policy(self, trainer: L.Trainer, module: L.LightningModule) -> BatchedPolicy:
+        store = _store(trainer)
+        told = frozenset(store.tasks[row] for row in store.train_episodes)
+        checkpoint: Any = trainer.ckpt_path
+        parts = PolicyParts.of_checkpoint(checkpoint, self.settings.tokenizer, str(module.device), told)
+        if (cache := text_cache(store.shards.root, store.text_encoder)).exists():
+            parts.text.load_cache(cache)
+        return BatchedPolicy(parts)
+
+
+def _store(trainer: L.Trainer) -> EpisodeStore:
+    data: WAMDataModule = trainer.datamodule  # type: ignore[attr-defined]
+    return data.store
+
+
+def _held_out(store: EpisodeStore) -> list[int]:
+    """Recorded episodes that training has not seen."""
+    return sorted({store.shards.infos[row].episode_index for row in store.val_episodes})
+
+
+def _numbers(part: OpenLoopResult, network: ClipFeatures | None) -> dict[str, float]:
+    errors = {f"{channel}_mae_si": error for channel, error in part.errors()["policy"].items()}
+    scores = {f"ols_{threshold:g}": share for threshold, share in part.open_loop_scores()[str(HEADLINE)].items()}
+    return {**_video_numbers(part, network), **scores, **errors}
+
+
+def _video_numbers(part: OpenLoopResult, network: ClipFeatures | None) -> dict[str, float]:
+    video, reconstructed, copied = part.video(network), part.video(of="reconstructed"), part.video(of="copied")
+    if video is None or reconstructed is None or copied is None:
+        return {}
+    numbers = {"psnr_db": video.psnr_db, "ssim": video.ssim}
+    if video.frechet is not None:
+        numbers[video.frechet_name] = video.frechet
+    return {**numbers, "psnr_db_reconstructed": reconstructed.psnr_db, "psnr_db_copied": copied.psnr_db}

@@ -63,7 +63,7 @@ def inputs_of(config: WAMConfig, layout: SequenceLayout, device: str) -> WAMInpu
     """Random tensors of the right shapes."""
     documents = layout.documents
     return WAMInputs(
-        layout=layout.to(device),
+        layout=layout,
         video=torch.randn(1, len(layout.video), config.latent_dim, device=device),
         actions=torch.randn(1, len(layout.actions), SPACE.channels, device=device),
         states=None,

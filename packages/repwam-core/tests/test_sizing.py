@@ -175,7 +175,7 @@ def test_offloaded_inputs_leave_the_gpu_until_the_backward_pass():
     wanted = config(depth=8)
     packed, counts = inputs(wanted)
     tensors = {name: value.cuda() for name, value in vars(packed).items() if isinstance(value, torch.Tensor)}
-    packed = replace(packed, layout=packed.layout.to("cuda"), **tensors)
+    packed = replace(packed, **tensors)
     kept, gradients = {}, {}
     for recompute in ("full", "offload"):
         torch.manual_seed(0)

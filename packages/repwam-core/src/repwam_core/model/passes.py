@@ -7,7 +7,7 @@ graphs ask for.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -37,6 +37,10 @@ class StreamPlan:
     kept_groups: list[Run]
     kept_documents: Sequence[tuple[Run, int]]
 
+    def to(self, device: torch.device) -> StreamPlan:
+        """The same plan for passes on a device."""
+        return replace(self, level=self.level.to(device))
+
     def narrowed(self, context: StreamContext) -> StreamContext:
         """The context of the noisy tokens."""
         modulation = take(context.modulation.flatten(2), self.kept_groups).unflatten(2, (6, -1))
@@ -61,6 +65,17 @@ class PassPlan:
     video: StreamPlan
     side: StreamPlan
     kept: list[Run]
+
+    def to(self, device: torch.device) -> PassPlan:
+        """The same plan for passes on a device."""
+        return replace(
+            self,
+            view=self.view.to(device),
+            vector=self.vector.to(device),
+            turn=Turn(*(factor.to(device) for factor in self.turn)),
+            video=self.video.to(device),
+            side=self.side.to(device),
+        )
 
     def kept_tokens(self, video: StreamContext, side: StreamContext) -> Kept:
         """What leaves the last layer: the tokens whose velocities are asked for."""

@@ -139,9 +139,7 @@ class Rollout:
             raise ValueError(f"states: space {self.space!r} expects a robot state with each observed frame, got none.")
         if has_actions and actions is None:
             raise ValueError(f"actions: expected those executed on the way to frame {self.frame}, got none.")
-        layout = history_layout(*self._place(frames), state=has_state, action_history=config.action_history).to(
-            self.device
-        )
+        layout = history_layout(*self._place(frames), state=has_state, action_history=config.action_history)
         inputs = self._inputs(
             layout,
             _flat(latents),
@@ -150,7 +148,7 @@ class Rollout:
             (1.0, 1.0),
         )
         self._clear()
-        self._pass(Pass(layout, self.wam.plan(layout), self.cache.attend_history(layout.streams)), inputs)
+        self._pass(self._planned(layout, self.cache.attend_history), inputs)
         self.frame, self.chunk = self.frame + frames, self.chunk + 1
 
     @torch.no_grad()
@@ -271,10 +269,12 @@ class Rollout:
                 layout = history_layout(*self._place(frames), action_history=False)
             else:
                 layout = chunk_layout(*self._place(frames), video=kind != "actions", actions=kind != "video")
-            layout = layout.to(self.device)
-            attend = self.cache.attend_scratch(layout.streams)
-            self._passes[kind, frames] = Pass(layout, self.wam.plan(layout), attend)
+            self._passes[kind, frames] = self._planned(layout, self.cache.attend_scratch)
         return self._passes[kind, frames]
+
+    def _planned(self, layout: SequenceLayout, attend: Callable[[SequenceLayout], CachedAttend]) -> Pass:
+        """A pass over the tokens of a layout, worked out on the CPU and moved."""
+        return Pass(layout, self.wam.plan(layout, self.device), attend(layout.streams.to(self.device)))
 
     def _solve_joint(
         self, video: Tensor, action: Tensor, video_times: list[float], action_times: list[float]

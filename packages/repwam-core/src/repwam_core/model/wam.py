@@ -176,10 +176,14 @@ class WorldActionModel(PretrainedModel):
             inputs = without_unread(inputs, self.config.coupling)
             attend = masked_attend(inputs.layout, self.config.coupling, self.config.window)
         text = self.embed_text(inputs.text, inputs.text_mask) if text is None else text
-        return self.run(inputs, self.plan(inputs.layout.to(inputs.video.device)), attend, text)
+        return self.run(inputs, self.plan(inputs.layout, inputs.video.device), attend, text)
 
-    def plan(self, layout: SequenceLayout) -> PassPlan:
+    def plan(self, layout: SequenceLayout, device: torch.device) -> PassPlan:
         """What `run` needs to know of a layout; make it once where many passes share the layout.
+
+        Args:
+            layout: best on the CPU, where nothing waits for a GPU.
+            device: where the passes are computed.
 
         Raises:
             ValueError: more cameras than the model has embeddings for.
@@ -187,7 +191,7 @@ class WorldActionModel(PretrainedModel):
         limit = self.config.max_views
         if layout.views > limit:
             raise ValueError(f"expected at most max_views = {limit} cameras, got {layout.views}.")
-        return plan_pass(layout, self.config.head_dim, self.config.rope_base)
+        return plan_pass(layout, self.config.head_dim, self.config.rope_base).to(device)
 
     def run(
         self, inputs: WAMInputs, plan: PassPlan, attend: Attend, text: tuple[TextContext, TextContext]

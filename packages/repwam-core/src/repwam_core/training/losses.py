@@ -14,8 +14,8 @@ from repwam_core.data.episodes import SegmentBatch
 from repwam_core.model.flow import UniformSNRSampler, interpolate, velocity_target
 from repwam_core.model.inputs import Velocities, WAMInputs, document_inputs, pack
 from repwam_core.model.masks import Attend
-from repwam_core.model.sequence import SequenceLayout, concat, training_layout
-from repwam_core.model.unread import read_tokens, without_unread
+from repwam_core.model.sequence import SequenceLayout, training_layout
+from repwam_core.model.unread import without_unread
 from repwam_core.model.wam import WorldActionModel
 
 
@@ -126,8 +126,8 @@ class NoisedDocument:
     grid: tuple[int, int, int]
     noise: Noise
 
-    def layout(self, wam: WorldActionModel, space: str, device: torch.device | str = "cpu") -> SequenceLayout:
-        """The tokens of this document in the sequences of `wam`."""
+    def layout(self, wam: WorldActionModel, space: str) -> SequenceLayout:
+        """The tokens of this document in the sequences of `wam`, on the CPU."""
         return training_layout(
             self.batch.latents.shape[1],
             self.chunk_sizes,
@@ -135,7 +135,7 @@ class NoisedDocument:
             self.batch.actions.shape[2],
             state=wam.config.has_state(space) and self.batch.state is not None,
             action_history=wam.config.action_history,
-        ).to(device)
+        )
 
 
 def documents_loss(
@@ -154,24 +154,26 @@ def documents_loss(
         action_weight: lambda_a.
         attend: makes the attention of the packed layout, which it gets on the CPU; None is the model's own choice.
     """
-    device, coupling = documents[0].batch.latents.device, wam.config.coupling
-    layouts = [document.layout(wam, space, device) for document in documents]
+    layouts = [document.layout(wam, space) for document in documents]
     inputs = [
         noised_inputs(document.batch, layout, document.chunk_sizes, document.noise, space)
         for document, layout in zip(documents, layouts, strict=True)
     ]
-    attention = None
-    if attend is not None:
-        inputs = [without_unread(entry, coupling) for entry in inputs]
-        on_cpu = [read_tokens(document.layout(wam, space), coupling).layout for document in documents]
-        attention = attend(concat(on_cpu))
-    velocities = wam(inputs[0] if len(inputs) == 1 else pack(inputs), attention)
+    if attend is None:
+        velocities = wam(_packed(inputs))
+    else:
+        packed = _packed([without_unread(entry, wam.config.coupling) for entry in inputs])
+        velocities = wam(packed, attend(packed.layout))
     parts = _velocities_of(velocities, layouts)
     terms = [
         loss_terms(part, item.batch, item.noise, wam.config.joint_actions)
         for part, item in zip(parts, documents, strict=True)
     ]
     return _combined(terms, action_weight)
+
+
+def _packed(inputs: Sequence[WAMInputs]) -> WAMInputs:
+    return inputs[0] if len(inputs) == 1 else pack(inputs)
 
 
 def _velocities_of(velocities: Velocities, layouts: Sequence[SequenceLayout]) -> list[Velocities]:

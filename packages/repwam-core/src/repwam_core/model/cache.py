@@ -133,8 +133,10 @@ class KeyValueCache:
         ring[layout.frame % self.capacity] = PADDING
 
     def _attend(self, layout: SequenceLayout, slots: Tensor) -> CachedAttend:
-        for held, new in zip(self.fields, layout.fields, strict=True):
+        device = self.fields.document.device
+        slots, fields = slots.to(device), TokenFields(*(values.to(device) for values in layout.fields))
+        for held, new in zip(self.fields, fields, strict=True):
             held[slots] = new
         used = len(self.fields.document) if self.static_shapes else self._used
         in_use = TokenFields(*(values[:used] for values in self.fields))
-        return CachedAttend(self.layers, slots, pairs(layout.fields, in_use, self.config.coupling, self.config.window))
+        return CachedAttend(self.layers, slots, pairs(fields, in_use, self.config.coupling, self.config.window))

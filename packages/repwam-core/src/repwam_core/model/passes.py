@@ -83,7 +83,7 @@ class PassPlan:
 
 
 def plan_pass(layout: SequenceLayout, head_dim: int, rope_base: float) -> PassPlan:
-    """Everything the model needs to know of a layout, on the layout's device."""
+    """Everything the model needs to know of a layout, on the CPU; `PassPlan.to` moves it."""
     video = _stream_plan(layout.video_stream, layout.noisy_video_runs, layout.group)
     side = _stream_plan(layout.side_stream, layout.noisy_action_runs, 1)
     videos = len(layout.video)

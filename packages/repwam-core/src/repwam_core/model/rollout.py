@@ -273,8 +273,8 @@ class Rollout:
         return self._passes[kind, frames]
 
     def _planned(self, layout: SequenceLayout, attend: Callable[[SequenceLayout], CachedAttend]) -> Pass:
-        """A pass over the tokens of a layout, worked out on the CPU and moved."""
-        return Pass(layout, self.wam.plan(layout, self.device), attend(layout.streams.to(self.device)))
+        """A pass over the tokens of a layout."""
+        return Pass(layout, self.wam.plan(layout, self.device), attend(layout.streams))
 
     def _solve_joint(
         self, video: Tensor, action: Tensor, video_times: list[float], action_times: list[float]

@@ -91,7 +91,7 @@ class LevelTable:
 
 @dataclass(frozen=True, eq=False)
 class SequenceLayout:
-    """What each of the n tokens of a sequence is; shared by the whole batch, never changed.
+    """What each of the n tokens of a sequence is; shared by the whole batch, never changed, on the CPU.
 
     Attributes:
         document: index of the packed document.
@@ -202,18 +202,8 @@ class SequenceLayout:
         """The layout of the tokens at `index`, in that order, with the same noise levels."""
         return replace(self, **{name: getattr(self, name)[index] for name in _TOKEN_FIELDS})
 
-    def to(self, device: torch.device | str) -> SequenceLayout:
-        """The same layout on a device; itself if it is there, and the same object each time it is asked for."""
-        return self if self.document.device == torch.device(device) else _moved(self, torch.device(device))
-
 
 _TOKEN_FIELDS = tuple(item.name for item in fields(SequenceLayout) if item.name not in ("levels", "group"))
-
-
-@lru_cache(maxsize=KEPT_LAYOUTS)
-def _moved(layout: SequenceLayout, device: torch.device) -> SequenceLayout:
-    levels = LevelTable(*(getattr(layout.levels, item.name).to(device) for item in fields(LevelTable)))
-    return replace(layout, levels=levels, **{name: getattr(layout, name).to(device) for name in _TOKEN_FIELDS})
 
 
 @lru_cache(maxsize=KEPT_LAYOUTS)

@@ -43,7 +43,7 @@ def without_unread(inputs: WAMInputs, coupling: str) -> WAMInputs:
 @lru_cache(maxsize=KEPT_LAYOUTS)
 def read_tokens(layout: SequenceLayout, coupling: str) -> Read:
     """The tokens of a layout of `training_layout`, or of several packed, that some prediction depends on."""
-    last = torch.zeros(layout.documents, dtype=torch.long, device=layout.chunk.device)
+    last = torch.zeros(layout.documents, dtype=torch.long)
     last.scatter_reduce_(0, layout.document, layout.chunk, "amax")
     unread = ~layout.noisy & (layout.chunk == last[layout.document])
     if coupling == "sequential":

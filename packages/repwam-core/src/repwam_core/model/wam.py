@@ -182,7 +182,7 @@ class WorldActionModel(PretrainedModel):
         """What `run` needs to know of a layout; make it once where many passes share the layout.
 
         Args:
-            layout: best on the CPU, where nothing waits for a GPU.
+            layout: what the tokens are.
             device: where the passes are computed.
 
         Raises:

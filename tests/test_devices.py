@@ -1,0 +1,178 @@
+"""On a GPU nothing mixes devices, the numbers are the CPU's, and a policy hardly ever waits: asked of a pretend GPU."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from latent_action import LatentActionConfig, LatentActionTokenizer
+from latent_action.labelling import label_shards
+from pretend_gpu import PretendGPU
+from repvitok import RepViTok, RepViTokConfig
+from repvitok.data import LatentShards, LeRobotReader
+from repvitok.encoding import encode_dataset
+from repwam_core import Observation
+from repwam_core.cli import main
+from repwam_core.data.datamodule import WAMDataModule
+from repwam_core.data.packing import PackingSettings
+from repwam_core.planning import PlanSettings
+from repwam_core.policy.parts import PolicyParts
+from repwam_core.policy.policy import BatchedPolicy
+from repwam_core.training.losses import LossSettings
+from repwam_core.training.module import WAMTraining
+from repwam_core.training.parallel import ScaleSettings
+from safetensors.torch import save_file
+
+SIZES = {"width": 32, "depth": 2, "heads": 2, "ffn": 64, "action_width": 32, "action_ffn": 64, "state_token": True}
+WAITS_PER_CHUNK = 1
+
+
+def test_the_pretend_gpu_refuses_what_a_gpu_refuses():
+    with PretendGPU() as gpu:
+        on_gpu = torch.ones(3, device="cuda")
+        assert (on_gpu + 1).is_cuda
+        assert not gpu.waits
+        for wrong in (
+            lambda: on_gpu + torch.ones(3),
+            lambda: torch.nn.Linear(3, 3)(on_gpu),
+            lambda: torch.randn(3, device="cuda", generator=torch.Generator()),
+            lambda: torch.randn(3, generator=torch.Generator("cuda")),
+            on_gpu.numpy,
+            lambda: np.asarray(on_gpu),
+        ):
+            with pytest.raises((RuntimeError, TypeError)):
+                wrong()
+        assert float(on_gpu.sum()) == 3
+        assert on_gpu.cpu().tolist() == [1, 1, 1]
+        assert gpu.waits == 2
+    assert not torch.zeros(1).is_cuda
+
+
+def _training(latents, space, packed, **wam):
+    """A stage's module with its data, as far as its steps need a trainer."""
+    module = WAMTraining(
+        "tiny", wam={**SIZES, **wam}, space=space, chunk_sizes=(1, 2), scale=ScaleSettings(attention="blocked"),
+        plan=PlanSettings(video_steps=1, action_steps=2),
+        loss=LossSettings(video_noise_prob=0.3, history_noise=0.1, text_drop_prob=0.1),
+    )  # fmt: skip
+    packing = PackingSettings(token_budget=300) if packed else None
+    data = WAMDataModule(latents, space=space, held_out=0.2, packing=packing, batch_size=4, transitions=4)
+    trainer = SimpleNamespace(
+        strategy=None, precision="32-true", world_size=1, global_step=0, global_rank=0, testing=False, max_steps=10,
+        datamodule=data, lightning_module=module,
+    )  # fmt: skip
+    module._trainer = data.trainer = trainer
+    module.log_dict = lambda *_, **__: None
+    torch.manual_seed(0)
+    module.setup("fit")
+    return module, data
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("space", "wam"),
+    [("robot", {}), ("robot", {"coupling": "sequential"}), ("latent", {}), ("latent", {"joint_actions": 4})],
+)
+def test_training_and_validation_stay_on_the_gpu(noise_latents, space, wam, packed):
+    def whole(device):
+        module, data = _training(noise_latents, space, packed, **wam)
+        module.to(device)
+        module.on_fit_start()
+        loss = module.training_step(next(iter(data.train_dataloader())).to(device), 0)
+        optimizer = module.configure_optimizers()["optimizer"]
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 2.0)
+            optimizer.step()
+            module._average().update(module._model())
+            module.on_validation_start()
+            held_out = next(iter(data.val_dataloader())).to(device)
+            module.validation_step(held_out, 0)
+            if "joint_actions" not in wam:
+                module.predict_step(held_out, 0)
+            module.on_validation_epoch_end()
+            module.on_validation_end()
+        return loss.item()
+
+    with PretendGPU():
+        on_gpu = whole("cuda")
+    assert on_gpu == pytest.approx(whole("cpu"), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def policy_parts(shared_video_dataset, tmp_path_factory):
+    """What makes parts of a policy, a new one each time."""
+    root = tmp_path_factory.mktemp("policy")
+    torch.manual_seed(0)
+    tokenizer = RepViTok(RepViTokConfig(width=32, depth=1, heads=2, latent_dim=8)).eval()
+    tokenizer.save_pretrained(root / "tokenizer")
+    encode_dataset(tokenizer, LeRobotReader(shared_video_dataset), root / "latents", size=(32, 48))
+    told = {"text_encoder": "minilm", "instructions": json.dumps(["move the square"])}
+    save_file({"0": torch.randn(4, 384)}, root / "latents" / "text-minilm.safetensors", told)
+    fields = ", ".join(f"{name}: {value}" for name, value in {**SIZES, "window": 2, "attention": "shared"}.items())
+    run = ["fit", "-c", "recipes/3_repwam/tiny_adapt.yaml", "--model.init_from=null", f"--model.wam={{{fields}}}"]
+    limits = ["--data.batch_size=2", "--trainer.max_steps=1", "--trainer.limit_val_batches=0"]
+    where = [f"--data.latents={root / 'latents'}", f"--trainer.default_root_dir={root / 'run'}"]
+    assert main([*run, *limits, *where, "--data.text_encoder=minilm"]) == 0
+
+    def make(device):
+        parts = PolicyParts.of_checkpoint(root / "run" / "last.ckpt", root / "tokenizer", device)
+        parts.text.load_cache(root / "latents" / "text-minilm.safetensors")
+        return parts
+
+    return make
+
+
+@pytest.mark.parametrize("plan", [{}, {"video": "skip"}, {"guidance": 2.0}])
+def test_a_policy_waits_for_the_gpu_only_for_its_actions(policy_parts, shared_video_dataset, plan):
+    reader = LeRobotReader(shared_video_dataset)
+    states = reader.episode(0)["observation.state"].astype(np.float32)
+    (camera,) = reader.camera_keys
+
+    def driven(device, waited):
+        policy = BatchedPolicy(policy_parts(device), chunk_frames=1, **plan)
+        policy.reset(["move the square"], [0])
+        for frames in (range(1), range(1, 5), range(5, 9)):
+            observation = Observation({camera: reader.frames(0, camera, frames)}, states[frames.start : frames.stop])
+            before = waited()
+            yield policy.act([observation])[0].actions
+            assert waited() - before <= WAITS_PER_CHUNK
+
+    with PretendGPU() as gpu:
+        on_gpu = list(driven("cuda", lambda: gpu.waits))
+    for ours, expected in zip(on_gpu, driven("cpu", lambda: 0), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_clip_is_encoded_decoded_and_streamed_on_the_gpu():
+    torch.manual_seed(0)
+    tokenizer = RepViTok(RepViTokConfig(width=32, depth=1, heads=2, latent_dim=8)).eval()
+    video = torch.rand(2, 3, 9, 32, 32) * 2 - 1
+
+    def whole(device):
+        with torch.no_grad():
+            z = tokenizer.to(device).encode(video.to(device))
+            stream = tokenizer.stream(2)
+            streamed = torch.cat([stream.encode(part.to(device)) for part in video.split([1, 4, 4], dim=2)], dim=1)
+            return [value.cpu() for value in (z, tokenizer.decode(z, (32, 32)), streamed)]
+
+    expected = whole("cpu")
+    with PretendGPU():
+        on_gpu = [value.clone() for value in whole("cuda")]
+    for ours, theirs in zip(on_gpu, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_latents_are_labelled_on_the_gpu(noise_latents, tmp_path):
+    torch.manual_seed(0)
+    trained_on = {"tokenizer_digest": "0" * 64, "latent_mean": (0.0,) * 8, "latent_std": (1.0,) * 8}
+    lat = LatentActionTokenizer(LatentActionConfig(latent_dim=8, hidden=16, layers=2, **trained_on))
+    label_shards(lat, noise_latents, tmp_path / "cpu")
+    with PretendGPU():
+        label_shards(lat, noise_latents, tmp_path / "gpu", device="cuda")
+    ours, expected = (LatentShards(tmp_path / name) for name in ("gpu", "cpu"))
+    for number in range(len(expected)):
+        labels = ours.mapped(number)["latent_actions"], expected.mapped(number)["latent_actions"]
+        np.testing.assert_allclose(*labels, rtol=1e-4, atol=1e-5)

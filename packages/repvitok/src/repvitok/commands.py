@@ -48,6 +48,7 @@ class TrainingStage:
         trainer_defaults: Trainer arguments that differ from `repvitok.lightning_cli.TRAINER_DEFAULTS`.
         subclass_data: take any LightningDataModule of the given base by class_path.
         parallel_strategy: Lightning's strategy of several processes where the configuration leaves it at "auto".
+        test_callbacks: callbacks of the verb `test`, "module:Class" by the section of their options.
     """
 
     name: str
@@ -57,6 +58,7 @@ class TrainingStage:
     trainer_defaults: dict[str, Any] = field(default_factory=dict)
     subclass_data: bool = False
     parallel_strategy: str = "auto"
+    test_callbacks: dict[str, str] = field(default_factory=dict)
 
 
 LIGHTNING_VERBS = {

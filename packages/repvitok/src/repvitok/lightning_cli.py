@@ -130,10 +130,12 @@ class StageCLI(LightningCLI):
         self.config = parser.parse_args(args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the sections `checkpoint` and `progress`, and the stage's links."""
+        """Adds the sections `checkpoint` and `progress`, those of the stage's callbacks, and the stage's links."""
         parser.add_lightning_class_args(SaveLast, "checkpoint")
         parser.add_lightning_class_args(StageProgress, "progress")
         parser.set_defaults({"progress.stage": self.stage.name})
+        for section, callback in self.stage.test_callbacks.items() if self.verb == "test" else ():
+            parser.add_lightning_class_args(import_object(callback), section)
         for source, target in self.stage.links:
             parser.link_arguments(source, target)
 

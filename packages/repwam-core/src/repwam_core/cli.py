@@ -18,6 +18,7 @@ STAGE = TrainingStage(
     module="repwam_core.training.module:WAMTraining",
     data="repwam_core.data.datamodule:WAMDataModule",
     parallel_strategy="ddp_find_unused_parameters_true",  # stage two leaves latent actions' projections alone
+    test_callbacks={"recorded": "repwam_core.policy.recorded:RecordedEpisodes"},
 )
 NOISE_MODES = ("none", "pushes", "gaussian", "pushes+gaussian")
 BASELINES = ("expert", "random", "replay")

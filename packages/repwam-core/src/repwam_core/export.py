@@ -30,8 +30,8 @@ from repwam_core.model.wam import WorldActionModel
 from repwam_core.planning import PlanSettings
 from repwam_core.statistics import Statistics
 from repwam_core.training.distributed_checkpoint import read_whole
+from repwam_core.training.module import CHECKPOINT_KEY
 
-CHECKPOINT_KEY = "repwam"
 POLICY_FORMAT = "repwam-policy"
 FORMAT_VERSION = 1
 

@@ -36,7 +36,7 @@ def run(world, tmp_path_factory):
 
 def recorded(world, **changes: str) -> list[str]:
     settings = {"dataset": str(world.dataset), "tokenizer": str(world.policy / "tokenizer"), **changes}
-    return [f"--model.recorded.{name}={value}" for name, value in settings.items()]
+    return [f"--recorded.{name}={value}" for name, value in settings.items()]
 
 
 def test_the_test_verb_equals_export_and_openloop(world, run, tmp_path):
@@ -80,6 +80,7 @@ def test_all_episodes_of_a_data_set_are_tested_if_asked(world, run):
     [
         ({"dataset": "nowhere"}, [], "nowhere"),
         ({"tokenizer": "nowhere"}, [], "nowhere"),
+        ({"tokenizer": "null"}, [], "expected both --recorded.dataset and --recorded.tokenizer"),
         ({"clip_features": "[i4d]"}, [], "clip features: expected hog"),
         ({}, ["--data.held_out=0"], "the run holds out no episodes"),
     ],

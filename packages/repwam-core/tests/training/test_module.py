@@ -10,9 +10,9 @@ from repvitok.curves import read_curves
 from repwam_core.cli import main
 from repwam_core.data.datamodule import WAMDataModule
 from repwam_core.data.episodes import EpisodeStore
-from repwam_core.export import CHECKPOINT_KEY, export_wam, read_trained
+from repwam_core.export import export_wam, read_trained
 from repwam_core.model.wam import WorldActionModel
-from repwam_core.training.module import WAMTraining
+from repwam_core.training.module import CHECKPOINT_KEY, WAMTraining
 from safetensors.torch import load_file
 
 

@@ -16,7 +16,6 @@ from repvitok.optim import OptimizerSettings
 from repwam_core.data.episodes import EpisodeStore, SegmentBatch
 from repwam_core.data.mixture import Mixture
 from repwam_core.data.packed import PackedBatch
-from repwam_core.export import CHECKPOINT_KEY
 from repwam_core.model.attention import make_attend
 from repwam_core.model.config import LATENT_SPACE
 from repwam_core.model.masks import Attend
@@ -38,7 +37,8 @@ from repwam_core.training.losses import (
 )
 from repwam_core.training.metrics import SampledErrors, sample_segments
 from repwam_core.training.parallel import ScaleSettings, ShardedStrategy, gather_for_sampling, prepare_layers
-from repwam_core.training.recorded import RecordedEpisodes, RecordedSettings
+
+CHECKPOINT_KEY = "repwam"
 
 
 class WAMTraining(L.LightningModule):
@@ -61,7 +61,6 @@ class WAMTraining(L.LightningModule):
         seed: of every draw; draws depend on (seed, step, rank) only, and those of packed episodes on (seed, episode,
             visit), wherever they are packed.
         scale: what training trades at scale: recomputation, compilation, attention, sharded initialisation.
-        recorded: recorded episodes on which `repwam test` compares imagined video and actions with the real ones, too.
     """
 
     def __init__(
@@ -78,7 +77,6 @@ class WAMTraining(L.LightningModule):
         ema_decay: float = 0.999,
         seed: int = 0,
         scale: ScaleSettings | None = None,
-        recorded: RecordedSettings | None = None,
     ) -> None:
         super().__init__()
         low, high = chunk_sizes
@@ -92,7 +90,7 @@ class WAMTraining(L.LightningModule):
         self.optimizer_settings = optimizer or OptimizerSettings()
         self.plan = plan or PlanSettings()
         self.ema_decay, self.seed = ema_decay, seed
-        self.scale, self.recorded = scale or ScaleSettings(), recorded
+        self.scale = scale or ScaleSettings()
         self.wam: WorldActionModel | None = None
         self.ema: ExponentialMovingAverage | None = None
         self._live: dict[str, torch.Tensor] | None = None
@@ -119,7 +117,7 @@ class WAMTraining(L.LightningModule):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """What every run of this stage reports beside its losses."""
-        return [StepBanner(), *([RecordedEpisodes(self.recorded)] if self.recorded is not None else [])]
+        return [StepBanner()]
 
     def configure_optimizers(self) -> Any:
         """One optimizer, linear warmup, then a cosine over the trainer's `max_steps`."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import lightning as L
 from repvitok.data import LeRobotReader
@@ -19,24 +18,6 @@ from repwam_core.policy.policy import BatchedPolicy
 from repwam_core.training.scores import HEADLINE
 
 
-@dataclass(frozen=True, kw_only=True)
-class RecordedSettings:
-    """Recorded episodes to test on.
-
-    Attributes:
-        dataset: LeRobot data set, with the cameras and channels of the run's (first) data set.
-        tokenizer: folder of the video tokenizer that made the latents.
-        episodes: "held_out", those that the run held out, where `dataset` is what its latents were made of; "all" of
-            another data set.
-        clip_features: as of `repwam openloop --clip-features`; None for no Frechet distance.
-    """
-
-    dataset: str | Path
-    tokenizer: str | Path
-    episodes: Literal["held_out", "all"] = "held_out"
-    clip_features: list[str] | None = None
-
-
 class RecordedEpisodes(L.Callback):
     """After `repwam test`, plans along recorded episodes, logs the errors and writes openloop.json to the run's folder.
 
@@ -44,34 +25,45 @@ class RecordedEpisodes(L.Callback):
     with a network, the Frechet distance of imagined video, beside the PSNR of what the tokenizer makes of the true
     latents and of repeating the last frame; the open-loop score's headline variant (`ols_0.1`, ...); the mean absolute
     error of each action channel in its unit (`x_mae_si`).
+
+    Args:
+        dataset: LeRobot data set, with the cameras and channels of the run's (first) data set; None for no such test.
+        tokenizer: folder of the video tokenizer that made the latents.
+        episodes: "held_out", those that the run held out, where `dataset` is what its latents were made of; "all" of
+            another data set.
+        clip_features: as of `repwam openloop --clip-features`; None for no Frechet distance.
+
+    Raises:
+        ValueError: a data set without a tokenizer.
     """
 
-    def __init__(self, settings: RecordedSettings) -> None:
-        self.settings = settings
+    def __init__(
+        self,
+        dataset: str | Path | None = None,
+        tokenizer: str | Path | None = None,
+        episodes: Literal["held_out", "all"] = "held_out",
+        clip_features: list[str] | None = None,
+    ) -> None:
+        if (dataset is None) != (tokenizer is None):
+            raise ValueError("recorded: expected both --recorded.dataset and --recorded.tokenizer, got one of them")
+        self.dataset, self.tokenizer, self.episodes, self.clip_features = dataset, tokenizer, episodes, clip_features
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a run that holds out nothing: Lightning would skip the test without a word.
-
-        Raises:
-            ValueError: it does.
-        """
-        del pl_module
-        if stage == "test" and not len(_store(trainer).val_episodes):
-            raise ValueError("model.recorded: the run holds out no episodes; set data.held_out above 0")
-
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open what is needed, so that a mistake shows before the test.
 
         Raises:
             FileNotFoundError: the data set or a file of the network is not there.
-            ValueError: no checkpoint is tested, or there is no such network.
+            ValueError: there is no such network, or the run holds out nothing: Lightning would skip the test silently.
         """
-        del pl_module
-        if trainer.ckpt_path is None:
-            raise ValueError("model.recorded tests a checkpoint: name one with --ckpt_path")
-        self._network = named_clip_features(self.settings.clip_features)
-        self._reader = LeRobotReader(self.settings.dataset)
-        self._episodes = None if self.settings.episodes == "all" else _held_out(_store(trainer))
+        del pl_module, stage
+        if self.dataset is None:
+            return
+        store = _store(trainer)
+        if not len(store.val_episodes):
+            raise ValueError("recorded: the run holds out no episodes; set data.held_out above 0")
+        self._network = named_clip_features(self.clip_features)
+        self._reader = LeRobotReader(self.dataset)
+        self._chosen = None if self.episodes == "all" else _held_out(store)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """One process plans; the others go on.
@@ -79,9 +71,9 @@ class RecordedEpisodes(L.Callback):
         Raises:
             ValueError: the data set or the tokenizer is not the run's.
         """
-        if not trainer.is_global_zero:
+        if self.dataset is None or not trainer.is_global_zero:
             return
-        result = evaluate_open_loop(self._policy(trainer, pl_module), self._reader, self._episodes)
+        result = evaluate_open_loop(self._policy(trainer, pl_module), self._reader, self._chosen)
         write_json_atomic(Path(trainer.default_root_dir) / "openloop.json", result.to_dict(self._network))
         groups = {name: _numbers(part, self._network) for name, part in result.groups().items()}
         rows = {f"test/{group}/{name}": value for group, part in groups.items() for name, value in part.items()}
@@ -90,8 +82,8 @@ class RecordedEpisodes(L.Callback):
     def _policy(self, trainer: L.Trainer, module: L.LightningModule) -> BatchedPolicy:
         store = _store(trainer)
         told = frozenset(store.tasks[row] for row in store.train_episodes)
-        checkpoint: Any = trainer.ckpt_path
-        parts = PolicyParts.of_checkpoint(checkpoint, self.settings.tokenizer, str(module.device), told)
+        checkpoint, tokenizer = str(trainer.ckpt_path), str(self.tokenizer)
+        parts = PolicyParts.of_checkpoint(checkpoint, tokenizer, str(module.device), told)
         if (cache := text_cache(store.shards.root, store.text_encoder)).exists():
             parts.text.load_cache(cache)
         return BatchedPolicy(parts)

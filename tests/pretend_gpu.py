@@ -6,8 +6,8 @@
 
 What fails on a real GPU for the devices of its arguments fails here: tensors of both kinds in one operation, a
 generator of the other kind, numpy of a tensor on the GPU. `waits` counts the times that the program would stop until
-the GPU has caught up: values read back, and results whose shape depends on values. There is no backward pass, and what
-is compiled cannot be run.
+the GPU has caught up: values read back, and results whose shape depends on values. There is no backward pass (see
+`PretendGPUStrategy`), and what is compiled cannot be run.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -48,12 +50,36 @@ class GPUTensor(Tensor):
 
     __array__ = numpy
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.values.__reduce_ex__(protocol)  # a saved tensor is read on a machine without the GPU, too
+
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
     @classmethod
     def __torch_dispatch__(cls, operation: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(operation, args, kwargs or {})[0]
+
+
+class PretendGPUStrategy(SingleDeviceStrategy):
+    """Lightning's single device, `--trainer.strategy=pretend_gpu`; all gradients are 1e-3."""
+
+    def __init__(self) -> None:
+        super().__init__(device=GPU, accelerator=CPUAccelerator())
+
+    def setup_environment(self) -> None:
+        """Nothing: there is no device to set."""
+
+    def backward(self, closure_loss: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Fill the gradients."""
+        assert closure_loss.is_cuda
+        for parameter in self.lightning_module.parameters():  # type: ignore[union-attr]
+            if parameter.requires_grad:
+                parameter.grad = torch.full_like(parameter, 1e-3)
+        return closure_loss
+
+
+StrategyRegistry.register("pretend_gpu", PretendGPUStrategy)
 
 
 class PretendGPU(TorchDispatchMode):

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 from latent_action import LatentActionConfig, LatentActionTokenizer
+from latent_action.cli import main as latent_action
 from latent_action.labelling import label_shards
 from pretend_gpu import PretendGPU
 from repvitok import RepViTok, RepViTokConfig
+from repvitok.checkpointing import read_checkpoint
+from repvitok.cli import main as repvitok
 from repvitok.data import LatentShards, LeRobotReader
 from repvitok.encoding import encode_dataset
 from repwam_core import Observation
@@ -47,6 +50,48 @@ def test_the_pretend_gpu_refuses_what_a_gpu_refuses():
         assert on_gpu.cpu().tolist() == [1, 1, 1]
         assert gpu.waits == 2
     assert not torch.zeros(1).is_cuda
+
+
+def _stage(main, recipes, run, *settings):
+    """`fit`, `fit` on from its checkpoint, `test` and `predict` on the pretend GPU, as Lightning does them."""
+    files = [word for recipe in recipes for word in ("-c", f"recipes/{recipe}")]
+    arguments = [*files, f"--trainer.default_root_dir={run}", "--trainer.strategy=pretend_gpu", *settings]
+    with PretendGPU():
+        for verb, *more in (
+            ("fit", "--trainer.max_steps=2", "--trainer.val_check_interval=2"),
+            ("fit", "--trainer.max_steps=3", "--trainer.val_check_interval=2", "--ckpt_path=last"),
+            ("test", "--trainer.inference_mode=false"),  # which knows no tensors of another kind
+            ("predict", "--trainer.inference_mode=false"),
+        ):
+            assert main([verb, *arguments, *more]) == 0, verb
+    assert read_checkpoint(run / "last.ckpt")["global_step"] == 3
+
+
+@pytest.mark.slow
+def test_the_tokenizer_stage_runs_on_the_gpu(shared_video_dataset, tmp_path):
+    small = ("--model.tokenizer.width=32", "--model.tokenizer.depth=1", "--model.tokenizer.heads=2")
+    data = (f"--data.folders=[{shared_video_dataset}]", "--data.size=[32,32]", "--data.val_clips=2")
+    adversary = ("--model.weights.gan=0.1", "--model.adversary.start_step=1", "--model.adversary.width=4")
+    _stage(repvitok, ("1_repvitok/base.yaml", "1_repvitok/tiny.yaml"), tmp_path, *small, *data, *adversary)
+
+
+@pytest.mark.slow
+def test_the_latent_action_stage_runs_on_the_gpu(noise_latents, tmp_path):
+    _stage(
+        latent_action,
+        ("2_latent_action/tiny.yaml",),
+        tmp_path,
+        f"--data.latents={noise_latents}",
+        "--model.lat.latent_dim=8",
+    )
+
+
+@pytest.mark.slow
+def test_the_world_model_stage_runs_on_the_gpu(noise_latents, tmp_path):
+    fields = ", ".join(f"{name}: {value}" for name, value in SIZES.items())
+    data = (f"--data.latents={noise_latents}", "--data.transitions=2", "--data.batch_size=2", "--data.held_out=0.2")
+    model = ("--model.init_from=null", f"--model.wam={{{fields}}}", "--data.text_encoder=minilm")
+    _stage(main, ("3_repwam/tiny_adapt.yaml",), tmp_path, *data, *model)
 
 
 def _training(latents, space, packed, **wam):

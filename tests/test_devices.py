@@ -1,6 +1,7 @@
 """On a GPU nothing mixes devices, the numbers are the CPU's, and a policy hardly ever waits: asked of a pretend GPU."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,6 +30,7 @@ from safetensors.torch import save_file
 
 SIZES = {"width": 32, "depth": 2, "heads": 2, "ffn": 64, "action_width": 32, "action_ffn": 64, "state_token": True}
 WAITS_PER_CHUNK = 1
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def test_the_pretend_gpu_refuses_what_a_gpu_refuses():
@@ -54,7 +56,7 @@ def test_the_pretend_gpu_refuses_what_a_gpu_refuses():
 
 def _stage(main, recipes, run, *settings):
     """`fit`, `fit` on from its checkpoint, `test` and `predict` on the pretend GPU, as Lightning does them."""
-    files = [word for recipe in recipes for word in ("-c", f"recipes/{recipe}")]
+    files = [word for recipe in recipes for word in ("-c", str(RECIPES / recipe))]
     arguments = [*files, f"--trainer.default_root_dir={run}", "--trainer.strategy=pretend_gpu", *settings]
     with PretendGPU():
         for verb, *more in (
@@ -157,7 +159,8 @@ def policy_parts(shared_video_dataset, tmp_path_factory):
     told = {"text_encoder": "minilm", "instructions": json.dumps(["move the square"])}
     save_file({"0": torch.randn(4, 384)}, root / "latents" / "text-minilm.safetensors", told)
     fields = ", ".join(f"{name}: {value}" for name, value in {**SIZES, "window": 2, "attention": "shared"}.items())
-    run = ["fit", "-c", "recipes/3_repwam/tiny_adapt.yaml", "--model.init_from=null", f"--model.wam={{{fields}}}"]
+    recipe = str(RECIPES / "3_repwam" / "tiny_adapt.yaml")
+    run = ["fit", "-c", recipe, "--model.init_from=null", f"--model.wam={{{fields}}}"]
     limits = ["--data.batch_size=2", "--trainer.max_steps=1", "--trainer.limit_val_batches=0"]
     where = [f"--data.latents={root / 'latents'}", f"--trainer.default_root_dir={root / 'run'}"]
     assert main([*run, *limits, *where, "--data.text_encoder=minilm"]) == 0

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from repvitok.data.latents import LatentMeta
+from repvitok.errors import UserError
 
 POOLINGS = ("attention", "mean")
 
@@ -56,21 +57,21 @@ class LatentActionConfig:
         _require_at_least("transport_rank", self.transport_rank, 0)
         _require_at_least("position_frequencies", self.position_frequencies, 0)
         if self.pooling not in POOLINGS:
-            raise ValueError(f"pooling: expected one of {POOLINGS}, got {self.pooling!r}.")
+            raise UserError(f"pooling: expected one of {POOLINGS}, got {self.pooling!r}.")
         self._check_statistics()
 
     def _check_statistics(self) -> None:
         if (self.latent_mean is None) != (self.latent_std is None):
-            raise ValueError("latent_mean and latent_std belong together: give both, or neither.")
+            raise UserError("latent_mean and latent_std belong together: give both, or neither.")
         for name in ("latent_mean", "latent_std"):
             values = getattr(self, name)
             if values is not None and len(values) != self.latent_dim:
-                raise ValueError(
+                raise UserError(
                     f"{name}: expected latent_dim = {self.latent_dim} numbers, got {len(values)}. "
                     "Use the statistics stored with the latents this model is for."
                 )
         if self.latent_std is not None and min(self.latent_std) <= 0:
-            raise ValueError(f"latent_std: expected positive numbers, got a minimum of {min(self.latent_std)}.")
+            raise UserError(f"latent_std: expected positive numbers, got a minimum of {min(self.latent_std)}.")
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as JSON can hold it."""
@@ -85,9 +86,9 @@ class LatentActionConfig:
         """
         expected = {field.name for field in fields(cls)}
         if missing := sorted(expected - set(values)):
-            raise ValueError(f"LatentActionConfig: missing {missing}. Was this file written by another version?")
+            raise UserError(f"LatentActionConfig: missing {missing}. Was this file written by another version?")
         if unknown := sorted(set(values) - expected):
-            raise ValueError(f"LatentActionConfig: unknown {unknown}; expected only {sorted(expected)}.")
+            raise UserError(f"LatentActionConfig: unknown {unknown}; expected only {sorted(expected)}.")
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**plain)
 
@@ -98,7 +99,7 @@ class LatentActionConfig:
             ValueError: latent_dim is not that of the latents, or the config was made for other latents.
         """
         if self.latent_dim != meta.latent_dim:
-            raise ValueError(
+            raise UserError(
                 f"latent_dim = {self.latent_dim}, but the latents have {meta.latent_dim} channels: set it to that."
             )
         filled = replace(
@@ -109,7 +110,7 @@ class LatentActionConfig:
         )
         for name in ("tokenizer_digest", "latent_mean", "latent_std"):
             if getattr(self, name) not in (None, getattr(filled, name)):
-                raise ValueError(f"{name} is set, and is not that of the latents: leave it out of the recipe.")
+                raise UserError(f"{name} is set, and is not that of the latents: leave it out of the recipe.")
         return filled
 
     def require_same(self, stored: "LatentActionConfig") -> None:
@@ -122,7 +123,7 @@ class LatentActionConfig:
             ours, theirs = getattr(self, field.name), getattr(stored, field.name)
             if ours != theirs:
                 told = "" if isinstance(ours, tuple) else f": here {ours}, there {theirs}"
-                raise ValueError(
+                raise UserError(
                     f"The checkpoint was trained with another {field.name}{told}. Use the recipe and the latents "
                     "it was trained on."
                 )
@@ -130,4 +131,4 @@ class LatentActionConfig:
 
 def _require_at_least(name: str, value: int, minimum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{name}: expected an integer of at least {minimum}, got {value!r}.")
+        raise UserError(f"{name}: expected an integer of at least {minimum}, got {value!r}.")

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from repvitok.data.latents import LatentMeta
 from repvitok.data.shards import LatentShards
 from repvitok.data.split import split_episodes
+from repvitok.errors import UserError
 from torch import Tensor
 
 from latent_action.transitions import TransitionTable, load_transitions
@@ -99,7 +100,7 @@ class LatentActionData(L.LightningDataModule):
         super().__init__()
         for name, value in (("batch_size", batch_size), ("val_transitions", val_transitions)):
             if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}.")
+                raise UserError(f"{name}: expected at least 1, got {value}.")
         self.latents = Path(latents)
         self.batch_size = batch_size
         self.held_out = held_out
@@ -129,7 +130,7 @@ class LatentActionData(L.LightningDataModule):
         if not self.first_transitions:
             table = table.where(table.place > 0)
             if not len(table):
-                raise ValueError(
+                raise UserError(
                     f"{self.latents}: no clip has three latent frames, and the first transition of a clip is left out: "
                     "encode longer clips, or set first_transitions."
                 )
@@ -167,7 +168,7 @@ class LatentActionData(L.LightningDataModule):
     def _require_memory(self, shards: LatentShards) -> None:
         size_gb = sum(path.stat().st_size for path in shards.paths) / 1e9
         if size_gb > self.memory_limit_gb:
-            raise ValueError(
+            raise UserError(
                 f"{self.latents}: {size_gb:.1f} GB of latents are over memory_limit_gb = {self.memory_limit_gb}. "
                 "Raise it if the machine has the memory, or train on a part of the data: a LAT needs no more "
                 "than some hours of video."

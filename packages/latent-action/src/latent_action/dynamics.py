@@ -5,6 +5,7 @@ import math
 import torch
 from einops import rearrange, repeat
 from jaxtyping import Float
+from repvitok.errors import UserError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -55,7 +56,7 @@ class TokenPositions(nn.Module):
             ValueError: the grid has more views than there are embeddings for.
         """
         if grid[0] > self.view.num_embeddings:
-            raise ValueError(
+            raise UserError(
                 f"grid {grid} has {grid[0]} views, but the model was made for at most "
                 f"{self.view.num_embeddings}: set max_views when it is trained."
             )

@@ -15,6 +15,7 @@ from repvitok.data.lerobot import LeRobotReader
 from repvitok.data.shards import LatentShards
 from repvitok.data.transforms import prepare_frames
 from repvitok.data.video import write_video
+from repvitok.errors import UserError
 
 from latent_action.baselines.lapa import LapaQuantizer
 from latent_action.baselines.readout import lapa_acting_map
@@ -59,11 +60,11 @@ def write_episode_picture(
     """
     out = Path(out)
     if out.suffix.lower() not in (".png", ".mp4"):
-        raise ValueError(f"{out}: expected a .png or .mp4 file to write.")
+        raise UserError(f"{out}: expected a .png or .mp4 file to write.")
     shards, reader = LatentShards(latents), LeRobotReader(dataset)
     require_same_tokenizer(lat, shards)
     if missing := sorted(set(shards.meta.cameras) - set(reader.camera_keys)):
-        raise ValueError(f"{dataset} has no cameras {missing}, which {latents} were made from: give that data set.")
+        raise UserError(f"{dataset} has no cameras {missing}, which {latents} were made from: give that data set.")
     chosen = find_episode(shards, episode)
     film = out.suffix.lower() == ".mp4"
     index = _evenly(len(chosen.latents) - 1, len(chosen.latents) if film else transitions, episode)
@@ -105,13 +106,13 @@ def find_episode(shards: LatentShards, episode: int) -> LatentEpisode:
         if candidate.episode_index == episode:
             return candidate
         known.add(candidate.episode_index)
-    raise ValueError(f"{shards.root} holds no episode {episode}; it holds {sorted(known)[:20]}.")
+    raise UserError(f"{shards.root} holds no episode {episode}; it holds {sorted(known)[:20]}.")
 
 
 def _evenly(available: int, wanted: int, episode: int) -> list[int]:
     """At most `wanted` of the transitions after the first, evenly spread."""
     if available < 2:
-        raise ValueError(
+        raise UserError(
             f"Episode {episode} has {available + 1} latent frame(s), hence no transition to draw: it takes three, "
             "because the first transition is left out."
         )

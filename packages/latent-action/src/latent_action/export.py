@@ -7,6 +7,7 @@ from typing import Any
 
 from repvitok.checkpointing import read_checkpoint
 from repvitok.data.atomic import write_text_atomic
+from repvitok.errors import UserError
 
 from latent_action.config import LatentActionConfig
 from latent_action.model import LatentActionTokenizer
@@ -54,7 +55,7 @@ def read_tokenizer(checkpoint: dict[str, Any]) -> LatentActionTokenizer:
     try:
         lat.load_state_dict(weights, strict=True)
     except RuntimeError as error:
-        raise ValueError(f"The checkpoint's weights do not fit its config: {error}") from error
+        raise UserError(f"The checkpoint's weights do not fit its config: {error}") from error
     return lat.eval()
 
 
@@ -65,7 +66,7 @@ def read_stored(checkpoint: dict[str, Any]) -> dict[str, Any]:
         ValueError: the checkpoint is of another stage.
     """
     if CHECKPOINT_KEY not in checkpoint:
-        raise ValueError(
+        raise UserError(
             "This is no checkpoint of `latent-action fit`: it holds no latent action tokenizer. Give that run's "
             "last.ckpt."
         )

@@ -5,6 +5,7 @@ import math
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
+from repvitok.errors import UserError
 from torch import Tensor
 
 Grid = tuple[int, int, int]
@@ -23,14 +24,14 @@ def resolve_grid(tokens: int, grid: Grid | None) -> Grid:
     if grid is None:
         side = math.isqrt(tokens)
         if tokens < 1 or side * side != tokens:
-            raise ValueError(
+            raise UserError(
                 f"{tokens} tokens per frame are no square view: pass grid=(views, rows, columns), for "
                 "example the `grid` of the latent shards' meta."
             )
         return (1, side, side)
     views, rows, columns = grid
     if min(views, rows, columns) < 1 or views * rows * columns != tokens:
-        raise ValueError(
+        raise UserError(
             f"grid (views, rows, columns) = {tuple(grid)} holds {views * rows * columns} tokens, but the "
             f"latents have {tokens} per frame. Pass the grid the latents were encoded with."
         )

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from repvitok.data.atomic import partial_path, replace_durably
 from repvitok.data.latents import LatentEpisode, LatentMeta
 from repvitok.data.shards import LatentShards, LatentShardWriter
-from repvitok.errors import require_disk_space
+from repvitok.errors import UserError, require_disk_space
 from repvitok.progress import progress
 from torch import Tensor
 
@@ -98,12 +98,12 @@ def require_same_tokenizer(lat: LatentActionTokenizer, shards: LatentShards) -> 
     """
     known, found = lat.config.tokenizer_digest, shards.meta.tokenizer_digest
     if known is None:
-        raise ValueError(
+        raise UserError(
             "This LAT does not say which visual tokenizer it was trained on (tokenizer_digest in its config): "
             "train it with `latent-action fit`, which records it."
         )
     if known != found:
-        raise ValueError(
+        raise UserError(
             f"{shards.root}: these latents come from visual tokenizer {found[:16]}, but this LAT was trained on "
             f"latents of {known[:16]}. Encode the data with that tokenizer, or train a LAT on these latents."
         )
@@ -115,7 +115,7 @@ def _label_episode(lat: LatentActionTokenizer, shards: LatentShards, index: int,
         return
     actions = label_latents(lat, torch.from_numpy(shards[index].latents), shards.meta.grid).numpy()
     if not np.isfinite(actions).all():
-        raise ValueError(
+        raise UserError(
             f"{shards.root}: episode {shards.keys[index]} has a latent action that is not finite; its latents are "
             "damaged, or the LAT is. Run `LatentShards(...).verify()` on the latents."
         )
@@ -131,7 +131,7 @@ def _open_parts(out: Path, shards: LatentShards, digest: str) -> Path:
     known = parts / "claim.json"
     if known.exists():
         if (found := json.loads(known.read_text())) != claim:
-            raise ValueError(
+            raise UserError(
                 f"{out} holds unfinished labels of other latents or another LAT ({found}, expected {claim}): "
                 "remove the folder, or choose another."
             )
@@ -164,7 +164,7 @@ def _require_finished(out: Path, shards: LatentShards, digest: str) -> LatentMet
     """The meta of a finished `out`, if it is what this call would write."""
     done = LatentShards(out, expect_digest=shards.meta.tokenizer_digest)
     if done.meta.lat_digest != digest or done.keys != shards.keys:
-        raise ValueError(
+        raise UserError(
             f"{out} already holds latents labelled by LAT {str(done.meta.lat_digest)[:16]} ({len(done)} episodes); "
             f"this call would write those of {digest[:16]} ({len(shards)} episodes). Choose another folder."
         )
@@ -175,5 +175,5 @@ def _require_finished(out: Path, shards: LatentShards, digest: str) -> LatentMet
 def _share(count: int, shard: tuple[int, int]) -> range:
     index, shares = shard
     if not 0 <= index < shares:
-        raise ValueError(f"shard i/n: expected 0 <= i < n, got {index}/{shares}.")
+        raise UserError(f"shard i/n: expected 0 <= i < n, got {index}/{shares}.")
     return range(index, count, shares)

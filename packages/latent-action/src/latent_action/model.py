@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch
 from einops import rearrange
 from jaxtyping import Float
+from repvitok.errors import UserError
 from repvitok.pretrained import PretrainedModel
 from torch import Tensor
 
@@ -44,7 +45,7 @@ class LatentActionTokenizer(PretrainedModel):
         """
         self._require_latents(z, "z", "batch frames tokens channels")
         if z.shape[1] < 2:
-            raise ValueError(
+            raise UserError(
                 f"A latent action lies between two latent frames, but z {tuple(z.shape)} (batch, frames, tokens, "
                 "channels) has one frame or none. Encode at least 5 raw frames."
             )
@@ -65,7 +66,7 @@ class LatentActionTokenizer(PretrainedModel):
         """
         self._require_latents(z_t, "z_t", "batch tokens channels")
         if z_next.shape != z_t.shape:
-            raise ValueError(f"z_next {tuple(z_next.shape)} and z_t {tuple(z_t.shape)} must have one shape.")
+            raise UserError(f"z_next {tuple(z_next.shape)} and z_t {tuple(z_t.shape)} must have one shape.")
         return self.inverse_dynamics.both_ways(z_t, z_next, resolve_grid(z_t.shape[1], grid))
 
     def transition(
@@ -103,7 +104,7 @@ class LatentActionTokenizer(PretrainedModel):
             ValueError: the config holds no statistics, or the latents have another d.
         """
         if self.config.latent_mean is None or self.config.latent_std is None:
-            raise ValueError(
+            raise UserError(
                 "This LAT holds no latent statistics (latent_mean, latent_std in its config). Train it with "
                 "`latent-action fit`, or set both from the meta of the latents it was trained on."
             )
@@ -114,20 +115,20 @@ class LatentActionTokenizer(PretrainedModel):
 
     def _require_latents(self, z: Tensor, name: str, axes: str) -> None:
         if "..." not in axes and z.ndim != len(axes.split()):
-            raise ValueError(f"{name}: expected the axes ({axes}), got shape {tuple(z.shape)}.")
+            raise UserError(f"{name}: expected the axes ({axes}), got shape {tuple(z.shape)}.")
         if z.shape[-1] != self.config.latent_dim:
-            raise ValueError(
+            raise UserError(
                 f"{name} {tuple(z.shape)} has {z.shape[-1]} channels in its last dimension, this LAT was made for "
                 f"{self.config.latent_dim}: use the latents of the tokenizer it was trained on."
             )
         if z.numel() == 0:
-            raise ValueError(f"{name} {tuple(z.shape)} is empty: expected at least one item, frame and token.")
+            raise UserError(f"{name} {tuple(z.shape)} is empty: expected at least one item, frame and token.")
 
     def _require_pair(self, z_t: Tensor, l_t: Tensor, grid: Grid | None) -> Grid:
         self._require_latents(z_t, "z_t", "batch tokens channels")
         expected = (z_t.shape[0], self.config.action_dim)
         if l_t.shape != expected:
-            raise ValueError(
+            raise UserError(
                 f"l_t: expected shape {expected} (one latent action per item of z_t "
                 f"{tuple(z_t.shape)}), got {tuple(l_t.shape)}."
             )

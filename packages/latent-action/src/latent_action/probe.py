@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from repvitok.data.shards import LatentShards
 from repvitok.data.split import split_episodes
+from repvitok.errors import UserError
 from repvitok.optim import warmup_cosine_schedule
 from torch import Tensor, nn
 
@@ -169,10 +170,10 @@ def make_task(
     values = {"actions": table.actions, "motion": table.motion}[target]
     if values is None:
         what = "robot actions" if target == "actions" else "robot state"
-        raise ValueError(f"Some episodes of these latents have no {what}, so there is nothing to probe for.")
+        raise UserError(f"Some episodes of these latents have no {what}, so there is nothing to probe for.")
     fitted, held_out = (torch.isin(table.episode, torch.tensor(list(side))).nonzero()[:, 0] for side in (train, scored))
     if not len(fitted) or not len(held_out):
-        raise ValueError(
+        raise UserError(
             f"The probe trains on {len(fitted)} transitions and scores {len(held_out)} of episodes that its heads "
             "have not seen: hold out at least one episode of three latent frames, and not all."
         )
@@ -191,7 +192,7 @@ def score_frames(task: ProbeTask, config: LatentActionConfig, steps: int = 300) 
 
 def _of_all(name: str, values: Tensor, table: TransitionTable) -> Tensor:
     if len(values) != len(table):
-        raise ValueError(
+        raise UserError(
             f"{name}: expected features of all {len(table)} transitions of the shards, got {len(values)}: make them "
             "from the same shards."
         )
@@ -261,7 +262,7 @@ def _score(task: ProbeTask, predict: Predict) -> ProbeScore:
     r2 = [1 - float(e / b) if b > 1e-6 else None for e, b in zip(error, baseline, strict=True)]
     known = [value for value in r2 if value is not None]
     if not known:
-        raise ValueError("No action channel varies in the held-out episodes, so R^2 is not defined: hold out more.")
+        raise UserError("No action channel varies in the held-out episodes, so R^2 is not defined: hold out more.")
     return ProbeScore(
         loss=float(error.mean()),
         r2=tuple(r2),

@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from repvitok.data.latents import LatentMeta
 from repvitok.ema import ExponentialMovingAverage
+from repvitok.errors import UserError
 from repvitok.optim import OptimizerSettings
 from torch import Tensor, nn
 
@@ -56,7 +57,7 @@ class LatentActionTraining(L.LightningModule):
     ) -> None:
         super().__init__()
         if min(forward_weight, consistency_weight) < 0 or forward_weight + consistency_weight == 0:
-            raise ValueError(
+            raise UserError(
                 f"The weights of L_fwd and L_cons must not be negative, nor both 0; got {forward_weight} and "
                 f"{consistency_weight}."
             )
@@ -128,7 +129,7 @@ class LatentActionTraining(L.LightningModule):
         """One optimizer for the LAT and its control, and its schedule."""
         total = self.trainer.max_steps
         if total < 1:
-            raise ValueError(f"trainer.max_steps must be set: the learning rate falls to its floor there; got {total}.")
+            raise UserError(f"trainer.max_steps must be set: the learning rate falls to its floor there; got {total}.")
         optimizer, schedule = self.optimizer_settings.build(self, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -148,7 +149,7 @@ class LatentActionTraining(L.LightningModule):
         stored = read_stored(checkpoint)
         self.lat.config.require_same(LatentActionConfig.from_dict(stored["config"]))
         if (stored["ema"] is None) != (self.ema is None):
-            raise ValueError("The checkpoint and this run differ in ema_decay: use the run's own config.yaml.")
+            raise UserError("The checkpoint and this run differ in ema_decay: use the run's own config.yaml.")
         if self.ema is not None:
             self.ema.load_state_dict(stored["ema"])
 

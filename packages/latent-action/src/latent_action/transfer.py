@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
+from repvitok.errors import UserError
 from torch import Tensor
 
 from latent_action.grid import Grid
@@ -78,9 +79,9 @@ def matching_transitions(table: TransitionTable, group: Int[Tensor, " transition
         ValueError: the robot's motion is not known, or there is one group only.
     """
     if table.motion is None:
-        raise ValueError("These latents hold no robot state, so nobody knows which motions are alike.")
+        raise UserError("These latents hold no robot state, so nobody knows which motions are alike.")
     if len(group.unique()) < 2:
-        raise ValueError("All transitions are of one group, so none can lend to another: take more episodes.")
+        raise UserError("All transitions are of one group, so none can lend to another: take more episodes.")
     deviation = table.motion.std(dim=0, correction=0)
     motion = table.motion / torch.where(deviation > 1e-6, deviation, 1.0)
     pieces = []

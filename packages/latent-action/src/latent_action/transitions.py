@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from repvitok.data.latents import LatentEpisode
+from repvitok.errors import UserError
 from torch import Tensor
 
 
@@ -80,7 +81,7 @@ def load_transitions(episodes: Iterable[LatentEpisode], standardise: Callable[[T
         motion.append(None if episode.state is None else np.diff(episode.state, axis=0))
         start += count
     if not frames:
-        raise ValueError(
+        raise UserError(
             "No episode has two latent frames, so there is no transition to learn from: encode longer episodes."
         )
     return TransitionTable(

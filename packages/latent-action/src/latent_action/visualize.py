@@ -7,6 +7,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
+from repvitok.errors import UserError
 from torch import Tensor
 
 from latent_action.grid import Grid, resolve_grid, token_coordinates
@@ -112,7 +113,7 @@ def draw_transition(
 def side_by_side(pictures: list[UInt8[np.ndarray, "H W 3"]], columns: int) -> UInt8[np.ndarray, "H2 W2 3"]:
     """Equal pictures in rows of `columns`, left to right, with a thin white gap; the rest of a row stays white."""
     if not pictures:
-        raise ValueError("There is no picture to draw: the episode has no transition.")
+        raise UserError("There is no picture to draw: the episode has no transition.")
     gap = 4
     height, width = pictures[0].shape[0] + gap, pictures[0].shape[1] + gap
     rows = -(-len(pictures) // columns)
@@ -149,10 +150,10 @@ def _write(pen: ImageDraw.ImageDraw, caption: str, height: int) -> None:
 
 def _check_drawing(image: np.ndarray, heat: np.ndarray, arrows: np.ndarray) -> None:
     if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
-        raise ValueError(f"image: expected uint8 (H, W, 3), got {image.dtype} {image.shape}.")
+        raise UserError(f"image: expected uint8 (H, W, 3), got {image.dtype} {image.shape}.")
     if heat.ndim != 3 or arrows.shape != (*heat.shape, 2):
-        raise ValueError(
+        raise UserError(
             f"heat and arrows: expected (views, h, w) and (views, h, w, 2), got {heat.shape} and {arrows.shape}."
         )
     if heat.min() < 0 or heat.max() > 1:
-        raise ValueError(f"heat: expected values in [0, 1], got [{heat.min():.3g}, {heat.max():.3g}].")
+        raise UserError(f"heat: expected values in [0, 1], got [{heat.min():.3g}, {heat.max():.3g}].")

@@ -14,6 +14,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from repvitok.errors import UserError
 from repvitok.interface import VideoTokenizer, Window
 from repvitok.model import RepViTok
 from repvitok.shapes import num_latent_frames, token_grid
@@ -79,7 +80,7 @@ class WanVae(nn.Module):
         spatial = patch * 2 ** (len(config.dim_mult) - 1)
         self.config = WanShape(spatial, 2 ** sum(config.temperal_downsample), config.z_dim)
         if self.config.tubelet_frames != 4:
-            raise ValueError(f"expected a Wan VAE with 4 frames per latent, got {self.config.tubelet_frames}")
+            raise UserError(f"expected a Wan VAE with 4 frames per latent, got {self.config.tubelet_frames}")
         for name in ("latents_mean", "latents_std"):
             self.register_buffer(name, torch.tensor(getattr(config, name), dtype=torch.float32), persistent=False)
 
@@ -134,7 +135,7 @@ class WanVae(nn.Module):
     def stream(self, batch_size: int = 1, window: Window = "config") -> WanStream:
         """A stream; with bounded memory, for the convolutions look back over a few frames only."""
         if window not in (None, "config"):
-            raise ValueError(f"a Wan VAE has no attention window to set: expected None, got {window}")
+            raise UserError(f"a Wan VAE has no attention window to set: expected None, got {window}")
         return WanStream(self, batch_size)
 
     def digest(self) -> str:
@@ -187,10 +188,10 @@ class WanStream:
         tokenizer, vae = self._tokenizer, self._tokenizer.vae
         self._size = size or self._size
         if self._size is None:
-            raise ValueError("decode needs size=(H, W) on a stream that has not seen a frame yet")
+            raise UserError("decode needs size=(H, W) on a stream that has not seen a frame yet")
         rows, columns = tokenizer.grid(*self._size)
         if latents.shape[2] != rows * columns:
-            raise ValueError(
+            raise UserError(
                 f"{self._size[0]}x{self._size[1]} pixels are {rows * columns} latents, got {latents.shape[2]}"
             )
         begins = self._decoder is None
@@ -236,5 +237,5 @@ def _diffusers() -> Any:
     try:
         import diffusers
     except ImportError as error:
-        raise ValueError("Wan's VAE needs the package diffusers: pip install 'repvitok[baselines]'") from error
+        raise UserError("Wan's VAE needs the package diffusers: pip install 'repvitok[baselines]'") from error
     return diffusers

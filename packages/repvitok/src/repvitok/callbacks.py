@@ -18,6 +18,7 @@ from lightning.pytorch.loggers.logger import Logger
 
 from repvitok.checkpointing import LAST, read_checkpoint, write_checkpoint
 from repvitok.curves import append_curves
+from repvitok.errors import UserError
 from repvitok.progress import progress
 
 STEPS_BETWEEN_RANK_DECISIONS = 20
@@ -38,7 +39,7 @@ class AtomicCheckpointIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Writes through `repvitok.checkpointing.write_checkpoint`."""
         if storage_options is not None:
-            raise ValueError(f"checkpoints take no storage options, got {storage_options!r}")
+            raise UserError(f"checkpoints take no storage options, got {storage_options!r}")
         write_checkpoint(checkpoint, path)
 
     def load_checkpoint(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -46,7 +47,7 @@ class AtomicCheckpointIO(CheckpointIO):
     ) -> dict[str, Any]:
         """Reads through `repvitok.checkpointing.read_checkpoint`; `weights_only=False` is refused."""
         if weights_only is False:
-            raise ValueError("checkpoints are loaded without unpickling code: weights_only=False is refused")
+            raise UserError("checkpoints are loaded without unpickling code: weights_only=False is refused")
         return read_checkpoint(path, map_location or "cpu")
 
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -73,7 +74,7 @@ class SaveLast(Callback):
         """Saves to `folder` / `filename`; the folder defaults to the trainer's root folder."""
         for name, value in (("every_seconds", every_seconds), ("every_n_steps", every_n_steps)):
             if value is not None and value <= 0:
-                raise ValueError(f"expected {name} to be positive or null, got {value}")
+                raise UserError(f"expected {name} to be positive or null, got {value}")
         self.folder = folder
         self.every_seconds = every_seconds
         self.every_n_steps = every_n_steps

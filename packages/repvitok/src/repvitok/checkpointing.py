@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from repvitok.errors import UserError
+
 LAST = "last.ckpt"
 SHARDED_META = "meta.pt"
 """In a checkpoint that is a folder, written by many ranks: everything but the tensors."""
@@ -59,12 +61,12 @@ def read_checkpoint(
         checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
+        raise UserError(
             f"{path} ({path.stat().st_size} bytes) is not a readable checkpoint: it is truncated or was written by "
             f"something else ({reason[:120]}). Delete it, or give another one"
         ) from error
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, expected a checkpoint written by `fit`")
+        raise UserError(f"{path} holds a {type(checkpoint).__name__}, expected a checkpoint written by `fit`")
     return checkpoint
 
 

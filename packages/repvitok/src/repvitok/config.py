@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from repvitok.errors import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class RepViTokConfig:
@@ -52,11 +54,11 @@ class RepViTokConfig:
         if self.window is not None:
             _require_positive_int("window", self.window)
         if not self.mlp_ratio > 0:
-            raise ValueError(f"mlp_ratio must be positive, got {self.mlp_ratio!r}")
+            raise UserError(f"mlp_ratio must be positive, got {self.mlp_ratio!r}")
         if not self.rope_base > 1:
-            raise ValueError(f"rope_base must be greater than 1, got {self.rope_base!r}")
+            raise UserError(f"rope_base must be greater than 1, got {self.rope_base!r}")
         if self.width % self.heads or self.head_dim % 2 or self.head_dim < 6:
-            raise ValueError(
+            raise UserError(
                 f"width / heads must be even and at least 6 (rotary pairs on three axes), got width {self.width} and "
                 f"heads {self.heads}; for example width 128 with heads 4"
             )
@@ -93,7 +95,7 @@ def require_exact_keys(values: Mapping[str, Any], expected: set[str], what: str)
     """
     unknown, missing = sorted(set(values) - expected), sorted(expected - set(values))
     if unknown or missing:
-        raise ValueError(
+        raise UserError(
             f"{what}: unknown keys {unknown}, missing keys {missing}; expected exactly {sorted(expected)}. "
             "Was it written by another version?"
         )
@@ -102,4 +104,4 @@ def require_exact_keys(values: Mapping[str, Any], expected: set[str], what: str)
 
 def _require_positive_int(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        raise UserError(f"{name} must be a whole number of at least 1, got {value!r}")

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from repvitok.errors import UserError
 from repvitok.teacher import Teacher, normalised, register_normalisation, require_one_source, resized, timm_network
 
 
@@ -47,9 +48,9 @@ class ConvNetTeacher(Teacher):
         self.network: Any = timm_network(name, weights_path, hub)
         stages = getattr(self.network, "feature_info", None)
         if not stages or not hasattr(self.network, "forward_intermediates"):
-            raise ValueError(f"timm's {name!r} has no feature maps; for a vision transformer use TimmTeacher")
+            raise UserError(f"timm's {name!r} has no feature maps; for a vision transformer use TimmTeacher")
         if not -len(stages) <= stage < len(stages):
-            raise ValueError(f"timm's {name!r} has stages 0 to {len(stages) - 1}, got stage {stage}")
+            raise UserError(f"timm's {name!r} has stages 0 to {len(stages) - 1}, got stage {stage}")
         self.stage = stage % len(stages)
         self.dim = int(stages[self.stage]["num_chs"])
         self.reduction = int(stages[self.stage]["reduction"])

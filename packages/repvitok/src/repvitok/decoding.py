@@ -14,6 +14,7 @@ from repvitok.data.latents import LatentEpisode, LatentMeta
 from repvitok.data.shards import LatentShards
 from repvitok.data.transforms import to_frames
 from repvitok.data.video import write_video
+from repvitok.errors import UserError
 from repvitok.interface import VideoTokenizer
 from repvitok.progress import progress
 
@@ -41,7 +42,7 @@ def decode_shards(
     chosen = [e for e in shards if episodes is None or e.episode_index in episodes]
     missing = sorted(set(episodes or ()) - {episode.episode_index for episode in chosen})
     if missing:
-        raise ValueError(f"{latents} holds no episodes {missing}")
+        raise UserError(f"{latents} holds no episodes {missing}")
     Path(out).mkdir(parents=True, exist_ok=True)
     written = []
     for episode in progress(chosen, "decode", unit="episode"):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from repvitok.errors import UserError
 from repvitok.sharded import local
 
 
@@ -27,7 +28,7 @@ class ExponentialMovingAverage:
             ValueError: if decay is not in [0, 1).
         """
         if not 0 <= decay < 1:
-            raise ValueError(f"expected an EMA decay in [0, 1), got {decay}")
+            raise UserError(f"expected an EMA decay in [0, 1), got {decay}")
         self.decay = decay
         self.warmup = warmup
         self.updates = 0
@@ -74,11 +75,11 @@ class ExponentialMovingAverage:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned; names and shapes must be the module's."""
         for name in sorted(self.average.keys() ^ state["average"].keys()):
-            raise ValueError(f"EMA state and model differ at parameter {name!r}: load a checkpoint of this model")
+            raise UserError(f"EMA state and model differ at parameter {name!r}: load a checkpoint of this model")
         for name, value in state["average"].items():
             if value.shape != self.average[name].shape:
                 shapes = f"{tuple(self.average[name].shape)} in the model, {tuple(value.shape)} in the EMA state"
-                raise ValueError(f"parameter {name!r} has shape {shapes}: load a checkpoint of this model")
+                raise UserError(f"parameter {name!r} has shape {shapes}: load a checkpoint of this model")
             self.average[name].copy_(value)
         self.updates = int(state["updates"])
 

@@ -32,7 +32,7 @@ from repvitok.data.shards import (
 )
 from repvitok.data.transforms import resize_frames, to_unit
 from repvitok.encoding_plan import EncodingPlan, EpisodeReader, Share, describe_latents, make_plan, share_of_episodes
-from repvitok.errors import require_disk_space
+from repvitok.errors import UserError, require_disk_space
 from repvitok.interface import VideoTokenizer
 from repvitok.merging import part_folder
 from repvitok.progress import progress as progress_bar
@@ -91,7 +91,7 @@ def encode_dataset(
     """
     out = Path(out)
     if workers < 1:
-        raise ValueError(f"workers must be 1 or more, got {workers}")
+        raise UserError(f"workers must be 1 or more, got {workers}")
     plan = make_plan(tok, reader, size, stride, offsets, cameras, dtype)
     episodes = share_of_episodes(reader.episodes, shard)
     target = out if shard is None else part_folder(out, shard)

@@ -14,6 +14,7 @@ from jaxtyping import UInt8
 
 from repvitok.data.latents import LatentMeta
 from repvitok.data.lerobot_format import EpisodeInfo
+from repvitok.errors import UserError
 from repvitok.interface import VideoTokenizer
 
 Share = tuple[int, int]  # (i, n): the i-th of n shares, 0 <= i < n
@@ -73,7 +74,7 @@ class EncodingPlan:
         differing = [key for key in wanted if found.get(key) != wanted[key]]
         if differing:
             lines = ", ".join(f"{key} {found.get(key)} (now {wanted[key]})" for key in differing)
-            raise ValueError(f"{folder} holds latents made otherwise: {lines}; remove the folder or choose another")
+            raise UserError(f"{folder} holds latents made otherwise: {lines}; remove the folder or choose another")
 
 
 def make_plan(
@@ -94,16 +95,16 @@ def make_plan(
     chosen = tuple(cameras or reader.camera_keys)
     unknown = [camera for camera in chosen if camera not in reader.camera_keys]
     if unknown or not chosen:
-        raise ValueError(f"{reader.root}: no cameras {unknown}; there are {reader.camera_keys}")
+        raise UserError(f"{reader.root}: no cameras {unknown}; there are {reader.camera_keys}")
     if dtype not in ("float32", "float16"):
-        raise ValueError(f'dtype must be "float32" or "float16", got {dtype!r}')
+        raise UserError(f'dtype must be "float32" or "float16", got {dtype!r}')
     if stride < 1:
-        raise ValueError(f"stride must be 1 or more, got {stride}")
+        raise UserError(f"stride must be 1 or more, got {stride}")
     if not offsets or min(offsets) < 0 or len(set(offsets)) != len(offsets):
-        raise ValueError(f"offsets must be different numbers of raw frames, 0 or more, got {list(offsets)}")
+        raise UserError(f"offsets must be different numbers of raw frames, 0 or more, got {list(offsets)}")
     for info in reader.episodes:
         if info.length <= max(offsets):
-            raise ValueError(
+            raise UserError(
                 f"{reader.root}: episode {info.index} has {info.length} frames, none after offset {max(offsets)}"
             )
     return EncodingPlan(
@@ -146,10 +147,10 @@ def share_of_episodes(episodes: Sequence[EpisodeInfo], share: Share | None) -> l
         return list(episodes)
     index, shares = share
     if not 0 <= index < shares:
-        raise ValueError(f"shard i/n: expected 0 <= i < n, got {index}/{shares}")
+        raise UserError(f"shard i/n: expected 0 <= i < n, got {index}/{shares}")
     count = len(episodes)
     if shares > count:
-        raise ValueError(f"{shares} shares of {count} episodes: choose at most {count}")
+        raise UserError(f"{shares} shares of {count} episodes: choose at most {count}")
     frames = np.cumsum([info.length for info in episodes])
     ends = [0]
     for number in range(1, shares + 1):

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from repvitok.data.atomic import write_json_atomic
+from repvitok.errors import UserError
 from repvitok.features import FeatureNetwork
 from repvitok.losses import PerceptualLoss
 from repvitok.metrics import FrechetReconstruction, LPIPSMetric, MetricRow, ReconstructionMetrics, metric_table
@@ -33,7 +34,7 @@ class Evaluation:
         """
         names = [network.metric for network in features]
         if doubled := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"two feature networks give {sorted(doubled)[0]!r}: measure one variant per run")
+            raise UserError(f"two feature networks give {sorted(doubled)[0]!r}: measure one variant per run")
         self._frames = ReconstructionMetrics()
         self._lpips = None if perceptual is None else LPIPSMetric(perceptual)
         self._frechet = [FrechetReconstruction(network) for network in features]

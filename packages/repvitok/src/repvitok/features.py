@@ -12,6 +12,7 @@ from einops import rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from repvitok.errors import UserError
 from repvitok.i3d import I3D, resized_video
 from repvitok.teacher import HOGTeacher
 
@@ -64,14 +65,14 @@ class InceptionFeatures(FeatureNetwork):
         try:
             import torch_fidelity  # noqa: F401
         except ImportError as error:
-            raise ValueError("rFID needs the package torch-fidelity: pip install 'repvitok[metrics]'") from error
+            raise UserError("rFID needs the package torch-fidelity: pip install 'repvitok[metrics]'") from error
         from torchmetrics.image.fid import NoTrainInceptionV3
 
         try:
             torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity's own load would run its code
             self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path), antialias=False)
         except (RuntimeError, OSError, ValueError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path} does not hold {self.FILE}: {_first_line(error)}") from error
+            raise UserError(f"{path} does not hold {self.FILE}: {_first_line(error)}") from error
         self.metric, self.unit, self.dim = "rfid", "frames", 2048
         self.backbone = f"InceptionV3, TF 2015-12-05 port, pool3 ({path.name})"
         self._freeze()
@@ -102,7 +103,7 @@ class I3DFeatures(FeatureNetwork):
         """
         super().__init__()
         if variant not in ("tfhub-kinetics400", "pytorch-i3d"):
-            raise ValueError(f'expected I3D variant "tfhub-kinetics400" or "pytorch-i3d", got {variant!r}')
+            raise UserError(f'expected I3D variant "tfhub-kinetics400" or "pytorch-i3d", got {variant!r}')
         wanted = "StyleGAN-V's i3d_torchscript.pt" if variant == "tfhub-kinetics400" else "an i3d_pretrained_400.pt"
         path = local_file(weights_path, wanted)
         self.variant: I3DVariant = variant
@@ -148,7 +149,7 @@ def local_file(path: str, wanted: str) -> Path:
     """The path, if there is such a file; ValueError saying what is wanted otherwise."""
     found = Path(path).expanduser()
     if not found.is_file():
-        raise ValueError(f"no file at {path}: download {wanted} and give its path as weights_path")
+        raise UserError(f"no file at {path}: download {wanted} and give its path as weights_path")
     return found
 
 
@@ -156,7 +157,7 @@ def _scripted(path: Path) -> Any:
     try:
         return torch.jit.load(str(path), map_location="cpu").eval()
     except (RuntimeError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is no TorchScript archive ({_first_line(error)}): expected i3d_torchscript.pt"
         ) from error
 
@@ -166,7 +167,7 @@ def _i3d(path: Path) -> I3D:
     try:
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), strict=True)
     except (RuntimeError, TypeError, AttributeError, pickle.UnpicklingError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} does not hold pytorch-i3d's 400-class weights: {_first_line(error)}; for StyleGAN-V's "
             'TorchScript file use variant "tfhub-kinetics400"'
         ) from error

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from repvitok.errors import UserError
+
 
 def frechet_distance(
     mean_a: Float[Tensor, " d"],
@@ -44,7 +46,7 @@ class FrechetStatistics:
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
         """Starts with no vectors of `dim` numbers."""
         if dim < 1:
-            raise ValueError(f"expected features of 1 or more numbers, got dim={dim}")
+            raise UserError(f"expected features of 1 or more numbers, got dim={dim}")
         self.count = 0
         self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
         self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
@@ -58,7 +60,7 @@ class FrechetStatistics:
     def covariance(self) -> Float[Tensor, "d d"]:
         """Unbiased covariance, scatter / (N - 1); ValueError below two vectors."""
         if self.count < 2:
-            raise ValueError(f"a covariance needs two or more feature vectors, got {self.count}: use more clips")
+            raise UserError(f"a covariance needs two or more feature vectors, got {self.count}: use more clips")
         return self.scatter / (self.count - 1)
 
     @torch.no_grad()
@@ -69,9 +71,9 @@ class FrechetStatistics:
             ValueError: if their length is not `dim`, or one is not finite.
         """
         if features.shape[1] != self.dim:
-            raise ValueError(f"expected features of {self.dim} numbers, got {features.shape[1]}")
+            raise UserError(f"expected features of {self.dim} numbers, got {features.shape[1]}")
         if not torch.isfinite(features).all():
-            raise ValueError("a feature vector is not finite: look at the feature network and its input")
+            raise UserError("a feature vector is not finite: look at the feature network and its input")
         batch = FrechetStatistics(self.dim, self.mean.device)
         if len(features):
             values = features.to(self.mean)
@@ -82,7 +84,7 @@ class FrechetStatistics:
     def merge(self, other: FrechetStatistics) -> FrechetStatistics:
         """Adds all vectors that another one saw, on another rank for example; returns itself."""
         if other.dim != self.dim:
-            raise ValueError(f"expected statistics of {self.dim} numbers, got {other.dim}")
+            raise UserError(f"expected statistics of {self.dim} numbers, got {other.dim}")
         total = self.count + other.count
         if other.count:
             shift = other.mean.to(self.mean) - self.mean

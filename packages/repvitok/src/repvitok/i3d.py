@@ -8,6 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from repvitok.errors import UserError
+
 # Channels of each Inception block's branches: 1x1 | 1x1 -> 3x3 | 1x1 -> 3x3 | pool -> 1x1.
 BLOCKS = {
     "Mixed_3b": (64, 96, 128, 16, 32, 32),
@@ -98,7 +100,7 @@ class I3D(nn.Module):
     def forward(self, video: Float[Tensor, "b 3 T 224 224"]) -> Float[Tensor, "b classes"]:
         """Logits averaged over time; pixels in [-1, 1], 9 frames or more."""
         if video.shape[2] < MIN_FRAMES:
-            raise ValueError(f"I3D needs clips of {MIN_FRAMES} frames or more, got {video.shape[2]}: set data.frames")
+            raise UserError(f"I3D needs clips of {MIN_FRAMES} frames or more, got {video.shape[2]}: set data.frames")
         x = self.Conv3d_1a_7x7(video)
         x = self.Conv3d_2c_3x3(self.Conv3d_2b_1x1(_pooled(x, *POOLS["Mixed_3b"])))
         for name in BLOCKS:

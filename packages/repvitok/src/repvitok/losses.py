@@ -12,6 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
+from repvitok.errors import UserError
+
 LPIPS_BACKBONE_FILES = {
     "alex": "alexnet-owt-7be5be79.pth",
     "vgg": "vgg16-397923af.pth",
@@ -34,9 +36,9 @@ class LossWeights:
         """Refuses negative weights, and a training without any reconstruction loss."""
         for name, value in vars(self).items():
             if value < 0:
-                raise ValueError(f"expected loss weights >= 0, got {name}={value}")
+                raise UserError(f"expected loss weights >= 0, got {name}={value}")
         if self.l1 + self.l2 == 0:
-            raise ValueError("expected l1 or l2 above 0: without a reconstruction loss there is no tokenizer")
+            raise UserError("expected l1 or l2 above 0: without a reconstruction loss there is no tokenizer")
 
 
 def l1_loss(video_hat: Float[Tensor, "b 3 T H W"], video: Float[Tensor, "b 3 T H W"]) -> Float[Tensor, ""]:
@@ -153,9 +155,9 @@ class PerceptualLoss(nn.Module):
         try:
             import lpips
         except ImportError as error:
-            raise ValueError("the perceptual loss needs the package lpips: pip install 'repvitok[train]'") from error
+            raise UserError("the perceptual loss needs the package lpips: pip install 'repvitok[train]'") from error
         if net not in LPIPS_BACKBONE_FILES:
-            raise ValueError(f"expected an LPIPS backbone among {sorted(LPIPS_BACKBONE_FILES)}, got {net!r}")
+            raise UserError(f"expected an LPIPS backbone among {sorted(LPIPS_BACKBONE_FILES)}, got {net!r}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
@@ -187,7 +189,7 @@ def _load_lpips_backbone(backbone: nn.Module, net: str, weights_path: str) -> No
     path = Path(weights_path).expanduser()
     if not path.is_file():
         name = LPIPS_BACKBONE_FILES[net]
-        raise ValueError(
+        raise UserError(
             f"LPIPS needs the ImageNet weights of its {net} backbone, and there is no file at {weights_path!r}. "
             f"Download torchvision's {name} (https://download.pytorch.org/models/{name}) and give its path as "
             "weights_path, or set the perceptual weight to 0"
@@ -198,7 +200,7 @@ def _load_lpips_backbone(backbone: nn.Module, net: str, weights_path: str) -> No
     for key, value in found.items():
         if value is None or value.shape != wanted[key].shape:
             got = "nothing" if value is None else f"shape {tuple(value.shape)}"
-            raise ValueError(
+            raise UserError(
                 f"{path} does not hold torchvision's {net} weights: expected features.{key.split('.', 1)[1]} of shape "
                 f"{tuple(wanted[key].shape)}, got {got}"
             )

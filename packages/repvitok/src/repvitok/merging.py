@@ -11,6 +11,7 @@ from typing import Any
 
 from repvitok.data.latents import ChannelStatistics, LatentMeta
 from repvitok.data.shards import LatentShards, write_latent_meta
+from repvitok.errors import UserError
 from repvitok.progress import progress as progress_bar
 
 _PARTS = ".parts"
@@ -68,21 +69,21 @@ def _open_parts(out: Path) -> list[LatentShards]:
     """All parts in order, if they are complete and of one plan."""
     names = sorted(path.name for path in (out / _PARTS).glob("*-of-*"))
     if not names:
-        raise ValueError(f"{out}: neither finished latents nor parts of a job array (repvitok encode --shard i/n)")
+        raise UserError(f"{out}: neither finished latents nor parts of a job array (repvitok encode --shard i/n)")
     shares = {name.split("-of-")[1] for name in names}
     if len(shares) > 1:
-        raise ValueError(f"{out}: parts of job arrays of {sorted(map(int, shares))} jobs; remove those of all but one")
+        raise UserError(f"{out}: parts of job arrays of {sorted(map(int, shares))} jobs; remove those of all but one")
     count = int(shares.pop())
     folders = [part_folder(out, (index, count)) for index in range(count)]
     unfinished = [index for index, folder in enumerate(folders) if not (folder / "meta.json").is_file()]
     if unfinished:
         told = ", ".join(f"{index}/{count}" for index in unfinished[:8]) + (", ..." if len(unfinished) > 8 else "")
-        raise ValueError(f"{out}: {len(unfinished)} of {count} parts are not finished ({told}); run those jobs again")
+        raise UserError(f"{out}: {len(unfinished)} of {count} parts are not finished ({told}); run those jobs again")
     parts = [LatentShards(folder) for folder in folders]
     for part in parts:
         differing = [key for key, value in parts[0].provenance.items() if part.provenance.get(key) != value]
         if differing:
-            raise ValueError(f"{part.root}: made otherwise than the other parts: {', '.join(differing)} differ")
+            raise UserError(f"{part.root}: made otherwise than the other parts: {', '.join(differing)} differ")
     return parts
 
 
@@ -92,7 +93,7 @@ def _require_every_episode(out: Path, parts: Sequence[LatentShards]) -> None:
     plan = parts[0].provenance
     expected = plan["num_episodes"] * len(plan["offsets"])
     if len(keys) != expected or len(set(keys)) != expected:
-        raise ValueError(f"{out}: the parts hold {len(set(keys))} different of {expected} episodes; encode them again")
+        raise UserError(f"{out}: the parts hold {len(set(keys))} different of {expected} episodes; encode them again")
 
 
 def _link(source: Path, target: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from repvitok.errors import UserError
 from repvitok.features import FeatureNetwork
 from repvitok.frechet import FrechetStatistics, frechet_distance
 from repvitok.losses import PerceptualLoss
@@ -78,7 +79,7 @@ class ReconstructionMetrics(Metric):
     def compute(self) -> dict[str, Tensor]:
         """{"psnr": dB, "ssim": in [-1, 1]}; raises ValueError when no frame was added."""
         if self.frames == 0:
-            raise ValueError("no frames were added: the validation set is empty")
+            raise UserError("no frames were added: the validation set is empty")
         return {"psnr": self.psnr_sum / self.frames, "ssim": self.ssim_sum / self.frames}
 
 
@@ -107,7 +108,7 @@ class LPIPSMetric(Metric):
     def compute(self) -> Tensor:
         """Mean LPIPS; lower is closer."""
         if self.frames == 0:
-            raise ValueError("no frames were added: the test set is empty")
+            raise UserError("no frames were added: the test set is empty")
         return self.total / self.frames
 
 

@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from repvitok.config import RepViTokConfig
+from repvitok.errors import UserError
 from repvitok.interface import Window
 from repvitok.nn.attention import Kernel
 from repvitok.nn.codec import Decoder, Encoder
@@ -115,5 +116,5 @@ class RepViTok(PretrainedModel):
         if window == "config":
             return self.config.window
         if window is not None and window < 1:
-            raise ValueError(f"window must be at least 1 latent frame, None or 'config', got {window}")
+            raise UserError(f"window must be at least 1 latent frame, None or 'config', got {window}")
         return window

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR
 
+from repvitok.errors import UserError
 from repvitok.sharded import DTensor, local, orthogonalize_rows, row_group
 
 OptimizerName = Literal["adamw", "muon"]
@@ -106,10 +107,10 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__(list(groups), {})
         for group in self.param_groups:
             if group["kind"] not in ("muon", "adamw"):
-                raise ValueError(f'expected a group of kind "muon" or "adamw", got {group["kind"]!r}')
+                raise UserError(f'expected a group of kind "muon" or "adamw", got {group["kind"]!r}')
             wrong = [tuple(p.shape) for p in group["params"] if group["kind"] == "muon" and p.ndim != 2]
             if wrong:
-                raise ValueError(f"Muon takes 2-D parameters, got shape {wrong[0]}: put it in an adamw group")
+                raise UserError(f"Muon takes 2-D parameters, got shape {wrong[0]}: put it in an adamw group")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -223,9 +224,9 @@ def build_optimizer(
         ValueError: for an unknown name, or a learning rate that is not positive.
     """
     if name not in ("adamw", "muon"):
-        raise ValueError(f'expected optimizer "adamw" or "muon", got {name!r}')
+        raise UserError(f'expected optimizer "adamw" or "muon", got {name!r}')
     if lr <= 0 or (adamw_lr is not None and adamw_lr <= 0):
-        raise ValueError(f"expected positive learning rates, got lr={lr}, adamw_lr={adamw_lr}")
+        raise UserError(f"expected positive learning rates, got lr={lr}, adamw_lr={adamw_lr}")
     hidden, matrices, vectors = parameter_groups(module, is_hidden)
     if name == "adamw":
         hidden, matrices = [], hidden + matrices
@@ -288,5 +289,5 @@ def warmup_cosine(step: int, warmup: int, total: int, floor: float = 0.0) -> flo
 def warmup_cosine_schedule(optimizer: torch.optim.Optimizer, warmup: int, total: int, floor: float = 0.0) -> LambdaLR:
     """Applies `warmup_cosine` to every group of the optimizer; call `.step()` after each training step."""
     if not 0 <= floor <= 1 or warmup < 0 or total < 1:
-        raise ValueError(f"expected warmup >= 0, total >= 1, floor in [0, 1]; got {warmup=}, {total=}, {floor=}")
+        raise UserError(f"expected warmup >= 0, total >= 1, floor in [0, 1]; got {warmup=}, {total=}, {floor=}")
     return LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, total, floor))

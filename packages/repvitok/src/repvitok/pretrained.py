@@ -22,6 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from repvitok.errors import UserError
+
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -98,7 +100,7 @@ class PretrainedModel(nn.Module):
         try:
             config = cls.config_class.from_dict(stored["config"])
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{folder / CONFIG_FILE}: {error}") from error
+            raise UserError(f"{folder / CONFIG_FILE}: {error}") from error
         with torch.device("meta"):
             model = cls(config)
         tensors = read_weights(folder / WEIGHTS_FILE, model.state_dict(), config_sha256(stored))
@@ -164,18 +166,18 @@ def read_config(folder: Path, expected_format: str, expected_version: int) -> di
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(stored, dict) or "format" not in stored:
-        raise ValueError(f'{path}: expected a JSON object with "format": "{expected_format}"; it names no format')
+        raise UserError(f'{path}: expected a JSON object with "format": "{expected_format}"; it names no format')
     if stored["format"] != expected_format:
-        raise ValueError(f'{path}: expected a "{expected_format}" folder, this one holds a "{stored["format"]}" model')
+        raise UserError(f'{path}: expected a "{expected_format}" folder, this one holds a "{stored["format"]}" model')
     if stored.get("format_version") != expected_version:
-        raise ValueError(
+        raise UserError(
             f"{path}: this version reads {expected_format} format version {expected_version}, the file has "
             f"{stored.get('format_version')!r}; install the version that wrote it, or export the model again"
         )
     if set(stored) != {"format", "format_version", "config"} or not isinstance(stored["config"], dict):
-        raise ValueError(f'{path}: expected the keys "format", "format_version", "config", got {sorted(stored)}')
+        raise UserError(f'{path}: expected the keys "format", "format_version", "config", got {sorted(stored)}')
     return stored
 
 
@@ -199,9 +201,9 @@ def read_weights(path: Path, expected: Mapping[str, Tensor], config_hash: str | 
             _require_same_tensors(path, shapes, {name: tuple(tensor.shape) for name, tensor in expected.items()})
             tensors = {name: file.get_tensor(name) for name in shapes}
     except SafetensorError as error:
-        raise ValueError(f"{path} is no complete safetensors file ({error}); copy or download it again") from error
+        raise UserError(f"{path} is no complete safetensors file ({error}); copy or download it again") from error
     if config_hash is not None and stored_hash is not None and stored_hash != config_hash:
-        raise ValueError(
+        raise UserError(
             f"{path} was saved with another {CONFIG_FILE} than the one beside it; a save was interrupted or a file "
             "was edited: save the model again"
         )
@@ -227,13 +229,13 @@ def _require_same_tensors(
 ) -> None:
     missing, unexpected = sorted(set(expected) - set(stored)), sorted(set(stored) - set(expected))
     if missing or unexpected:
-        raise ValueError(
+        raise UserError(
             f"{path} does not hold this model's weights: {len(missing)} tensors missing ({_some(missing)}), "
             f"{len(unexpected)} unexpected ({_some(unexpected)})"
         )
     wrong = [f"{name} is {stored[name]}, not {expected[name]}" for name in expected if stored[name] != expected[name]]
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"{path} does not fit its {CONFIG_FILE}: {len(wrong)} tensors of another shape ({_some(wrong)})"
         )
 

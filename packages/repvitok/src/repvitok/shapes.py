@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from repvitok.config import RepViTokConfig
+from repvitok.errors import UserError
 
 
 def num_latent_frames(frames: int, tubelet_frames: int) -> int:
@@ -15,7 +16,7 @@ def num_latent_frames(frames: int, tubelet_frames: int) -> int:
     """
     if frames < 1 or (frames - 1) % tubelet_frames:
         below = 1 + max(0, frames - 1) // tubelet_frames * tubelet_frames
-        raise ValueError(
+        raise UserError(
             f"a clip has 1 + {tubelet_frames} n frames (the first alone, then tubelets of {tubelet_frames}), got "
             f"{frames}; the nearest lengths are {below} and {below + tubelet_frames}"
         )
@@ -30,7 +31,7 @@ def token_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
     """
     if height < 1 or width < 1 or height % patch_size or width % patch_size:
         nearest = [max(1, round(side / patch_size)) * patch_size for side in (height, width)]
-        raise ValueError(
+        raise UserError(
             f"height and width must be multiples of {patch_size}, got {height}x{width}; resize or crop to "
             f"{nearest[0]}x{nearest[1]}"
         )
@@ -44,14 +45,14 @@ def require_video(video: Tensor, config: RepViTokConfig, *, begins: bool = True)
         ValueError: wrong dimensions, number type, frame count or picture size.
     """
     if video.ndim != 5 or video.shape[1] != 3 or video.shape[0] < 1:
-        raise ValueError(f"expected video (batch, 3, frames, height, width), got shape {tuple(video.shape)}")
+        raise UserError(f"expected video (batch, 3, frames, height, width), got shape {tuple(video.shape)}")
     if not video.is_floating_point():
-        raise ValueError(f"expected video as floats in [-1, 1], got {video.dtype}; for bytes: x.float() / 127.5 - 1")
+        raise UserError(f"expected video as floats in [-1, 1], got {video.dtype}; for bytes: x.float() / 127.5 - 1")
     frames, tubelet = video.shape[2], config.tubelet_frames
     if begins:
         num_latent_frames(frames, tubelet)
     elif frames < 1 or frames % tubelet:
-        raise ValueError(
+        raise UserError(
             f"a stream that has begun takes a multiple of {tubelet} frames at a time, got {frames}; keep the remainder "
             "until its tubelet is full, or reset() the stream to begin a new clip"
         )
@@ -65,13 +66,13 @@ def require_latents(latents: Tensor, size: tuple[int, int], config: RepViTokConf
         ValueError: wrong dimensions, channels, or tokens for that size.
     """
     if latents.ndim != 4 or latents.shape[3] != config.latent_dim or 0 in latents.shape[:2]:
-        raise ValueError(
+        raise UserError(
             f"expected latents (batch, frames, tokens, {config.latent_dim}) with at least one frame, got shape "
             f"{tuple(latents.shape)}"
         )
     rows, columns = token_grid(*size, config.patch_size)
     if latents.shape[2] != rows * columns:
-        raise ValueError(
+        raise UserError(
             f"{size[0]}x{size[1]} pixels are {rows}x{columns} = {rows * columns} tokens per latent frame, got latents "
             f"with {latents.shape[2]}; several cameras are decoded one at a time"
         )

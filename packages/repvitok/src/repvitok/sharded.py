@@ -11,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
+from repvitok.errors import UserError
+
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that lies on this rank: a view of it, or the tensor itself if it is not sharded."""
@@ -35,7 +37,7 @@ def row_group(parameter: DTensor) -> dist.ProcessGroup:
     """
     sharded = [(axis, place) for axis, place in enumerate(parameter.placements) if not place.is_replicate()]
     if len(sharded) != 1 or not sharded[0][1].is_shard(0):
-        raise ValueError(f"expected a parameter sharded by its rows over one mesh axis, got {parameter.placements}")
+        raise UserError(f"expected a parameter sharded by its rows over one mesh axis, got {parameter.placements}")
     return parameter.device_mesh.get_group(sharded[0][0])
 
 

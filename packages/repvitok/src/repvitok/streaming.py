@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from repvitok.config import RepViTokConfig
+from repvitok.errors import UserError
 from repvitok.nn.codec import CodecState, Decoder, Encoder
 from repvitok.shapes import require_latents, require_video
 
@@ -50,7 +51,7 @@ class TokenizerStream:
         window: int | None,
     ) -> None:
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+            raise UserError(f"batch_size must be at least 1, got {batch_size}")
         self._encoder, self._decoder, self._config = encoder, decoder, config
         self.batch_size = batch_size
         self.window = window
@@ -67,7 +68,7 @@ class TokenizerStream:
             ValueError: `rows` is empty or names a stream that is not there.
         """
         if not rows or not all(0 <= row < self.batch_size for row in rows):
-            raise ValueError(f"rows must name some of the streams 0 to {self.batch_size - 1}, got {rows}")
+            raise UserError(f"rows must name some of the streams 0 to {self.batch_size - 1}, got {rows}")
         halves = (self.state.encoder, self.state.decoder)
         self.state = StreamState(*(half if half is None else half.select(rows) for half in halves))
         self.batch_size = len(rows)
@@ -113,15 +114,15 @@ class TokenizerStream:
     def _known_size(self) -> tuple[int, int]:
         known = self.state.decoder or self.state.encoder
         if known is None:
-            raise ValueError("decode needs size=(H, W) on a stream that has not seen a frame yet")
+            raise UserError("decode needs size=(H, W) on a stream that has not seen a frame yet")
         return known.grid[0] * self._config.patch_size, known.grid[1] * self._config.patch_size
 
     def _require_continuation(self, batch_size: int, grid: tuple[int, int], state: CodecState | None) -> None:
         if batch_size != self.batch_size:
-            raise ValueError(f"this stream has batch size {self.batch_size}, got {batch_size}; open another for it")
+            raise UserError(f"this stream has batch size {self.batch_size}, got {batch_size}; open another for it")
         if state is not None and grid != state.grid:
             p = self._config.patch_size
-            raise ValueError(
+            raise UserError(
                 f"this stream began with frames of {state.grid[0] * p}x{state.grid[1] * p}, got {grid[0] * p}x"
                 f"{grid[1] * p}; reset() it to begin a clip of another size"
             )

@@ -14,6 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from repvitok.errors import UserError
+
 RESIZE = {"mode": "bilinear", "align_corners": False, "antialias": True}
 
 
@@ -92,7 +94,7 @@ class TimmTeacher(Teacher):
         self.name = name + (" (random weights for tests)" if random_weights_for_tests else "")
         self.network: Any = timm_network(name, weights_path, hub, dynamic_img_size=True)
         if not hasattr(self.network, "num_prefix_tokens"):
-            raise ValueError(f"timm's {name!r} has no patch tokens: choose a vision transformer, or use ConvNetTeacher")
+            raise UserError(f"timm's {name!r} has no patch tokens: choose a vision transformer, or use ConvNetTeacher")
         height, width = self.network.patch_embed.patch_size
         self.patch_size = (int(height), int(width))
         self.dim = int(self.network.num_features)
@@ -180,7 +182,7 @@ class HOGTeacher(Teacher):
         """(n, h, w, 108), every token's vector of length one (or zero, where nothing varies)."""
         height, width = frames.shape[2:]
         if height % (grid[0] * self.CELLS) or width % (grid[1] * self.CELLS):
-            raise ValueError(
+            raise UserError(
                 f"frames of {height}x{width} pixels do not split into {self.CELLS} cells per token of {grid}"
             )
         padded = F.pad(frames, (1, 1, 1, 1), mode="replicate")
@@ -208,7 +210,7 @@ def require_one_source(name: str, **sources: str | bool | None) -> None:
     chosen = [source for source, value in sources.items() if value]
     if len(chosen) != 1:
         offered = ", ".join(sources)
-        raise ValueError(
+        raise UserError(
             f"teacher {name!r} needs its weights from exactly one of {offered}; got {chosen or 'none'}. Set hub "
             "(hub: true, or hub_tag) where the Hugging Face hub can be reached; elsewhere download the model's "
             "safetensors file (the timm or facebook organisation on the hub) and give weights_path; or name another "
@@ -225,43 +227,41 @@ def timm_network(name: str, weights_path: str | None, hub: bool, **options: Any)
     try:
         import timm
     except ImportError as error:
-        raise ValueError("this teacher needs the package timm: pip install 'repvitok[train]'") from error
+        raise UserError("this teacher needs the package timm: pip install 'repvitok[train]'") from error
     if not timm.is_model(name):
-        raise ValueError(
-            f"timm has no model {name!r}: see timm.list_models('vit_*'), e.g. vit_pe_core_base_patch16_224"
-        )
+        raise UserError(f"timm has no model {name!r}: see timm.list_models('vit_*'), e.g. vit_pe_core_base_patch16_224")
     overlay = {"file": str(_safetensors(weights_path))} if weights_path else None
     try:
         return timm.create_model(name, pretrained=bool(weights_path or hub), pretrained_cfg_overlay=overlay, **options)
     except TypeError as error:
-        raise ValueError(f"timm's {name!r} is no vision transformer that takes any image size: {error}") from error
+        raise UserError(f"timm's {name!r} is no vision transformer that takes any image size: {error}") from error
     except (RuntimeError, OSError) as error:
-        raise ValueError(_no_weights(name, weights_path, error)) from error
+        raise UserError(_no_weights(name, weights_path, error)) from error
 
 
 def _open_clip_tower(name: str, weights_path: str | None, hub_tag: str | None, image_size: int | None) -> Any:
     try:
         import open_clip
     except ImportError as error:
-        raise ValueError("this teacher needs open_clip: pip install 'repvitok[train]'") from error
+        raise UserError("this teacher needs open_clip: pip install 'repvitok[train]'") from error
     if name not in open_clip.list_models():
-        raise ValueError(f"open_clip has no model {name!r}: see open_clip.list_models(), e.g. PE-Core-B-16")
+        raise UserError(f"open_clip has no model {name!r}: see open_clip.list_models(), e.g. PE-Core-B-16")
     source = str(_safetensors(weights_path)) if weights_path else hub_tag
     try:
         model = open_clip.create_model(
             name, pretrained=source, force_image_size=image_size, require_pretrained=source is not None
         )
     except (RuntimeError, OSError) as error:
-        raise ValueError(_no_weights(name, weights_path, error)) from error
+        raise UserError(_no_weights(name, weights_path, error)) from error
     return model.visual
 
 
 def _safetensors(weights_path: str) -> Path:
     path = Path(weights_path).expanduser()
     if not path.is_file():
-        raise ValueError(f"no teacher weights at {path}: download the model's safetensors file from the hub")
+        raise UserError(f"no teacher weights at {path}: download the model's safetensors file from the hub")
     if path.suffix != ".safetensors":
-        raise ValueError(f"expected teacher weights as .safetensors, got {path}: pickles are not loaded")
+        raise UserError(f"expected teacher weights as .safetensors, got {path}: pickles are not loaded")
     return path
 
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from repvitok.errors import UserError
 from repvitok.teacher import Teacher
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class CachedTeacher(Teacher):
         """
         super().__init__()
         if max_gib <= 0:
-            raise ValueError(f"expected max_gib above 0, got {max_gib}; to keep nothing use the teacher by itself")
+            raise UserError(f"expected max_gib above 0, got {max_gib}; to keep nothing use the teacher by itself")
         self.teacher = teacher
         self.name, self.dim = teacher.name, teacher.dim
         self._root = Path(folder).expanduser() / teacher.digest()[:16]
@@ -90,9 +91,9 @@ def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     try:
         features = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: no readable teacher features ({error}); delete the file") from error
+        raise UserError(f"{path}: no readable teacher features ({error}); delete the file") from error
     if features.shape != shape or features.dtype != np.float16:
-        raise ValueError(
+        raise UserError(
             f"{path}: expected float16 features of shape {shape}, got {features.dtype} {features.shape}; delete the "
             "file"
         )

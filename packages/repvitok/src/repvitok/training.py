@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from repvitok.config import RepViTokConfig
 from repvitok.discriminator import AdversarySettings, Discriminator
 from repvitok.ema import ExponentialMovingAverage
+from repvitok.errors import UserError
 from repvitok.evaluation import Evaluation, report
 from repvitok.export import CHECKPOINT_KEY
 from repvitok.features import FeatureNetwork
@@ -188,7 +189,7 @@ class RepViTokTraining(LightningModule):
         path.parent.mkdir(parents=True, exist_ok=True)
         values = {name: value.detach().item() for name, value in losses.items()}
         torch.save({"video": video.detach().cpu(), "step": self.global_step, "losses": values}, path)
-        raise ValueError(
+        raise UserError(
             f"the gradient is not finite at step {self.global_step} (norm {norm.item()}, losses {values}); the "
             f"batch is saved in {path}. Lower the learning rate, lengthen the warmup or look at the batch; resume "
             "with --ckpt_path last"
@@ -198,7 +199,7 @@ class RepViTokTraining(LightningModule):
         """The tokenizer's optimizer with the alignment head's parameters in it, and the discriminator's."""
         steps = self.trainer.max_steps
         if steps < 1:
-            raise ValueError(f"expected trainer.max_steps above 0 for the learning rate schedule, got {steps}")
+            raise UserError(f"expected trainer.max_steps above 0 for the learning rate schedule, got {steps}")
         trained = nn.ModuleDict({"tokenizer": self.tokenizer})
         if self.align is not None:
             trained["align"] = self.align
@@ -296,7 +297,7 @@ class RepViTokTraining(LightningModule):
         """Restores the averaged weights; another architecture is an error."""
         stored = checkpoint.get(CHECKPOINT_KEY)
         if stored is None:
-            raise ValueError("this checkpoint was not written by RepViTok's training")
+            raise UserError("this checkpoint was not written by RepViTok's training")
         require_same_config(self.tokenizer.config, RepViTokConfig.from_dict(stored["config"]), "the checkpoint")
         self.ema.load_state_dict(stored["ema"])
 
@@ -319,7 +320,7 @@ def require_same_config(config: RepViTokConfig, other: RepViTokConfig, where: st
     mine, theirs = config.to_dict(), other.to_dict()
     for name, value in mine.items():
         if theirs[name] != value:
-            raise ValueError(f"the recipe has tokenizer.{name} = {value}, {where} has {theirs[name]}: make them equal")
+            raise UserError(f"the recipe has tokenizer.{name} = {value}, {where} has {theirs[name]}: make them equal")
 
 
 def _start(config: RepViTokConfig, init_from: str | None) -> RepViTok:
@@ -354,7 +355,7 @@ def _needed(network: Any, weight: float, loss: str) -> Any:
         return None
     if network is None:
         argument = "teacher" if loss == "align" else loss
-        raise ValueError(
+        raise UserError(
             f"weights.{loss} is {weight} and there is no {argument}: give model.{argument} (class_path, init_args) or "
             f"set model.weights.{loss} to 0"
         )

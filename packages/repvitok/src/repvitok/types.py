@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from repvitok.errors import UserError
+
 
 @dataclass(frozen=True)
 class Clip:
@@ -29,14 +31,14 @@ class Clip:
         """
         where = f" ({self.source})" if self.source else ""
         if self.video.ndim != 4 or self.video.shape[0] != 3 or 0 in self.video.shape:
-            raise ValueError(f"expected a clip (3, frames, height, width), got {tuple(self.video.shape)}{where}")
+            raise UserError(f"expected a clip (3, frames, height, width), got {tuple(self.video.shape)}{where}")
         if not self.video.is_floating_point():
-            raise ValueError(f"expected pixels as floats in [-1, 1], got {self.video.dtype}{where}")
+            raise UserError(f"expected pixels as floats in [-1, 1], got {self.video.dtype}{where}")
         low, high = (float(bound) for bound in self.video.aminmax())
         if not (low >= -1 and high <= 1):
-            raise ValueError(f"expected pixels in [-1, 1], got {low:.3g} to {high:.3g}{where}")
+            raise UserError(f"expected pixels in [-1, 1], got {low:.3g} to {high:.3g}{where}")
         if self.rate_hz is not None and not self.rate_hz > 0:
-            raise ValueError(f"rate_hz must be positive, got {self.rate_hz}{where}")
+            raise UserError(f"rate_hz must be positive, got {self.rate_hz}{where}")
 
     @property
     def frames(self) -> int:
@@ -71,19 +73,19 @@ class VideoLatents:
                 digest.
         """
         if self.latents.ndim != 3 or 0 in self.latents.shape:
-            raise ValueError(f"expected latents (frames, tokens, d), got shape {tuple(self.latents.shape)}")
+            raise UserError(f"expected latents (frames, tokens, d), got shape {tuple(self.latents.shape)}")
         if not self.latents.is_floating_point():
-            raise ValueError(f"expected latents as floats, got {self.latents.dtype}")
+            raise UserError(f"expected latents as floats, got {self.latents.dtype}")
         views, rows, columns = self.grid
         if views * rows * columns != self.latents.shape[1]:
-            raise ValueError(
+            raise UserError(
                 f"a grid of {views} views x {rows} x {columns} has {views * rows * columns} tokens, the latents have "
                 f"{self.latents.shape[1]} per frame"
             )
         if not bool(self.latents.isfinite().all()):
-            raise ValueError("expected finite latents, some are infinite or not a number: the tokenizer diverged")
+            raise UserError("expected finite latents, some are infinite or not a number: the tokenizer diverged")
         if not self.tokenizer_digest:
-            raise ValueError("latents need the digest of the tokenizer that made them: RepViTok.digest()")
+            raise UserError("latents need the digest of the tokenizer that made them: RepViTok.digest()")
 
     @property
     def frames(self) -> int:

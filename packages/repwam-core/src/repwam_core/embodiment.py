@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from repvitok.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ class Embodiment:
     def __post_init__(self) -> None:
         names = [channel.name for channel in self.action_channels]
         if not names or len(set(names)) != len(names):
-            raise ValueError(f"embodiment {self.name!r}: expected distinct action channel names, got {names}")
+            raise UserError(f"embodiment {self.name!r}: expected distinct action channel names, got {names}")
         if not self.rate_hz > 0:
-            raise ValueError(f"embodiment {self.name!r}: expected rate_hz > 0, got {self.rate_hz}")
+            raise UserError(f"embodiment {self.name!r}: expected rate_hz > 0, got {self.rate_hz}")
 
     @property
     def action_names(self) -> tuple[str, ...]:
@@ -73,7 +74,7 @@ class Embodiment:
         """
         units = ["1"] * len(action_names) if units is None else list(units)
         if len(units) != len(action_names):
-            raise ValueError(f"expected one unit per action channel ({len(action_names)}), got {len(units)}")
+            raise UserError(f"expected one unit per action channel ({len(action_names)}), got {len(units)}")
         channels = tuple(ActionChannel(n, u) for n, u in zip(action_names, units, strict=True))
         return cls(name, channels, tuple(state_names), tuple(cameras), float(rate_hz))
 
@@ -107,7 +108,7 @@ class ChannelLayout:
         for embodiment in embodiments:
             for channel in embodiment.action_channels:
                 if units.setdefault(channel.name, channel.unit) != channel.unit:
-                    raise ValueError(
+                    raise UserError(
                         f"action channel {channel.name!r} has unit {channel.unit!r} in {embodiment.name!r} but "
                         f"{units[channel.name]!r} elsewhere; convert one of them or rename the channel"
                     )
@@ -131,11 +132,11 @@ class ChannelLayout:
     def _columns(self, embodiment: Embodiment) -> list[int]:
         missing = [name for name in embodiment.action_names if name not in self.names]
         if missing:
-            raise ValueError(f"embodiment {embodiment.name!r} has channels the layout lacks: {missing}")
+            raise UserError(f"embodiment {embodiment.name!r} has channels the layout lacks: {missing}")
         return [self.names.index(name) for name in embodiment.action_names]
 
 
 def check_keys(what: str, values: dict[str, Any], expected: Any) -> None:
     missing, unknown = set(expected) - set(values), set(values) - set(expected)
     if missing or unknown:
-        raise ValueError(f"{what}: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}")
+        raise UserError(f"{what}: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}")

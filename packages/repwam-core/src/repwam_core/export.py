@@ -89,9 +89,9 @@ class PolicyManifest:
         values: dict[str, Any] = json.loads(path.read_text())
         found = (values.pop("format", None), values.pop("format_version", None))
         if found != (POLICY_FORMAT, FORMAT_VERSION):
-            raise ValueError(f"{path}: expected {POLICY_FORMAT} version {FORMAT_VERSION}, got {found[0]} {found[1]}")
+            raise UserError(f"{path}: expected {POLICY_FORMAT} version {FORMAT_VERSION}, got {found[0]} {found[1]}")
         if set(values) != {field.name for field in fields(cls)}:
-            raise ValueError(f"{path}: expected the keys {sorted(f.name for f in fields(cls))}, got {sorted(values)}")
+            raise UserError(f"{path}: expected the keys {sorted(f.name for f in fields(cls))}, got {sorted(values)}")
         return cls(
             space=values["space"],
             embodiment=Embodiment.from_dict(values["embodiment"]),
@@ -128,7 +128,7 @@ def read_trained(checkpoint: str | Path, data_set: int | None = None) -> Trained
     """
     content = read_whole(checkpoint) if is_sharded(checkpoint) else read_checkpoint(checkpoint)
     if CHECKPOINT_KEY not in content:
-        raise ValueError(f"{checkpoint} was not written by `repwam fit`; give that command's checkpoint")
+        raise UserError(f"{checkpoint} was not written by `repwam fit`; give that command's checkpoint")
     stored = json.loads(content[CHECKPOINT_KEY]["json"])
     with torch.device("meta"):
         wam = WorldActionModel(WAMConfig.from_dict(stored["config"]))
@@ -138,7 +138,7 @@ def read_trained(checkpoint: str | Path, data_set: int | None = None) -> Trained
     wam.load_state_dict(weights | average, strict=True, assign=True)
     number = data_set or 0
     if not 0 <= number < len(stored["data_sets"]):
-        raise ValueError(f"{checkpoint} was trained on {len(stored['data_sets'])} data sets, it has no number {number}")
+        raise UserError(f"{checkpoint} was trained on {len(stored['data_sets'])} data sets, it has no number {number}")
     described = stored["data_sets"][number]
     statistics = Statistics.from_dict(described["statistics"])
     if data_set is not None:
@@ -238,9 +238,7 @@ def read_policy(checkpoint: str | Path, data_set: int = 0) -> TrainedModel:
     """
     trained = read_trained(checkpoint, data_set)
     if trained.space == LATENT_SPACE:
-        raise ValueError(
-            f"{checkpoint} acts in latent actions; adapt it to a robot first, or export it with --wam-only"
-        )
+        raise UserError(f"{checkpoint} acts in latent actions; adapt it to a robot first, or export it with --wam-only")
     return trained
 
 
@@ -306,7 +304,7 @@ def write_policy(
 def _tokenizer_digest(folder: Path, latents: LatentMeta) -> str:
     found = RepViTok.from_pretrained(folder).digest()
     if found != latents.tokenizer_digest:
-        raise ValueError(
+        raise UserError(
             f"{folder}: this tokenizer is {found[:16]}, the latents that were trained on come from "
             f"{latents.tokenizer_digest[:16]}; give the tokenizer that encoded them, or encode and train again"
         )
@@ -318,7 +316,7 @@ def _lat_digest(folder: Path, latents: LatentMeta) -> str:
 
     found = LatentActionTokenizer.from_pretrained(folder).digest()
     if latents.lat_digest is not None and found != latents.lat_digest:
-        raise ValueError(
+        raise UserError(
             f"{folder}: this latent action tokenizer is {found[:16]}, the latents were labelled by "
             f"{latents.lat_digest[:16]}; give the one that labelled them"
         )

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from repvitok.errors import UserError
 
 __all__ = ["ActionChunk", "BasePolicy", "BatchedBasePolicy", "Observation", "stack_observations"]
 
@@ -39,16 +40,16 @@ class Observation:
 
     def __post_init__(self) -> None:
         if not self.images:
-            raise ValueError("an observation needs at least one camera image, got none")
+            raise UserError("an observation needs at least one camera image, got none")
         for camera, image in self.images.items():
             _check_image(camera, image)
         counts = {camera: self.frames(camera).shape[0] for camera in self.images}
         if len(set(counts.values())) != 1:
-            raise ValueError(f"every camera must hold the same number of frames, got {counts}")
+            raise UserError(f"every camera must hold the same number of frames, got {counts}")
         if self.state is not None:
             _check_state(self.state, self.num_frames)
         if not np.isfinite(self.time_s):
-            raise ValueError(f"time_s must be finite, got {self.time_s!r}")
+            raise UserError(f"time_s must be finite, got {self.time_s!r}")
 
     @property
     def cameras(self) -> tuple[str, ...]:
@@ -63,7 +64,7 @@ class Observation:
     def frames(self, camera: str) -> np.ndarray:
         """The frames of one camera, uint8 ``(n, H, W, 3)``, oldest first."""
         if camera not in self.images:
-            raise ValueError(f"no camera {camera!r} in this observation; it has {sorted(self.images)}")
+            raise UserError(f"no camera {camera!r} in this observation; it has {sorted(self.images)}")
         image = self.images[camera]
         return image if image.ndim == 4 else image[None]
 
@@ -83,11 +84,11 @@ def stack_observations(observations: Sequence[Observation]) -> Observation:
         ValueError: If there is none, or cameras or the presence of a state differ between them.
     """
     if not observations:
-        raise ValueError("expected at least one observation to stack, got none")
+        raise UserError("expected at least one observation to stack, got none")
     newest = observations[-1]
     for observation in observations:
         if observation.cameras != newest.cameras or (observation.state is None) != (newest.state is None):
-            raise ValueError(
+            raise UserError(
                 f"observations to stack must agree in cameras and in whether they hold a state, got cameras "
                 f"{observation.cameras} and {newest.cameras}"
             )
@@ -120,19 +121,19 @@ class ActionChunk:
     def __post_init__(self) -> None:
         actions = self.actions
         if not isinstance(actions, np.ndarray) or actions.dtype != np.float32:
-            raise ValueError(f"actions must be a float32 numpy array, got {_described(actions)}")
+            raise UserError(f"actions must be a float32 numpy array, got {_described(actions)}")
         if actions.ndim != 2 or actions.shape[0] < 1 or actions.shape[1] != len(self.channels):
-            raise ValueError(
+            raise UserError(
                 f"actions must have shape (n >= 1, {len(self.channels)}) for the channels "
                 f"{tuple(self.channels)}, got {actions.shape}"
             )
         if not np.isfinite(actions).all():
             row, column = np.argwhere(~np.isfinite(actions))[0]
-            raise ValueError(
+            raise UserError(
                 f"actions must be finite, got {actions[row, column]} in row {row}, {self.channels[column]!r}"
             )
         if not self.rate_hz > 0:
-            raise ValueError(f"rate_hz must be positive, got {self.rate_hz!r}")
+            raise UserError(f"rate_hz must be positive, got {self.rate_hz!r}")
 
     def __len__(self) -> int:
         return self.actions.shape[0]
@@ -168,24 +169,24 @@ class BatchedBasePolicy(ABC):
 
 def _check_image(camera: str, image: object) -> None:
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
-        raise ValueError(f"image of camera {camera!r} must be a uint8 numpy array, got {_described(image)}")
+        raise UserError(f"image of camera {camera!r} must be a uint8 numpy array, got {_described(image)}")
     if image.ndim not in (3, 4) or image.shape[-1] != 3 or 0 in image.shape:
-        raise ValueError(
+        raise UserError(
             f"image of camera {camera!r} must have shape (H, W, 3) or (n, H, W, 3), none of them 0, got {image.shape}"
         )
 
 
 def _check_state(state: object, num_frames: int) -> None:
     if not isinstance(state, np.ndarray) or state.dtype != np.float32:
-        raise ValueError(f"state must be a float32 numpy array or None, got {_described(state)}")
+        raise UserError(f"state must be a float32 numpy array or None, got {_described(state)}")
     fits = (state.ndim == 1 and num_frames == 1) or (state.ndim == 2 and state.shape[0] == num_frames)
     if not fits:
-        raise ValueError(
+        raise UserError(
             f"state must have shape (S,) with one frame or (n, S) with n frames; there are {num_frames} frames "
             f"and the state has shape {state.shape}"
         )
     if not np.isfinite(state).all():
-        raise ValueError(f"state must be finite, got {state[~np.isfinite(state)][0]}")
+        raise UserError(f"state must be finite, got {state[~np.isfinite(state)][0]}")
 
 
 def _described(value: object) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from repvitok.errors import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSettings:
@@ -33,14 +35,14 @@ class PlanSettings:
     def __post_init__(self) -> None:
         for name in ("chunk_frames", "video_steps", "action_steps"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+                raise UserError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.execute_frames is not None and not 1 <= self.execute_frames <= self.chunk_frames:
-            raise ValueError(
+            raise UserError(
                 f"execute_frames: expected 1 to chunk_frames = {self.chunk_frames} latent frames, got "
                 f"{self.execute_frames}"
             )
         if self.video not in ("imagine", "skip"):
-            raise ValueError(f"video: expected 'imagine' or 'skip', got {self.video!r}")
+            raise UserError(f"video: expected 'imagine' or 'skip', got {self.video!r}")
 
     @property
     def executed(self) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+from repvitok.errors import UserError
 
 from repwam_core.embodiment import check_keys
 
@@ -61,9 +62,9 @@ class ActionStatistics:
         sizes = {name: len(getattr(self, name)) for name in ("units", "q01", "q99", "min", "max", "mean", "std")}
         wrong = {name: size for name, size in sizes.items() if size != len(self.channels)}
         if wrong:
-            raise ValueError(f"action statistics: expected {len(self.channels)} numbers a field, got {wrong}")
+            raise UserError(f"action statistics: expected {len(self.channels)} numbers a field, got {wrong}")
         if self.kind not in get_args(ActionKind):
-            raise ValueError(f"action statistics: kind must be one of {get_args(ActionKind)}, got {self.kind!r}")
+            raise UserError(f"action statistics: kind must be one of {get_args(ActionKind)}, got {self.kind!r}")
 
     @classmethod
     def from_values(
@@ -128,9 +129,7 @@ class ActionStatistics:
         """Raise a ValueError that names the channels where actions (..., c) have another number of them."""
         if actions.shape[-1] != len(self.channels):
             names = ", ".join(self.channels)
-            raise ValueError(
-                f"expected actions with {len(self.channels)} channels ({names}), got shape {actions.shape}"
-            )
+            raise UserError(f"expected actions with {len(self.channels)} channels ({names}), got shape {actions.shape}")
 
     def _affine(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Half-width and centre per channel; half-width 0 marks a channel that never moves."""
@@ -164,7 +163,7 @@ class StateStatistics:
         """`(x - mean) / std` clipped to +-STATE_LIMIT, float32 (..., S); 0 for a number that never changes."""
         if state.shape[-1] != len(self.channels):
             names = ", ".join(self.channels)
-            raise ValueError(f"expected a state of {len(self.channels)} numbers ({names}), got {state.shape}")
+            raise UserError(f"expected a state of {len(self.channels)} numbers ({names}), got {state.shape}")
         mean, std = np.array(self.mean), np.array(self.std)
         moves = std > DEGENERATE * np.maximum(1.0, np.abs(mean))
         out = np.where(moves, (np.asarray(state, np.float64) - mean) / np.where(moves, std, 1.0), 0.0)
@@ -187,7 +186,7 @@ class Statistics:
 
     def __post_init__(self) -> None:
         if (self.recorded is not None) != (self.actions.kind == "from_state"):
-            raise ValueError("statistics: expected those of the recorded actions with kind 'from_state', and only then")
+            raise UserError("statistics: expected those of the recorded actions with kind 'from_state', and only then")
         if self.recorded is not None:
             shared_channels(self.actions.channels, self.state.channels if self.state else ())
 
@@ -205,7 +204,7 @@ class Statistics:
         if self.actions.kind != "from_state":
             return np.zeros(len(self.actions.channels), np.float32)
         if state_si is None or self.state is None:
-            raise ValueError("actions are measured from the robot's state (kind 'from_state'): expected one, got none")
+            raise UserError("actions are measured from the robot's state (kind 'from_state'): expected one, got none")
         actions, states = shared_channels(self.actions.channels, self.state.channels)
         out = np.zeros((*state_si.shape[:-1], len(self.actions.channels)), np.float32)
         out[..., actions] = state_si[..., states]
@@ -232,11 +231,11 @@ class Statistics:
         values = json.loads(Path(path).read_text())
         if values.get("format") != STATISTICS_FORMAT or values.get("format_version") != FORMAT_VERSION:
             got = f"{values.get('format')!r} version {values.get('format_version')!r}"
-            raise ValueError(f"{path}: expected {STATISTICS_FORMAT!r} version {FORMAT_VERSION}, got {got}")
+            raise UserError(f"{path}: expected {STATISTICS_FORMAT!r} version {FORMAT_VERSION}, got {got}")
         check_keys(str(path), values["actions"], ActionStatistics.__dataclass_fields__)
         statistics = cls.from_dict(values)
         if statistics.digest != values["digest"]:
-            raise ValueError(f"{path}: the numbers do not fit the stored digest; the file was changed by hand")
+            raise UserError(f"{path}: the numbers do not fit the stored digest; the file was changed by hand")
         return statistics
 
     @classmethod
@@ -263,7 +262,7 @@ def shared_channels(actions: Sequence[str], states: Sequence[str]) -> tuple[list
     """
     columns = [(place, list(states).index(name)) for place, name in enumerate(actions) if name in states]
     if not columns:
-        raise ValueError(
+        raise UserError(
             f"action_kind 'from_state': expected action and state channels of the same names, got actions "
             f"{', '.join(actions)} and states {', '.join(states) or 'none'}; name them alike or use 'absolute'"
         )
@@ -273,11 +272,11 @@ def shared_channels(actions: Sequence[str], states: Sequence[str]) -> tuple[list
 def _checked_values(values: np.ndarray, channels: Sequence[str], what: str) -> np.ndarray:
     values = np.asarray(values, np.float64)
     if values.ndim != 2 or len(values) == 0 or values.shape[1] != len(channels):
-        raise ValueError(f"expected {what} vectors of shape (n > 0, {len(channels)}), got {values.shape}")
+        raise UserError(f"expected {what} vectors of shape (n > 0, {len(channels)}), got {values.shape}")
     bad = ~np.isfinite(values)
     if bad.any():
         row, column = np.argwhere(bad)[0]
-        raise ValueError(f"{what} vector {row} holds {values[row, column]} in channel {channels[column]!r}")
+        raise UserError(f"{what} vector {row} holds {values[row, column]} in channel {channels[column]!r}")
     return values
 
 

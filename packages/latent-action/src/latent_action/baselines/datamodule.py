@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lightning as L
 from repvitok.data.split import split_episodes
+from repvitok.errors import UserError
 
 from latent_action.baselines.frame_pairs import FrameTable, PairBatches, load_frame_table
 
@@ -34,7 +35,7 @@ class FramePairData(L.LightningDataModule):
     ) -> None:
         super().__init__()
         if batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1, got {batch_size}.")
+            raise UserError(f"batch_size: expected at least 1, got {batch_size}.")
         self.latents = latents
         self.dataset = dataset
         self.size = tuple(size)

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int, UInt8
 from repvitok.data.lerobot import LeRobotReader
 from repvitok.data.shards import LatentShards
 from repvitok.data.transforms import resize_frames, to_unit
+from repvitok.errors import UserError
 from torch import Tensor
 
 # Raw frames per latent frame (RepWAM Sec. 3.2).
@@ -69,9 +70,9 @@ def load_frame_table(latents: str | Path, dataset: str | Path, size: tuple[int, 
     shards, reader = LatentShards(latents), LeRobotReader(dataset)
     cameras, stride = shards.meta.cameras, shards.meta.stride
     if missing := sorted(set(cameras) - set(reader.camera_keys)):
-        raise ValueError(f"{dataset} has no cameras {missing}, which {latents} were made from: give that data set.")
+        raise UserError(f"{dataset} has no cameras {missing}, which {latents} were made from: give that data set.")
     if size[1] % len(cameras):
-        raise ValueError(f"size {size}: {len(cameras)} cameras side by side need a width that they divide.")
+        raise UserError(f"size {size}: {len(cameras)} cameras side by side need a width that they divide.")
     view = (size[0], size[1] // len(cameras))
     frames: list[np.ndarray] = []
     first: list[Tensor] = []
@@ -88,7 +89,7 @@ def load_frame_table(latents: str | Path, dataset: str | Path, size: tuple[int, 
         episode_of.append(torch.full((count - 1,), episode.episode_index))
         start += count
     if not frames:
-        raise ValueError(f"{latents}: no episode has two latent frames, so there is no transition to learn from.")
+        raise UserError(f"{latents}: no episode has two latent frames, so there is no transition to learn from.")
     return FrameTable(torch.from_numpy(np.concatenate(frames)), torch.cat(first), torch.cat(episode_of))
 
 

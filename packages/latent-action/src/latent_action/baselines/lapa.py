@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
+from repvitok.errors import UserError
 from repvitok.pretrained import PretrainedModel
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -59,15 +60,15 @@ class LapaConfig:
     def __post_init__(self) -> None:
         for name in ("patch", "width", "depth", "heads", "codes", "code_tokens", "code_dim"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}.")
+                raise UserError(f"{name}: expected at least 1, got {getattr(self, name)}.")
         if len(self.size) != 2 or min(self.size) < 1 or any(side % self.patch for side in self.size):
-            raise ValueError(f"size: expected (height, width), multiples of patch = {self.patch}, got {self.size}.")
+            raise UserError(f"size: expected (height, width), multiples of patch = {self.patch}, got {self.size}.")
         if self.width % self.heads:
-            raise ValueError(f"width = {self.width} must be a multiple of heads = {self.heads}.")
+            raise UserError(f"width = {self.width} must be a multiple of heads = {self.heads}.")
         if math.isqrt(self.code_tokens) ** 2 != self.code_tokens:
-            raise ValueError(f"code_tokens: expected a square number (they lie on a grid), got {self.code_tokens}.")
+            raise UserError(f"code_tokens: expected a square number (they lie on a grid), got {self.code_tokens}.")
         if min(self.grid) < math.isqrt(self.code_tokens):
-            raise ValueError(f"{self.grid} patches are too few for {self.code_tokens} code tokens: lower `patch`.")
+            raise UserError(f"{self.grid} patches are too few for {self.code_tokens} code tokens: lower `patch`.")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -87,7 +88,7 @@ class LapaConfig:
         """
         expected = {field.name for field in fields(cls)}
         if set(values) != expected:
-            raise ValueError(f"LapaConfig: expected the keys {sorted(expected)}, got {sorted(values)}.")
+            raise UserError(f"LapaConfig: expected the keys {sorted(expected)}, got {sorted(values)}.")
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**plain)
 
@@ -173,7 +174,7 @@ class LapaQuantizer(PretrainedModel):
 
     def _require_frames(self, x: Tensor, name: str) -> None:
         if x.shape[1:] != (3, *self.config.size) or not len(x):
-            raise ValueError(
+            raise UserError(
                 f"{name}: expected at least one frame (batch, 3, {self.config.size[0]}, {self.config.size[1]}), got "
                 f"{tuple(x.shape)}: resize the frames, or train with their size."
             )

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 from repvitok.checkpointing import read_checkpoint
+from repvitok.errors import UserError
 from repvitok.optim import OptimizerSettings
 from torch import Tensor, nn
 
@@ -46,7 +47,7 @@ class LapaTraining(L.LightningModule):
     ) -> None:
         super().__init__()
         if replace_every < 1 or not 0 <= replace_share <= 1:
-            raise ValueError(
+            raise UserError(
                 f"replace_every = {replace_every} must be at least 1, replace_share = {replace_share} in [0, 1]."
             )
         self.lapa = LapaQuantizer(lapa)
@@ -90,7 +91,7 @@ class LapaTraining(L.LightningModule):
         """The optimizer and its schedule."""
         total = self.trainer.max_steps
         if total < 1:
-            raise ValueError(f"trainer.max_steps must be set: the learning rate falls to its floor there; got {total}.")
+            raise UserError(f"trainer.max_steps must be set: the learning rate falls to its floor there; got {total}.")
         optimizer, schedule = self.optimizer_settings.build(self, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -113,7 +114,7 @@ def export_lapa(checkpoint: str | Path, out: str | Path) -> LapaQuantizer:
     """
     loaded = read_checkpoint(checkpoint)
     if CHECKPOINT_KEY not in loaded:
-        raise ValueError(f"{checkpoint} is no checkpoint of `latent-action lapa fit`: give that run's last.ckpt.")
+        raise UserError(f"{checkpoint} is no checkpoint of `latent-action lapa fit`: give that run's last.ckpt.")
     lapa = LapaQuantizer(LapaConfig.from_dict(loaded[CHECKPOINT_KEY]["config"]))
     state = loaded["state_dict"]
     lapa.load_state_dict({name.removeprefix(_PREFIX): v for name, v in state.items() if name.startswith(_PREFIX)})

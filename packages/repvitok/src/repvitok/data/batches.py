@@ -11,6 +11,8 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from repvitok.errors import UserError
+
 _KIND_STREAM = 9  # sets the draw of the kinds apart from the draw of the clips, which has the same seed
 
 
@@ -130,5 +132,5 @@ class ClipLoader:
             ValueError: batch size, ranks or mixture were others: the order of the data would be another.
         """
         if (mine := self.state_dict()["settings"]) != state["settings"]:
-            raise ValueError(f"the state is of batches with {state['settings']}, this loader has {mine}: use the same")
+            raise UserError(f"the state is of batches with {state['settings']}, this loader has {mine}: use the same")
         self.batches = replace(self.batches, first=int(state["batches"]))

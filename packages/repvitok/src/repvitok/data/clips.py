@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from repvitok.data.sources import BadFiles, VideoSource
 from repvitok.data.transforms import prepare_frames, resize_frames, to_unit
+from repvitok.errors import UserError
 from repvitok.progress import progress
 
 _MAX_DRAWS = 1000
@@ -78,9 +79,9 @@ class ClipDataset(Dataset[Tensor]):
         max_bad_fraction: float | int = 0.0,
     ) -> None:
         if cache not in (None, "memory"):
-            raise ValueError(f'cache must be "memory" or None, got {cache!r}')
+            raise UserError(f'cache must be "memory" or None, got {cache!r}')
         if frames < 1 or min(size) < 1:
-            raise ValueError(f"a clip needs at least one frame and pixel, got {frames} frames of {size}")
+            raise UserError(f"a clip needs at least one frame and pixel, got {frames} frames of {size}")
         self.sources, self.frames, self.seed = list(sources), frames, seed
         self.size = (int(size[0]), int(size[1]))
         self._videos = [(s, v) for s, source in enumerate(self.sources) for v in range(len(source))]
@@ -108,7 +109,7 @@ class ClipDataset(Dataset[Tensor]):
                 return self._read(position)
             except ValueError as error:
                 self._bad.count(self.sources[position.source].describe(position.video), error)
-        raise ValueError(f"clip {index}: {_MAX_DRAWS} draws met unreadable videos only; see max_bad_fraction")
+        raise UserError(f"clip {index}: {_MAX_DRAWS} draws met unreadable videos only; see max_bad_fraction")
 
     def position(self, index: int) -> ClipPosition:
         """Which frames of which video item `index` is, unless that video is unreadable."""
@@ -132,7 +133,7 @@ class ClipDataset(Dataset[Tensor]):
     def _fill_cache(self, lengths: np.ndarray, cache_bytes: int) -> None:
         needed = int(lengths.sum()) * 3 * self.size[0] * self.size[1]
         if needed > cache_bytes:
-            raise ValueError(
+            raise UserError(
                 f'cache="memory" would take {needed / 2**30:.1f} GiB, over the {cache_bytes / 2**30:.1f} GiB allowed; '
                 "set cache to None, choose a smaller size, or raise cache_bytes"
             )
@@ -151,18 +152,18 @@ class ClipDataset(Dataset[Tensor]):
         if rate_hz is None:
             return [np.full(len(self._videos), value) for value in _stride_range(stride)]
         if stride != 1:
-            raise ValueError(f"give stride or rate_hz, not both: got stride {stride} and rate_hz {rate_hz}")
+            raise UserError(f"give stride or rate_hz, not both: got stride {stride} and rate_hz {rate_hz}")
         rates = [self.sources[s].frame_rate_hz(v) for s, v in self._videos]
         known = np.array([rate or 0.0 for rate in rates])
         if self.frames > 1 and not known.all():
             s, v = self._videos[int(np.argmin(known))]
-            raise ValueError(f"{self.sources[s].describe(v)}: has no frame rate, which clips at {rate_hz} Hz need")
+            raise UserError(f"{self.sources[s].describe(v)}: has no frame rate, which clips at {rate_hz} Hz need")
         strides = [known / rate for rate in _rate_range(rate_hz)]
         return [np.where((values > 1 - 1e-3) | (self.frames == 1), values, np.inf) for values in strides]
 
     def _refuse_short(self, lengths: np.ndarray, skip_short: bool) -> None:
         if not len(lengths):
-            raise ValueError("no videos to draw clips from")
+            raise UserError("no videos to draw clips from")
         smallest = np.minimum.reduce(self._strides)
         needed = 1 + _span(self.frames, smallest)
         short = np.flatnonzero(lengths < needed)
@@ -171,7 +172,7 @@ class ClipDataset(Dataset[Tensor]):
             frames, stride = lengths[short[0]], smallest[short[0]]
             rate = self.sources[s].frame_rate_hz(v)
             pace = f"at stride {stride:g}" if np.isfinite(stride) else f"faster than its {rate:g} frames per second"
-            raise ValueError(
+            raise UserError(
                 f"{self.sources[s].describe(v)}: {frames} frames, a clip of {self.frames} frames {pace} needs "
                 f"{needed[short[0]]:g} ({len(short)} of {len(lengths)} videos are too short); use shorter clips or "
                 "skip_short=True"
@@ -181,7 +182,7 @@ class ClipDataset(Dataset[Tensor]):
         spans = _span(self.frames, strides)
         ends = np.cumsum(np.maximum(lengths - spans, 0)).astype(np.int64)
         if ends[-1] == 0:
-            raise ValueError(
+            raise UserError(
                 f"no video is long enough for {self.frames} frames at stride {strides.min():g}: that needs "
                 f"{spans.min() + 1:g} frames, the longest has {lengths.max()}"
             )
@@ -196,7 +197,7 @@ def _span(frames: int, strides: np.ndarray) -> np.ndarray:
 def _stride_range(stride: int | tuple[int, int]) -> list[int]:
     low, high = (stride, stride) if isinstance(stride, int) else stride
     if not 1 <= low <= high:
-        raise ValueError(f"stride must be 1 or more, or (lowest, highest), got {stride}")
+        raise UserError(f"stride must be 1 or more, or (lowest, highest), got {stride}")
     return list(range(low, high + 1))
 
 
@@ -204,7 +205,7 @@ def _rate_range(rate_hz: float | int | tuple[float | int, float | int]) -> list[
     """The rates a clip's may be, highest first, as strides go lowest first."""
     low, high = rate_hz if isinstance(rate_hz, tuple | list) else (rate_hz, rate_hz)
     if not 0 < low <= high:
-        raise ValueError(f"rate_hz must be positive, or (lowest, highest), got {rate_hz}")
+        raise UserError(f"rate_hz must be positive, or (lowest, highest), got {rate_hz}")
     return np.linspace(high, low, _RATES).tolist() if low < high else [float(low)]
 
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from repvitok.data.batches import ClipMixture, GivenBatches, MixtureBatches, StepBatches
 from repvitok.data.clips import ClipDataset
 from repvitok.data.folders import FolderKind, FolderSplit, split_folder
+from repvitok.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,12 @@ class ClipDataModule(LightningDataModule):
         """
         super().__init__()
         if not folders:
-            raise ValueError("expected at least one folder of data (data.folders), got none")
+            raise UserError("expected at least one folder of data (data.folders), got none")
         for name, value in (("batch_size", batch_size), ("val_clips", val_clips), ("frames", frames)):
             if value < 1:
-                raise ValueError(f"expected {name} of 1 or more, got {value}")
+                raise UserError(f"expected {name} of 1 or more, got {value}")
         if any(k.weight <= 0 for k in mixture or ()):
-            raise ValueError(f"expected weights above 0 in data.mixture, got {[k.weight for k in mixture or ()]}")
+            raise UserError(f"expected weights above 0 in data.mixture, got {[k.weight for k in mixture or ()]}")
         self.folders = folders
         self.kind: FolderKind = kind
         self.cameras = cameras
@@ -153,7 +154,7 @@ class ClipDataModule(LightningDataModule):
             return []
         rank, world_size = self._rank()
         if self.val_clips < world_size:
-            raise ValueError(
+            raise UserError(
                 f"expected data.val_clips of at least one clip for each of {world_size} processes, got {self.val_clips}"
             )
         mine = list(range(rank, self.val_clips, world_size))
@@ -185,7 +186,7 @@ class ClipDataModule(LightningDataModule):
         mine = self.state_dict()
         for name in ("batch_size", "seed", "mixture"):
             if state_dict.get(name, []) != mine[name]:
-                raise ValueError(
+                raise UserError(
                     f"the checkpoint was trained with data.{name} = {state_dict.get(name)}, got {mine[name]}: use "
                     "the same to resume, or start a new run from its exported weights (model.init_from)"
                 )
@@ -210,7 +211,7 @@ class ClipDataModule(LightningDataModule):
     def _refuse_unused_images(self, splits: list[FolderSplit], frames: list[int]) -> None:
         unused = [split.folder for split in splits if not any(split.serves(count) for count in frames)]
         if unused:
-            raise ValueError(
+            raise UserError(
                 f"{', '.join(unused)}: images, and no kind of clips has one frame; set data.frames to 1, or add a kind "
                 "with frames 1 to data.mixture"
             )

@@ -13,6 +13,7 @@ from repvitok.data.folders import folder_kind, open_videos
 from repvitok.data.lerobot import LeRobotReader
 from repvitok.data.lerobot_format import EpisodeInfo
 from repvitok.data.sources import VideoSource
+from repvitok.errors import UserError
 
 CAMERA = "video"
 
@@ -33,7 +34,7 @@ class VideoEpisodes:
         rates = {source.frame_rate_hz(video) or 1.0: source.describe(video) for video in range(len(source))}
         if len(rates) > 1:
             (one, first), (two, second) = list(rates.items())[:2]
-            raise ValueError(
+            raise UserError(
                 f"{first} has {one:g} frames per second, {second} {two:g}; latents of one folder have one rate: encode "
                 "them apart"
             )
@@ -49,12 +50,12 @@ class VideoEpisodes:
     def frames(self, episode: int, camera: str, frames: Sequence[int] | None = None) -> UInt8[np.ndarray, "n h w 3"]:
         """Frames of one video."""
         if camera != CAMERA:
-            raise ValueError(f"{self.root}: no camera {camera!r}; there is {CAMERA!r}")
+            raise UserError(f"{self.root}: no camera {camera!r}; there is {CAMERA!r}")
         return self._source.read(episode, frames)
 
     def channel_names(self, key: str) -> tuple[str, ...]:
         """There are no channels."""
-        raise ValueError(f"{self.root}: no feature {key!r}; these are videos without states and actions")
+        raise UserError(f"{self.root}: no feature {key!r}; these are videos without states and actions")
 
 
 def open_episodes(data: str, cache_folder: str | None = None) -> LeRobotReader | VideoEpisodes:

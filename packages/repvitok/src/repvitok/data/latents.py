@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from repvitok.errors import UserError
+
 
 @dataclass(frozen=True)
 class EpisodeInfo:
@@ -65,9 +67,9 @@ class LatentEpisode:
 
     def __post_init__(self) -> None:
         if not self.key or "." in self.key or "/" in self.key:
-            raise ValueError(f"an episode's key must be non-empty, without '.' and '/'; got {self.key!r}")
+            raise UserError(f"an episode's key must be non-empty, without '.' and '/'; got {self.key!r}")
         if self.latents.ndim != 3 or not self.latents.shape[0]:
-            raise ValueError(f"{self.key}: expected latents (frames, tokens, d), got {self.latents.shape}")
+            raise UserError(f"{self.key}: expected latents (frames, tokens, d), got {self.latents.shape}")
         frames = self.latents.shape[0]
         for name, length, ndim in (
             ("state", frames, 2),
@@ -76,7 +78,7 @@ class LatentEpisode:
         ):
             array = getattr(self, name)
             if array is not None and (array.ndim != ndim or array.shape[0] != length):
-                raise ValueError(
+                raise UserError(
                     f"{self.key}: {frames} latent frames need {name} with {ndim} axes, the first of {length}; "
                     f"got shape {array.shape}"
                 )
@@ -126,12 +128,12 @@ class LatentMeta:
             value = default(self.latent_dim) if value is None else value
             object.__setattr__(self, name, np.asarray(value, dtype=np.float32))
             if getattr(self, name).shape != (self.latent_dim,):
-                raise ValueError(f"{name} must have shape ({self.latent_dim},), got {getattr(self, name).shape}")
+                raise UserError(f"{name} must have shape ({self.latent_dim},), got {getattr(self, name).shape}")
         for name in ("latent_action_mean", "latent_action_std"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=np.float32))
         if len(self.grid) != 3 or min(self.grid) < 1 or self.grid[0] != len(self.cameras):
-            raise ValueError(f"grid must be (views, h, w) with one view per camera of {self.cameras}, got {self.grid}")
+            raise UserError(f"grid must be (views, h, w) with one view per camera of {self.cameras}, got {self.grid}")
 
     @property
     def tokens(self) -> int:
@@ -152,7 +154,7 @@ class LatentMeta:
         """The inverse of `to_dict`; strict about its keys."""
         known = {field.name for field in dataclasses.fields(cls)}
         if set(values) != known:
-            raise ValueError(
+            raise UserError(
                 f"latent meta: missing {sorted(known - set(values))}, unknown {sorted(set(values) - known)}; "
                 "were the latents written by another version of repvitok?"
             )
@@ -202,7 +204,7 @@ class ChannelStatistics:
     def mean_std(self, floor: float = 1e-6) -> tuple[np.ndarray, np.ndarray]:
         """(mean, std), both (d,) float32; std at least `floor`, so that dividing by it is safe."""
         if not self.count:
-            raise ValueError("no values were counted: there is nothing to take a mean of")
+            raise UserError("no values were counted: there is nothing to take a mean of")
         mean = self._sum / self.count
         variance = np.maximum(self._sum_of_squares / self.count - np.square(mean), 0.0)
         return mean.astype(np.float32), np.maximum(np.sqrt(variance), floor).astype(np.float32)

@@ -19,6 +19,7 @@ from repvitok.data.last_used import LastUsed
 from repvitok.data.lerobot_format import EpisodeInfo, flat_names
 from repvitok.data.lerobot_pictures import PictureColumn
 from repvitok.data.video import VideoFile
+from repvitok.errors import UserError
 
 __all__ = ["EpisodeInfo", "LeRobotReader"]
 
@@ -75,7 +76,7 @@ class LeRobotReader(Sequence[dict[str, Any]]):
     def channel_names(self, key: str) -> tuple[str, ...]:
         """One name per channel of a column: info.json's, or `<key>_<i>` where it names none or another number."""
         if key not in self.features:
-            raise ValueError(f"{self.root}: no feature {key!r}; there are {sorted(self.features)}")
+            raise UserError(f"{self.root}: no feature {key!r}; there are {sorted(self.features)}")
         size = int(np.prod(self.features[key]["shape"]))
         names = flat_names(self.features[key].get("names"))
         return names if len(names) == size else tuple(f"{key}_{channel}" for channel in range(size))
@@ -125,7 +126,7 @@ class LeRobotReader(Sequence[dict[str, Any]]):
         length = self._episode_info(episode).length
         wanted = range(length) if frames is None else [int(frame) for frame in frames]
         if len(wanted) and not 0 <= min(wanted) <= max(wanted) < length:
-            raise ValueError(
+            raise UserError(
                 f"{self.root}: episode {episode} has frames 0..{length - 1}, asked for {min(wanted)}..{max(wanted)}"
             )
         self._require_camera(camera)
@@ -145,7 +146,7 @@ class LeRobotReader(Sequence[dict[str, Any]]):
 
     def _require_camera(self, camera: str) -> None:
         if camera not in self.camera_keys:
-            raise ValueError(f"{self.root}: no camera {camera!r}; there are {self.camera_keys}")
+            raise UserError(f"{self.root}: no camera {camera!r}; there are {self.camera_keys}")
 
     def _rows(self, index: int) -> tuple[Columns, int, int]:
         """The columns of the table that holds an episode, its first row there and the row behind its last."""
@@ -155,7 +156,7 @@ class LeRobotReader(Sequence[dict[str, Any]]):
         number = columns["episode_index"]
         first, last = (int(np.searchsorted(number, index, side)) for side in ("left", "right"))
         if last - first != info.length:
-            raise ValueError(f"{path}: expected {info.length} rows for episode {index}, found {last - first}")
+            raise UserError(f"{path}: expected {info.length} rows for episode {index}, found {last - first}")
         return columns, first, last
 
     def _picture_column(self, episode: int, camera: str) -> PictureColumn:
@@ -165,12 +166,12 @@ class LeRobotReader(Sequence[dict[str, Any]]):
     def _read_pictures(self, path: Path, camera: str) -> PictureColumn:
         table = _read_parquet(path, lambda name: name == camera)
         if not table.column_names:
-            raise ValueError(f"{path}: columns {[camera]} are missing, though info.json lists them")
+            raise UserError(f"{path}: columns {[camera]} are missing, though info.json lists them")
         return PictureColumn(table[camera], self.root, f"{path}, {camera}")
 
     def _episode_info(self, index: int) -> EpisodeInfo:
         if index not in self._by_index:
-            raise ValueError(f"{self.root}: no episode {index}; there are {len(self._by_index)} episodes")
+            raise UserError(f"{self.root}: no episode {index}; there are {len(self._by_index)} episodes")
         return self._by_index[index]
 
     def _read_columns(self, path: Path) -> Columns:
@@ -178,7 +179,7 @@ class LeRobotReader(Sequence[dict[str, Any]]):
         table = _read_parquet(path, wanted.__contains__)
         missing = [key for key in wanted if key not in table.column_names]
         if missing:
-            raise ValueError(f"{path}: columns {missing} are missing, though info.json lists them")
+            raise UserError(f"{path}: columns {missing} are missing, though info.json lists them")
         return {key: _to_numpy(table[key], self.features[key], path, key) for key in wanted}
 
 
@@ -252,7 +253,7 @@ def _layout(root: Path, info: Mapping[str, Any]) -> _Layout:
         return _FilePerEpisode(root, info)
     if version.startswith("v3."):
         return _FilesOfManyEpisodes(root, info)
-    raise ValueError(f"{root}: LeRobot format {version} is not supported; expected v2.0, v2.1 or v3.0")
+    raise UserError(f"{root}: LeRobot format {version} is not supported; expected v2.0, v2.1 or v3.0")
 
 
 def _read_info(root: Path) -> dict[str, Any]:
@@ -260,14 +261,14 @@ def _read_info(root: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{root}: no such folder; expected a LeRobot data set")
     path = root / "meta/info.json"
     if not path.is_file():
-        raise ValueError(f"{root} is not a LeRobot data set: it has no meta/info.json")
+        raise UserError(f"{root} is not a LeRobot data set: it has no meta/info.json")
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
         missing = [key for key in ("codebase_version", "fps", "features", "data_path") if key not in info]
     except (json.JSONDecodeError, TypeError) as error:
-        raise ValueError(f"{path}: not a JSON document ({error})") from error
+        raise UserError(f"{path}: not a JSON document ({error})") from error
     if missing:
-        raise ValueError(f"{path}: {missing} missing; is this a LeRobot v2.1 or v3.0 data set?")
+        raise UserError(f"{path}: {missing} missing; is this a LeRobot v2.1 or v3.0 data set?")
     return info
 
 
@@ -297,7 +298,7 @@ def _read_parquet(path: Path, wanted: Callable[[str], bool] = bool) -> pa.Table:
         file = pq.ParquetFile(path)
         return file.read(columns=[name for name in file.schema_arrow.names if wanted(name)])
     except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path}: not a readable parquet file ({error}); is it truncated?") from error
+        raise UserError(f"{path}: not a readable parquet file ({error}); is it truncated?") from error
 
 
 def _to_numpy(column: pa.ChunkedArray, feature: Mapping[str, Any], path: Path, key: str) -> np.ndarray:
@@ -310,5 +311,5 @@ def _to_numpy(column: pa.ChunkedArray, feature: Mapping[str, Any], path: Path, k
     if not nested:
         return flat if feature["dtype"] == "string" else flat.astype(feature["dtype"], copy=False)
     if flat.size != rows * int(np.prod(feature["shape"])):
-        raise ValueError(f"{path}: column {key!r} should hold {feature['shape']} numbers a row in {rows} rows")
+        raise UserError(f"{path}: column {key!r} should hold {feature['shape']} numbers a row in {rows} rows")
     return flat.astype(feature["dtype"], copy=False).reshape(rows, *feature["shape"])

@@ -23,6 +23,7 @@ from repvitok.data.lerobot_format import (
 )
 from repvitok.data.lerobot_stats import Statistics, column_statistics, pooled_statistics
 from repvitok.data.video import concatenate_videos
+from repvitok.errors import UserError
 
 Record = dict[str, Any]
 
@@ -57,7 +58,7 @@ class DataSetOnDisk:
     def refuse_if_joined(self) -> None:
         """v3.0 episodes share files once joined; adding to them is another tool's job."""
         if self.version == "v3.0" and self.info:
-            raise ValueError(f"{self.root} is a finished v3.0 data set; write new episodes to another folder")
+            raise UserError(f"{self.root} is a finished v3.0 data set; write new episodes to another folder")
 
     def has_episode(self, index: int) -> bool:
         """Whether an episode is completely written, joined or not."""
@@ -72,14 +73,14 @@ class DataSetOnDisk:
         """
         found = {record["episode_index"]: record for record in [*self._finished_records(), *self._pending_records()]}
         if not found:
-            raise ValueError(f"{self.root}: no complete episode to make a data set of")
+            raise UserError(f"{self.root}: no complete episode to make a data set of")
         missing = sorted(set(range(max(found) + 1)) - set(found))
         if missing:
-            raise ValueError(f"{self.root}: episodes {missing[:10]} are missing; write them before finalizing")
+            raise UserError(f"{self.root}: episodes {missing[:10]} are missing; write them before finalizing")
         ordered = [found[index] for index in sorted(found)]
         for record in ordered:
             if record["features"] != ordered[0]["features"]:
-                raise ValueError(
+                raise UserError(
                     f"{self.root}: episode {record['episode_index']} has other columns or camera sizes than episode 0"
                 )
         return ordered

@@ -8,6 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from repvitok.errors import UserError
+
 CHUNK_EPISODES = 1000
 DATA_FILE_MB, VIDEO_FILE_MB = 100, 200
 
@@ -96,7 +98,7 @@ def arrow_type(feature: Mapping[str, Any]) -> pa.DataType:
     names = {"float32": pa.float32(), "float64": pa.float64(), "int64": pa.int64(), "int32": pa.int32()}
     names |= {"uint8": pa.uint8(), "bool": pa.bool_()}
     if feature["dtype"] not in names:
-        raise ValueError(f"a column's dtype must be one of {sorted(names)}, got {feature['dtype']!r}")
+        raise UserError(f"a column's dtype must be one of {sorted(names)}, got {feature['dtype']!r}")
     kind = names[feature["dtype"]]
     if list(feature["shape"]) == [1]:
         return kind

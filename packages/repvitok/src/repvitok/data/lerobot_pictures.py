@@ -12,6 +12,8 @@ import pyarrow as pa
 from jaxtyping import UInt8
 from PIL import Image
 
+from repvitok.errors import UserError
+
 __all__ = ["PictureColumn"]
 
 
@@ -32,7 +34,7 @@ class PictureColumn:
 
     def __init__(self, values: pa.ChunkedArray, root: Path, source: str) -> None:
         if not (pa.types.is_struct(values.type) and values.type.get_field_index("bytes") >= 0):
-            raise ValueError(f"{source}: expected pictures as structs of bytes and path, got {values.type}")
+            raise UserError(f"{source}: expected pictures as structs of bytes and path, got {values.type}")
         self._values, self._root, self._source = values, root, source
 
     def read(self, rows: Sequence[int]) -> UInt8[np.ndarray, "n h w 3"]:
@@ -44,7 +46,7 @@ class PictureColumn:
         pictures = [self._decode(row) for row in rows]
         sizes = sorted({picture.shape[:2] for picture in pictures})
         if len(sizes) > 1:
-            raise ValueError(f"{self._source}: pictures of different sizes, {sizes}")
+            raise UserError(f"{self._source}: pictures of different sizes, {sizes}")
         return np.stack(pictures) if pictures else np.zeros((0, *self._first_size(), 3), np.uint8)
 
     def _first_size(self) -> tuple[int, int]:
@@ -59,14 +61,14 @@ class PictureColumn:
             elif stored.get("path"):
                 file = self._beneath_root(stored["path"])
             else:
-                raise ValueError("neither bytes nor a path")
+                raise UserError("neither bytes nor a path")
             with Image.open(file) as picture:
                 return np.asarray(picture.convert("RGB"))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{self._source}, row {row}: not a readable picture ({error})") from error
+            raise UserError(f"{self._source}, row {row}: not a readable picture ({error})") from error
 
     def _beneath_root(self, path: str) -> Path:
         file = (self._root / path).resolve()
         if not file.is_relative_to(self._root.resolve()):
-            raise ValueError(f"{path} lies outside the data set")
+            raise UserError(f"{path} lies outside the data set")
         return file

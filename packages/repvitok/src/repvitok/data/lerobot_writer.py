@@ -27,6 +27,7 @@ from repvitok.data.lerobot_format import (
 )
 from repvitok.data.lerobot_stats import image_statistics
 from repvitok.data.video import write_video
+from repvitok.errors import UserError
 
 
 class LeRobotWriter:
@@ -62,9 +63,9 @@ class LeRobotWriter:
         pix_fmt: str = "yuv420p",
     ) -> None:
         if version not in DATA_PATH:
-            raise ValueError(f"version must be one of {sorted(DATA_PATH)}, got {version!r}")
+            raise UserError(f"version must be one of {sorted(DATA_PATH)}, got {version!r}")
         if fps <= 0:
-            raise ValueError(f"fps must be positive, got {fps}")
+            raise UserError(f"fps must be positive, got {fps}")
         self.root, self.version, self.robot_type = Path(root), version, robot_type
         self.fps = int(fps) if float(fps).is_integer() else float(fps)  # info.json says 30, not 30.0
         self._video = {"crf": crf, "gop": gop, "pix_fmt": pix_fmt}
@@ -106,7 +107,7 @@ class LeRobotWriter:
         length = self._check_lengths(index, frames, columns)
         taken = sorted(key for key in metadata or {} if key in RESERVED_EPISODE_KEYS or "/" in key)
         if taken:
-            raise ValueError(f"metadata {taken}: these names belong to the format, or hold a '/'; choose others")
+            raise UserError(f"metadata {taken}: these names belong to the format, or hold a '/'; choose others")
         features = {**self._numbers, **_extra_features(extra or {})}
         for key, pixels in frames.items():
             write_video(self._files.video_path(index, key), pixels, self.fps, **self._video)
@@ -156,28 +157,28 @@ class LeRobotWriter:
         for key, values in (("observation.state", state), ("action", action)):
             if (values is not None) != (key in self._numbers):
                 named = "names its channels" if key in self._numbers else "has no channels of it"
-                raise ValueError(f"{key}: the data set {named}, but add_episode got {type(values).__name__}")
+                raise UserError(f"{key}: the data set {named}, but add_episode got {type(values).__name__}")
             if values is not None:
                 columns[key] = np.asarray(values, dtype=np.float32)
                 expected = tuple(self._numbers[key]["shape"])
                 if columns[key].shape[1:] != expected:
-                    raise ValueError(f"{key}: expected (T, {expected[0]}), got {columns[key].shape}")
+                    raise UserError(f"{key}: expected (T, {expected[0]}), got {columns[key].shape}")
         taken = sorted({*columns, *self._cameras, *INDEX_FEATURES, "task"} & set(extra))
         if taken:
-            raise ValueError(f"extra columns {taken} have names that the format itself uses")
+            raise UserError(f"extra columns {taken} have names that the format itself uses")
         return columns | {key: np.asarray(values) for key, values in extra.items()}
 
     def _check_lengths(self, index: int, frames: Mapping[str, np.ndarray], columns: Mapping[str, np.ndarray]) -> int:
         if index < 0:
-            raise ValueError(f"an episode's number must be 0 or more, got {index}")
+            raise UserError(f"an episode's number must be 0 or more, got {index}")
         if set(frames) != set(self._cameras):
-            raise ValueError(f"episode {index}: expected cameras {sorted(self._cameras)}, got {sorted(frames)}")
+            raise UserError(f"episode {index}: expected cameras {sorted(self._cameras)}, got {sorted(frames)}")
         for key, pixels in frames.items():
             if pixels.shape[1:] != (*self._cameras[key], 3):
-                raise ValueError(f"episode {index}: {key} must be (T, {self._cameras[key]}, 3), got {pixels.shape}")
+                raise UserError(f"episode {index}: {key} must be (T, {self._cameras[key]}, 3), got {pixels.shape}")
         lengths = {key: len(values) for key, values in {**frames, **columns}.items()}
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
-            raise ValueError(f"episode {index}: all columns and cameras need one length above 0, got {lengths}")
+            raise UserError(f"episode {index}: all columns and cameras need one length above 0, got {lengths}")
         return next(iter(lengths.values()))
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from repvitok.data.atomic import partial_path, replace_durably, write_json_atomic
 from repvitok.data.last_used import LastUsed
 from repvitok.data.latents import ChannelStatistics, EpisodeInfo, LatentEpisode, LatentMeta
+from repvitok.errors import UserError
 
 __all__ = [
     "ChannelStatistics",
@@ -67,7 +68,7 @@ class LatentShardWriter:
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
         if dtype not in ("float32", "float16"):
-            raise ValueError(f'dtype must be "float32" or "float16", got {dtype!r}')
+            raise UserError(f'dtype must be "float32" or "float16", got {dtype!r}')
         self.root, self.meta = Path(root), meta
         self._measure, self._shard_bytes, self._dtype = measure, shard_bytes, np.dtype(dtype)
         self._provenance = dict(provenance or {})
@@ -77,7 +78,7 @@ class LatentShardWriter:
         self._keys: set[str] = set()
         self._closed = False
         if (self.root / "meta.json").exists():
-            raise ValueError(
+            raise UserError(
                 f"{self.root} already holds finished latents (meta.json); remove it or choose another folder"
             )
         self.root.mkdir(parents=True, exist_ok=True)
@@ -104,7 +105,7 @@ class LatentShardWriter:
         if self._open:
             self._finish_shard()
         if not self._keys:
-            raise ValueError(f"{self.root}: no episode was added; a folder of latents holds at least one")
+            raise UserError(f"{self.root}: no episode was added; a folder of latents holds at least one")
         changes: dict[str, Any] = {}
         if self._measure:
             changes["mean"], changes["std"] = self._statistics.mean_std()
@@ -133,14 +134,14 @@ class LatentShardWriter:
     def _check(self, episode: LatentEpisode) -> None:
         expected = (self.meta.tokens, self.meta.latent_dim)
         if episode.latents.shape[1:] != expected:
-            raise ValueError(
+            raise UserError(
                 f"{episode.key}: expected latents (frames, {expected[0]}, {expected[1]}) for grid {self.meta.grid}, "
                 f"got {episode.latents.shape}"
             )
         if not np.isfinite(episode.latents).all():
-            raise ValueError(f"{episode.key}: some latents are not finite numbers; did the tokenizer diverge?")
+            raise UserError(f"{episode.key}: some latents are not finite numbers; did the tokenizer diverge?")
         if episode.key in self._keys:
-            raise ValueError(f"{episode.key}: an episode with this key was already written to {self.root}")
+            raise UserError(f"{episode.key}: an episode with this key was already written to {self.root}")
         self._keys.add(episode.key)
 
     def _start_shard(self) -> tuple[tarfile.TarFile, Path, list[EpisodeInfo]]:
@@ -177,7 +178,7 @@ class LatentShards(Sequence[LatentEpisode]):
         document = _read_document(self.root)
         self.meta = LatentMeta.from_dict(document["meta"])
         if expect_digest is not None and expect_digest != self.meta.tokenizer_digest:
-            raise ValueError(
+            raise UserError(
                 f"{self.root}: these latents were made by tokenizer {self.meta.tokenizer_digest[:16]}, expected "
                 f"{expect_digest[:16]}; encode the data set again with the tokenizer in use, or load the other one"
             )
@@ -210,7 +211,7 @@ class LatentShards(Sequence[LatentEpisode]):
     def statistics(self) -> ChannelStatistics:
         """The sums behind mean and std; ValueError where they were not stored."""
         if self._sums is None:
-            raise ValueError(f"{self.root}: meta.json has no sums of its latents; encode the data set again")
+            raise UserError(f"{self.root}: meta.json has no sums of its latents; encode the data set again")
         return ChannelStatistics.from_dict(self._sums)
 
     def __len__(self) -> int:
@@ -252,14 +253,14 @@ class LatentShards(Sequence[LatentEpisode]):
         """Compares every shard's SHA-256 with meta.json; ValueError names the first that differs."""
         for shard, path in zip(self._shards, self.paths, strict=True):
             if _sha256(path) != shard["sha256"]:
-                raise ValueError(f"{path}: its SHA-256 is not the one in meta.json; the file was changed or damaged")
+                raise UserError(f"{path}: its SHA-256 is not the one in meta.json; the file was changed or damaged")
 
     def _check_shard(self, shard: dict[str, Any]) -> None:
         path = self.root / shard["name"]
         if not path.is_file():
-            raise ValueError(f"{path}: missing, though meta.json lists it; copy the whole folder or encode again")
+            raise UserError(f"{path}: missing, though meta.json lists it; copy the whole folder or encode again")
         if path.stat().st_size != shard["bytes"]:
-            raise ValueError(
+            raise UserError(
                 f"{path}: expected {shard['bytes']} bytes, found {path.stat().st_size}; the shard is truncated or "
                 "damaged: copy it again or encode again"
             )
@@ -337,16 +338,16 @@ def _read_document(root: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{root}: no such folder; expected latent shards written by `repvitok encode`")
     path = root / "meta.json"
     if (root / "meta/info.json").is_file():
-        raise ValueError(
+        raise UserError(
             f"{root} is a LeRobot data set, not its latents: make them with `repvitok encode --dataset {root} "
             "--tokenizer TOKENIZER --out LATENTS`"
         )
     if not path.is_file():
-        raise ValueError(f"{root} has no meta.json: it holds no latent shards, or encoding them never finished")
+        raise UserError(f"{root} has no meta.json: it holds no latent shards, or encoding them never finished")
     document = json.loads(path.read_text(encoding="utf-8"))
     found = (document.get("format"), document.get("format_version")) if isinstance(document, dict) else None
     if found != (FORMAT, FORMAT_VERSION):
-        raise ValueError(f"{path}: expected format {FORMAT!r} version {FORMAT_VERSION}, found {found}")
+        raise UserError(f"{path}: expected format {FORMAT!r} version {FORMAT_VERSION}, found {found}")
     return document
 
 
@@ -360,7 +361,7 @@ def _array_at(member: np.ndarray) -> np.ndarray:
     """The array of an npy member, over the member's own bytes."""
     header = io.BytesIO(member[:NPY_HEADER_BYTES].tobytes())
     if np.lib.format.read_magic(header) != (1, 0):
-        raise ValueError("expected an array in version 1.0 of the npy format; encode the data set again")
+        raise UserError("expected an array in version 1.0 of the npy format; encode the data set again")
     shape, _, dtype = np.lib.format.read_array_header_1_0(header)
     return member[header.tell() :].view(dtype).reshape(shape)
 
@@ -381,4 +382,4 @@ def _read_episode(path: Path, key: str, members: dict[str, tuple[int, int]]) -> 
             }
             return LatentEpisode(key=key, **described, **arrays)
         except (KeyError, TypeError, EOFError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: episode {key} cannot be read ({error}); encode the data set again") from error
+            raise UserError(f"{path}: episode {key} cannot be read ({error}); encode the data set again") from error

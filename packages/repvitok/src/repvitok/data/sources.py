@@ -15,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from repvitok.data.lerobot import LeRobotReader
 from repvitok.data.video import VideoFile
+from repvitok.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class LeRobotSource:
 
     def __init__(self, reader: LeRobotReader, camera: str) -> None:
         if camera not in reader.camera_keys:
-            raise ValueError(f"{reader.root}: no camera {camera!r}; there are {reader.camera_keys}")
+            raise UserError(f"{reader.root}: no camera {camera!r}; there are {reader.camera_keys}")
         self.reader, self.camera = reader, camera
 
     def __len__(self) -> int:
@@ -94,7 +95,7 @@ class VideoFolder:
             except ValueError as error:
                 bad.count(str(path), error)
         if not self._videos:
-            raise ValueError(f"{root}: none of its {len(paths)} video files can be read")
+            raise UserError(f"{root}: none of its {len(paths)} video files can be read")
 
     def __len__(self) -> int:
         return len(self._videos)
@@ -140,7 +141,7 @@ class SelectedVideos:
     def __init__(self, source: VideoSource, videos: Sequence[int]) -> None:
         outside = [video for video in videos if not 0 <= video < len(source)]
         if outside or not len(videos):
-            raise ValueError(f"select at least one of videos 0..{len(source) - 1}, got {list(videos)}")
+            raise UserError(f"select at least one of videos 0..{len(source) - 1}, got {list(videos)}")
         self._source, self._videos = source, [int(video) for video in videos]
 
     def __len__(self) -> int:
@@ -164,7 +165,7 @@ class BadFiles:
 
     def __init__(self, max_fraction: float | int, total: int) -> None:
         if not 0 <= max_fraction < 1:
-            raise ValueError(f"max_bad_fraction must be in [0, 1), got {max_fraction}")
+            raise UserError(f"max_bad_fraction must be in [0, 1), got {max_fraction}")
         self._allowed, self._total = int(max_fraction * total), total
         self._names: set[str] = set()
 
@@ -173,7 +174,7 @@ class BadFiles:
         self._names.add(name)
         if len(self._names) > self._allowed:
             bound = f"{len(self._names)} of {self._total} files cannot be read, {self._allowed} may"
-            raise ValueError(f"{error} ({bound}: see max_bad_fraction)") from error
+            raise UserError(f"{error} ({bound}: see max_bad_fraction)") from error
         log.warning("left out: %s", error)
 
 
@@ -184,12 +185,12 @@ def read_image(file: Path | io.BytesIO, frames: Sequence[int] | None, name: str)
         ValueError: not a readable image, or a frame other than 0 was asked for.
     """
     if frames is not None and any(frame != 0 for frame in frames):
-        raise ValueError(f"{name}: an image has frame 0 only, asked for {list(frames)}")
+        raise UserError(f"{name}: an image has frame 0 only, asked for {list(frames)}")
     try:
         with Image.open(file) as image:
             pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except (UnidentifiedImageError, OSError, SyntaxError) as error:  # SyntaxError: Pillow's word for a broken PNG
-        raise ValueError(f"{name}: not a readable image ({error})") from error
+        raise UserError(f"{name}: not a readable image ({error})") from error
     return np.repeat(pixels[None], 1 if frames is None else len(frames), axis=0)
 
 
@@ -202,11 +203,11 @@ def lerobot_sources(
     """One source per camera (None: every camera) of a LeRobot data set, over all or some of its episodes."""
     reader = root if isinstance(root, LeRobotReader) else LeRobotReader(root)
     if not reader.camera_keys:
-        raise ValueError(f"{reader.root}: the data set has no camera")
+        raise UserError(f"{reader.root}: the data set has no camera")
     sources: list[VideoSource] = [LeRobotSource(reader, camera) for camera in cameras or reader.camera_keys]
     if isinstance(episodes, str):
         if episodes != "all":
-            raise ValueError(f'episodes must be "all" or a list of numbers, got {episodes!r}')
+            raise UserError(f'episodes must be "all" or a list of numbers, got {episodes!r}')
         return sources
     return [SelectedVideos(source, episodes) for source in sources]
 
@@ -217,5 +218,5 @@ def _files(root: Path, suffixes: frozenset[str], what: str) -> list[Path]:
     paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
     visible = [path for path in paths if not path.name.startswith(".")]
     if not visible:
-        raise ValueError(f"{root}: no {what} in this folder; looked for {', '.join(sorted(suffixes))}")
+        raise UserError(f"{root}: no {what} in this folder; looked for {', '.join(sorted(suffixes))}")
     return visible

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from repvitok.errors import UserError
+
 _SPLIT_SEED = 2606
 
 
@@ -25,10 +27,10 @@ def split_episodes(episodes: Iterable[int], held_out: float | Sequence[int]) -> 
     distinct = sorted(set(episodes))
     chosen = set(held_out) if isinstance(held_out, Sequence) else _choose(distinct, held_out)
     if outside := sorted(chosen - set(distinct)):
-        raise ValueError(f"held-out episodes {outside} do not exist: there are {_told(distinct)}")
+        raise UserError(f"held-out episodes {outside} do not exist: there are {_told(distinct)}")
     train = [index for index in distinct if index not in chosen]
     if not train:
-        raise ValueError(
+        raise UserError(
             f"holding out {len(chosen)} of {len(distinct)} episodes leaves none to train on; add episodes or hold out "
             "fewer"
         )
@@ -37,7 +39,7 @@ def split_episodes(episodes: Iterable[int], held_out: float | Sequence[int]) -> 
 
 def _choose(distinct: list[int], fraction: float) -> set[int]:
     if not 0 <= fraction < 1:
-        raise ValueError(f"held_out must be a fraction in [0, 1) or a list of episodes, got {fraction}")
+        raise UserError(f"held_out must be a fraction in [0, 1) or a list of episodes, got {fraction}")
     count = max(round(fraction * len(distinct)), 1) if fraction else 0
     order = np.random.default_rng((_SPLIT_SEED, len(distinct))).permutation(len(distinct))
     return {distinct[i] for i in order[:count]}

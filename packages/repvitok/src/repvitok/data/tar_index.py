@@ -13,6 +13,7 @@ from typing import Any
 
 from repvitok.data.sources import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from repvitok.data.video import VideoFile
+from repvitok.errors import UserError
 
 INDEX_VERSION = 1
 
@@ -75,7 +76,7 @@ def scan(tar: Path) -> list[TarMember]:
         with tarfile.open(tar, "r:") as file:
             found = [member for member in file if member.isfile()]
     except tarfile.ReadError as error:
-        raise ValueError(
+        raise UserError(
             f"{tar}: not a readable, uncompressed tar ({error}); is it truncated, or a .tar.gz to be unpacked?"
         ) from error
     visible = [m for m in found if Path(m.name).suffix.lower() in suffixes and not Path(m.name).name.startswith(".")]

@@ -20,6 +20,7 @@ from repvitok.data.last_used import LastUsed
 from repvitok.data.sources import BadFiles, read_image
 from repvitok.data.tar_index import TarMember, read_index, write_for_all
 from repvitok.data.video import VideoFile
+from repvitok.errors import UserError
 
 Media = Literal["auto", "videos", "images"]
 _URL = ("http://", "https://")
@@ -66,7 +67,7 @@ class TarShards:
                 bad.count(f"{shard} {member.name}", ValueError(member.problem))
         self._members: list[tuple[int, TarMember]] = [(shard, m) for shard, m in wanted if not m.problem]
         if not self._members:
-            raise ValueError(f"{shards}: no readable {self.media} in {len(self._paths)} tars")
+            raise UserError(f"{shards}: no readable {self.media} in {len(self._paths)} tars")
         self._open: LastUsed[int, VideoFile] = LastUsed(64)
 
     def __len__(self) -> int:
@@ -109,7 +110,7 @@ def expand_shards(shards: str | os.PathLike[str]) -> list[str]:
     if not text.startswith(_URL) and Path(text).is_dir():
         paths = sorted(str(path) for path in Path(text).glob("*.tar") if not path.name.startswith("."))
         if not paths:
-            raise ValueError(f"{text}: no .tar files in this folder; expected WebDataset shards")
+            raise UserError(f"{text}: no .tar files in this folder; expected WebDataset shards")
         return paths
     return list(braceexpand(text))
 
@@ -119,7 +120,7 @@ def _local(shard: str, cache: Path | None) -> Path:
     if not shard.startswith(_URL):
         return Path(shard)
     if cache is None:
-        raise ValueError(f"{shard}: shards by URL need a cache_folder for their local copies")
+        raise UserError(f"{shard}: shards by URL need a cache_folder for their local copies")
     digest = hashlib.sha256(shard.encode()).hexdigest()[:16]
     path = cache / f"{digest}-{shard.split('?')[0].rsplit('/', 1)[-1]}"
     if not path.is_file():
@@ -136,4 +137,4 @@ def _download(url: str, path: Path) -> None:
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         raise FileNotFoundError(f"{url}: could not be fetched ({error}); check the address and the network") from error
     if promised is not None and int(promised) != received:
-        raise ValueError(f"{url}: the connection ended after {received} of {promised} bytes; try again")
+        raise UserError(f"{url}: the connection ended after {received} of {promised} bytes; try again")

@@ -12,6 +12,8 @@ from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from repvitok.errors import UserError
+
 
 def resize_frames(frames: UInt8[np.ndarray, "n H W 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "n h w 3"]:
     """Resizes to size = (h, w) with an antialiased bilinear filter, rounded to uint8; each frame on its own.
@@ -23,9 +25,9 @@ def resize_frames(frames: UInt8[np.ndarray, "n H W 3"], size: tuple[int, int]) -
         ValueError: `frames` is no (n, H, W, 3) uint8, or a size is not positive.
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
-        raise ValueError(f"expected frames (n, H, W, 3) uint8, got {frames.shape} {frames.dtype}")
+        raise UserError(f"expected frames (n, H, W, 3) uint8, got {frames.shape} {frames.dtype}")
     if min(size) < 1:
-        raise ValueError(f"size must be (height, width), both positive, got {size}")
+        raise UserError(f"size must be (height, width), both positive, got {size}")
     if frames.shape[1:3] == tuple(size) or not len(frames):
         return frames if len(frames) else np.empty((0, *size, 3), dtype=np.uint8)
     pixels = rearrange(_as_tensor(frames), "n h w rgb -> n rgb h w")

@@ -19,6 +19,7 @@ from av.video.stream import VideoStream
 from jaxtyping import UInt8
 
 from repvitok.data.atomic import partial_path, replace_durably
+from repvitok.errors import UserError
 
 
 class VideoFile:
@@ -88,7 +89,7 @@ class VideoFile:
         tolerance_s = 0.5 / self.fps if tolerance_s is None else tolerance_s
         index = int(np.abs(self.times_s - time_s).argmin())
         if abs(self.times_s[index] - time_s) > tolerance_s:
-            raise ValueError(
+            raise UserError(
                 f"{self.name}: no frame within {tolerance_s:.4f} s of {time_s:.4f} s; the nearest is frame {index} "
                 f"at {self.times_s[index]:.4f} s of {len(self)} frames"
             )
@@ -107,14 +108,14 @@ class VideoFile:
         """
         wanted = range(len(self)) if frames is None else [int(frame) for frame in frames]
         if len(wanted) and not 0 <= min(wanted) <= max(wanted) < len(self):
-            raise ValueError(
+            raise UserError(
                 f"{self.name}: asked for frames {min(wanted)}..{max(wanted)}, the file has frames 0..{len(self) - 1}"
             )
         needed = sorted(set(wanted))
         pixels = np.empty((len(needed), *self._stored_size, 3), dtype=np.uint8)
         decoded, quarter_turns = self._decode_into(pixels, needed)
         if decoded < len(needed):
-            raise ValueError(
+            raise UserError(
                 f"{self.name}: only {decoded} of {len(needed)} frames could be decoded (frame {needed[decoded]} "
                 "could not); the file is truncated or damaged"
             )
@@ -131,20 +132,20 @@ class VideoFile:
             try:
                 return self._turns_of(next(container.decode(stream)))
             except (FFmpegError, StopIteration) as error:
-                raise ValueError(f"{self.name}: its first frame cannot be decoded; the file is damaged") from error
+                raise UserError(f"{self.name}: its first frame cannot be decoded; the file is damaged") from error
 
     def _turns_of(self, frame: av.VideoFrame) -> int:
         """What the display matrix says; ValueError where the film is to be shown at another angle."""
         quarters, rest = divmod(round(frame.rotation), 90)
         if rest:
-            raise ValueError(f"{self.name}: to be shown turned by {frame.rotation} degrees; expected a multiple of 90")
+            raise UserError(f"{self.name}: to be shown turned by {frame.rotation} degrees; expected a multiple of 90")
         return quarters % 4
 
     def _refuse_truncated(self, promised: int, present: int) -> None:
         if not present:
-            raise ValueError(f"{self.name}: no video frames in this file; is it empty or truncated?")
+            raise UserError(f"{self.name}: no video frames in this file; is it empty or truncated?")
         if present < promised:
-            raise ValueError(
+            raise UserError(
                 f"{self.name}: the file is truncated: its header promises {promised} frames, {present} are there; "
                 "copy or record it again"
             )
@@ -198,10 +199,10 @@ class VideoFile:
             container = av.open(str(self.path) if self.span is None else io.BytesIO(self._member()), "r")
         except FFmpegError as error:
             reason = str(error).split("]")[-1].split(":")[0].strip()
-            raise ValueError(f"{self.name}: not a readable video ({reason}); is it truncated?") from error
+            raise UserError(f"{self.name}: not a readable video ({reason}); is it truncated?") from error
         with container:
             if not container.streams.video:
-                raise ValueError(f"{self.name}: the file has no video stream")
+                raise UserError(f"{self.name}: the file has no video stream")
             yield container, container.streams.video[0]
 
     def _member(self) -> bytes:
@@ -241,12 +242,12 @@ def write_video(
     """
     path = Path(path)
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
-        raise ValueError(f"{path}: expected at least one frame (n, H, W, 3) uint8, got {frames.shape} {frames.dtype}")
+        raise UserError(f"{path}: expected at least one frame (n, H, W, 3) uint8, got {frames.shape} {frames.dtype}")
     height, width = frames.shape[1:3]
     if pix_fmt not in PIXEL_FORMATS:
-        raise ValueError(f"{path}: pix_fmt must be one of {PIXEL_FORMATS}, got {pix_fmt!r}")
+        raise UserError(f"{path}: pix_fmt must be one of {PIXEL_FORMATS}, got {pix_fmt!r}")
     if pix_fmt == "yuv420p" and (height % 2 or width % 2):
-        raise ValueError(f"{path}: H.264 in yuv420p needs an even height and width, got {height}x{width}")
+        raise UserError(f"{path}: H.264 in yuv420p needs an even height and width, got {height}x{width}")
     path.parent.mkdir(parents=True, exist_ok=True)
     rate = Fraction(fps).limit_denominator(65535)
     with av.open(str(partial_path(path)), "w", format="mp4", options={"movflags": "faststart"}) as container:
@@ -289,7 +290,7 @@ def concatenate_videos(paths: Sequence[Path], path: Path, lengths: Sequence[int]
                     stream = output.add_stream_from_template(origin)
                 copied = _copy_packets(source, origin, output, stream, first_frame / rate)
             if copied != length:
-                raise ValueError(f"{clip}: expected {length} frames, found {copied}; write the episode again")
+                raise UserError(f"{clip}: expected {length} frames, found {copied}; write the episode again")
             first_frame += length
     replace_durably(partial_path(path), path)
 

@@ -16,6 +16,8 @@ from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
 
+from repvitok.errors import UserError
+
 
 class Rotary(NamedTuple):
     """Cosine and sine of every token's angles, one per channel pair: (n, head_dim / 2) each."""
@@ -33,7 +35,7 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
     pairs = head_dim // 2
     spatial = max(1, pairs * 3 // 8)
     if head_dim % 2 or pairs < 3:
-        raise ValueError(f"head_dim must be even and at least 6 for three rotary axes, got {head_dim}")
+        raise UserError(f"head_dim must be even and at least 6 for three rotary axes, got {head_dim}")
     return pairs - 2 * spatial, spatial, spatial
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+from repvitok.errors import UserError
 
 from repwam_core.data.encoding import EncodingSettings, LatentsOnDemand, has_latents
 from repwam_core.data.episodes import MEMORY_LIMIT_GB, EpisodeStore, SegmentBatch, SegmentSampler
@@ -135,13 +136,13 @@ class WAMDataModule(L.LightningDataModule):
             ("steps_per_epoch", steps_per_epoch),
         ):
             if value < 1:
-                raise ValueError(f"data.{name}: expected at least 1, got {value}")
+                raise UserError(f"data.{name}: expected at least 1, got {value}")
         if (latents is None) == (not data_sets):
-            raise ValueError("data: expected either data.latents or data.data_sets, got both or neither")
+            raise UserError("data: expected either data.latents or data.data_sets, got both or neither")
         if data_sets and packing is None:
-            raise ValueError("data.data_sets: several data sets are mixed in packed sequences; set data.packing")
+            raise UserError("data.data_sets: several data sets are mixed in packed sequences; set data.packing")
         if encoding is not None and encoding.lat is None and space == LATENT_SPACE:
-            raise ValueError(
+            raise UserError(
                 "data.encoding.lat: latent actions are learned, so name the latent action tokenizer's folder"
             )
         self.space, self.transitions, self.batch_size = space, transitions, batch_size

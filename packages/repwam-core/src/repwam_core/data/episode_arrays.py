@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from repvitok.data import LatentMeta, LatentShards
 from repvitok.data.split import split_episodes
+from repvitok.errors import UserError
 from torch import Tensor
 
 from repwam_core.model.config import LATENT_SPACE
@@ -105,7 +106,7 @@ class Scaling:
         if not self.state_channels or statistics is None:
             return None
         if raw is None:
-            raise ValueError(f"{self.meta.source}: expected a robot state in every episode, one has none")
+            raise UserError(f"{self.meta.source}: expected a robot state in every episode, one has none")
         scaled = torch.from_numpy(statistics.standardise(raw))
         return _placed(scaled, statistics.channels, self.state_channels, "state")
 
@@ -196,8 +197,8 @@ def read_actions(shards: LatentShards, number: int, space: str) -> np.ndarray:
     if name not in arrays:
         key = shards.keys[number]
         if space == LATENT_SPACE:
-            raise ValueError(f"{shards.root}: episode {key} has no latent actions; run `latent-action label`")
-        raise ValueError(f"{shards.root}: episode {key} has no robot actions; action space {space!r}")
+            raise UserError(f"{shards.root}: episode {key} has no latent actions; run `latent-action label`")
+        raise UserError(f"{shards.root}: episode {key} has no robot actions; action space {space!r}")
     return arrays[name]
 
 
@@ -280,7 +281,7 @@ def _placed(values: Tensor, names: Sequence[str], layout: Sequence[str], what: s
     if tuple(names) == tuple(layout):
         return values
     if missing := [name for name in names if name not in layout]:
-        raise ValueError(f"expected a layout with every {what} channel of the episodes, it lacks {missing}")
+        raise UserError(f"expected a layout with every {what} channel of the episodes, it lacks {missing}")
     placed = torch.zeros(*values.shape[:-1], len(layout))
     placed[..., [list(layout).index(name) for name in names]] = values
     return placed

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from repvitok.data import LatentMeta, LatentShards
+from repvitok.errors import UserError
 from torch import Tensor
 
 from repwam_core.data.episode_arrays import (
@@ -194,7 +195,7 @@ class SegmentSampler:
 
     def __init__(self, store: EpisodeStore, transitions: int, seed: int = 0) -> None:
         if transitions < 1:
-            raise ValueError(f"expected at least one transition per segment, got {transitions}")
+            raise UserError(f"expected at least one transition per segment, got {transitions}")
         self.store, self.transitions, self.seed = store, transitions, seed
         lengths = store.lengths[store.train_episodes]
         self._ends = np.cumsum(np.maximum(lengths + transitions - 2, 0))
@@ -222,7 +223,7 @@ def text_cache(shards: Path, text_encoder: str) -> Path:
 
 def _require(shards: LatentShards) -> None:
     if not len(shards):
-        raise ValueError(f"{shards.root}: the latent shards hold no episodes")
+        raise UserError(f"{shards.root}: the latent shards hold no episodes")
     for info in shards.infos:
         if info.frames < 2:
-            raise ValueError(f"{shards.root}: episode {info.key} has one latent frame; a transition needs two")
+            raise UserError(f"{shards.root}: episode {info.key} has one latent frame; a transition needs two")

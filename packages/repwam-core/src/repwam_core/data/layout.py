@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from repvitok.errors import UserError
 
 from repwam_core.embodiment import Embodiment
 
@@ -69,10 +70,10 @@ class DatasetLayout:
         """
         path = LAYOUTS / f"{name}.yaml" if "/" not in str(name) and not str(name).endswith(".yaml") else Path(name)
         if not path.is_file():
-            raise ValueError(f"no layout {str(name)!r}: expected a YAML file or one of {known_layouts()}")
+            raise UserError(f"no layout {str(name)!r}: expected a YAML file or one of {known_layouts()}")
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict) or set(values) != {"embodiment", "action", "state", "cameras"}:
-            raise ValueError(f"{path}: expected the keys action, cameras, embodiment, state")
+            raise UserError(f"{path}: expected the keys action, cameras, embodiment, state")
         action, state = (tuple(_part(path, part) for part in values[key]) for key in ("action", "state"))
         layout = cls(values["embodiment"], action, state, tuple(values["cameras"]))
         layout.robot(1.0)
@@ -106,13 +107,13 @@ def prepare(source: Path, out: Path, layout: DatasetLayout) -> Embodiment:
     """
     info = json.loads((source / "meta/info.json").read_text(encoding="utf-8"))
     if info.get("codebase_version") not in VERSIONS:
-        raise ValueError(f"{source}: expected a LeRobot data set {VERSIONS}, got {info.get('codebase_version')!r}")
+        raise UserError(f"{source}: expected a LeRobot data set {VERSIONS}, got {info.get('codebase_version')!r}")
     robot = layout.robot(float(info["fps"]))
     info["features"] = _features(source, info["features"], layout)
     info["robot_type"] = layout.embodiment
     if (out / "meta/info.json").is_file():
         if json.loads((out / "meta/info.json").read_text(encoding="utf-8")) != info:
-            raise ValueError(f"{out} holds data prepared otherwise; remove the folder or choose another")
+            raise UserError(f"{out} holds data prepared otherwise; remove the folder or choose another")
         return robot
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -129,12 +130,12 @@ def prepare(source: Path, out: Path, layout: DatasetLayout) -> Embodiment:
 def _part(path: Path, values: dict[str, Any]) -> Part:
     unknown = set(values) - {"column", "names", "unit", "units", "select"}
     if unknown or not {"column", "names"} <= set(values):
-        raise ValueError(f"{path}: expected a part to have column, names, unit or units, select, got {sorted(values)}")
+        raise UserError(f"{path}: expected a part to have column, names, unit or units, select, got {sorted(values)}")
     names = tuple(values["names"])
     units = tuple(values.get("units", [values.get("unit", "1")] * len(names)))
     select = values.get("select")
     if len(units) != len(names) or (select is not None and select[1] - select[0] != len(names)):
-        raise ValueError(f"{path}: {values['column']}: expected as many names as units and selected numbers")
+        raise UserError(f"{path}: {values['column']}: expected as many names as units and selected numbers")
     return Part(values["column"], names, units, None if select is None else (select[0], select[1]))
 
 
@@ -143,14 +144,14 @@ def _features(source: Path, features: dict[str, Any], layout: DatasetLayout) -> 
     missing = [camera for camera in layout.cameras if camera not in features]
     if missing:
         there = [key for key, feature in features.items() if feature["dtype"] in ("video", "image")]
-        raise ValueError(f"{source}: no cameras {missing}; there are {there}")
+        raise UserError(f"{source}: no cameras {missing}; there are {there}")
     for part in (*layout.action, *layout.state):
         if part.column not in features:
-            raise ValueError(f"{source}: no column {part.column!r}; there are {sorted(features)}")
+            raise UserError(f"{source}: no column {part.column!r}; there are {sorted(features)}")
         size = int(np.prod(features[part.column]["shape"]))
         stop = len(part.names) if part.select is None else part.select[1]
         if size < stop or (part.select is None and size != stop):
-            raise ValueError(f"{source}: {part.column} has {size} numbers, the layout expects {stop}")
+            raise UserError(f"{source}: {part.column} has {size} numbers, the layout expects {stop}")
     kept = {key: features[key] for key in layout.cameras} | {key: features[key] for key in INDICES if key in features}
     for key, parts in (("action", layout.action), ("observation.state", layout.state)):
         if parts:
@@ -174,7 +175,7 @@ def _rewrite(path: Path, out: Path, layout: DatasetLayout) -> None:
 def _numbers(table: pa.Table, part: Part, path: Path) -> np.ndarray:
     """The part's numbers, (rows, names)."""
     if part.column not in table.column_names:
-        raise ValueError(f"{path}: no column {part.column!r}, though info.json lists it")
+        raise UserError(f"{path}: no column {part.column!r}, though info.json lists it")
     rows = table[part.column].to_pylist()
     values = np.array(rows, np.float32).reshape(len(rows), -1)
     return values if part.select is None else values[:, slice(*part.select)]

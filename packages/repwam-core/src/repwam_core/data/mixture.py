@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from repvitok.data import LatentMeta, LatentShards
+from repvitok.errors import UserError
 
 from repwam_core.data.episodes import MEMORY_LIMIT_GB, EpisodeStore
 from repwam_core.embodiment import ChannelLayout, Embodiment
@@ -35,7 +36,7 @@ class DataSetSettings:
 
     def __post_init__(self) -> None:
         if not self.weight > 0:
-            raise ValueError(f"data_sets: expected a weight above 0 for {self.latents}, got {self.weight}")
+            raise UserError(f"data_sets: expected a weight above 0 for {self.latents}, got {self.weight}")
 
 
 class Mixture:
@@ -127,7 +128,7 @@ def _action_layout(settings: Sequence[DataSetSettings], metas: Sequence[LatentMe
         robots.append(Embodiment.from_names(str(entry.latents), meta.action_names, units=entry.action_units))
         for name in meta.action_names:
             if kinds.setdefault(name, entry.action_kind) != entry.action_kind:
-                raise ValueError(
+                raise UserError(
                     f"data_sets: action channel {name!r} is {entry.action_kind} in {entry.latents} and {kinds[name]} "
                     "elsewhere; rename one of them"
                 )
@@ -137,4 +138,4 @@ def _action_layout(settings: Sequence[DataSetSettings], metas: Sequence[LatentMe
 def _check_common(what: str, values: Sequence[str], shards: Sequence[LatentShards]) -> None:
     if len(set(values)) > 1:
         found = ", ".join(f"{entry.root}: {value}" for entry, value in zip(shards, values, strict=True))
-        raise ValueError(f"data_sets: expected {what} to be the same in all data sets, got {found}")
+        raise UserError(f"data_sets: expected {what} to be the same in all data sets, got {found}")

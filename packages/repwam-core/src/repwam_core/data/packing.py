@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
+from repvitok.errors import UserError
 
 PATIENCE = 4
 """A sequence is closed before a fuller one after as many others as this times the open ones."""
@@ -36,7 +37,7 @@ class PackingSettings:
     def __post_init__(self) -> None:
         for name in ("token_budget", "open_sequences", "chunk_multiple"):
             if getattr(self, name) < 1:
-                raise ValueError(f"packing.{name}: expected at least 1, got {getattr(self, name)}")
+                raise UserError(f"packing.{name}: expected at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -111,11 +112,11 @@ class Source:
 
     def __post_init__(self) -> None:
         if not len(self.episodes) or len(self.episodes) != len(self.transitions):
-            raise ValueError(
+            raise UserError(
                 f"expected episodes with their lengths, got {len(self.episodes)} and {len(self.transitions)}"
             )
         if not self.weight > 0:
-            raise ValueError(f"expected a weight above 0, got {self.weight}")
+            raise UserError(f"expected a weight above 0, got {self.weight}")
 
 
 class SequencePacker(Iterator[PackedPieces]):
@@ -135,7 +136,7 @@ class SequencePacker(Iterator[PackedPieces]):
 
     def __init__(self, sources: Sequence[Source], settings: PackingSettings, seed: int = 0) -> None:
         if not sources:
-            raise ValueError("expected at least one data set to pack, got none")
+            raise UserError("expected at least one data set to pack, got none")
         self.sources, self.settings, self.seed = tuple(sources), settings, seed
         self._longest = [self._longest_piece(number) for number in range(len(sources))]
         self._smallest = min(source.cost.of(int(source.transitions.min())) for source in sources)
@@ -180,7 +181,7 @@ class SequencePacker(Iterator[PackedPieces]):
             ValueError: the state is of other data.
         """
         if state["episodes"] != (own := [len(source.episodes) for source in self.sources]):
-            raise ValueError(f"the packing was saved with {state['episodes']} episodes per data set, these have {own}")
+            raise UserError(f"the packing was saved with {state['episodes']} episodes per data set, these have {own}")
         self._drawn, self._spent = list(state["drawn"]), list(state["spent"])
         self._open = [[Piece(*piece) for piece in pieces] for pieces in state["open"]]
         self._opened, self._closed = list(state["opened"]), int(state["closed"])
@@ -195,7 +196,7 @@ class SequencePacker(Iterator[PackedPieces]):
             return longest
         if fitting < settings.chunk_multiple:
             needed = source.cost.of(min(longest, settings.chunk_multiple))
-            raise ValueError(
+            raise UserError(
                 f"packing.token_budget: expected at least {needed} tokens for the episodes of data set {number}, got "
                 f"{settings.token_budget}"
             )

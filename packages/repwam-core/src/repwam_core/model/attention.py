@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import torch
 from jaxtyping import Bool
+from repvitok.errors import UserError
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -67,4 +68,4 @@ def make_attend(
         return DenseAttend(dense_mask(layout.streams, coupling, window).to(device))
     if backend == "flex":
         return FlexAttend.of(layout.streams, coupling, window, device)
-    raise ValueError(f"attention backend: expected one of {BACKENDS}, got {backend!r}.")
+    raise UserError(f"attention backend: expected one of {BACKENDS}, got {backend!r}.")

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
+from repvitok.errors import UserError
+
 COUPLINGS = ("joint", "sequential")
 ATTENTIONS = ("shared", "per_modality")
 LATENT_SPACE = "latent"
@@ -100,24 +102,24 @@ class WAMConfig:
         _require_choice("coupling", self.coupling, COUPLINGS)
         _require_choice("attention", self.attention, ATTENTIONS)
         if self.rope_base <= 1:
-            raise ValueError(f"rope_base: expected a number above 1, got {self.rope_base}.")
+            raise UserError(f"rope_base: expected a number above 1, got {self.rope_base}.")
         self._check_heads()
         if not self.spaces:
-            raise ValueError("spaces: expected at least one action space, got none.")
+            raise UserError("spaces: expected at least one action space, got none.")
         for name in self.spaces:
             if not name.isidentifier():
-                raise ValueError(f"spaces: expected names like 'latent' or 'metaworld', got {name!r}.")
+                raise UserError(f"spaces: expected names like 'latent' or 'metaworld', got {name!r}.")
 
     def _check_heads(self) -> None:
         if self.width % self.heads:
-            raise ValueError(f"width: expected a multiple of heads = {self.heads}, got {self.width}.")
+            raise UserError(f"width: expected a multiple of heads = {self.heads}, got {self.width}.")
         if self.head_dim % 2 or self.head_dim < 8:
-            raise ValueError(
+            raise UserError(
                 f"heads: expected an even head size width / heads of at least 8 (rotary over three axes), got "
                 f"{self.width} / {self.heads} = {self.head_dim}."
             )
         if self.action_width % self.head_dim:
-            raise ValueError(
+            raise UserError(
                 f"action_width: expected a multiple of the head size {self.head_dim} = width / heads, got "
                 f"{self.action_width}."
             )
@@ -134,7 +136,7 @@ class WAMConfig:
             ValueError: there is none.
         """
         if name not in self.spaces:
-            raise ValueError(
+            raise UserError(
                 f"expected one of the model's action spaces {sorted(self.spaces)}, got {name!r}; add it with "
                 "WorldActionModel.add_action_space."
             )
@@ -151,7 +153,7 @@ class WAMConfig:
             ValueError: another space has that name.
         """
         if self.spaces.get(name, space) != space:
-            raise ValueError(f"action space {name!r} is already {self.spaces[name]}; choose another name.")
+            raise UserError(f"action space {name!r} is already {self.spaces[name]}; choose another name.")
         return replace(self, spaces={**self.spaces, name: space})
 
     @classmethod
@@ -165,7 +167,7 @@ class WAMConfig:
             ValueError: unknown preset.
         """
         if name not in _PRESETS:
-            raise ValueError(f"preset: expected one of {sorted(_PRESETS)}, got {name!r}.")
+            raise UserError(f"preset: expected one of {sorted(_PRESETS)}, got {name!r}.")
         return cls(**{**_PRESETS[name], **changes})
 
     def to_dict(self) -> dict[str, Any]:
@@ -207,16 +209,16 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 def _require_at_least(name: str, value: int, minimum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{name}: expected an integer of at least {minimum}, got {value!r}.")
+        raise UserError(f"{name}: expected an integer of at least {minimum}, got {value!r}.")
 
 
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name}: expected one of {choices}, got {value!r}.")
+        raise UserError(f"{name}: expected one of {choices}, got {value!r}.")
 
 
 def _require_keys(what: str, expected: set[str], values: Mapping[str, Any]) -> None:
     if missing := sorted(expected - set(values)):
-        raise ValueError(f"{what}: missing {missing}. Was this file written by another version?")
+        raise UserError(f"{what}: missing {missing}. Was this file written by another version?")
     if unknown := sorted(set(values) - expected):
-        raise ValueError(f"{what}: unknown {unknown}; expected only {sorted(expected)}.")
+        raise UserError(f"{what}: unknown {unknown}; expected only {sorted(expected)}.")

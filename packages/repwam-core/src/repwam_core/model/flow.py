@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import torch
 from jaxtyping import Float
+from repvitok.errors import UserError
 from torch import Tensor
 
 
@@ -63,7 +64,7 @@ class UniformSNRSampler:
 
     def __init__(self, shift: float = 1.0) -> None:
         if shift <= 0:
-            raise ValueError(f"shift: expected a positive number, got {shift}.")
+            raise UserError(f"shift: expected a positive number, got {shift}.")
         self.shift = shift
 
     def __call__(
@@ -84,9 +85,9 @@ def time_grid(steps: int, shift: float = 1.0, device: torch.device | str | None 
         ValueError: no step, or a shift that is not positive.
     """
     if steps < 1:
-        raise ValueError(f"steps: expected at least 1, got {steps}.")
+        raise UserError(f"steps: expected at least 1, got {steps}.")
     if shift <= 0:
-        raise ValueError(f"shift: expected a positive number, got {shift}.")
+        raise UserError(f"shift: expected a positive number, got {shift}.")
     level = torch.linspace(1, 0, steps + 1, device=device)
     return 1 - shift_noise_level(level, shift)
 

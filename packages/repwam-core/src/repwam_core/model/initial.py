@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 import torch
 from jaxtyping import Float
+from repvitok.errors import UserError
 from repvitok.sharded import copy_whole
 from torch import Tensor, nn
 
@@ -66,7 +67,7 @@ def _draw(prefix: str, module: nn.Module, leaf: str) -> Draw:
         return _normal
     if leaf == "table":
         return _constant(0.0)
-    raise ValueError(f"no initial value is defined for {prefix}.{leaf} of a {type(module).__name__}")
+    raise UserError(f"no initial value is defined for {prefix}.{leaf} of a {type(module).__name__}")
 
 
 def _constant(value: float) -> Draw:

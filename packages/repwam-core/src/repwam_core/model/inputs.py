@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
+from repvitok.errors import UserError
 from torch import Tensor
 
 from repwam_core.model.config import LATENT_SPACE, WAMConfig
@@ -56,7 +57,7 @@ class WAMInputs:
         if self.states is not None:
             _require_shape("states", self.states, (b, len(layout.states), space.state_channels))
         elif len(layout.states):
-            raise ValueError(f"states: the layout holds {len(layout.states)} state tokens, but no states were given.")
+            raise UserError(f"states: the layout holds {len(layout.states)} state tokens, but no states were given.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,12 +122,12 @@ def pack(documents: Sequence[WAMInputs]) -> WAMInputs:
         ValueError: no documents, several action spaces, or only some with states.
     """
     if len({document.space for document in documents}) != 1:
-        raise ValueError(
+        raise UserError(
             f"expected documents of one action space, got {sorted({document.space for document in documents})}."
         )
     states = [document.states for document in documents if document.states is not None]
     if states and len(states) != len(documents):
-        raise ValueError(f"expected states in all {len(documents)} documents or in none, got {len(states)}.")
+        raise UserError(f"expected states in all {len(documents)} documents or in none, got {len(states)}.")
     s = max(document.text.shape[2] for document in documents)
     return WAMInputs(
         layout=concat([document.layout for document in documents]),
@@ -149,4 +150,4 @@ def _pad(values: Tensor, size: int, axis: int) -> Tensor:
 
 def _require_shape(name: str, values: Tensor, expected: tuple[int, ...]) -> None:
     if tuple(values.shape) != expected:
-        raise ValueError(f"{name}: the layout and the model expect shape {expected}, got {tuple(values.shape)}.")
+        raise UserError(f"{name}: the layout and the model expect shape {expected}, got {tuple(values.shape)}.")

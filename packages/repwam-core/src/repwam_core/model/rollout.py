@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
+from repvitok.errors import UserError
 from torch import Tensor
 
 from repwam_core.model.blocks import TextContext
@@ -87,7 +88,7 @@ class Rollout:
         run: Run | None = None,
     ) -> None:
         if chunk_frames < 1:
-            raise ValueError(f"chunk_frames: expected at least 1, got {chunk_frames}.")
+            raise UserError(f"chunk_frames: expected at least 1, got {chunk_frames}.")
         self.wam, self.space, self.grid, self.guidance = wam, space, grid, guidance
         self._run: Run = wam.run if run is None else run
         self.sizes = wam.config.space(space)
@@ -132,13 +133,13 @@ class Rollout:
         frames = latents.shape[1]
         self._check_frames(frames)
         if self.frame == 0 and frames != 1:
-            raise ValueError(f"latents: expected the first observation to be frame 0 alone, got {frames} frames.")
+            raise UserError(f"latents: expected the first observation to be frame 0 alone, got {frames} frames.")
         config = self.wam.config
         has_state, has_actions = config.has_state(self.space), config.action_history and self.frame > 0
         if has_state and states is None:
-            raise ValueError(f"states: space {self.space!r} expects a robot state with each observed frame, got none.")
+            raise UserError(f"states: space {self.space!r} expects a robot state with each observed frame, got none.")
         if has_actions and actions is None:
-            raise ValueError(f"actions: expected those executed on the way to frame {self.frame}, got none.")
+            raise UserError(f"actions: expected those executed on the way to frame {self.frame}, got none.")
         layout = history_layout(*self._place(frames), state=has_state, action_history=config.action_history)
         inputs = self._inputs(
             layout,
@@ -186,9 +187,9 @@ class Rollout:
         frames = self.chunk_frames if frames is None else frames
         self._check_frames(frames)
         if self.frame == 0:
-            raise ValueError("expected an observed first frame before planning; call observe first.")
+            raise UserError("expected an observed first frame before planning; call observe first.")
         if video not in VIDEO_MODES:
-            raise ValueError(f"video: expected one of {VIDEO_MODES}, got {video!r}.")
+            raise UserError(f"video: expected one of {VIDEO_MODES}, got {video!r}.")
         self._clear()
         latent_dim, sizes = self.wam.config.latent_dim, self.sizes
         x_video = self._noise((self.batch, frames, self.cache.tokens, latent_dim), generator, video_noise)
@@ -219,7 +220,7 @@ class Rollout:
         """
         given = video if video is not None else actions
         if given is None:
-            raise ValueError("expected the video or the actions of the chunk, got neither.")
+            raise UserError("expected the video or the actions of the chunk, got neither.")
         kind = "both" if video is not None and actions is not None else "actions" if video is None else "video"
         now = self._scratch_pass(kind, given.shape[1])
         inputs = self._inputs(now.layout, _flat(video), _flat(actions), None, (video_time, action_time))
@@ -338,12 +339,12 @@ class Rollout:
             where = self.device if generator is None else generator.device
             return torch.randn(shape, generator=generator, device=where).to(self.device)
         if tuple(given.shape) != shape:
-            raise ValueError(f"noise: expected the shape of the chunk, {shape}, got {tuple(given.shape)}.")
+            raise UserError(f"noise: expected the shape of the chunk, {shape}, got {tuple(given.shape)}.")
         return given.to(self.device)
 
     def _check_frames(self, frames: int) -> None:
         if not 1 <= frames <= self.chunk_frames:
-            raise ValueError(
+            raise UserError(
                 f"expected 1 to chunk_frames = {self.chunk_frames} latent frames, got {frames}; give Rollout a larger "
                 "chunk_frames, or observe in smaller chunks."
             )

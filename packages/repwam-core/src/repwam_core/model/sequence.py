@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from repvitok.errors import UserError
 from torch import Tensor
 
 from repwam_core.model.tokens import Modality, Spans, TokenBlock, clean_tokens, noisy_tokens, one_chunk
@@ -231,7 +232,7 @@ def training_layout(
     """
     _check_sizes(grid, vectors, chunk_sizes)
     if frames < 2 or sum(chunk_sizes) != frames - 1:
-        raise ValueError(
+        raise UserError(
             f"expected chunk sizes that sum to the {frames - 1} frames after the prefix (at least one), got "
             f"{chunk_sizes}, which sum to {sum(chunk_sizes)}."
         )
@@ -300,7 +301,7 @@ def concat(layouts: Sequence[SequenceLayout]) -> SequenceLayout:
         ValueError: no layout.
     """
     if not layouts:
-        raise ValueError("expected at least one layout to pack, got none.")
+        raise UserError("expected at least one layout to pack, got none.")
     documents = np.cumsum([0] + [layout.documents for layout in layouts])
     offsets = np.cumsum([0] + [len(layout.levels) for layout in layouts])
     moved = [
@@ -351,8 +352,8 @@ def _levels(entries: Sequence[tuple[int, Modality, bool]]) -> LevelTable:
 
 def _check_sizes(grid: tuple[int, int, int], vectors: int, chunk_sizes: tuple[int, ...]) -> None:
     if len(grid) != 3 or min(grid) < 1:
-        raise ValueError(f"grid: expected (views, rows, columns), each at least 1, got {grid}.")
+        raise UserError(f"grid: expected (views, rows, columns), each at least 1, got {grid}.")
     if vectors < 0:
-        raise ValueError(f"vectors: expected a number of action vectors per transition, got {vectors}.")
+        raise UserError(f"vectors: expected a number of action vectors per transition, got {vectors}.")
     if not chunk_sizes or min(chunk_sizes) < 1:
-        raise ValueError(f"expected chunks of at least one latent frame, got {chunk_sizes}.")
+        raise UserError(f"expected chunks of at least one latent frame, got {chunk_sizes}.")

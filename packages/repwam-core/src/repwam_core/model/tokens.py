@@ -6,6 +6,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
+from repvitok.errors import UserError
 
 
 class Modality(IntEnum):
@@ -39,7 +40,7 @@ class TokenBlock(NamedTuple):
 def one_chunk(first_frame: int, frames: int, chunk: int) -> Spans:
     """`frames` frames from `first_frame` on, all of one chunk."""
     if first_frame < 0 or chunk < 0:
-        raise ValueError(f"expected a frame and a chunk of at least 0, got {first_frame} and {chunk}.")
+        raise UserError(f"expected a frame and a chunk of at least 0, got {first_frame} and {chunk}.")
     frame = np.arange(first_frame, first_frame + frames)
     return Spans(frame, np.full(frames, chunk), np.full(frames, first_frame))
 

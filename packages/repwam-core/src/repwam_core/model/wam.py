@@ -6,6 +6,7 @@ from typing import cast
 
 import torch
 from jaxtyping import Bool, Float
+from repvitok.errors import UserError
 from repvitok.pretrained import PretrainedModel
 from torch import Tensor, nn
 
@@ -190,7 +191,7 @@ class WorldActionModel(PretrainedModel):
         """
         limit = self.config.max_views
         if layout.views > limit:
-            raise ValueError(f"expected at most max_views = {limit} cameras, got {layout.views}.")
+            raise UserError(f"expected at most max_views = {limit} cameras, got {layout.views}.")
         return plan_pass(layout, self.config.head_dim, self.config.rope_base).to(device)
 
     def run(
@@ -228,7 +229,7 @@ class WorldActionModel(PretrainedModel):
         side = space.action_in(inputs.actions) + self.action_kinds[:, :1] + space.slots[:, plan.vector]
         if inputs.states is not None:
             if space.state_in is None:
-                raise ValueError(
+                raise UserError(
                     f"the layout holds state tokens, but space {inputs.space!r} takes no states; build the "
                     "layout with state=config.has_state(space)."
                 )

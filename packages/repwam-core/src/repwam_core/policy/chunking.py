@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from repvitok.errors import UserError
 
 from repwam_core.interface import ActionChunk, BasePolicy, Observation, stack_observations
 
@@ -26,7 +27,7 @@ class ChunkedPolicy:
 
     def __init__(self, policy: BasePolicy, execute: int | None = None) -> None:
         if execute is not None and execute < 1:
-            raise ValueError(f"execute must be at least 1, or None for the whole chunk, got {execute}")
+            raise UserError(f"execute must be at least 1, or None for the whole chunk, got {execute}")
         self.policy = policy
         self.execute = execute
         self._waiting: list[Observation] = []
@@ -52,5 +53,5 @@ def actions_to_execute(chunk: ActionChunk, execute: int | None) -> np.ndarray:
     if execute is None:
         return chunk.actions
     if execute > len(chunk):
-        raise ValueError(f"cannot execute {execute} actions of a chunk of {len(chunk)}; plan longer chunks")
+        raise UserError(f"cannot execute {execute} actions of a chunk of {len(chunk)}; plan longer chunks")
     return chunk.actions[:execute]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float, UInt8
+from repvitok.errors import UserError
 from repvitok.features import HOGClipFeatures, I3DFeatures
 from repvitok.frechet import FrechetStatistics
 from repvitok.metrics import psnr, ssim
@@ -55,7 +56,7 @@ def named_clip_features(named: Sequence[str] | None) -> ClipFeatures | None:
             return I3DFeatures(name, file)
         case other:
             told = " ".join(other)
-            raise ValueError(f"clip features: expected hog, tfhub-kinetics400 FILE or pytorch-i3d FILE, got {told}")
+            raise UserError(f"clip features: expected hog, tfhub-kinetics400 FILE or pytorch-i3d FILE, got {told}")
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def score_video(pairs: Iterable[tuple[Frames, Frames]], network: ClipFeatures | 
             for statistics, whole in zip(sides, (video_hat, video), strict=True):
                 _add_clips(statistics, whole, network)
     if not frames:
-        raise ValueError("no imagined frames to compare: plan with video='imagine' on episodes of several chunks")
+        raise UserError("no imagined frames to compare: plan with video='imagine' on episodes of several chunks")
     mean_psnr, mean_ssim = (sums / frames).tolist()
     if network is None or sides is None or sides[0].count < 2:
         return GeneratedScores(mean_psnr, mean_ssim, frames)

@@ -16,6 +16,7 @@ from einops import rearrange
 from jaxtyping import Float, UInt8
 from repvitok.data import LeRobotReader, prepare_frames
 from repvitok.data.transforms import to_frames
+from repvitok.errors import UserError
 from repvitok.progress import progress
 
 from repwam_core.interface import Observation
@@ -173,10 +174,10 @@ def evaluate_open_loop(
     wanted = {info.index for info in reader.episodes} if episodes is None else set(episodes)
     chosen = [info for info in reader.episodes if info.index in wanted]
     if missing := sorted(wanted - {info.index for info in chosen}):
-        raise ValueError(f"{reader.root}: no episodes {missing}; there are {reader.num_episodes}")
+        raise UserError(f"{reader.root}: no episodes {missing}; there are {reader.num_episodes}")
     chosen = [info for info in chosen if info.length > policy.frames_per_latent]
     if not chosen:
-        raise ValueError(f"{reader.root}: no chosen episode has more than {policy.frames_per_latent} frames")
+        raise UserError(f"{reader.root}: no chosen episode has more than {policy.frames_per_latent} frames")
     results = [
         _Replay(policy, reader, info.index, info.task).run(info.task if instruction is None else instruction, seed)
         for info in progress(chosen, desc="open loop", unit="episode")
@@ -273,13 +274,13 @@ class _Replay:
 def _check_data(policy: BatchedPolicy, reader: LeRobotReader) -> None:
     """The data set must be of the policy's robot."""
     if missing := [camera for camera in policy.embodiment.cameras if camera not in reader.camera_keys]:
-        raise ValueError(f"{reader.root}: the policy needs the cameras {missing}, there are {reader.camera_keys}")
+        raise UserError(f"{reader.root}: the policy needs the cameras {missing}, there are {reader.camera_keys}")
     if "action" not in reader.features:
-        raise ValueError(f"{reader.root}: no recorded actions to compare with, only {sorted(reader.features)}")
+        raise UserError(f"{reader.root}: no recorded actions to compare with, only {sorted(reader.features)}")
     names = reader.channel_names("action")
     if names != policy.parts.statistics.actions.channels:
-        raise ValueError(
+        raise UserError(
             f"{reader.root}: expected the action channels {policy.parts.statistics.actions.channels}, got {names}"
         )
     if reader.fps != policy.embodiment.rate_hz:
-        raise ValueError(f"{reader.root}: expected {policy.embodiment.rate_hz} frames per second, got {reader.fps}")
+        raise UserError(f"{reader.root}: expected {policy.embodiment.rate_hz} frames per second, got {reader.fps}")

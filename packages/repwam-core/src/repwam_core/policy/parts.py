@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from repvitok import RepViTok
+from repvitok.errors import UserError
 
 from repwam_core.export import PolicyManifest, make_manifest, read_policy
 from repwam_core.model.wam import WorldActionModel
@@ -48,7 +49,7 @@ class PolicyParts:
         found = {"wam": wam.digest(), "tokenizer": tokenizer.digest(), "statistics": statistics.digest}
         for part, digest in found.items():
             if digest != manifest.digests[part]:
-                raise ValueError(
+                raise UserError(
                     f"{folder / part}: expected {manifest.digests[part][:16]} as policy.json says, got {digest[:16]}; "
                     "a part was exchanged: export the policy again"
                 )

@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from repvitok.data import prepare_frames
+from repvitok.errors import UserError
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -95,7 +96,7 @@ class BatchedPolicy(BatchedBasePolicy):
     def reset(self, instructions: Sequence[str | None], seeds: Sequence[int]) -> None:
         """Begin episodes; None or "" is no instruction."""
         if len(instructions) != len(seeds) or not instructions:
-            raise ValueError(f"expected one seed per instruction, got {len(instructions)} and {len(seeds)}")
+            raise UserError(f"expected one seed per instruction, got {len(instructions)} and {len(seeds)}")
         told = [instruction or "" for instruction in instructions]
         latents = self.parts.manifest.latents
         stream = self.parts.tokenizer.stream(len(told) * latents.grid[0], window=latents.window)
@@ -110,7 +111,7 @@ class BatchedPolicy(BatchedBasePolicy):
         """
         now = self._episodes()
         if len(actions_si) != len(now.seeds):
-            raise ValueError(f"expected the actions of {len(now.seeds)} episodes, got {len(actions_si)}")
+            raise UserError(f"expected the actions of {len(now.seeds)} episodes, got {len(actions_si)}")
         now.executed = self._scaled(actions_si)
 
     @torch.no_grad()
@@ -151,21 +152,21 @@ class BatchedPolicy(BatchedBasePolicy):
     def _check(self, observations: Sequence[Observation]) -> None:
         now = self._episodes()
         if len(observations) != len(now.seeds):
-            raise ValueError(f"expected {len(now.seeds)} observations, one per episode, got {len(observations)}")
+            raise UserError(f"expected {len(now.seeds)} observations, one per episode, got {len(observations)}")
         for observation in observations:
             self._check_frames(observation, now.acts)
             self._check_cameras(observation, now.sizes)
         if len({observation.num_frames for observation in observations}) != 1:
             counts = [observation.num_frames for observation in observations]
-            raise ValueError(f"expected the same number of frames in every observation of a batch, got {counts}")
+            raise UserError(f"expected the same number of frames in every observation of a batch, got {counts}")
 
     def _check_frames(self, observation: Observation, acts: int) -> None:
         per, most = self.frames_per_latent, self.plan.chunk_frames
         frames = observation.num_frames
         if acts == 0 and frames != 1:
-            raise ValueError(f"expected one frame per camera in the first observation after reset, got {frames}")
+            raise UserError(f"expected one frame per camera in the first observation after reset, got {frames}")
         if acts and (frames % per or not 1 <= frames // per <= most):
-            raise ValueError(
+            raise UserError(
                 f"expected all frames since the last act, {per} per latent frame carried out, at most {most * per}; "
                 f"got {frames}: carry out whole multiples of {per} actions"
             )
@@ -173,14 +174,14 @@ class BatchedPolicy(BatchedBasePolicy):
     def _check_cameras(self, observation: Observation, sizes: dict[str, tuple[int, int]]) -> None:
         for camera in self.embodiment.cameras:
             if camera not in observation.images:
-                raise ValueError(
+                raise UserError(
                     f"expected the cameras {list(self.embodiment.cameras)}, got {list(observation.images)}; "
                     f"{camera!r} is missing"
                 )
             size = observation.frames(camera).shape[1:3]
             before = sizes.setdefault(camera, (size[0], size[1]))
             if size != before:
-                raise ValueError(f"camera {camera!r} gave {before} pixels before, now {size}; call reset first")
+                raise UserError(f"camera {camera!r} gave {before} pixels before, now {size}; call reset first")
 
     def _encode(self, observations: Sequence[Observation]) -> Tensor:
         """Standardised latents (n, frames, tokens, d) of the new frames, as `repvitok encode` makes them."""
@@ -201,13 +202,13 @@ class BatchedPolicy(BatchedBasePolicy):
             return None
         statistics, rows = self.parts.statistics.state, []
         if statistics is None:
-            raise ValueError("this policy's model takes a robot state, but its statistics.json has none; export again")
+            raise UserError("this policy's model takes a robot state, but its statistics.json has none; export again")
         every = self.frames_per_latent if self._episodes().acts else 1
         for observation in observations:
             states = observation.states()
             if states is None:
                 names = ", ".join(statistics.channels)
-                raise ValueError(f"expected a state of {len(statistics.channels)} numbers ({names}), got none")
+                raise UserError(f"expected a state of {len(statistics.channels)} numbers ({names}), got none")
             rows.append(torch.from_numpy(statistics.standardise(states[every - 1 :: every])))
         return torch.stack(rows).to(self.device)
 
@@ -221,14 +222,14 @@ class BatchedPolicy(BatchedBasePolicy):
         """Scaled actions (n, frames, a, c) that were carried out since the last act."""
         now = self._episodes()
         if now.executed is not None and now.executed.shape[1] != frames:
-            raise ValueError(
+            raise UserError(
                 f"expected recorded actions for the {frames} latent frames seen since the last act, got those of "
                 f"{now.executed.shape[1]}"
             )
         actions = now.executed if now.executed is not None else now.returned
         if actions is None or actions.shape[1] < frames:
             got = 0 if actions is None else actions.shape[1]
-            raise ValueError(
+            raise UserError(
                 f"expected the actions that led through {frames} latent frames, only those of {got} were returned; "
                 "call record with what was carried out"
             )
@@ -239,7 +240,7 @@ class BatchedPolicy(BatchedBasePolicy):
         a = self.parts.wam.config.space(self.parts.manifest.space).vectors_per_transition
         lengths = {len(actions) for actions in actions_si}
         if len(lengths) != 1 or min(lengths) % a:
-            raise ValueError(
+            raise UserError(
                 f"expected whole latent transitions of {a} actions, as many in every episode, got {sorted(lengths)}"
             )
         rows, reference = np.stack([np.asarray(actions) for actions in actions_si]), self._episodes().reference[:, None]
@@ -314,7 +315,7 @@ class BatchedPolicy(BatchedBasePolicy):
 
     def _episodes(self) -> _Episodes:
         if self._now is None:
-            raise ValueError("call reset before act: no episode has begun")
+            raise UserError("call reset before act: no episode has begun")
         return self._now
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 import lightning as L
 from repvitok.data import LeRobotReader
 from repvitok.data.atomic import write_json_atomic
+from repvitok.errors import UserError
 
 from repwam_core.data.datamodule import WAMDataModule
 from repwam_core.data.episodes import EpisodeStore, text_cache
@@ -45,7 +46,7 @@ class RecordedEpisodes(L.Callback):
         clip_features: list[str] | None = None,
     ) -> None:
         if (dataset is None) != (tokenizer is None):
-            raise ValueError("recorded: expected both --recorded.dataset and --recorded.tokenizer, got one of them")
+            raise UserError("recorded: expected both --recorded.dataset and --recorded.tokenizer, got one of them")
         self.dataset, self.tokenizer, self.episodes, self.clip_features = dataset, tokenizer, episodes, clip_features
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -60,7 +61,7 @@ class RecordedEpisodes(L.Callback):
             return
         store = _store(trainer)
         if not len(store.val_episodes):
-            raise ValueError("recorded: the run holds out no episodes; set data.held_out above 0")
+            raise UserError("recorded: the run holds out no episodes; set data.held_out above 0")
         self._network = named_clip_features(self.clip_features)
         self._reader = LeRobotReader(self.dataset)
         self._chosen = None if self.episodes == "all" else _held_out(store)

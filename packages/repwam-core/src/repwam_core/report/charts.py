@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
+from repvitok.errors import UserError
 
 from repwam_core.report.data import Count, Curve, Curves, as_curve
 from repwam_core.report.markup import Markup, el, join
@@ -59,7 +60,7 @@ def binned(curve: Curve) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
     """Steps, means, minima and maxima of at most MAX_POINTS bins of the curve's finite points."""
     steps, values = np.asarray(curve.steps, dtype=float), np.asarray(curve.values, dtype=float)
     if steps.shape != values.shape or steps.ndim != 1:
-        raise ValueError(f"expected steps and values of one length, got shapes {steps.shape} and {values.shape}")
+        raise UserError(f"expected steps and values of one length, got shapes {steps.shape} and {values.shape}")
     finite = np.isfinite(values)
     steps, values = steps[finite], values[finite]
     parts = [p for p in np.array_split(np.arange(len(steps)), min(len(steps), MAX_POINTS) or 1) if len(p)]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
+from repvitok.errors import UserError
 
 from repwam_core.sim.intervals import wilson_interval
 
@@ -161,7 +162,7 @@ class Rollout:
     def __post_init__(self) -> None:
         require_frames(self.frames, f"frames of rollout {self.task} seed {self.seed}")
         if self.frame_rate_hz <= 0:
-            raise ValueError(f"expected frame_rate_hz > 0, got {self.frame_rate_hz} ({self.task} seed {self.seed})")
+            raise UserError(f"expected frame_rate_hz > 0, got {self.frame_rate_hz} ({self.task} seed {self.seed})")
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ class Count:
 
     def __post_init__(self) -> None:
         if self.episodes < 1 or not 0 <= self.successes <= self.episodes:
-            raise ValueError(
+            raise UserError(
                 f"expected 0 <= successes <= episodes and at least one episode, got {self.successes} of {self.episodes}"
             )
 
@@ -203,7 +204,7 @@ class SuccessRow:
         """All tasks pooled."""
         counts = list(self.counts.values())
         if not counts:
-            raise ValueError(f"expected at least one task in the success row of {self.method!r}, got none")
+            raise UserError(f"expected at least one task in the success row of {self.method!r}, got none")
         return sum(counts[1:], start=counts[0])
 
 
@@ -239,7 +240,7 @@ class ActionTrace:
 
     def __post_init__(self) -> None:
         if not len(self.time_s) == len(self.real) == len(self.predicted):
-            raise ValueError(
+            raise UserError(
                 f"expected time_s, real and predicted of trace {self.name!r} to have one length, "
                 f"got {len(self.time_s)}, {len(self.real)}, {len(self.predicted)}"
             )
@@ -275,7 +276,7 @@ class ReportData:
 def require_frames(frames: np.ndarray, what: str) -> None:
     """Raise ValueError unless ``frames`` is a uint8 array (n, H, W, 3) with at least one frame."""
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
-        raise ValueError(
+        raise UserError(
             f"expected {what} as a uint8 RGB array (n, H, W, 3), got {frames.dtype} of shape {frames.shape}"
         )
 
@@ -284,4 +285,4 @@ def require_same_shape(reference: np.ndarray, frames: np.ndarray, what: str) -> 
     """Raise ValueError unless ``frames`` is a uint8 array of the reference's shape."""
     require_frames(frames, what)
     if frames.shape != reference.shape:
-        raise ValueError(f"expected {what} of shape {reference.shape}, got {frames.shape}")
+        raise UserError(f"expected {what} of shape {reference.shape}, got {frames.shape}")

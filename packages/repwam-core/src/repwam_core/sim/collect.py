@@ -86,7 +86,7 @@ class CollectionPlan:
         values = dict(values)
         name, version = values.pop("format", None), values.pop("format_version", None)
         if (name, version) != (FORMAT, FORMAT_VERSION) or set(values) != set(cls.__dataclass_fields__):
-            raise ValueError(f"expected a {FORMAT} file of version {FORMAT_VERSION}, got {name!r} version {version!r}")
+            raise UserError(f"expected a {FORMAT} file of version {FORMAT_VERSION}, got {name!r} version {version!r}")
         settings = MetaWorldSettings.from_dict(values.pop("settings"))
         noise = Noise.from_dict(values.pop("noise"))
         return cls(**{**values, "tasks": tuple(values["tasks"])}, settings=settings, noise=noise)

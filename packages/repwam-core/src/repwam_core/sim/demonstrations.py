@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
+from repvitok.errors import UserError
 
 from repwam_core.interface import Observation
 from repwam_core.sim.base import SimTask
@@ -37,9 +38,9 @@ class Noise:
 
     def __post_init__(self) -> None:
         if self.pushes < 0 or self.push_steps < 1 or self.action_std < 0 or not 0 <= self.share <= 1:
-            raise ValueError(f"pushes and action_std must not be negative, share must lie in [0, 1]; got {self}")
+            raise UserError(f"pushes and action_std must not be negative, share must lie in [0, 1]; got {self}")
         if self.pushes and self.push_within_steps // self.pushes < self.push_steps:
-            raise ValueError(
+            raise UserError(
                 f"{self.pushes} pushes of {self.push_steps} steps do not fit into {self.push_within_steps} steps"
             )
 
@@ -52,7 +53,7 @@ class Noise:
         """Invert ``to_dict``; a missing or unknown key is a ValueError."""
         names = {field.name for field in fields(cls)}
         if set(values) != names:
-            raise ValueError(f"noise must have the keys {sorted(names)}, got {sorted(values)}")
+            raise UserError(f"noise must have the keys {sorted(names)}, got {sorted(values)}")
         return cls(**values)
 
 

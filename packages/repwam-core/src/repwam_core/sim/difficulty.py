@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from repvitok.errors import UserError
+
 from repwam_core.sim.instructions import TASKS
 from repwam_core.sim.results import EpisodeResult, mean_rate
 
@@ -28,7 +30,7 @@ def difficulty(task: str) -> str:
         ValueError: it is no task of Meta-World.
     """
     if task not in TASKS:
-        raise ValueError(f"expected one of Meta-World's {len(TASKS)} tasks by its canonical name, got {task!r}")
+        raise UserError(f"expected one of Meta-World's {len(TASKS)} tasks by its canonical name, got {task!r}")
     return next((name for name, tasks in _HARDER.items() if task in tasks), "easy")
 
 

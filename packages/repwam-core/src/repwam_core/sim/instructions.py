@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 
 import numpy as np
+from repvitok.errors import UserError
 
 __all__ = ["TASKS", "instruction", "paraphrases"]
 
@@ -322,7 +323,7 @@ TASKS: tuple[str, ...] = tuple(_SENTENCES)
 def paraphrases(task: str) -> tuple[str, ...]:
     """Every sentence for ``task`` (a name of ``TASKS``), at least four."""
     if task not in _SENTENCES:
-        raise ValueError(f"no instructions for task {task!r}; there are some for {', '.join(TASKS)}")
+        raise UserError(f"no instructions for task {task!r}; there are some for {', '.join(TASKS)}")
     return _SENTENCES[task]
 
 

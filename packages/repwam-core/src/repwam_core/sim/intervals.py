@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from math import sqrt
 
+from repvitok.errors import UserError
+
 __all__ = ["difference_interval", "wilson_interval"]
 
 Z_95 = 1.959963984540054
@@ -26,7 +28,7 @@ def wilson_interval(successes: int, episodes: int, z: float = Z_95) -> tuple[flo
         Lower and upper bound as fractions.
     """
     if episodes < 1 or not 0 <= successes <= episodes:
-        raise ValueError(f"expected 0 <= successes <= episodes and episodes >= 1, got {successes} of {episodes}")
+        raise UserError(f"expected 0 <= successes <= episodes and episodes >= 1, got {successes} of {episodes}")
     rate = successes / episodes
     scale = 1 + z * z / episodes
     centre = (rate + z * z / (2 * episodes)) / scale

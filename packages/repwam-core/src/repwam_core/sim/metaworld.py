@@ -75,16 +75,16 @@ class MetaWorldSettings:
     def __post_init__(self) -> None:
         unknown = [camera for camera in self.cameras if camera not in CAMERAS]
         if unknown or not self.cameras or len(set(self.cameras)) != len(self.cameras):
-            raise ValueError(f"expected distinct cameras out of {sorted(CAMERAS)}, got {list(self.cameras)}")
+            raise UserError(f"expected distinct cameras out of {sorted(CAMERAS)}, got {list(self.cameras)}")
         if len(self.size) != 2 or any(side < 16 or side % 16 for side in self.size):
-            raise ValueError(f"size must be (height, width), multiples of 16, got {tuple(self.size)}")
+            raise UserError(f"size must be (height, width), multiples of 16, got {tuple(self.size)}")
         if self.act_repeat < 1:
-            raise ValueError(f"act_repeat must be at least 1, got {self.act_repeat}")
+            raise UserError(f"act_repeat must be at least 1, got {self.act_repeat}")
         if not self.act_repeat <= self.max_env_steps <= 500:
-            raise ValueError(f"max_env_steps must lie in [act_repeat, 500], got {self.max_env_steps}")
+            raise UserError(f"max_env_steps must lie in [act_repeat, 500], got {self.max_env_steps}")
         tasks = [canonical_name(task) for group in self.same_scene for task in group]
         if len(set(tasks)) != len(tasks):
-            raise ValueError(f"a task may stand in one group of same_scene only, got {self.same_scene}")
+            raise UserError(f"a task may stand in one group of same_scene only, got {self.same_scene}")
 
     @property
     def rate_hz(self) -> float:
@@ -122,7 +122,7 @@ class MetaWorldSettings:
         """Invert ``to_dict``; a missing or unknown key is a ValueError."""
         names = {field.name for field in fields(cls)}
         if set(values) != names:
-            raise ValueError(f"Meta-World settings must have the keys {sorted(names)}, got {sorted(values)}")
+            raise UserError(f"Meta-World settings must have the keys {sorted(names)}, got {sorted(values)}")
         same_scene = tuple(tuple(group) for group in values["same_scene"])
         tuples = {"cameras": tuple(values["cameras"]), "size": tuple(values["size"]), "same_scene": same_scene}
         return cls(**{**values, **tuples})
@@ -183,7 +183,7 @@ class MetaWorldTask(SimTask):
         self.embodiment = self.settings.embodiment
         self.max_steps = self.settings.max_env_steps // self.settings.act_repeat
         if renderer is not None and renderer.size != self.settings.size:
-            raise ValueError(f"the renderer draws {renderer.size}, the settings ask for {self.settings.size}")
+            raise UserError(f"the renderer draws {renderer.size}, the settings ask for {self.settings.size}")
         self._renderer, self._owns_renderer = renderer, renderer is None
         self._mujoco = import_mujoco()
         self._views = [CAMERAS[camera] for camera in self.settings.cameras]
@@ -211,7 +211,7 @@ class MetaWorldTask(SimTask):
         self._require_started()
         action = np.asarray(action_si, np.float64)
         if action.shape != (4,) or not np.isfinite(action).all():
-            raise ValueError(f"expected 4 finite numbers {self.embodiment.action_names}, got {action_si!r}")
+            raise UserError(f"expected 4 finite numbers {self.embodiment.action_names}, got {action_si!r}")
         command = np.clip(action / self.action_limits, -1.0, 1.0)
         for _ in range(self.settings.act_repeat):
             self._obs, _, _, _, info = self._env.step(command)
@@ -265,7 +265,7 @@ class MetaWorldTask(SimTask):
         """Draw object positions from another task's distribution; both must use one model file."""
         other, _ = _make_environment(scene)
         if other.model_name != self._env.model_name:
-            raise ValueError(f"tasks {scene!r} and {self.name!r} are built from different models; they share no scene")
+            raise UserError(f"tasks {scene!r} and {self.name!r} are built from different models; they share no scene")
         self._env._random_reset_space = other._random_reset_space
         other.close()
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from repvitok.data.atomic import write_json_atomic
+from repvitok.errors import UserError
 
 from repwam_core.sim.intervals import wilson_interval
 
@@ -42,7 +43,7 @@ class EpisodeResult:
 
     def __post_init__(self) -> None:
         if self.crashed is not None and self.success:
-            raise ValueError(f"a crashed episode cannot be a success: task {self.task!r}, seed {self.seed}")
+            raise UserError(f"a crashed episode cannot be a success: task {self.task!r}, seed {self.seed}")
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary without the frames."""
@@ -101,5 +102,5 @@ def load_results(path: str | Path) -> tuple[list[EpisodeResult], Mapping[str, An
     """
     values = json.loads(Path(path).read_text(encoding="utf-8"))
     if (values.get("format"), values.get("format_version")) != (FORMAT, FORMAT_VERSION):
-        raise ValueError(f"{path}: expected a {FORMAT} file of version {FORMAT_VERSION}, got {values.get('format')!r}")
+        raise UserError(f"{path}: expected a {FORMAT} file of version {FORMAT_VERSION}, got {values.get('format')!r}")
     return [EpisodeResult(**episode) for episode in values["episodes"]], values["about"]

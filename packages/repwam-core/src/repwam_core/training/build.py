@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from repvitok.errors import UserError
 
 from repwam_core.data.mixture import Mixture
 from repwam_core.model.config import ActionSpace, WAMConfig
@@ -49,7 +50,7 @@ def build_sharded_wam(
         ValueError: as `build_wam`, or the settings ask for weights that are drawn one after the other.
     """
     if training.scale.init != "per_parameter":
-        raise ValueError("model.scale.init: a sharded model is drawn with init 'per_parameter', got 'stream'")
+        raise UserError("model.scale.init: a sharded model is drawn with init 'per_parameter', got 'stream'")
     if strategy.sharding_mesh is None:
         raise RuntimeError("the strategy has not laid out its ranks yet")
     space = _space(training, mixture)
@@ -98,4 +99,4 @@ def _check_fit(config: WAMConfig, mixture: Mixture, name: str, space: ActionSpac
     got = {"latent_dim": mixture.latent_dim, "text_dim": mixture.text_dim, f"space {name!r}": space}
     wrong = [f"{key}: the model has {expected[key]}, the data {got[key]}" for key in got if got[key] != expected[key]]
     if wrong:
-        raise ValueError("the model does not fit the data: " + "; ".join(wrong))
+        raise UserError("the model does not fit the data: " + "; ".join(wrong))

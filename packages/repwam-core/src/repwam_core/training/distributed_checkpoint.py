@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from repvitok.checkpointing import SHARDED_META, read_checkpoint
+from repvitok.errors import UserError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -107,7 +108,7 @@ class PlainReader(FileSystemReader):
         metadata = _PlainUnpickler(io.BytesIO(content)).load()
         for name, entry in metadata.state_dict_metadata.items():
             if not isinstance(entry, TensorStorageMetadata):
-                raise ValueError(f"{self.path}: expected tensors alone, {name} is none")
+                raise UserError(f"{self.path}: expected tensors alone, {name} is none")
         return metadata
 
 
@@ -116,7 +117,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _PLAIN:
-            raise ValueError(f"the index of a checkpoint names {module}.{name}, which it has no use for")
+            raise UserError(f"the index of a checkpoint names {module}.{name}, which it has no use for")
         return super().find_class(module, name)
 
 
@@ -158,10 +159,10 @@ def _check_names(path: Path, tensors: Mapping[str, Tensor]) -> None:
     stored = PlainReader(path).read_metadata().state_dict_metadata
     for name, tensor in tensors.items():
         if name not in stored:
-            raise ValueError(f"{path} holds no {name!r}: load a checkpoint of this model and optimizer")
+            raise UserError(f"{path} holds no {name!r}: load a checkpoint of this model and optimizer")
         size = getattr(stored[name], "size", None)
         if size != tensor.shape:
-            raise ValueError(f"{path}: {name!r} has shape {tuple(size or ())}, the model's is {tuple(tensor.shape)}")
+            raise UserError(f"{path}: {name!r} has shape {tuple(size or ())}, the model's is {tuple(tensor.shape)}")
 
 
 def _publish(partial: Path, folder: Path, path: Path) -> None:

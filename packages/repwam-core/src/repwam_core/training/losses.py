@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from einops import rearrange, reduce, repeat
 from jaxtyping import Bool, Float, Int
+from repvitok.errors import UserError
 from torch import Tensor
 
 from repwam_core.data.episodes import SegmentBatch
@@ -43,10 +44,10 @@ class LossSettings:
     def __post_init__(self) -> None:
         for name in ("video_noise_prob", "history_noise", "text_drop_prob"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a number in [0, 1], got {getattr(self, name)}")
+                raise UserError(f"{name}: expected a number in [0, 1], got {getattr(self, name)}")
         for name in ("video_shift", "action_shift", "action_weight"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+                raise UserError(f"{name}: expected a number above 0, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ import lightning as L
 import numpy as np
 import torch
 from repvitok.ema import ExponentialMovingAverage
+from repvitok.errors import UserError
 from repvitok.optim import OptimizerSettings
 
 from repwam_core.data.episodes import EpisodeStore, SegmentBatch
@@ -81,9 +82,9 @@ class WAMTraining(L.LightningModule):
         super().__init__()
         low, high = chunk_sizes
         if not 1 <= low <= high:
-            raise ValueError(f"chunk_sizes: expected 1 <= smallest <= largest, got {tuple(chunk_sizes)}")
+            raise UserError(f"chunk_sizes: expected 1 <= smallest <= largest, got {tuple(chunk_sizes)}")
         if init_from is not None and wam:
-            raise ValueError(f"init_from keeps the config of {init_from}; remove these fields of wam: {sorted(wam)}")
+            raise UserError(f"init_from keeps the config of {init_from}; remove these fields of wam: {sorted(wam)}")
         self.preset, self.wam_fields, self.init_from = preset, dict(wam or {}), init_from
         self.space, self.use_state, self.chunk_sizes = space, use_state, (low, high)
         self.loss_settings = loss or LossSettings()
@@ -123,7 +124,7 @@ class WAMTraining(L.LightningModule):
         """One optimizer, linear warmup, then a cosine over the trainer's `max_steps`."""
         settings, total = self.optimizer_settings, self.trainer.max_steps
         if total < 1:
-            raise ValueError(f"trainer.max_steps: expected the number of training steps, got {total}")
+            raise UserError(f"trainer.max_steps: expected the number of training steps, got {total}")
         optimizer, schedule = settings.build(self._model(), total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -214,7 +215,7 @@ class WAMTraining(L.LightningModule):
             ValueError: the model predicts actions jointly with the latents and plans none.
         """
         if self._model().config.joint_actions:
-            raise ValueError("joint prediction has no action tokens to plan; predict with the adapted model")
+            raise UserError("joint prediction has no action tokens to plan; predict with the adapted model")
         store, generator = self._mixture().stores[batch.data_set], torch.Generator().manual_seed(batch_idx)
         actions, latents = sample_segments(
             self._model(), batch, self.plan, space=self.space, grid=store.meta.grid, generator=generator
@@ -254,12 +255,12 @@ class WAMTraining(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the averaged weights over; the data's scaling must be the one the run began with."""
         if CHECKPOINT_KEY not in checkpoint:
-            raise ValueError("this checkpoint was not written by `repwam fit`: it holds no averaged weights")
+            raise UserError("this checkpoint was not written by `repwam fit`: it holds no averaged weights")
         stored = json.loads(checkpoint[CHECKPOINT_KEY]["json"])
         expected = [entry["statistics_digest"][:16] for entry in stored["data_sets"]]
         found = [store.statistics.digest[:16] for store in self._mixture().stores]
         if expected != found:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint was trained with action statistics {', '.join(expected)}, the data give "
                 f"{', '.join(found)}; resume on the same shards, space and held_out"
             )
@@ -313,7 +314,7 @@ class WAMTraining(L.LightningModule):
     def _stop_unless_finite(self, losses: WAMLoss, keys: list[str]) -> None:
         if not torch.isfinite(losses.total):
             parts = f"video {losses.video.item():.4g}, action {losses.action.item():.4g}"
-            raise ValueError(
+            raise UserError(
                 f"the loss is {losses.total.item()} at step {self.trainer.global_step} ({parts}) on episodes {keys}; "
                 "lower the learning rate or look at these data"
             )
@@ -322,16 +323,14 @@ class WAMTraining(L.LightningModule):
         data, largest = self.trainer.datamodule, self.chunk_sizes[1]  # type: ignore[attr-defined]
         transitions = data.transitions
         if data.packing is None and largest > transitions:
-            raise ValueError(
+            raise UserError(
                 f"chunk_sizes: a chunk of {largest} latent frames does not fit segments of {transitions} transitions"
             )
 
     def _mixture(self) -> Mixture:
         mixture: Mixture = self.trainer.datamodule.mixture  # type: ignore[attr-defined]
         if mixture.space != self.space:
-            raise ValueError(
-                f"model.space is {self.space!r}, the data's space is {mixture.space!r}; give both one name"
-            )
+            raise UserError(f"model.space is {self.space!r}, the data's space is {mixture.space!r}; give both one name")
         return mixture
 
     def _store(self) -> EpisodeStore:

@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from repvitok.errors import UserError
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp import register_fsdp_forward_method as unsharded_method
@@ -48,7 +49,7 @@ class ScaleSettings:
             ("init", ("stream", "per_parameter")),
         ):
             if getattr(self, name) not in choices:
-                raise ValueError(f"scale.{name}: expected one of {choices}, got {getattr(self, name)!r}")
+                raise UserError(f"scale.{name}: expected one of {choices}, got {getattr(self, name)!r}")
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -79,7 +80,7 @@ class ShardedStrategy(ModelParallelStrategy):
         ranks = self.num_nodes * self.num_processes
         size = self.num_processes if self.shard_size is None else self.shard_size
         if size < 1 or ranks % size:
-            raise ValueError(f"shard_size: expected a divisor of the {ranks} ranks, got {size}")
+            raise UserError(f"shard_size: expected a divisor of the {ranks} ranks, got {size}")
         self._data_parallel_size = ranks
         super().setup_environment()
         kind = self.root_device.type
@@ -99,7 +100,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write a folder of every rank's parts; `filepath` leads to the old one or the new one whole."""
         if storage_options is not None:
-            raise ValueError(f"checkpoints take no storage options, got {storage_options!r}")
+            raise UserError(f"checkpoints take no storage options, got {storage_options!r}")
         module, path = self._module(), Path(self.broadcast(str(filepath)))
         save_sharded(checkpoint, path, module, self.optimizers[0], self.barrier, self.is_global_zero)
 

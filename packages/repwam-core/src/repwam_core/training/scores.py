@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float
+from repvitok.errors import UserError
 
 THRESHOLDS = (0.1, 0.05, 0.03, 0.01)
 Norm = Literal["max", "l2", "l1"]
@@ -70,7 +71,7 @@ def open_loop_score(
     """
     norms = [step_norms(errors, variant.norm) for errors in chunks if len(errors)]
     if not norms:
-        raise ValueError("open-loop score: expected at least one planned chunk, got none")
+        raise UserError("open-loop score: expected at least one planned chunk, got none")
     values = np.concatenate(norms) if variant.span == "step" else np.array([steps.max() for steps in norms])
     return {threshold: float((values < threshold).mean()) for threshold in thresholds}
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from repvitok.errors import UserError
 
 from repwam_core.embodiment import Embodiment
 from repwam_core.interface import ActionChunk, Observation
@@ -70,7 +71,7 @@ class ServerMetadata:
         """
         found = (message.get("format"), message.get("format_version"))
         if found != (FORMAT, FORMAT_VERSION):
-            raise ValueError(f"expected the metadata of {FORMAT} version {FORMAT_VERSION}, got {found[0]} {found[1]}")
+            raise UserError(f"expected the metadata of {FORMAT} version {FORMAT_VERSION}, got {found[0]} {found[1]}")
         height, width = message["image_size"]
         return cls(
             Embodiment.from_dict(message["embodiment"]),
@@ -136,7 +137,7 @@ class Request:
         """
         unknown = sorted(set(message) - set(cls.__dataclass_fields__))
         if unknown:
-            raise ValueError(f"expected the keys {sorted(cls.__dataclass_fields__)}, got {unknown} as well")
+            raise UserError(f"expected the keys {sorted(cls.__dataclass_fields__)}, got {unknown} as well")
         return cls(
             images=_images(message.get("images")),
             state=_floats("state", message.get("state")),
@@ -166,7 +167,7 @@ def chunk_from_message(message: Mapping[str, Any]) -> ActionChunk:
     """
     missing = sorted({"actions", "channels", "rate_hz"} - set(message))
     if missing:
-        raise ValueError(f"expected an answer with actions, got one without {missing}")
+        raise UserError(f"expected an answer with actions, got one without {missing}")
     return ActionChunk(message["actions"], tuple(message["channels"]), message["rate_hz"])
 
 
@@ -174,10 +175,10 @@ def _images(value: Any) -> Mapping[str, np.ndarray] | None:
     if value is None:
         return None
     if not isinstance(value, Mapping):
-        raise ValueError(f"images: expected a map from camera names to pictures, got {type(value).__name__}")
+        raise UserError(f"images: expected a map from camera names to pictures, got {type(value).__name__}")
     for camera, image in value.items():
         if not isinstance(camera, str) or not isinstance(image, np.ndarray):
-            raise ValueError(f"images: expected an array for camera {camera!r:.40}, got {type(image).__name__}")
+            raise UserError(f"images: expected an array for camera {camera!r:.40}, got {type(image).__name__}")
     return value
 
 
@@ -186,7 +187,7 @@ def _floats(name: str, value: Any) -> np.ndarray | None:
         return None
     if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
         got = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
-        raise ValueError(f"{name}: expected an array of floats, got {got}")
+        raise UserError(f"{name}: expected an array of floats, got {got}")
     with np.errstate(over="ignore"):  # a number too large for float32 becomes infinite, and that is refused
         return value.astype(np.float32)
 
@@ -194,29 +195,29 @@ def _floats(name: str, value: Any) -> np.ndarray | None:
 def _executed(value: Any) -> np.ndarray | None:
     actions = _floats("executed", value)
     if actions is not None and (actions.ndim != 2 or not np.isfinite(actions).all()):
-        raise ValueError(f"executed: expected finite actions (frames, channels), got shape {actions.shape}")
+        raise UserError(f"executed: expected finite actions (frames, channels), got shape {actions.shape}")
     return actions
 
 
 def _prompt(value: Any) -> str | None:
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"prompt: expected the instruction as a string, got {type(value).__name__}")
+        raise UserError(f"prompt: expected the instruction as a string, got {type(value).__name__}")
     return value
 
 
 def _time_s(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer):
-        raise ValueError(f"time_s: expected seconds as a number, got {type(value).__name__}")
+        raise UserError(f"time_s: expected seconds as a number, got {type(value).__name__}")
     return float(value)
 
 
 def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool | np.bool_):
-        raise ValueError(f"{name}: expected true or false, got {type(value).__name__}")
+        raise UserError(f"{name}: expected true or false, got {type(value).__name__}")
     return bool(value)
 
 
 def _seed(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value <= MAX_SEED:
-        raise ValueError(f"seed: expected a whole number from 0 to {MAX_SEED}, got {value!r:.40}")
+        raise UserError(f"seed: expected a whole number from 0 to {MAX_SEED}, got {value!r:.40}")
     return int(value)

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 
+from repvitok.errors import UserError
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request as HttpRequest
@@ -52,12 +53,12 @@ class ServeSettings:
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 2**16:
-            raise ValueError(f"port: expected 0 to 65535, got {self.port}")
+            raise UserError(f"port: expected 0 to 65535, got {self.port}")
         for name in ("max_message_bytes", "max_sessions", "ping_interval_s", "ping_timeout_s"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+                raise UserError(f"{name}: expected more than 0, got {getattr(self, name)}")
         if self.api_key is not None and not (self.api_key and self.api_key.isascii() and self.api_key.isprintable()):
-            raise ValueError("api_key: expected one or more printable ASCII characters")
+            raise UserError("api_key: expected one or more printable ASCII characters")
 
 
 class PolicyServer:
@@ -176,7 +177,7 @@ class PolicyServer:
         session = Session(await loop.run_in_executor(worker, self._new_policy))
         async for data in connection:
             if not isinstance(data, bytes):
-                raise ValueError("expected a binary frame with a msgpack message, got a text frame")
+                raise UserError("expected a binary frame with a msgpack message, got a text frame")
             await connection.send(await loop.run_in_executor(worker, session.answer, data))
 
 

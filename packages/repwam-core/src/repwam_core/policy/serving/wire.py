@@ -13,6 +13,7 @@ from typing import Any
 
 import msgpack
 import numpy as np
+from repvitok.errors import UserError
 
 __all__ = ["pack", "unpack"]
 
@@ -54,9 +55,9 @@ def unpack(data: bytes) -> dict[str, Any]:
             strict_map_key=True,
         )
     except (msgpack.UnpackException, ValueError, TypeError) as error:
-        raise ValueError(f"expected a whole msgpack message of at most {MAX_ITEMS} entries: {error}") from error
+        raise UserError(f"expected a whole msgpack message of at most {MAX_ITEMS} entries: {error}") from error
     if not isinstance(message, dict) or not all(isinstance(key, str) for key in message):
-        raise ValueError(f"expected a message that is a map with names as keys, got {type(message).__name__}")
+        raise UserError(f"expected a message that is a map with names as keys, got {type(message).__name__}")
     return message
 
 
@@ -81,14 +82,14 @@ class _Counter:
     def _one_more(self) -> None:
         self.count += 1
         if self.count > MAX_ITEMS:
-            raise ValueError(f"more than {MAX_ITEMS} lists and maps")
+            raise UserError(f"more than {MAX_ITEMS} lists and maps")
 
 
 def _plain(value: Any) -> Any:
     if not isinstance(value, np.ndarray | np.generic):
         raise TypeError(f"a message cannot hold a {type(value).__name__}")
     if not _DTYPE.fullmatch(value.dtype.str):
-        raise ValueError(f"a message holds arrays of booleans, integers and floats, got dtype {value.dtype}")
+        raise UserError(f"a message holds arrays of booleans, integers and floats, got dtype {value.dtype}")
     if isinstance(value, np.ndarray):
         seen = np.ascontiguousarray(value).reshape(-1).view(np.uint8).data  # no copy: it takes twenty times as long
         return {b"__ndarray__": True, b"data": seen, b"dtype": value.dtype.str, b"shape": value.shape}
@@ -97,29 +98,29 @@ def _plain(value: Any) -> Any:
 
 def _array(value: dict[Any, Any]) -> np.ndarray:
     if set(value) != _ARRAY_KEYS:
-        raise ValueError(f"array with the keys {sorted(map(str, value))}")
+        raise UserError(f"array with the keys {sorted(map(str, value))}")
     dtype, shape, data = _dtype(value[b"dtype"]), value[b"shape"], value[b"data"]
     if not isinstance(shape, list | tuple) or len(shape) > MAX_DIMS or not all(_is_size(size) for size in shape):
-        raise ValueError(f"array of shape {shape!r:.80}; expected at most {MAX_DIMS} sizes")
+        raise UserError(f"array of shape {shape!r:.80}; expected at most {MAX_DIMS} sizes")
     if not isinstance(data, bytes) or len(data) != math.prod(shape) * dtype.itemsize:
         size = len(data) if isinstance(data, bytes) else type(data).__name__
-        raise ValueError(f"array of shape {tuple(shape)} and dtype {dtype} with {size} bytes")
+        raise UserError(f"array of shape {tuple(shape)} and dtype {dtype} with {size} bytes")
     return np.frombuffer(data, dtype).reshape(shape).astype(dtype.newbyteorder("="))
 
 
 def _scalar(value: dict[Any, Any]) -> np.generic:
     number = value.get(b"data")
     if set(value) != _SCALAR_KEYS or not isinstance(number, bool | int | float):
-        raise ValueError("numpy scalar without a number")
+        raise UserError("numpy scalar without a number")
     try:
         return _dtype(value[b"dtype"]).newbyteorder("=").type(number)
     except OverflowError as error:
-        raise ValueError(f"numpy scalar {number} does not fit its dtype {value[b'dtype']}") from error
+        raise UserError(f"numpy scalar {number} does not fit its dtype {value[b'dtype']}") from error
 
 
 def _dtype(name: Any) -> np.dtype:
     if not isinstance(name, str) or not _DTYPE.fullmatch(name):
-        raise ValueError(f"dtype {name!r:.40}; expected booleans, integers or floats such as '|u1' or '<f4'")
+        raise UserError(f"dtype {name!r:.40}; expected booleans, integers or floats such as '|u1' or '<f4'")
     return np.dtype(name)
 
 

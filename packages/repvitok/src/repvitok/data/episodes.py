@@ -43,7 +43,7 @@ class VideoEpisodes:
         self.features: dict[str, dict[str, Any]] = {}
         self.episodes = [EpisodeInfo(video, source.num_frames(video), "") for video in range(len(source))]
 
-    def episode(self, index: int) -> dict[str, np.ndarray]:  # noqa: ARG002 - no video has any
+    def episode(self, index: int, keys: Sequence[str] | None = None) -> dict[str, np.ndarray]:  # noqa: ARG002 - none
         """No columns of numbers."""
         return {}
 

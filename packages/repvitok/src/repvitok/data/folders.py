@@ -18,6 +18,14 @@ from repvitok.data.sources import (
 )
 from repvitok.data.split import split_episodes
 from repvitok.data.tars import TarShards, is_shards
+from repvitok.errors import UserError
+
+_LEROBOT_FILES = (
+    *(f"meta/{name}" for name in ("info.json", "episodes.jsonl", "tasks.jsonl", "tasks.parquet", "episodes/*")),
+    *("meta/episodes_stats.jsonl", "meta/stats.json", "data/**/*.parquet"),
+    *("videos/chunk-*/*/episode_*.mp4", "videos/*/chunk-*/file-*.mp4"),
+)
+"""What only a LeRobot data set has, of version 2 or 3."""
 
 FolderKind = Literal["auto", "lerobot", "videos", "images", "webdataset"]
 
@@ -68,7 +76,7 @@ def split_folder(
     found = folder_kind(folder) if kind == "auto" else kind
     if found == "lerobot":
         reader = LeRobotReader(folder)
-        train, kept = split_episodes(range(reader.num_episodes), held_out)
+        train, kept = split_episodes([info.index for info in reader.episodes], held_out)
         held = lerobot_sources(reader, cameras=cameras, episodes=kept) if kept else []
         return FolderSplit(folder, lerobot_sources(reader, cameras=cameras, episodes=train), held)
     source = open_videos(folder, found, max_bad_fraction=max_bad_fraction, cache_folder=cache_folder)
@@ -90,12 +98,20 @@ def open_videos(
 def folder_kind(folder: str) -> FolderKind:
     """What a folder holds, by looking.
 
+    A LeRobot data set whose info.json is missing stays one, and so is refused by its reader: as a folder of videos it
+    would come without states, actions and instructions.
+
     Raises:
         FileNotFoundError: there is no such folder.
+        UserError: it holds several LeRobot data sets.
     """
     path = Path(folder)
-    if (path / "meta" / "info.json").is_file():
+    if any(next(path.glob(pattern), None) is not None for pattern in _LEROBOT_FILES):
         return "lerobot"
+    if several := sorted(info.parent.parent.name for info in path.glob("*/meta/info.json")):
+        raise UserError(
+            f"{folder} is a folder of LeRobot data sets, {several[:5]}: give one of them, or several one by one"
+        )
     if is_shards(folder):
         return "webdataset"
     if not path.is_dir():

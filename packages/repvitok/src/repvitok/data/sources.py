@@ -14,6 +14,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from repvitok.data.lerobot import LeRobotReader
+from repvitok.data.lerobot_format import number_ranges
 from repvitok.data.video import VideoFile
 from repvitok.errors import UserError
 
@@ -200,7 +201,7 @@ def lerobot_sources(
     cameras: Sequence[str] | None = None,
     episodes: Episodes = "all",
 ) -> list[VideoSource]:
-    """One source per camera (None: every camera) of a LeRobot data set, over all or some of its episodes."""
+    """One source per camera (None: every camera) of a LeRobot data set, over all episodes or those of some numbers."""
     reader = root if isinstance(root, LeRobotReader) else LeRobotReader(root)
     if not reader.camera_keys:
         raise UserError(f"{reader.root}: the data set has no camera")
@@ -209,7 +210,10 @@ def lerobot_sources(
         if episodes != "all":
             raise UserError(f'episodes must be "all" or a list of numbers, got {episodes!r}')
         return sources
-    return [SelectedVideos(source, episodes) for source in sources]
+    place = {info.index: number for number, info in enumerate(reader.episodes)}
+    if unknown := sorted(set(episodes) - set(place)):
+        raise UserError(f"{reader.root}: no episodes {unknown}; there are {number_ranges(place)}")
+    return [SelectedVideos(source, [place[episode] for episode in episodes]) for source in sources]
 
 
 def _files(root: Path, suffixes: frozenset[str], what: str) -> list[Path]:

@@ -19,6 +19,7 @@ from av.video.stream import VideoStream
 from jaxtyping import UInt8
 
 from repvitok.data.atomic import partial_path, replace_durably
+from repvitok.documents import refuse_lfs_pointer
 from repvitok.errors import UserError
 
 
@@ -198,6 +199,7 @@ class VideoFile:
         try:
             container = av.open(str(self.path) if self.span is None else io.BytesIO(self._member()), "r")
         except FFmpegError as error:
+            refuse_lfs_pointer(self.path)
             reason = str(error).split("]")[-1].split(":")[0].strip()
             raise UserError(f"{self.name}: not a readable video ({reason}); is it truncated?") from error
         with container:

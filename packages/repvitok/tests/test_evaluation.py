@@ -44,3 +44,24 @@ def test_a_second_evaluation_starts_anew():
 def test_two_variants_of_one_distance_are_refused():
     with pytest.raises(ValueError, match="two feature networks give 'frechet_hog_distance'"):
         Evaluation(features=[HOGClipFeatures(), HOGClipFeatures()])
+
+
+def test_counts_and_lengths_are_those_of_all_ranks(monkeypatch):
+    """Two ranks that saw three clips each, of 5 and of 9 frames: the rows say six clips, 42 frames, 5-9."""
+    alone = Evaluation(features=[HOGClipFeatures()])
+    alone.update(clips(0), clips(1))
+    other = Evaluation(features=[HOGClipFeatures()])
+    other.update(clips(2, frames=9), clips(3, frames=9))
+
+    def gather(ours, theirs):
+        states = iter([tensor for name in ours._reductions for tensor in [getattr(theirs, name)]])
+        return lambda value, group: [value, next(states)]
+
+    for ours, theirs in zip((alone._frames, *alone._frechet), (other._frames, *other._frechet), strict=True):
+        ours.distributed_available_fn = lambda: True
+        ours.dist_sync_fn = gather(ours, theirs)
+    rows = {row.name: row for row in alone.rows("1")}
+    assert (rows["psnr"].samples, rows["psnr"].frames) == ("42 frames", "5-9")
+    assert rows["frechet_hog_distance"].samples == "6 clips"
+    expected = torch.cat([psnr(clips(0), clips(1)).flatten(), psnr(clips(2, 9), clips(3, 9)).flatten()])
+    assert rows["psnr"].value == pytest.approx(expected.mean().item(), rel=1e-5)

@@ -313,3 +313,24 @@ def test_curves_keep_the_later_of_two_values_and_skip_a_cut_line(tmp_path):
     assert read_curves(tmp_path)["loss"].tolist() == [[1, 3.0], [2, 1.5], [3, 1.0]]
     with pytest.raises(FileNotFoundError, match=r"no metrics\.csv in"):
         read_curves(tmp_path / "nowhere")
+
+
+def test_each_adversary_has_its_own_means_of_scores(videos, tmp_path):
+    """LeCam's penalty holds each adversary near its own means; one pair for both would mix two scales of scores."""
+    weights = LossWeights(l1=1.0, perceptual=0.0, gan=0.1, align=0.0)
+    settings = AdversarySettings(start_step=0, width=4, layers=2, warmup_steps=1, lecam=1.0, lr=1e-12)
+    trained = module(weights, adversary=settings)
+    torch.nn.init.constant_(trained.discriminator.image.score.bias, 3.0)
+    torch.nn.init.constant_(trained.discriminator.video.score.bias, -3.0)
+    trainer(tmp_path, 3, SaveLast()).fit(trained, data(videos))
+    image, video = trained.lecam
+    assert image.real_mean > 0.05
+    assert video.real_mean < -0.05
+
+    shared = read_checkpoint(tmp_path / "last.ckpt")
+    state = {k: v for k, v in shared["state_dict"].items() if not k.startswith("lecam.1")}
+    shared["state_dict"] = {k.replace("lecam.0.", "lecam."): v for k, v in state.items()}
+    torch.save(shared, tmp_path / "old.ckpt")
+    resumed = module(weights, adversary=settings)
+    trainer(tmp_path, 3).fit(resumed, data(videos), ckpt_path=str(tmp_path / "old.ckpt"), weights_only=True)
+    assert [part.real_mean.item() for part in resumed.lecam] == [image.real_mean.item()] * 2

@@ -39,7 +39,6 @@ class Evaluation:
         self._lpips = None if perceptual is None else LPIPSMetric(perceptual)
         self._frechet = [FrechetReconstruction(network) for network in features]
         self._perceptual = perceptual
-        self._lengths: set[int] = set()
 
     def to(self, device: torch.device) -> Evaluation:
         """Moves the sums and networks to a device."""
@@ -50,7 +49,6 @@ class Evaluation:
 
     def update(self, video_hat: Float[Tensor, "b 3 T H W"], video: Float[Tensor, "b 3 T H W"]) -> None:
         """Adds a batch of clips; pixels in [-1, 1]."""
-        self._lengths.add(video.shape[2])
         for metric in (self._frames, self._lpips, *self._frechet):
             if metric is not None:
                 metric.update(video_hat, video)
@@ -65,27 +63,24 @@ class Evaluation:
             ValueError: if nothing was added, or too few clips for a distance.
         """
         found = self._frames.compute()
-        frames = f"{int(self._frames.frames)} frames"
-        length = "-".join(str(n) for n in sorted({min(self._lengths), max(self._lengths)}))
+        frames = f"{found.frames} frames"
+        length = "-".join(str(n) for n in sorted(set(found.clip_frames)))
         rows = [
-            MetricRow("psnr", found["psnr"].item(), "dB", frames, length, stride, ""),
-            MetricRow("ssim", found["ssim"].item(), "", frames, length, stride, ""),
+            MetricRow("psnr", found.psnr.item(), "dB", frames, length, stride, ""),
+            MetricRow("ssim", found.ssim.item(), "", frames, length, stride, ""),
         ]
         if self._lpips is not None and self._perceptual is not None:
             value = self._lpips.compute().item()
             rows.append(MetricRow("lpips", value, "", frames, length, stride, self._perceptual.backbone))
         for metric in self._frechet:
-            samples = f"{metric.samples} {metric.network.unit}"
-            value = metric.compute().item()
-            rows.append(MetricRow(metric.network.metric, value, "", samples, length, stride, metric.network.backbone))
-        self._reset()
-        return rows
-
-    def _reset(self) -> None:
+            distance, count = metric.compute()
+            samples = f"{count} {metric.network.unit}"
+            backbone = metric.network.backbone
+            rows.append(MetricRow(metric.network.metric, distance.item(), "", samples, length, stride, backbone))
         for metric in (self._frames, self._lpips, *self._frechet):
             if metric is not None:
                 metric.reset()
-        self._lengths = set()
+        return rows
 
 
 def report(rows: Sequence[MetricRow], folder: str | Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -22,6 +23,7 @@ __all__ = [
     "FrechetStatistics",
     "LPIPSMetric",
     "MetricRow",
+    "Reconstruction",
     "ReconstructionMetrics",
     "frechet_distance",
     "metric_table",
@@ -53,6 +55,22 @@ def ssim(video_hat: Float[Tensor, "b 3 T H W"], video: Float[Tensor, "b 3 T H W"
     return rearrange(value, "(b T) -> b T", b=video.shape[0])
 
 
+class Reconstruction(NamedTuple):
+    """Reconstruction of a set of clips, over all ranks.
+
+    Attributes:
+        psnr: in dB, mean over frames.
+        ssim: in [-1, 1], mean over frames.
+        frames: how many frames.
+        clip_frames: (shortest, longest) clip, in frames.
+    """
+
+    psnr: Tensor
+    ssim: Tensor
+    frames: int
+    clip_frames: tuple[int, int]
+
+
 class ReconstructionMetrics(Metric):
     """Mean PSNR and SSIM over all frames seen, summed exactly over ranks.
 
@@ -62,12 +80,16 @@ class ReconstructionMetrics(Metric):
     psnr_sum: Tensor
     ssim_sum: Tensor
     frames: Tensor
+    shortest: Tensor
+    longest: Tensor
 
     def __init__(self) -> None:
         """Starts with no frames."""
         super().__init__()
         for name in ("psnr_sum", "ssim_sum", "frames"):
             self.add_state(name, default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("shortest", default=torch.tensor(float("inf"), dtype=torch.float64), dist_reduce_fx="min")
+        self.add_state("longest", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="max")
 
     def update(self, video_hat: Float[Tensor, "b 3 T H W"], video: Float[Tensor, "b 3 T H W"]) -> None:
         """Adds a batch of clips; pixels in [-1, 1]."""
@@ -75,12 +97,19 @@ class ReconstructionMetrics(Metric):
         self.psnr_sum += values.double().sum()
         self.ssim_sum += ssim(video_hat, video).double().sum()
         self.frames += values.numel()
+        self.shortest = self.shortest.clamp(max=values.shape[1])
+        self.longest = self.longest.clamp(min=values.shape[1])
 
-    def compute(self) -> dict[str, Tensor]:
-        """{"psnr": dB, "ssim": in [-1, 1]}; raises ValueError when no frame was added."""
+    def compute(self) -> Reconstruction:
+        """What was measured, over all ranks; raises ValueError when no frame was added."""
         if self.frames == 0:
             raise UserError("no frames were added: the validation set is empty")
-        return {"psnr": self.psnr_sum / self.frames, "ssim": self.ssim_sum / self.frames}
+        return Reconstruction(
+            self.psnr_sum / self.frames,
+            self.ssim_sum / self.frames,
+            int(self.frames),
+            (int(self.shortest), int(self.longest)),
+        )
 
 
 class LPIPSMetric(Metric):
@@ -141,15 +170,10 @@ class FrechetReconstruction(Metric):
             self.counts[side] = statistics.count
             self.means[side], self.scatters[side] = statistics.mean, statistics.scatter
 
-    def compute(self) -> Tensor:
-        """The squared distance; ValueError below two frames or clips."""
+    def compute(self) -> tuple[Tensor, int]:
+        """(squared distance, frames or clips on each side), over all ranks; ValueError below two of them."""
         real, fake = self._side(0), self._side(1)
-        return torch.tensor(real.distance(fake), dtype=torch.float64)
-
-    @property
-    def samples(self) -> int:
-        """Frames or clips on each side."""
-        return self._side(0).count
+        return torch.tensor(real.distance(fake), dtype=torch.float64), real.count
 
     def _side(self, side: int) -> FrechetStatistics:
         """One side's statistics; after a gather over ranks the states have a leading axis of ranks, merged here."""

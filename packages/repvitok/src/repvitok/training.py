@@ -165,15 +165,15 @@ class RepViTokTraining(LightningModule):
     def _discriminator_step(self, video: Tensor, video_hat: Tensor) -> Tensor:
         """Steps the plain optimizer below Lightning's, which would count a second global step."""
         assert self.discriminator is not None
-        assert self.lecam is not None
         optimizer = self._optimizers()[1].optimizer
         optimizer.zero_grad()
         self.discriminator.requires_grad_(True)
         losses = []
-        for real, fake in zip(self.discriminator(video), self.discriminator(video_hat), strict=True):
+        scores = zip(self.discriminator(video), self.discriminator(video_hat), strict=True)
+        for number, (real, fake) in enumerate(scores):  # the image adversary's, then the video adversary's
             losses.append(hinge_discriminator_loss(real, fake))
             if self.adversary_settings.lecam:
-                losses.append(self.adversary_settings.lecam * self.lecam(real, fake))
+                losses.append(self.adversary_settings.lecam * self.lecam[number](real, fake))
         loss = torch.stack(losses).sum()
         self.manual_backward(loss)
         norm = nn.utils.clip_grad_norm_(self.discriminator.parameters(), self.gradient_clip or float("inf"))
@@ -251,7 +251,8 @@ class RepViTokTraining(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs val/psnr and val/ssim."""
-        self.log_dict({f"val/{name}": value.float() for name, value in self.metrics.compute().items()})
+        found = self.metrics.compute()
+        self.log_dict({"val/psnr": found.psnr.float(), "val/ssim": found.ssim.float()})
         self.metrics.reset()
         self._validations += 1
 
@@ -300,6 +301,10 @@ class RepViTokTraining(LightningModule):
             raise UserError("this checkpoint was not written by RepViTok's training")
         require_same_config(self.tokenizer.config, RepViTokConfig.from_dict(stored["config"]), "the checkpoint")
         self.ema.load_state_dict(stored["ema"])
+        state = checkpoint["state_dict"]
+        for name in ("real_mean", "fake_mean"):  # version 0.1 kept one pair of means for both adversaries
+            if (shared := state.pop(f"lecam.{name}", None)) is not None:
+                state |= {f"lecam.{number}.{name}": shared.clone() for number in range(len(self.lecam))}
 
 
 class _FrozenNetworks:
@@ -337,10 +342,11 @@ def _alignment_head(config: RepViTokConfig, teacher: Teacher | None, weights: Lo
     return None if needed is None else nn.Linear(config.latent_dim, needed.dim, bias=False)
 
 
-def _adversary(settings: AdversarySettings, weights: LossWeights) -> tuple[Discriminator | None, LeCam | None]:
+def _adversary(settings: AdversarySettings, weights: LossWeights) -> tuple[Discriminator | None, nn.ModuleList]:
+    """The adversaries, and for each its own running means of scores."""
     if not weights.gan:
-        return None, None
-    return Discriminator(settings.width, settings.layers), LeCam()
+        return None, nn.ModuleList()
+    return Discriminator(settings.width, settings.layers), nn.ModuleList([LeCam(), LeCam()])
 
 
 def _adversary_optimizer(settings: AdversarySettings) -> OptimizerSettings:

@@ -32,6 +32,8 @@ def test_errors_and_baselines_are_by_hand(result):
     steps = 16 // len(np.unique(repeated[:, 0]))
     np.testing.assert_allclose(repeated[steps:], np.repeat(first.real[steps - 1 : -1 : steps], steps, axis=0))
     assert set(result.psnr()) == {"imagined", "reconstructed", "copied"}
+    for name, psnr_db in result.psnr().items():  # one PSNR everywhere: the mean over frames, of episodes of 16 and 12
+        assert psnr_db == pytest.approx(result.video(of=name).psnr_db, rel=1e-6)
     assert result.to_dict()["channels"] == ["x", "y", "z"]
 
 

@@ -8,7 +8,8 @@ import time
 
 import pytest
 from repvitok.errors import UserError
-from repwam_core.quickstart.stages import StageRunner, folder_digest, stage_digest
+from repwam_core.quickstart import stages
+from repwam_core.quickstart.stages import StageRunner, code_commit, code_digest, folder_digest, stage_digest
 
 
 def _count(folder, calls):
@@ -138,3 +139,23 @@ def test_digests(tmp_path):
     before = folder_digest(tmp_path)
     (tmp_path / "meta" / "info.json").write_text("[]")
     assert folder_digest(tmp_path) != before
+
+
+def test_the_code_is_known_by_its_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "files", lambda name: tmp_path / name)
+    source = tmp_path / "repwam_core/model.py"
+    source.parent.mkdir()
+    source.write_text("width = 1")
+    first = code_digest()
+    assert code_digest() == first
+    (tmp_path / "repwam_core/notes.txt").write_text("not code")
+    assert code_digest() == first
+    source.write_text("width = 2")
+    assert code_digest() != first
+
+
+def test_a_finished_stage_names_the_commit_that_made_it(tmp_path, monkeypatch):
+    made = StageRunner(tmp_path / "run").run("a", lambda f: {}, settings={}, inputs={})
+    assert made.commit == code_commit()
+    monkeypatch.setattr(stages, "code_commit", lambda: "another")
+    assert StageRunner(tmp_path / "run").run("a", lambda f: {}, settings={}, inputs={}).commit == made.commit

@@ -7,12 +7,15 @@ from repwam_core.model.config import ActionSpace, WAMConfig
 from repwam_core.model.inputs import Velocities
 from repwam_core.model.sequence import training_layout
 from repwam_core.model.wam import WorldActionModel
+from repwam_core.training import losses as losses_module
 from repwam_core.training.losses import (
     LossSettings,
+    combined,
     draw_noise,
     equal_chunks,
     flow_matching_loss,
     noised_inputs,
+    over_ranks,
     wam_loss,
 )
 
@@ -163,3 +166,31 @@ def test_chunks_cover_the_transitions():
 def test_a_share_outside_zero_to_one_is_refused(field):
     with pytest.raises(ValueError, match=field):
         LossSettings(**{field: 1.5})
+
+
+def test_means_over_ranks_weigh_every_number_alike(monkeypatch):
+    """A rank with three real transitions and one with nine are one process with twelve, not the mean of two means."""
+    whole = _batch(b=4)
+    whole.valid[0] = False
+    noise = draw_noise(whole, 3, LossSettings(), _generator())
+    velocities = Velocities(torch.randn(4, 6, 4), torch.randn(4, 6, 3))
+    expected = flow_matching_loss(velocities, whole, noise, 0.5)
+    assert expected.terms.video_count == 9
+    ranks = [[0, 1], [2, 3]]
+    terms = []
+    for rows in ranks:
+        part = SegmentBatch(**{k: v[rows] if isinstance(v, torch.Tensor) else v for k, v in vars(whole).items()})
+        drawn = type(noise)(**{name: value[rows] for name, value in vars(noise).items()})
+        terms.append(flow_matching_loss(Velocities(velocities.video[rows], velocities.actions[rows]), part, drawn, 0.5))
+    others = iter([terms[1].terms, terms[0].terms])
+
+    def all_reduce(values):
+        other = next(others)
+        values += torch.stack([other.video, other.video_count, other.action, other.action_count])
+
+    monkeypatch.setattr(losses_module.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(losses_module.distributed, "all_reduce", all_reduce)
+    for rank in terms:
+        shared = combined([over_ranks([rank.terms])], 0.5)
+        torch.testing.assert_close(shared.total, expected.total)
+        assert not torch.isclose(rank.total, expected.total)

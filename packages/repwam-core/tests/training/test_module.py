@@ -11,6 +11,8 @@ from repwam_core.cli import main
 from repwam_core.data.datamodule import WAMDataModule
 from repwam_core.data.episodes import EpisodeStore
 from repwam_core.export import export_wam, read_trained
+from repwam_core.model.attention import DenseAttend
+from repwam_core.model.blocked import BlockedAttend
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.training.module import CHECKPOINT_KEY, WAMTraining
 from safetensors.torch import load_file
@@ -87,6 +89,16 @@ def test_what_a_user_can_get_wrong_is_one_line(fit, tmp_path, capsys, overrides,
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("backend", ["dense", "blocked"])
+def test_the_attention_asked_for_serves_segments_too(fit, tmp_path, monkeypatch, backend):
+    ran = set()
+    for kind in (DenseAttend, BlockedAttend):
+        call = kind.__call__
+        monkeypatch.setattr(kind, "__call__", lambda self, *a, call=call: ran.add(type(self)) or call(self, *a))
+    fit(tmp_path, f"--model.scale.attention={backend}", "--trainer.max_steps=1", "--trainer.limit_val_batches=0")
+    assert ran == {DenseAttend if backend == "dense" else BlockedAttend}
 
 
 def test_a_checkpoint_of_other_data_is_not_resumed(fit, tmp_path, write_shards, capsys):

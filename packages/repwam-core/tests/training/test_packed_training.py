@@ -1,6 +1,7 @@
 """Packed training: an episode's loss and gradients do not depend on what it is packed with; runs resume exactly."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from repwam_core.data.packing import PackingSettings
 from repwam_core.export import export_wam, read_trained
 from repwam_core.model.inputs import Velocities
 from repwam_core.model.wam import WorldActionModel
+from repwam_core.training.banner import batch_flops
 from repwam_core.training.losses import LossSettings, draw_noise, loss_terms, with_joint_actions
 from repwam_core.training.module import WAMTraining
 from repwam_core.training.parallel import ScaleSettings
@@ -29,13 +31,14 @@ class Trainer:
         self.datamodule = data
 
 
-def training(shards, **scale: object) -> WAMTraining:
+def training(shards, *, wam: dict | None = None, space: str = "robot", **scale: object) -> WAMTraining:
     sizes = {"width": 32, "depth": 2, "heads": 2, "ffn": 64, "action_width": 32, "action_ffn": 64, "state_token": True}
+    sizes |= wam or {}
     module = WAMTraining(
-        "tiny", wam=sizes, space="robot", chunk_sizes=(1, 3), seed=4, scale=ScaleSettings(**scale),
+        "tiny", wam=sizes, space=space, chunk_sizes=(1, 3), seed=4, scale=ScaleSettings(**scale),
         loss=LossSettings(video_noise_prob=0.3, history_noise=0.1),
     )  # fmt: skip
-    data = WAMDataModule(shards, packing=PackingSettings(token_budget=400, open_sequences=4), seed=2)
+    data = WAMDataModule(shards, space=space, packing=PackingSettings(token_budget=400, open_sequences=4), seed=2)
     module._trainer = data.trainer = Trainer(data)  # type: ignore[assignment]
     data.trainer.lightning_module = module
     module.setup("fit")
@@ -100,6 +103,17 @@ def test_dense_and_blocked_attention_train_alike(shards):
     blocked, dense = training(shards), training(shards, attention="dense")
     batch = next(iter(blocked.trainer.datamodule.train_dataloader()))
     torch.testing.assert_close(step(blocked, batch)[0], step(dense, batch)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_joint_prediction_costs_no_action_tokens(shards):
+    """Its actions are channels of the video: what a step costs does not depend on the actions per transition."""
+    joint = training(shards, wam={"joint_actions": 4}, space="latent")
+    batch = next(iter(joint.trainer.datamodule.train_dataloader()))
+    flops = batch_flops(joint, batch)
+    widened = [
+        replace(d, segment=replace(d.segment, actions=d.segment.actions.repeat(1, 1, 3, 1))) for d in batch.documents
+    ]
+    assert batch_flops(joint, replace(batch, documents=tuple(widened))) == flops
 
 
 @pytest.mark.slow

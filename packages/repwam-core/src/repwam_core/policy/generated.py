@@ -88,6 +88,11 @@ class GeneratedScores:
         return values
 
 
+def frames_psnr(video_hat: Frames, video: Frames) -> Float[np.ndarray, "views n"]:
+    """PSNR of every frame in dB, by the one definition that all stages share (`repvitok.metrics.psnr`)."""
+    return psnr(_as_clips(video_hat), _as_clips(video)).numpy()
+
+
 @torch.no_grad()
 def score_video(pairs: Iterable[tuple[Frames, Frames]], network: ClipFeatures | None = None) -> GeneratedScores:
     """Compare (imagined, real) videos of the same episodes and frames.

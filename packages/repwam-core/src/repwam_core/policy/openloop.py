@@ -20,13 +20,14 @@ from repvitok.errors import UserError
 from repvitok.progress import progress
 
 from repwam_core.interface import Observation
-from repwam_core.policy.generated import ClipFeatures, GeneratedScores, score_video
+from repwam_core.policy.generated import ClipFeatures, GeneratedScores, frames_psnr, score_video
 from repwam_core.policy.policy import BatchedPolicy
 from repwam_core.statistics import ActionStatistics
-from repwam_core.training.metrics import psnr_db
 from repwam_core.training.scores import HEADLINE, SCALES, VARIANTS, open_loop_score
 
 BASELINES = ("mean action", "last action repeated")
+SHOWN = ("imagined", "reconstructed", "copied")
+"""Videos of an episode that are compared with its real frames."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,11 +63,10 @@ class OpenLoopEpisode:
     copied: UInt8[np.ndarray, "views n H W 3"] | None = None
 
     def psnr(self) -> dict[str, float]:
-        """PSNR in dB against the real frames of imagined, reconstructed and copied ones; empty without video."""
+        """Mean PSNR of its frames in dB, of imagined, reconstructed and copied ones; empty without video."""
         if self.frames is None:
             return {}
-        names = ("imagined", "reconstructed", "copied")
-        return {name: psnr_db(getattr(self, name), self.frames) for name in names}
+        return {name: float(frames_psnr(getattr(self, name), self.frames).mean()) for name in SHOWN}
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,9 +126,12 @@ class OpenLoopResult:
         return {name: dict(zip(self.channels, map(float, error), strict=True)) for name, error in errors.items()}
 
     def psnr(self) -> dict[str, float]:
-        """Mean over episodes of their PSNR in dB; empty without imagined video."""
-        each = [episode.psnr() for episode in self.episodes]
-        return {name: float(np.mean([values[name] for values in each])) for name in (each[0] if each else {})}
+        """Mean over all episodes' frames of their PSNR in dB, as `video` has it; empty without imagined video."""
+        each = {
+            name: [frames_psnr(getattr(e, name), e.frames).ravel() for e in self.episodes if e.frames is not None]
+            for name in SHOWN
+        }
+        return {name: float(np.concatenate(values).mean()) for name, values in each.items() if values}
 
     def to_dict(self, network: ClipFeatures | None = None) -> dict[str, Any]:
         """Numbers without arrays, for JSON: over all episodes, and over those of seen and of unseen tasks."""

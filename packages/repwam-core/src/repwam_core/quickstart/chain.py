@@ -16,7 +16,7 @@ from repwam_core.quickstart.stages import StageResult, StageRunner
 
 @dataclass(frozen=True)
 class Run:
-    """One invocation of the quickstart."""
+    """One invocation of the quickstart; `code` is the `code_digest` of the packages it runs."""
 
     plan: Plan
     seed: int
@@ -25,11 +25,12 @@ class Run:
     command: str
     started_s: float
     repwam: training.Main
+    code: str
 
     def stage(self, name: str, work: Any, *, inputs: dict[str, StageResult | str], **settings: Any) -> StageResult:
-        """Run a stage whose inputs are earlier stages (or digests); recipes and version count as settings."""
+        """Run a stage whose inputs are earlier stages (or digests); the code that makes it counts as a setting."""
         digests = {key: value if isinstance(value, str) else value.digest for key, value in inputs.items()}
-        settings = {"version": __version__, **settings}
+        settings = {"version": __version__, "code": self.code, **settings}
         return self.runner.run(name, work, settings=settings, inputs=digests)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -77,7 +76,7 @@ def _run_info(this: Run, trained: Trained) -> RunInfo:
             "Video to semantic latents, latent actions between them, a causal world action model over both, adapted "
             "to robot actions and run as a policy."
         ),
-        commit=_commit(),
+        commit=_commits(this),
         versions={name: version(name) for name in PACKAGES if _installed(name)} | {"python": platform.python_version()},
         hardware=f"{_processor()}, {_cores()} cores, {platform.system()} {platform.machine()}",
         seeds=(this.seed,),
@@ -86,6 +85,11 @@ def _run_info(this: Run, trained: Trained) -> RunInfo:
         wall_seconds=time.monotonic() - this.started_s,
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
     )
+
+
+def _commits(this: Run) -> str:
+    """The commit whose code made every stage, or all of them where stages of earlier runs were reused."""
+    return ", ".join(dict.fromkeys(result.commit for result in this.runner.results if result.commit))
 
 
 def _key_result(summary: dict[str, Any]) -> str:
@@ -184,15 +188,6 @@ def _installed(name: str) -> bool:
     except PackageNotFoundError:
         return False
     return True
-
-
-def _commit() -> str:
-    """Commit of the checkout this code runs from, with a mark if it was changed; empty outside of one."""
-    here = Path(__file__).parent
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip()
 
 
 def _processor() -> str:

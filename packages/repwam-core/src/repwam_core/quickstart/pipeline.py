@@ -14,7 +14,7 @@ from repwam_core.quickstart import closed_loop, training
 from repwam_core.quickstart.chain import DataSet, Run, Trained, train
 from repwam_core.quickstart.controls import run_controls
 from repwam_core.quickstart.plan import RECIPES, Plan, load_plan, shaped_like
-from repwam_core.quickstart.stages import StageResult, StageRunner, folder_digest
+from repwam_core.quickstart.stages import StageResult, StageRunner, code_digest, folder_digest
 
 
 def run(arguments: argparse.Namespace, repwam: training.Main) -> int:
@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace, repwam: training.Main) -> int:
     plan = _checked(arguments, plan)
     runner = StageRunner(arguments.out, fresh=arguments.fresh)
     command = "repwam " + " ".join(sys.argv[1:])
-    this = Run(plan, arguments.seed, arguments.workers, runner, command, started_s, repwam)
+    this = Run(plan, arguments.seed, arguments.workers, runner, command, started_s, repwam, code_digest())
     with runner.lock():
         trained, outcome = _from_dataset(this, arguments.dataset) if arguments.dataset else _from_simulator(this)
         if arguments.controls:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ class StageResult:
         folder: where its outputs lie.
         seconds: wall time over all the runs it took, interrupted ones included.
         cached: whether this call found it done.
+        commit: of the code that made it, see `code_commit`.
         summary: small JSON values worth telling: losses, counts.
     """
 
@@ -43,6 +46,7 @@ class StageResult:
     folder: Path
     seconds: float
     cached: bool
+    commit: str = ""
     summary: dict[str, Any] = field(default_factory=dict)
 
 
@@ -63,6 +67,29 @@ def folder_digest(folder: Path) -> str:
         if "meta" in path.relative_to(folder).parts:
             digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def code_digest() -> str:
+    """Identity of the code that runs: sha256 over the Python and YAML files of the three packages.
+
+    A stage made by other code is not this code's result, whatever the version number says.
+    """
+    digest = hashlib.sha256()
+    for name in ("repvitok", "latent_action", "repwam_core"):
+        root = Path(str(files(name)))
+        for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".yaml")):
+            digest.update(f"{name}/{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def code_commit() -> str:
+    """Commit of the checkout that the code lies in, ending in -dirty if files differ from it; empty outside of one."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:  # no git here
+        return ""
+    return done.stdout.strip()
 
 
 class StageRunner:
@@ -127,7 +154,8 @@ class StageRunner:
         done = folder / _DONE
         if done.exists():
             record = json.loads(done.read_text())
-            result = StageResult(name, digest, folder, record["seconds"], True, record["summary"])
+            commit = record.get("commit", "")
+            result = StageResult(name, digest, folder, record["seconds"], True, commit, record["summary"])
             print(
                 f"[{number}] {name}: done before ({record['seconds']:.0f} s), reusing {folder}",
                 file=sys.stderr,
@@ -161,6 +189,7 @@ class StageRunner:
                 "name": name,
                 "digest": digest,
                 "seconds": spent.total_s,
+                "commit": (commit := code_commit()),
                 "settings": settings,
                 "summary": summary,
             },
@@ -169,7 +198,7 @@ class StageRunner:
             f"{key} {_short(value)}" for key, value in summary.items() if not isinstance(value, (dict, list))
         )
         print(f"[{number}] {name}: {spent.total_s:.0f} s{'  ' + told if told else ''}", file=sys.stderr)
-        return StageResult(name, digest, folder, spent.total_s, False, summary)
+        return StageResult(name, digest, folder, spent.total_s, False, commit, summary)
 
 
 class _Stopwatch:

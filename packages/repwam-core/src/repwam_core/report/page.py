@@ -161,9 +161,7 @@ def section(anchor: str, title: str, body: Markup | str) -> Markup:
 
 
 def header(run: RunInfo) -> Markup:
-    line = " · ".join(
-        part for part in (run.date, run.hardware, f"commit {run.commit[:12]}" if run.commit else "") if part
-    )
+    line = " · ".join(part for part in (run.date, run.hardware, f"commit {run.commit}" if run.commit else "") if part)
     return el(
         "header",
         el("p", "RepWAM run report", class_="kicker"),

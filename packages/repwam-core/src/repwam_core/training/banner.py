@@ -84,7 +84,7 @@ def batch_flops(training: Any, batch: PackedBatch) -> float:
             config,
             equal_chunks(segment.valid.shape[1], training.chunk_size(batch)),
             segment.latents.shape[2],
-            segment.actions.shape[2],
+            0 if config.joint_actions else segment.actions.shape[2],
             state=config.has_state(training.space) and segment.state is not None,
             text=max(item.segment.text.shape[1] for item in batch.documents),
         )

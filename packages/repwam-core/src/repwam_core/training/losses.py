@@ -9,7 +9,7 @@ import torch
 from einops import rearrange, reduce, repeat
 from jaxtyping import Bool, Float, Int
 from repvitok.errors import UserError
-from torch import Tensor
+from torch import Tensor, distributed
 
 from repwam_core.data.episodes import SegmentBatch
 from repwam_core.model.flow import UniformSNRSampler, interpolate, velocity_target
@@ -74,12 +74,26 @@ class Noise:
 
 
 @dataclass(frozen=True, eq=False)
+class LossTerms:
+    """Sums of squared errors over what is to be learned, and how many numbers (means over tokens) they are of."""
+
+    video: Float[Tensor, ""]
+    video_count: Float[Tensor, ""] | Int[Tensor, ""]
+    action: Float[Tensor, ""]
+    action_count: Float[Tensor, ""] | Int[Tensor, ""]
+
+
+@dataclass(frozen=True, eq=False)
 class WAMLoss:
-    """The two terms of Eq. 7, each a mean over its learned numbers, and `total = video + lambda_a * action`."""
+    """The two terms of Eq. 7, each a mean over its learned numbers, and `total = video + lambda_a * action`.
+
+    `terms` are the sums and counts behind them, of this rank.
+    """
 
     total: Float[Tensor, ""]
     video: Float[Tensor, ""]
     action: Float[Tensor, ""]
+    terms: LossTerms
 
 
 def wam_loss(
@@ -91,6 +105,7 @@ def wam_loss(
     grid: tuple[int, int, int],
     settings: LossSettings,
     generator: torch.Generator,
+    attend: Callable[[SequenceLayout], Attend] | None = None,
 ) -> WAMLoss:
     """Return RepWAM Eq. 7 of a batch, all chunks at once.
 
@@ -102,13 +117,15 @@ def wam_loss(
         grid: (views, h, w) of a latent frame.
         settings: weights and noise.
         generator: source of every draw, on the batch's device.
+        attend: see `documents_loss`.
     """
     joint = wam.config.joint_actions
     batch = from_chunk_starts(batch, chunk_sizes)
     if joint:
         batch = with_joint_actions(batch)
     noise = draw_noise(batch, len(chunk_sizes), settings, generator, joint)
-    return documents_loss(wam, [NoisedDocument(batch, chunk_sizes, grid, noise)], space, settings.action_weight)
+    document = NoisedDocument(batch, chunk_sizes, grid, noise)
+    return documents_loss(wam, [document], space, settings.action_weight, attend)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +187,7 @@ def documents_loss(
         loss_terms(part, item.batch, item.noise, wam.config.joint_actions)
         for part, item in zip(parts, documents, strict=True)
     ]
-    return _combined(terms, action_weight)
+    return combined(terms, action_weight)
 
 
 def _packed(inputs: Sequence[WAMInputs]) -> WAMInputs:
@@ -276,17 +293,7 @@ def flow_matching_loss(velocities: Velocities, batch: SegmentBatch, noise: Noise
     The means run over real transitions, channels that the embodiment has, and samples whose video is not off; so
     padding, absent channels and the number of tokens do not change the weight of what is there. Eq. 7 writes sums.
     """
-    return _combined([loss_terms(velocities, batch, noise)], action_weight)
-
-
-@dataclass(frozen=True, eq=False)
-class LossTerms:
-    """Sums of squared errors over what is to be learned, and how many numbers (means over tokens) they are of."""
-
-    video: Float[Tensor, ""]
-    video_count: Float[Tensor, ""] | Int[Tensor, ""]
-    action: Float[Tensor, ""]
-    action_count: Float[Tensor, ""] | Int[Tensor, ""]
+    return combined([loss_terms(velocities, batch, noise)], action_weight)
 
 
 def loss_terms(velocities: Velocities, batch: SegmentBatch, noise: Noise, joint: int = 0) -> LossTerms:
@@ -319,11 +326,31 @@ def loss_terms(velocities: Velocities, batch: SegmentBatch, noise: Noise, joint:
     )
 
 
-def _combined(terms: Sequence[LossTerms], action_weight: float) -> WAMLoss:
-    """Both means over all terms; 0 where nothing is learned."""
-    video = sum(term.video for term in terms) / sum(term.video_count for term in terms).clamp(min=1)  # type: ignore[union-attr]
-    action = sum(term.action for term in terms) / sum(term.action_count for term in terms).clamp(min=1)  # type: ignore[union-attr]
-    return WAMLoss(video + action_weight * action, video, action)
+def combined(terms: Sequence[LossTerms], action_weight: float) -> WAMLoss:
+    """Both means of Eq. 7 over all terms; 0 where nothing is learned."""
+    summed = _summed(terms)
+    video = summed.video / summed.video_count.clamp(min=1)
+    action = summed.action / summed.action_count.clamp(min=1)
+    return WAMLoss(video + action_weight * action, video, action, summed)
+
+
+def over_ranks(terms: Sequence[LossTerms]) -> LossTerms:
+    """The sums and counts of all terms of all ranks, each of which must call this; without a gradient.
+
+    Means of these run over all ranks' numbers, whereas a mean of the ranks' means would weigh a rank that has few as
+    much as one that has many. Training itself takes the mean of all ranks' gradients: every sequence counts once,
+    whether it is one of several ranks' or one of several that accumulate (docs/decisions/061).
+    """
+    summed = _summed(terms)
+    values = torch.stack([summed.video, summed.video_count, summed.action, summed.action_count]).detach().double()
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(values)
+    return LossTerms(*values.float())
+
+
+def _summed(terms: Sequence[LossTerms]) -> LossTerms:
+    parts = zip(*((term.video, term.video_count, term.action, term.action_count) for term in terms), strict=True)
+    return LossTerms(*(torch.stack(part).sum() for part in parts))
 
 
 def equal_chunks(transitions: int, size: int) -> tuple[int, ...]:

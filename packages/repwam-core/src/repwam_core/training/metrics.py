@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from einops import reduce
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, distributed
 
 from repwam_core.data.episodes import SegmentBatch
 from repwam_core.model.config import LATENT_SPACE
@@ -127,13 +126,19 @@ class SampledErrors:
             self._add("copied_mse", (batch.latents[:, :-1] - batch.latents[:, 1:]).square(), valid)
 
     def compute(self) -> dict[str, float]:
-        """Return means over what was sampled.
+        """Return means over what all ranks sampled, each of which must call this.
 
         `action_mae` in scaled units beside predicting zero, each channel in its own unit, `ols_0.1` and so on the
         open-loop score (`scores.HEADLINE`: largest error over the channels, per action vector, scaled), and the mean
         squared error of imagined latents beside repeating the last true ones.
         """
-        return {name: self._sums[name] / max(1.0, count) for name, count in self._counts.items()}
+        ranks = [{name: (self._sums[name], self._counts[name]) for name in self._sums}]
+        if distributed.is_available() and distributed.is_initialized():
+            ranks = [{} for _ in range(distributed.get_world_size())]
+            distributed.all_gather_object(ranks, {name: (self._sums[name], self._counts[name]) for name in self._sums})
+        names = {name: None for rank in ranks for name in rank}  # in order; a rank without batches has none
+        totals = {name: np.sum([rank.get(name, (0.0, 0.0)) for rank in ranks], axis=0) for name in names}
+        return {name: float(total / max(1.0, count)) for name, (total, count) in totals.items()}
 
     def _count_scores(self, errors: np.ndarray, batch: SegmentBatch) -> None:
         below, of = count_below(errors, batch.valid.cpu().numpy(), THRESHOLDS)
@@ -149,9 +154,3 @@ class SampledErrors:
         weight = weight.to(values.device).expand_as(values)
         self._sums[name] = self._sums.get(name, 0.0) + float((values * weight).sum())
         self._counts[name] = self._counts.get(name, 0.0) + float(weight.sum())
-
-
-def psnr_db(frames: np.ndarray, reference: np.ndarray) -> float:
-    """Return 10 log10(255^2 / mean squared error) of uint8 frames, in dB; 100 where they are equal."""
-    error = reduce((frames.astype(np.float64) - reference.astype(np.float64)) ** 2, "... ->", "mean")
-    return float(10 * np.log10(255.0**2 / error)) if error > 0 else 100.0

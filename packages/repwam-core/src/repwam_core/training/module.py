@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from repvitok.optim import OptimizerSettings
 from repwam_core.data.episodes import EpisodeStore, SegmentBatch
 from repwam_core.data.mixture import Mixture
 from repwam_core.data.packed import PackedBatch
-from repwam_core.model.attention import make_attend
+from repwam_core.model.attention import make_attend, masked_attend
 from repwam_core.model.config import LATENT_SPACE
 from repwam_core.model.masks import Attend
 from repwam_core.model.sequence import SequenceLayout
@@ -27,12 +29,15 @@ from repwam_core.training.banner import StepBanner
 from repwam_core.training.build import build_sharded_wam, build_wam
 from repwam_core.training.losses import (
     LossSettings,
+    LossTerms,
     NoisedDocument,
     WAMLoss,
+    combined,
     documents_loss,
     draw_noise,
     equal_chunks,
     from_chunk_starts,
+    over_ranks,
     wam_loss,
     with_joint_actions,
 )
@@ -143,9 +148,7 @@ class WAMTraining(L.LightningModule):
             key = (self.seed, self.trainer.global_step, self.global_rank, batch_idx)
             losses = self._loss(batch, self._drawn_chunks(batch), key)
             keys = [self._store().keys[i] for i in batch.episode.tolist()]
-        self._stop_unless_finite(losses, keys)
-        rows = {"train/loss": losses.total, "train/video": losses.video, "train/action": losses.action}
-        self.log_dict({name: value.detach() for name, value in rows.items()}, batch_size=len(batch))
+        self._log_loss("train", over_ranks([losses.terms]), keys)
         return losses.total
 
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
@@ -161,6 +164,7 @@ class WAMTraining(L.LightningModule):
         self._live = {name: p.detach().clone() for name, p in model.named_parameters() if name in average.average}
         average.copy_to(model)
         gather_for_sampling(model, gathered=True)
+        self._held_out: list[LossTerms] = []
         self._sampled = [
             SampledErrors(store.statistics.actions.widened(store.action_channels), self.space, self.plan)
             for store in self._mixture().stores
@@ -169,10 +173,7 @@ class WAMTraining(L.LightningModule):
     def validation_step(self, batch: SegmentBatch, batch_idx: int) -> None:
         """Loss at fixed noise, and errors of actions and video sampled after each true prefix."""
         chunks = equal_chunks(batch.valid.shape[1], self.plan.chunk_frames)
-        losses = self._loss(batch, chunks, (self.seed, 2**31, batch_idx))
-        rows = {"loss": losses.total, "video": losses.video, "action": losses.action}
-        rows = {f"{self._split()}/{name}": value for name, value in rows.items()}
-        self.log_dict(rows, batch_size=len(batch), sync_dist=self.trainer.world_size > 1)
+        self._held_out.append(self._loss(batch, chunks, (self.seed, 2**31, batch_idx)).terms)
         if self._model().config.joint_actions:
             return  # a rollout plans action tokens, of which this stage has none
         grid = self._mixture().stores[batch.data_set].meta.grid
@@ -189,14 +190,15 @@ class WAMTraining(L.LightningModule):
             self._live = None
 
     def on_validation_epoch_end(self) -> None:
-        """Log what was sampled, of each data set by itself."""
+        """Log the loss over all ranks' held-out numbers, and what was sampled, of each data set by itself."""
+        self._log_loss(self._split(), over_ranks(self._held_out))
         stores = self._mixture().stores
         for number, (sampled, store) in enumerate(zip(self._sampled, stores, strict=True)):
             prefix = f"{self._split()}/{number}/" if len(stores) > 1 else f"{self._split()}/"
             absent = {f"{name}_mae_si" for name in set(store.action_channels) - set(store.statistics.actions.channels)}
             errors = {name: value for name, value in sampled.compute().items() if name not in absent}
             rows = {f"{prefix}{name}": value for name, value in errors.items()}
-            self.log_dict(rows, sync_dist=self.trainer.world_size > 1)
+            self.log_dict(rows, sync_dist=self.trainer.world_size > 1)  # all ranks' already: Lightning is to know
 
     test_step = validation_step
     on_test_start, on_test_end, on_test_epoch_end = on_validation_start, on_validation_end, on_validation_epoch_end
@@ -282,6 +284,7 @@ class WAMTraining(L.LightningModule):
             grid=self._mixture().stores[batch.data_set].meta.grid,
             settings=self.loss_settings,
             generator=_generator(key, batch.latents.device),
+            attend=partial(self._attend, make=masked_attend),  # segments' layouts come again, packed ones do not
         )
 
     def _packed_loss(self, batch: PackedBatch) -> WAMLoss:
@@ -294,16 +297,17 @@ class WAMTraining(L.LightningModule):
             generator = _generator((self.seed, 3, *document.piece), segment.latents.device)
             noise = draw_noise(segment, len(chunks), self.loss_settings, generator, joint)
             documents.append(NoisedDocument(segment, chunks, document.grid, noise))
-        return documents_loss(self._model(), documents, self.space, self.loss_settings.action_weight, self._attend)
+        weight = self.loss_settings.action_weight
+        return documents_loss(self._model(), documents, self.space, weight, self._attend)
 
     def chunk_size(self, batch: PackedBatch) -> int:
         """The chunk size of a packed sequence, drawn by its number."""
         low, high = self.chunk_sizes
         return int(np.random.default_rng((self.seed, 2, batch.index)).integers(low, high + 1))
 
-    def _attend(self, layout: SequenceLayout) -> Attend:
+    def _attend(self, layout: SequenceLayout, make: Callable[..., Attend] = make_attend) -> Attend:
         config = self._model().config
-        return make_attend(layout, config.coupling, config.window, self.scale.attention, self.device)
+        return make(layout, config.coupling, config.window, self.scale.attention, self.device)
 
     def _drawn_chunks(self, batch: SegmentBatch) -> tuple[int, ...]:
         """One chunk size per step, the same on every rank, so that ranks do equal work."""
@@ -311,13 +315,18 @@ class WAMTraining(L.LightningModule):
         draw = np.random.default_rng((self.seed, self.trainer.global_step))
         return equal_chunks(batch.valid.shape[1], int(draw.integers(low, high + 1)))
 
-    def _stop_unless_finite(self, losses: WAMLoss, keys: list[str]) -> None:
-        if not torch.isfinite(losses.total):
+    def _log_loss(self, split: str, terms: LossTerms, keys: Sequence[str] = ()) -> None:
+        """Log Eq. 7 over all ranks' numbers; where it is not finite all ranks stop, naming their episodes `keys`."""
+        losses = combined([terms], self.loss_settings.action_weight)
+        if keys and not torch.isfinite(losses.total):
             parts = f"video {losses.video.item():.4g}, action {losses.action.item():.4g}"
             raise UserError(
                 f"the loss is {losses.total.item()} at step {self.trainer.global_step} ({parts}) on episodes {keys}; "
                 "lower the learning rate or look at these data"
             )
+        rows = {"loss": losses.total, "video": losses.video, "action": losses.action}
+        synced = split != "train" and self.trainer.world_size > 1
+        self.log_dict({f"{split}/{name}": value for name, value in rows.items()}, sync_dist=synced)
 
     def _check_transitions(self) -> None:
         data, largest = self.trainer.datamodule, self.chunk_sizes[1]  # type: ignore[attr-defined]

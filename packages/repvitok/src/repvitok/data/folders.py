@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from repvitok.data.lerobot import LeRobotReader
+from repvitok.data.pictures import DepthRange
 from repvitok.data.sources import (
     VIDEO_SUFFIXES,
     ImageFolder,
@@ -58,6 +59,7 @@ def split_folder(
     held_out: float = 0.0,
     max_bad_fraction: float = 0.0,
     cache_folder: str | None = None,
+    depth_range: DepthRange | None = None,
 ) -> FolderSplit:
     """Opens a folder and holds some of its episodes or videos out.
 
@@ -68,6 +70,7 @@ def split_folder(
         held_out: fraction of its episodes or videos (`split_episodes`).
         max_bad_fraction: how many of a folder's or shards' files may be unreadable.
         cache_folder: for `TarShards`.
+        depth_range: reads depth maps, too: (MIN, MAX) in the numbers they store become black and white.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -75,11 +78,13 @@ def split_folder(
     """
     found = folder_kind(folder) if kind == "auto" else kind
     if found == "lerobot":
-        reader = LeRobotReader(folder)
+        reader = LeRobotReader(folder, depth_range=depth_range)
         train, kept = split_episodes([info.index for info in reader.episodes], held_out)
         held = lerobot_sources(reader, cameras=cameras, episodes=kept) if kept else []
         return FolderSplit(folder, lerobot_sources(reader, cameras=cameras, episodes=train), held)
-    source = open_videos(folder, found, max_bad_fraction=max_bad_fraction, cache_folder=cache_folder)
+    source = open_videos(
+        folder, found, max_bad_fraction=max_bad_fraction, cache_folder=cache_folder, depth_range=depth_range
+    )
     train, kept = split_episodes(range(len(source)), held_out)
     held = [SelectedVideos(source, kept)] if kept else []
     still = isinstance(source, ImageFolder) or (isinstance(source, TarShards) and source.media == "images")
@@ -87,12 +92,19 @@ def split_folder(
 
 
 def open_videos(
-    folder: str, kind: FolderKind, *, max_bad_fraction: float = 0.0, cache_folder: str | None = None
+    folder: str,
+    kind: FolderKind,
+    *,
+    max_bad_fraction: float = 0.0,
+    cache_folder: str | None = None,
+    depth_range: DepthRange | None = None,
 ) -> VideoSource:
     """A folder of videos or images, or WebDataset shards, as one source."""
     if kind == "webdataset":
-        return TarShards(folder, cache_folder=cache_folder, max_bad_fraction=max_bad_fraction)
-    return VideoFolder(folder, max_bad_fraction=max_bad_fraction) if kind == "videos" else ImageFolder(folder)
+        return TarShards(folder, cache_folder=cache_folder, max_bad_fraction=max_bad_fraction, depth_range=depth_range)
+    if kind == "videos":
+        return VideoFolder(folder, max_bad_fraction=max_bad_fraction, depth_range=depth_range)
+    return ImageFolder(folder, depth_range=depth_range)
 
 
 def folder_kind(folder: str) -> FolderKind:

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import bisect
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from jaxtyping import UInt8
 
 from repvitok.data.last_used import LastUsed
+from repvitok.data.lerobot_clock import pair_rows, row_times_s
 from repvitok.data.lerobot_format import EpisodeInfo, flat_names, number_ranges
 from repvitok.data.lerobot_instructions import Instructions, InstructionSource, RecordedEpisode
 from repvitok.data.lerobot_metadata import EpisodeRow, read_metadata
 from repvitok.data.lerobot_pictures import PictureColumn
 from repvitok.data.lerobot_tables import EpisodeTables
+from repvitok.data.pictures import HOW_TO_ASK, DepthRange, checked_range, is_depth_feature
 from repvitok.data.video import VideoFile
 from repvitok.errors import UserError
 
 __all__ = ["EpisodeInfo", "LeRobotReader"]
 
 Columns = dict[str, np.ndarray]
+
+log = logging.getLogger(__name__)
 
 
 class LeRobotReader(Sequence[dict[str, Any]]):
@@ -34,11 +41,14 @@ class LeRobotReader(Sequence[dict[str, Any]]):
 
     Args:
         root: the data set's folder, the one that holds meta/info.json.
+        depth_range: reads depth maps as cameras, too: (MIN, MAX) in the numbers they store become black and white.
 
     Attributes:
-        fps: frames per second.
+        fps: rows per second.
         features: info.json's description of every column and camera.
-        camera_keys: the cameras, stored as video or as pictures in the tables, in info.json's order.
+        camera_keys: the cameras, stored as video or as pictures in the tables, in info.json's order; with a
+            `depth_range`, the depth maps among them.
+        depth_keys: the cameras that are depth maps (LeRobot's `is_depth_map`, or pixels of deep grey).
         episodes: one `EpisodeInfo` per episode, in the order of their rows. Their numbers may have gaps: an episode is
             named by `index`, never by its place in this list.
         tasks: the task table, number -> text.
@@ -49,12 +59,12 @@ class LeRobotReader(Sequence[dict[str, Any]]):
             expected and what came.
     """
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
+    def __init__(self, root: str | os.PathLike[str], *, depth_range: Sequence[float | int] | None = None) -> None:
         self.root = Path(root)
+        self.depth_range: DepthRange | None = checked_range(depth_range)
         self.metadata = read_metadata(self.root)
         self.fps = self.metadata.fps
         self.features: dict[str, dict[str, Any]] = self.metadata.info["features"]
-        self.camera_keys = [key for key, feature in self.metadata.features.items() if feature.is_camera]
         self.tasks = self.metadata.tasks
         self._tables = EpisodeTables(self.metadata)
         self._instructions = Instructions(self.metadata, self._tables)
@@ -65,6 +75,12 @@ class LeRobotReader(Sequence[dict[str, Any]]):
         self._starts = np.cumsum([0] + [episode.length for episode in self.episodes]).tolist()
         self._pictures: LastUsed[tuple[Path, str], PictureColumn] = LastUsed(4)
         self._videos: LastUsed[Path, VideoFile] = LastUsed(64)
+        self._clocks: LastUsed[Path, pa.Table] = LastUsed(64)
+        self._frames_of_rows: LastUsed[tuple[int, str], range | np.ndarray] = LastUsed(2**16)
+        self._shared: set[str] = set()
+        cameras = [key for key, feature in self.metadata.features.items() if feature.is_camera]
+        self.depth_keys = [key for key in cameras if self._is_depth(key)]
+        self.camera_keys = [key for key in cameras if self.depth_range or key not in self.depth_keys]
 
     @property
     def version(self) -> str:
@@ -90,7 +106,7 @@ class LeRobotReader(Sequence[dict[str, Any]]):
 
     def frame_size(self, camera: str) -> tuple[int, int]:
         """(H, W) of a camera as info.json has them: by the names of its axes, else with the channels last or first."""
-        self._require_camera(camera)
+        self.require_camera(camera)
         feature = self.metadata.features[camera]
         shape, names = feature.shape, flat_names(feature.names)
         if len(shape) not in (2, 3):
@@ -153,28 +169,58 @@ class LeRobotReader(Sequence[dict[str, Any]]):
             raise UserError(
                 f"{self.root}: episode {episode} has frames 0..{length - 1}, asked for {min(wanted)}..{max(wanted)}"
             )
-        self._require_camera(camera)
+        self.require_camera(camera)
         if self.features[camera]["dtype"] == "image":
             pictures = self._picture_column(episode, camera)
             first = self._tables.rows(episode).first
             return pictures.read([first + frame for frame in wanted])
         path = self.video_path(episode, camera)
         video = self._videos.get_or_make(path, lambda: VideoFile(path))
-        start_s = self.metadata.video_start_s(episode, camera)
-        first = video.frame_at(start_s) if self.version == "v3.0" else 0
-        return video.read([first + frame for frame in wanted])
+        rows = self._frames_of_rows.get_or_make((episode, camera), lambda: self._pair_rows(video, episode, camera))
+        is_depth = camera in self.depth_keys
+        return video.read([int(rows[row]) for row in wanted], self.depth_range, is_depth=is_depth)
 
     def video_path(self, episode: int, camera: str) -> Path:
         """The video file that holds one camera's frames of one episode (in v3.0 with those of other episodes)."""
         self._row(episode)
-        self._require_camera(camera)
+        self.require_camera(camera)
         if self.features[camera]["dtype"] != "video":
             raise UserError(f"{self.root}: {camera} has no video; its pictures stand in the tables")
         return self.metadata.video_of(episode, camera)
 
-    def _require_camera(self, camera: str) -> None:
+    def require_camera(self, camera: str) -> None:
+        """Raises UserError where there is no such camera, or it is a depth map and no `depth_range` was given."""
         if camera not in self.camera_keys:
+            if camera in self.depth_keys:
+                raise UserError(f"{self.root}: {camera!r} is a depth map, no colour; {HOW_TO_ASK}")
             raise UserError(f"{self.root}: no camera {camera!r}; there are {self.camera_keys}")
+
+    def _pair_rows(self, video: VideoFile, episode: int, camera: str) -> range | np.ndarray:
+        """Which frame of the video each row of an episode shows."""
+        path, length = self.metadata.table_of(episode), self._row(episode).length
+        read = self._tables.read
+        table = self._clocks.get_or_make(path, lambda: read(path, ["timestamp"], optional=frozenset({"timestamp"})))
+        source, timestamps = f"{path}, episode {episode}, {camera}", None
+        if "timestamp" in table.column_names:
+            timestamps = table["timestamp"].slice(self._tables.rows(episode).first, length)
+        times_s = row_times_s(timestamps, length, self.fps, source)
+        frames = pair_rows(video, times_s, self.fps, *self.metadata.video_span_s(episode, camera), source)
+        if camera not in self._shared and (np.diff(frames) == 0).any():
+            self._shared.add(camera)
+            log.warning("%s: shows %.4g frames a second for %.4g rows, which share them", source, video.fps, self.fps)
+        return frames
+
+    def _is_depth(self, camera: str) -> bool:
+        """Whether info.json says so or, where it says one channel only, the first picture does."""
+        feature = self.features[camera]
+        if is_depth_feature(feature) or feature["dtype"] != "image" or 3 in feature["shape"]:
+            return is_depth_feature(feature)
+        path = self.metadata.table_of(self.episodes[0].index)
+        try:
+            batch = next(pq.ParquetFile(path).iter_batches(1, columns=[camera]))
+            return PictureColumn(pa.chunked_array(batch[camera]), self.root, "").is_deep(0)
+        except (UserError, OSError, pa.ArrowException, KeyError, StopIteration):
+            return False  # whoever reads the pictures is told what is wrong with them
 
     def _row(self, index: int) -> EpisodeRow:
         episodes = self.metadata.episodes
@@ -189,4 +235,6 @@ class LeRobotReader(Sequence[dict[str, Any]]):
         return self._pictures.get_or_make((path, camera), lambda: self._read_pictures(path, camera))
 
     def _read_pictures(self, path: Path, camera: str) -> PictureColumn:
-        return PictureColumn(self._tables.read(path, [camera])[camera], self.root, f"{path}, {camera}")
+        is_depth = camera in self.depth_keys
+        column = self._tables.read(path, [camera])[camera]
+        return PictureColumn(column, self.root, f"{path}, {camera}", self.depth_range, is_depth)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -115,6 +118,27 @@ class Metadata:
                 raise self._unsaid(episode, f"videos/{camera}/from_timestamp")
             return 0.0
         return place.from_s
+
+    def video_span_s(self, episode: int, camera: str) -> tuple[float, float | None]:
+        """When an episode starts in its video, and when the next one in the same file does; None where none does."""
+        assert self.video_path is not None
+        start_s = self.video_start_s(episode, camera)
+        if self.version != "v3.0" or "episode_index" in self.video_path.names:
+            return start_s, None
+        place = self._video_place(self.episodes[episode], camera)
+        starts_s = self._video_starts_s[camera, place.chunk_index, place.file_index]
+        behind = bisect.bisect_right(starts_s, start_s)
+        return start_s, starts_s[behind] if behind < len(starts_s) else None
+
+    @cached_property
+    def _video_starts_s(self) -> dict[tuple[str, int | None, int | None], list[float]]:
+        """When the episodes of each video start, in order; by camera, chunk_index and file_index."""
+        starts_s = defaultdict(list)
+        for row in self.episodes.values():
+            for camera, place in row.videos.items():
+                if place.from_s is not None:
+                    starts_s[camera, place.chunk_index, place.file_index].append(place.from_s)
+        return {file: sorted(times) for file, times in starts_s.items()}
 
     def own_tasks(self, episode: int) -> tuple[str, ...]:
         """The texts that an episode's own row says, different ones, a number looked up in the task table."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +38,7 @@ class EncodingJob:
     out: str
     device: str = "auto"
     cache_folder: str | None = None
-    depth_range: tuple[float, float] | None = None
+    depth_range: Sequence[float | int] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def run(self, shard: Share | None = None, process: int = 0) -> None:

@@ -65,7 +65,7 @@ class VideoEpisodes:
 
 
 def open_episodes(
-    data: str, cache_folder: str | None = None, depth_range: DepthRange | None = None
+    data: str, cache_folder: str | None = None, depth_range: Sequence[float | int] | None = None
 ) -> LeRobotReader | VideoEpisodes:
     """The episodes of a LeRobot data set, a folder of videos or images, or WebDataset shards, whichever it is.
 

@@ -14,13 +14,13 @@ from PIL import Image, ImageOps
 
 from repvitok.errors import UserError
 
-DepthRange = tuple[float, float]
+DepthRange = tuple[float | int, float | int]
 """(MIN, MAX) in the numbers that a depth map stores: MIN and below become black, MAX and above white."""
 
 HOW_TO_ASK = "leave it out, or state what becomes black and what white (--depth-range MIN MAX, depth_range)"
 
 
-def checked_range(depth_range: Sequence[float | int] | None) -> DepthRange | None:
+def checked_range(depth_range: Sequence[float | int] | None) -> tuple[float, float] | None:
     """The range as two floats.
 
     Raises:
@@ -37,7 +37,8 @@ def checked_range(depth_range: Sequence[float | int] | None) -> DepthRange | Non
 def depth_to_rgb(depth: np.ndarray, depth_range: DepthRange) -> UInt8[np.ndarray, "h w 3"]:
     """(H, W) numbers as grey: round(255 * (depth - MIN) / (MAX - MIN)), clipped to 0..255; NaN is black."""
     low, high = depth_range
-    grey = np.clip((np.nan_to_num(depth.astype(np.float64), nan=low) - low) * (255 / (high - low)), 0, 255)
+    within = np.clip(np.nan_to_num(depth.astype(np.float64), nan=low), low, high)
+    grey = 255 * (within - low) / (high - low)
     return np.repeat(np.rint(grey).astype(np.uint8)[..., None], 3, axis=-1)
 
 

@@ -135,7 +135,7 @@ def test_ranges_that_are_none(tmp_path, wrong):
         ({"info": {"video.pix_fmt": "gray12le", "is_depth_map": False}}, True),
         ({"info": {"video.is_depth_map": False, "video.pix_fmt": "gray"}}, False),
         ({"info": {"video.pix_fmt": "yuv420p10le"}}, False),
-        ({"info": None, "video_info": None}, False),
+        ({"info": None, "video_info": "none"}, False),
         ({}, False),
     ],
 )

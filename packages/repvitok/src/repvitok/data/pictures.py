@@ -87,7 +87,7 @@ def is_depth_feature(feature: Mapping[str, Any]) -> bool:
     """
     described: dict[str, Any] = dict(feature)
     for key in ("info", "video_info"):
-        described |= feature.get(key) or {}
+        described |= nested if isinstance(nested := feature.get(key), Mapping) else {}
     marks = [described.get(key) for key in ("is_depth_map", "video.is_depth_map")]
     pixel_format = str(described.get("video.pix_fmt") or described.get("pix_fmt") or "")
     return any(mark is True or mark == 1 or str(mark).lower() == "true" for mark in marks) or deep_grey(pixel_format)

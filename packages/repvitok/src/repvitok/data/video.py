@@ -19,8 +19,8 @@ from av.video.stream import VideoStream
 from jaxtyping import Float64, Int64, UInt8
 
 from repvitok.data.atomic import partial_path, replace_durably
-from repvitok.documents import refuse_lfs_pointer
 from repvitok.data.pictures import HOW_TO_ASK, DepthRange, deep_grey, depth_to_rgb
+from repvitok.documents import refuse_lfs_pointer
 from repvitok.errors import UserError
 
 

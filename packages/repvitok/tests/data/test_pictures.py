@@ -25,7 +25,7 @@ from repvitok.data.episodes import open_episodes
 from repvitok.data.folders import split_folder
 from repvitok.data.lerobot import LeRobotReader
 from repvitok.data.lerobot_writer import LeRobotWriter
-from repvitok.data.pictures import checked_range, depth_to_rgb, is_depth_feature, read_image
+from repvitok.data.pictures import checked_range, depth_codes, depth_to_rgb, is_depth_feature, read_image
 from repvitok.data.sources import lerobot_sources
 from repvitok.data.tars import TarShards
 from repvitok.data.video import VideoFile
@@ -141,6 +141,24 @@ def test_ranges_that_are_none(tmp_path, wrong):
 )
 def test_what_marks_a_depth_map(described, is_depth):
     assert is_depth_feature({"dtype": "video", "shape": [4, 4, 3], **described}) is is_depth
+
+
+CODED = {"video.depth_min": 0.01, "video.depth_max": 10.0, "video.shift": 3.5, "video.use_log": True}
+
+
+def test_depth_in_codes():
+    """The mapping of LeRobot's depth videos, worked out by hand at both ends and in the middle of the logarithm."""
+    codes = depth_codes({"dtype": "video", "info": {**CODED, "depth_unit": "mm"}}, "info.json")
+    assert codes is not None
+    middle = 1000 * (np.sqrt(3.51 * 13.5) - 3.5)
+    np.testing.assert_allclose(codes.depth(np.array([[0, 4095 / 2, 4095]])), [[10, middle, 10000]])
+    even = depth_codes({"dtype": "video", "info": {**CODED, "video.use_log": False, "depth_unit": "m"}}, "info.json")
+    assert even is not None
+    np.testing.assert_allclose(even.depth(np.array([[0, 4095 / 2, 4095]])), [[0.01, 5.005, 10]])
+    assert depth_codes({"dtype": "video", "info": {"is_depth_map": True}}, "info.json") is None
+    for wrong in ({"video.shift": -1}, {"video.depth_max": 0.01}, {"video.depth_min": None}, {"video.use_log": "yes"}):
+        with pytest.raises(UserError, match=r"info\.json: expected numbers with depth_min below depth_max"):
+            depth_codes({"dtype": "video", "info": {**CODED, **wrong}}, "info.json")
 
 
 def data_set(root: Path, version: str = "v2.1", episodes: int = 2, length: int = 5) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from repvitok.data.lerobot_instructions import Instructions, InstructionSource, 
 from repvitok.data.lerobot_metadata import EpisodeRow, read_metadata
 from repvitok.data.lerobot_pictures import PictureColumn
 from repvitok.data.lerobot_tables import EpisodeTables
-from repvitok.data.pictures import HOW_TO_ASK, DepthRange, checked_range, is_depth_feature
+from repvitok.data.pictures import HOW_TO_ASK, DepthRange, checked_range, depth_codes, is_depth_feature
 from repvitok.data.video import VideoFile
 from repvitok.errors import UserError
 
@@ -41,7 +41,8 @@ class LeRobotReader(Sequence[dict[str, Any]]):
 
     Args:
         root: the data set's folder, the one that holds meta/info.json.
-        depth_range: reads depth maps as cameras, too: (MIN, MAX) in the numbers they store become black and white.
+        depth_range: reads depth maps as cameras, too: (MIN, MAX) in the numbers they store, or in the data set's unit
+            of depth where info.json says how they are coded, become black and white.
 
     Attributes:
         fps: rows per second.
@@ -178,7 +179,8 @@ class LeRobotReader(Sequence[dict[str, Any]]):
         video = self._videos.get_or_make(path, lambda: VideoFile(path))
         rows = self._frames_of_rows.get_or_make((episode, camera), lambda: self._pair_rows(video, episode, camera))
         is_depth = camera in self.depth_keys
-        return video.read([int(rows[row]) for row in wanted], self.depth_range, is_depth=is_depth)
+        codes = depth_codes(self.features[camera], f"{self.root / 'meta/info.json'}, {camera}") if is_depth else None
+        return video.read([int(rows[row]) for row in wanted], self.depth_range, is_depth=is_depth, codes=codes)
 
     def video_path(self, episode: int, camera: str) -> Path:
         """The video file that holds one camera's frames of one episode (in v3.0 with those of other episodes)."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float64, UInt8
 from PIL import Image, ImageOps
 
 from repvitok.errors import UserError
@@ -77,6 +78,52 @@ def is_deep(picture: Image.Image) -> bool:
     return picture.mode in ("I", "F") or picture.mode.startswith("I;")
 
 
+@dataclass(frozen=True)
+class DepthCodes:
+    """How LeRobot (from 0.5) stores depth in a video: 12-bit codes, even in depth or in its logarithm.
+
+    Attributes:
+        min_m, max_m: depth of codes 0 and 4095.
+        shift_m: is added before the logarithm.
+        use_log: whether there is one.
+        per_m: the data set's unit of depth: 1000 for millimetres, 1 for metres.
+    """
+
+    min_m: float
+    max_m: float
+    shift_m: float
+    use_log: bool
+    per_m: float
+
+    def depth(self, codes: np.ndarray) -> Float64[np.ndarray, "h w"]:
+        """The depth that codes stand for, in the data set's unit."""
+        share = codes / 4095
+        if self.use_log:
+            low, high = math.log(self.min_m + self.shift_m), math.log(self.max_m + self.shift_m)
+            return (np.exp(low + share * (high - low)) - self.shift_m).clip(self.min_m, self.max_m) * self.per_m
+        return (self.min_m + share * (self.max_m - self.min_m)) * self.per_m
+
+
+def depth_codes(feature: Mapping[str, Any], source: str) -> DepthCodes | None:
+    """How the depth video of a feature is coded, by info.json; None where it does not say: the numbers are the depth.
+
+    Raises:
+        UserError: it says it, but in values that are none.
+    """
+    described = _described(feature)
+    keys = [f"video.{name}" for name in ("depth_min", "depth_max", "shift", "use_log")]
+    if not all(key in described for key in keys):
+        return None
+    low, high, shift, use_log = (described[key] for key in keys)
+    numbers = all(isinstance(value, int | float) and math.isfinite(value) for value in (low, high, shift))
+    if not numbers or not isinstance(use_log, bool) or not low < high or (use_log and low + shift <= 0):
+        found = {key: described[key] for key in keys}
+        raise UserError(
+            f"{source}: expected numbers with depth_min below depth_max, shift above -depth_min; got {found}"
+        )
+    return DepthCodes(low, high, shift, use_log, 1.0 if described.get("depth_unit") == "m" else 1000.0)
+
+
 def is_depth_feature(feature: Mapping[str, Any]) -> bool:
     """Whether info.json marks a camera as a depth map, in either dialect, or its video's pixels as deep grey.
 
@@ -85,9 +132,7 @@ def is_depth_feature(feature: Mapping[str, Any]) -> bool:
     >>> is_depth_feature({"dtype": "video", "video_info": {"video.pix_fmt": "yuv420p10le"}})  # colour of 10 bits
     False
     """
-    described: dict[str, Any] = dict(feature)
-    for key in ("info", "video_info"):
-        described |= nested if isinstance(nested := feature.get(key), Mapping) else {}
+    described = _described(feature)
     marks = [described.get(key) for key in ("is_depth_map", "video.is_depth_map")]
     pixel_format = str(described.get("video.pix_fmt") or described.get("pix_fmt") or "")
     return any(mark is True or mark == 1 or str(mark).lower() == "true" for mark in marks) or deep_grey(pixel_format)
@@ -116,6 +161,14 @@ def read_image(
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
         raise UserError(f"{name}: not a readable image ({error})") from error
     return np.repeat(pixels[None], 1 if frames is None else len(frames), axis=0)
+
+
+def _described(feature: Mapping[str, Any]) -> dict[str, Any]:
+    """What a feature of info.json says, on whichever level: itself, `info` or `video_info`."""
+    described = dict(feature)
+    for key in ("info", "video_info"):
+        described |= nested if isinstance(nested := feature.get(key), Mapping) else {}
+    return described
 
 
 def _raw_mode(picture: Image.Image) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import cached_property
@@ -19,7 +19,7 @@ from av.video.stream import VideoStream
 from jaxtyping import Float64, Int64, UInt8
 
 from repvitok.data.atomic import partial_path, replace_durably
-from repvitok.data.pictures import HOW_TO_ASK, DepthRange, deep_grey, depth_to_rgb
+from repvitok.data.pictures import HOW_TO_ASK, DepthCodes, DepthRange, deep_grey, depth_to_rgb
 from repvitok.documents import refuse_lfs_pointer
 from repvitok.errors import UserError
 
@@ -153,7 +153,12 @@ class VideoFile:
         return index
 
     def read(
-        self, frames: Sequence[int] | None = None, depth_range: DepthRange | None = None, *, is_depth: bool = False
+        self,
+        frames: Sequence[int] | None = None,
+        depth_range: DepthRange | None = None,
+        *,
+        is_depth: bool = False,
+        codes: DepthCodes | None = None,
     ) -> UInt8[np.ndarray, "n h w 3"]:
         """Decodes exactly these frames, in the order asked for; None for all.
 
@@ -164,6 +169,7 @@ class VideoFile:
             depth_range: what becomes black and what white where the pixels are one channel of more than 8 bits.
             is_depth: the video is known to be a depth map: with a range, its first plane (grey or luma, in the
                 numbers stored) is scaled whatever its bits.
+            codes: what its numbers stand for, which is what the range then is of; None: themselves.
 
         Returns:
             (n, H, W, 3) uint8 RGB.
@@ -177,7 +183,13 @@ class VideoFile:
                 f"{self.name}: pixels of more than 8 bits in one channel ({self.pixel_format}), as of a depth map, and "
                 f"no colour; {HOW_TO_ASK}"
             )
-        scale = depth_range if is_depth or deep_grey(self.pixel_format) else None
+
+        def to_rgb(frame: av.VideoFrame) -> np.ndarray:
+            if depth_range is None or not (is_depth or deep_grey(self.pixel_format)):
+                return frame.to_ndarray(format="rgb24")
+            stored = self._first_plane(frame)
+            return depth_to_rgb(stored if codes is None else codes.depth(stored), depth_range)
+
         wanted = range(len(self)) if frames is None else [int(frame) for frame in frames]
         if len(wanted) and not 0 <= min(wanted) <= max(wanted) < len(self):
             raise UserError(
@@ -185,7 +197,7 @@ class VideoFile:
             )
         needed = sorted(set(wanted))
         pixels = np.empty((len(needed), *self._stored_size, 3), dtype=np.uint8)
-        decoded, quarter_turns = self._decode_into(pixels, needed, scale)
+        decoded, quarter_turns = self._decode_into(pixels, needed, to_rgb)
         if decoded < len(needed):
             raise UserError(
                 f"{self.name}: only {decoded} of {len(needed)} frames could be decoded (frame {needed[decoded]} "
@@ -214,7 +226,7 @@ class VideoFile:
         return quarters % 4
 
     def _decode_into(
-        self, pixels: np.ndarray, needed: Sequence[int], depth_range: DepthRange | None
+        self, pixels: np.ndarray, needed: Sequence[int], to_rgb: Callable[[av.VideoFrame], np.ndarray]
     ) -> tuple[int, int]:
         """Fills `pixels` with the sorted frames `needed`, turned as they are stored.
 
@@ -228,10 +240,7 @@ class VideoFile:
                 before = done
                 for index, frame in self._frames_from(container, stream, needed[done]):
                     if index == needed[done]:
-                        if depth_range is None:
-                            pixels[done] = frame.to_ndarray(format="rgb24")
-                        else:
-                            pixels[done] = depth_to_rgb(self._first_plane(frame), depth_range)
+                        pixels[done] = to_rgb(frame)
                         turns = self._turns_of(frame)
                         done += 1
                         if done == len(needed) or self._better_to_seek(index, needed[done]):

@@ -11,6 +11,12 @@ from jaxtyping import install_import_hook
 install_import_hook(["repvitok", "latent_action", "repwam_core"], "beartype.beartype")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The tests marked `lerobot` install LeRobot, so they are asked for."""
+    told = "run the tests against LeRobot as published, in an environment with this Python (3.12)"
+    parser.addoption("--lerobot", nargs="?", const="3.12", default=None, metavar="PYTHON", help=told)
+
+
 def pytest_configure() -> None:
     """One torch thread per test process: the models in the tests are small, and processes share the cores."""
     import torch

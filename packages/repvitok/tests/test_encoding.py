@@ -16,6 +16,7 @@ from repvitok.data.transforms import prepare_frames
 from repvitok.data.video import write_video
 from repvitok.encoding import encode_dataset
 from repvitok.encoding_plan import make_plan, share_of_episodes
+from repvitok.errors import UserError
 
 LENGTHS = (23, 9, 40, 12)
 
@@ -28,8 +29,13 @@ class Recording:
         self.fps = 20.0
         self.camera_keys = [f"camera_{number}" for number in range(cameras)]
         self.features = {"observation.state": {}, "action": {}}
+        self.depth_range = None
         self.episodes = [EpisodeInfo(index, length, f"task {index}") for index, length in enumerate(lengths)]
         self.reads, self.read = reads, 0
+
+    def require_camera(self, camera: str) -> None:
+        if camera not in self.camera_keys:
+            raise UserError(f"no camera {camera!r}; there are {self.camera_keys}")
 
     def episode(self, index: int) -> dict[str, np.ndarray]:
         frame = np.arange(self.episodes[index].length, dtype=np.float32)
@@ -161,7 +167,7 @@ def test_other_settings_never_mix(tmp_path, tok):
         ({"offsets": ()}, "offsets must be different numbers"),
         ({"offsets": (0, 0)}, "offsets must be different numbers"),
         ({"offsets": (0, 9)}, "episode 1 has 9 frames, none after offset 9"),
-        ({"cameras": ["left"]}, r"no cameras \['left'\]; there are \['camera_0', 'camera_1'\]"),
+        ({"cameras": ["left"]}, r"no camera 'left'; there are \['camera_0', 'camera_1'\]"),
         ({"dtype": "int8"}, 'dtype must be "float32" or "float16"'),
         ({"workers": 0}, "workers must be 1 or more"),
         ({"shard": (4, 4)}, "expected 0 <= i < n, got 4/4"),

@@ -39,6 +39,8 @@ def _encode_arguments(parser: argparse.ArgumentParser) -> None:
     add("--stride", type=int, default=1, help="take every n-th frame (default 1)")
     add("--offsets", type=int, nargs="+", default=[0], help="first raw frames to start from (default 0)")
     add("--cameras", nargs="+", default=None, help="camera keys (default: all)")
+    range_help = "read depth maps, too: from MIN black to MAX white, in the numbers they store"
+    add("--depth-range", type=float, nargs=2, default=None, metavar=("MIN", "MAX"), help=range_help)
     add("--dtype", choices=["float32", "float16"], default="float32", help="type on disk")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     add("--batch-size", type=int, default=8, metavar="B", help="videos encoded side by side (default 8)")
@@ -58,6 +60,7 @@ def _encode(options: argparse.Namespace) -> None:
         out=options.out,
         device=options.device,
         cache_folder=options.cache_folder,
+        depth_range=options.depth_range,
         settings={name: getattr(options, name) for name in settings} | {"offsets": tuple(options.offsets)},
     )
     run_job(job, shard=options.shard, processes=options.processes)

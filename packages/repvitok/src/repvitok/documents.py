@@ -45,12 +45,20 @@ def read_json_lines(path: str | Path, kind: type[Document], *, unknown: bool = F
         FileNotFoundError: there is no such file.
         UserError: a git-lfs pointer, or a line that is no JSON document on its own or not a `kind`.
     """
-    read = []
-    for number, line in enumerate(_read_text(Path(path)).splitlines(), 1):
+    return [parse(document, kind, source, unknown=unknown) for source, document in load_json_lines(path)]
+
+
+def load_json_lines(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """Of every line that is not empty, what errors call it and its document as plain values.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: a git-lfs pointer, or a line that is no JSON document on its own.
+    """
+    for number, line in enumerate(_read_text(Path(path)).split("\n"), 1):  # not splitlines: a text may hold U+2028
         if line.strip():
             source = f"{path}, line {number}"
-            read.append(parse(_loads(line, source), kind, source, unknown=unknown))
-    return read
+            yield source, _loads(line, source, "a whole JSON document on one line")
 
 
 def load_json(path: str | Path) -> Any:
@@ -73,22 +81,26 @@ def parse(document: Any, kind: type[Document], source: str, *, unknown: bool = F
         document: dictionaries, lists, strings, numbers, None.
         kind: the type, with ranges as `msgspec.Meta`; what its `__post_init__` raises is reported like the rest.
         source: what an error calls the document: a file's name, and a line where there are several.
-        unknown: whether keys that no field of the outermost `kind` names are left out instead of refused.
+        unknown: whether keys that no field of the outermost `kind` names are left out, unread, instead of refused.
 
     Raises:
         UserError: `source`, the field, what was expected and what came.
     """
-    for place, number in _numbers(document, ""):
-        if not math.isfinite(number):
-            raise UserError(f"{source}: {_named(place)}expected a finite number, got {number}")
-    if is_dataclass(kind) and isinstance(document, Mapping) and not unknown:
+    if is_dataclass(kind) and isinstance(document, Mapping):
         known = {field.name for field in fields(kind)}
-        if extra := sorted(str(key) for key in document if key not in known):
+        extra = sorted(str(key) for key in document if key not in known)
+        if extra and not unknown:
             raise UserError(f"{source}: unknown fields {extra}; there are {sorted(known)}. Another version's file?")
+        document = {key: value for key, value in document.items() if key in known}
     try:
+        for place, number in _numbers(document, ""):
+            if not math.isfinite(number):
+                raise UserError(f"{source}: {_named(place)}expected a finite number, got {number}")
         return msgspec.convert(document, type=kind, strict=True)
     except msgspec.ValidationError as error:
         raise UserError(f"{source}: {_explained(str(error), document)}") from error
+    except RecursionError as error:
+        raise UserError(f"{source}: nested too deeply for a document of this kind") from error
 
 
 def refuse_lfs_pointer(path: str | Path) -> None:
@@ -114,11 +126,11 @@ def _read_text(path: Path) -> str:
         raise UserError(f"{path}: not UTF-8 text ({error})") from error
 
 
-def _loads(text: str, source: str) -> Any:
+def _loads(text: str, source: str, expected: str = "a whole JSON document") -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{source}: not a whole JSON document ({error})") from error
+    except ValueError as error:  # JSONDecodeError, or Python's limit on the digits of a whole number
+        raise UserError(f"{source}: not {expected} ({error})") from error
     except RecursionError as error:
         raise UserError(f"{source}: nested too deeply for a document of this kind") from error
 
@@ -141,8 +153,9 @@ def _explained(message: str, document: Any) -> str:
     assert found is not None
     problem, place = found["problem"].replace("`", ""), found["field"] or ""
     problem = problem[0].lower() + problem[1:]
+    problem = re.sub("^object missing required field (.*)$", r"field '\1' is missing", problem)
     value = _value_at(document, place)
-    came = "" if value is _NOTHING or "missing" in problem else f" ({_short(value)})"
+    came = "" if value is _NOTHING or value is None or "missing" in problem else f" ({_short(value)})"
     return f"{_named(place)}{problem}{came}"
 
 
@@ -164,5 +177,8 @@ def _named(place: str) -> str:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
+    try:
+        text = json.dumps(value, default=str)
+    except RecursionError:
+        return "deeply nested"
     return text if len(text) <= 60 else text[:57] + "..."

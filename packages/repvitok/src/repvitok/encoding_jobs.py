@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ class EncodingJob:
         out: folder for the shards.
         device: a torch device, or "auto": CUDA where there is one.
         cache_folder: for WebDataset shards.
+        depth_range: what becomes black and what white of depth maps; None: they are refused.
         settings: keyword arguments of `encode_dataset`.
     """
 
@@ -37,13 +38,14 @@ class EncodingJob:
     out: str
     device: str = "auto"
     cache_folder: str | None = None
+    depth_range: Sequence[float | int] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def run(self, shard: Share | None = None, process: int = 0) -> None:
         """Encodes the data set or a share of it, on the device of process number `process`."""
         tokenizer: Any = load_tokenizer(self.tokenizer)
         tokenizer.to(_device(self.device, process))
-        reader = open_episodes(self.dataset, self.cache_folder)
+        reader = open_episodes(self.dataset, self.cache_folder, self.depth_range)
         encode_dataset(tokenizer, reader, self.out, shard=shard, report=print, **self.settings)
 
 

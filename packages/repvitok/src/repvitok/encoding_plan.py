@@ -29,7 +29,9 @@ class EpisodeReader(Protocol):
     camera_keys: list[str]
     features: dict[str, dict[str, Any]]
     episodes: list[EpisodeInfo]
+    depth_range: tuple[float, float] | None
 
+    def require_camera(self, camera: str) -> None: ...
     def episode(self, index: int) -> dict[str, np.ndarray]: ...
     def frames(
         self, episode: int, camera: str, frames: Sequence[int] | None = None
@@ -51,6 +53,7 @@ class EncodingPlan:
         cameras: in token order.
         window: latent frames the encoding stream attends over.
         dtype: of the latents on disk.
+        depth_range: what became black and what white of depth maps.
     """
 
     tokenizer_digest: str
@@ -63,6 +66,7 @@ class EncodingPlan:
     cameras: tuple[str, ...]
     window: int | None
     dtype: str
+    depth_range: tuple[float, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON gives it back: tuples as lists."""
@@ -93,9 +97,10 @@ def make_plan(
     """
     tok.grid(*size)
     chosen = tuple(cameras or reader.camera_keys)
-    unknown = [camera for camera in chosen if camera not in reader.camera_keys]
-    if unknown or not chosen:
-        raise UserError(f"{reader.root}: no cameras {unknown}; there are {reader.camera_keys}")
+    for camera in chosen:
+        reader.require_camera(camera)
+    if not chosen:
+        raise UserError(f"{reader.root}: the data set has no camera")
     if dtype not in ("float32", "float16"):
         raise UserError(f'dtype must be "float32" or "float16", got {dtype!r}')
     if stride < 1:
@@ -118,6 +123,7 @@ def make_plan(
         cameras=chosen,
         window=tok.config.episode_window,
         dtype=dtype,
+        depth_range=reader.depth_range,
     )
 
 

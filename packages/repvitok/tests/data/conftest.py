@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from repvitok.data.lerobot_writer import LeRobotWriter
 
@@ -87,3 +91,133 @@ def data_sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             writer.add_episode(index, **episode(index))
         writer.finalize()
     return roots
+
+
+class PlainDataSet:
+    """A LeRobot data set without cameras, written by hand so that anything in it can be made wrong.
+
+    Row i of episode e holds action (100 e + i, -100 e - i) and state 100 e + i + 0.5; episode e is told task e modulo
+    their number. Everything is float32 and int64, as LeRobot writes it.
+    """
+
+    def __init__(
+        self, root: Path, version: str, lengths: Mapping[int, int], tasks: tuple[str, ...] = ("open it", "close it")
+    ) -> None:
+        self.root, self.version, self.lengths = root, version, dict(lengths)
+        (root / "meta").mkdir(parents=True)
+        self.write_info(self.described())
+        said = {episode: episode % len(tasks) for episode in lengths}
+        starts = dict(zip(lengths, np.cumsum([0, *lengths.values()]).tolist(), strict=False))
+        tables = {e: self.table(e, n, starts[e], said[e]) for e, n in lengths.items()}
+        if version == "v3.0":
+            self.write(pa.concat_tables(tables.values()), "data/chunk-000/file-000.parquet")
+            rows = {
+                "episode_index": list(lengths),
+                "length": list(lengths.values()),
+                "tasks": [[tasks[said[e]]] for e in lengths],
+                "dataset_from_index": list(starts.values()),
+                "dataset_to_index": [starts[e] + n for e, n in lengths.items()],
+                "data/chunk_index": [0] * len(lengths),
+                "data/file_index": [0] * len(lengths),
+            }
+            self.write(pa.table(rows), "meta/episodes/chunk-000/file-000.parquet")
+            self.write(pa.table({"task_index": range(len(tasks)), "task": list(tasks)}), "meta/tasks.parquet")
+        else:
+            for e, table in tables.items():
+                self.write(table, f"data/chunk-{e // 1000:03d}/episode_{e:06d}.parquet")
+            rows = [{"episode_index": e, "tasks": [tasks[said[e]]], "length": n} for e, n in lengths.items()]
+            self.write_lines("episodes", rows)
+            self.write_lines("tasks", [{"task_index": i, "task": task} for i, task in enumerate(tasks)])
+
+    def described(self) -> dict[str, Any]:
+        """info.json."""
+        features = {"action": ("float32", 2), "observation.state": ("float32", 1), "timestamp": ("float32", 1)}
+        features |= dict.fromkeys(("frame_index", "episode_index", "index", "task_index"), ("int64", 1))
+        old = self.version != "v3.0"
+        return {
+            "codebase_version": self.version,
+            "fps": 10,
+            "chunks_size": 1000,
+            "total_episodes": len(self.lengths),
+            "data_path": f"data/{'chunk-{episode_chunk:03d}/episode_{episode_index:06d}' if old else self.v3}.parquet",
+            "video_path": None,
+            "features": {
+                key: {"dtype": dtype, "shape": [size], "names": None} for key, (dtype, size) in features.items()
+            },
+        }
+
+    v3 = "chunk-{chunk_index:03d}/file-{file_index:03d}"
+
+    @staticmethod
+    def table(episode: int, length: int, start: int = 0, task: int = 0) -> pa.Table:
+        """The rows of one episode."""
+        rows = np.arange(length)
+        counter = 100 * episode + rows
+        action = np.stack([counter, -counter], axis=1).astype(np.float32).reshape(-1)
+        return pa.table(
+            {
+                "action": pa.FixedSizeListArray.from_arrays(pa.array(action), 2),
+                "observation.state": pa.array((counter + 0.5).astype(np.float32)),
+                "timestamp": pa.array((rows / 10).astype(np.float32)),
+                "frame_index": rows,
+                "episode_index": np.full(length, episode),
+                "index": start + rows,
+                "task_index": np.full(length, task),
+            }
+        )
+
+    def write(self, table: pa.Table, name: str) -> Path:
+        """A parquet file, by its name in the data set."""
+        (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, self.root / name)
+        return self.root / name
+
+    def write_info(self, info: Any) -> None:
+        (self.root / "meta/info.json").write_text(json.dumps(info))
+
+    def write_lines(self, name: str, rows: list[Any]) -> None:
+        """meta/<name>.jsonl."""
+        (self.root / f"meta/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    @property
+    def files(self) -> list[str]:
+        """Every file's name in the data set."""
+        return sorted(str(path.relative_to(self.root)) for path in self.root.rglob("*.*") if path.is_file())
+
+    @property
+    def data_files(self) -> list[Path]:
+        return sorted((self.root / "data").rglob("*.parquet"))
+
+    def change(self, change: Callable[[pa.Table], pa.Table], path: Path | None = None) -> None:
+        """Rewrites a table; every table of rows by default."""
+        for file in self.data_files if path is None else [path]:
+            pq.write_table(change(pq.read_table(file)), file)
+
+    def set_column(self, key: str, values: Any, path: Path | None = None) -> None:
+        """Replaces or adds a column of a table; of every table of rows by default."""
+
+        def change(table: pa.Table) -> pa.Table:
+            kept = table.drop_columns([key]) if key in table.column_names else table
+            return kept.append_column(key, values(table) if callable(values) else values)
+
+        self.change(change, path)
+
+    @property
+    def episode_table(self) -> Path:
+        """Version 3's table of episodes."""
+        return self.root / "meta/episodes/chunk-000/file-000.parquet"
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Callable[..., PlainDataSet]:
+    """Makes small data sets without cameras in new folders: (version, lengths by episode, tasks)."""
+    made = iter(range(10**6))
+
+    def make(
+        version: str = "v2.1",
+        lengths: Mapping[int, int] | None = None,
+        tasks: tuple[str, ...] = ("open it", "close it"),
+    ) -> PlainDataSet:
+        return PlainDataSet(tmp_path / f"plain_{next(made)}", version, lengths or {0: 4, 1: 3, 2: 5}, tasks)
+
+    return make

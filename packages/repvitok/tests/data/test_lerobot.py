@@ -130,7 +130,7 @@ def test_what_is_no_data_set_says_what_was_looked_for(tmp_path, data_sets):
     (tmp_path / "meta").mkdir()
     info = tmp_path / "meta/info.json"
     info.write_text("{")
-    with pytest.raises(ValueError, match=r"info\.json: not a JSON document"):
+    with pytest.raises(ValueError, match=r"info\.json: not a whole JSON document"):
         LeRobotReader(tmp_path)
     info.write_text('{"fps": 30}')
     with pytest.raises(ValueError, match=r"'codebase_version'.* missing"):
@@ -165,8 +165,8 @@ def test_damaged_data_sets_name_the_file(tmp_path, data_sets):
     (root / "videos/chunk-000/observation.images.top/episode_000000.mp4").unlink()
     with pytest.raises(FileNotFoundError, match=r"episode_000000\.mp4"):
         LeRobotReader(root)[0]
-    (root / "meta/tasks.jsonl").unlink()
-    with pytest.raises(FileNotFoundError, match=r"tasks\.jsonl"):
+    (root / "meta/episodes.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"episodes\.jsonl"):
         LeRobotReader(root)
 
 

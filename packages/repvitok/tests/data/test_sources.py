@@ -42,7 +42,7 @@ def test_every_camera_of_a_data_set_is_a_source(data_sets, read_number):
         lerobot_sources(data_sets["v2.1"], cameras=["left"])
     with pytest.raises(ValueError, match='episodes must be "all" or a list'):
         lerobot_sources(LeRobotReader(data_sets["v2.1"]), episodes="some")
-    with pytest.raises(ValueError, match=r"select at least one of videos 0\.\.3, got \[4\]"):
+    with pytest.raises(ValueError, match=r"no episodes \[4\]; there are 0\.\.3"):
         lerobot_sources(data_sets["v2.1"], episodes=[4])
 
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from repvitok.data.batches import ClipMixture, GivenBatches, MixtureBatches, StepBatches
 from repvitok.data.clips import ClipDataset
 from repvitok.data.folders import FolderKind, FolderSplit, split_folder
+from repvitok.data.pictures import checked_range
 from repvitok.errors import UserError
 
 
@@ -62,6 +63,7 @@ class ClipDataModule(LightningDataModule):
         skip_short: bool = False,
         max_bad_fraction: float = 0.0,
         cache_folder: str | None = None,
+        depth_range: tuple[float, float] | None = None,
     ) -> None:
         """Describes the data; nothing is read before `setup`.
 
@@ -83,6 +85,7 @@ class ClipDataModule(LightningDataModule):
             skip_short: leave out videos shorter than a clip.
             max_bad_fraction: how many files may be unreadable; see `ClipDataset`.
             cache_folder: where WebDataset shards keep their indices and local copies.
+            depth_range: reads depth maps, too: (MIN, MAX) in the numbers they store become black and white.
 
         Raises:
             ValueError: if a number is out of range or there is no folder.
@@ -107,6 +110,7 @@ class ClipDataModule(LightningDataModule):
         self.val_clips = val_clips
         self.max_bad_fraction = max_bad_fraction
         self.cache_folder = cache_folder
+        self.depth_range = checked_range(depth_range)
         self._clip: dict[str, Any] = {"frames": frames, "size": size, "stride": stride, "rate_hz": rate_hz}
         self._reading: dict[str, Any] = {
             "cache": cache,
@@ -200,6 +204,7 @@ class ClipDataModule(LightningDataModule):
             held_out=self.held_out,
             max_bad_fraction=self.max_bad_fraction,
             cache_folder=self.cache_folder,
+            depth_range=self.depth_range,
         )
 
     def _settings(self, kind: ClipKind) -> dict[str, Any]:

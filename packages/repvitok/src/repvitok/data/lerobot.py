@@ -1,12 +1,11 @@
-"""Reads LeRobot data sets, versions 2.1 and 3.0 alike: numbers, frames, episodes."""
+"""Reads LeRobot data sets, versions 2.0, 2.1 and 3.0 alike: numbers, frames, episodes."""
 
 from __future__ import annotations
 
 import bisect
-import json
+import logging
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,21 @@ import pyarrow.parquet as pq
 from jaxtyping import UInt8
 
 from repvitok.data.last_used import LastUsed
-from repvitok.data.lerobot_format import EpisodeInfo, flat_names
+from repvitok.data.lerobot_clock import pair_rows, row_times_s
+from repvitok.data.lerobot_format import EpisodeInfo, flat_names, number_ranges
+from repvitok.data.lerobot_instructions import Instructions, InstructionSource, RecordedEpisode
+from repvitok.data.lerobot_metadata import EpisodeRow, read_metadata
 from repvitok.data.lerobot_pictures import PictureColumn
+from repvitok.data.lerobot_tables import EpisodeTables
+from repvitok.data.pictures import HOW_TO_ASK, DepthRange, checked_range, depth_codes, is_depth_feature
 from repvitok.data.video import VideoFile
 from repvitok.errors import UserError
 
 __all__ = ["EpisodeInfo", "LeRobotReader"]
 
 Columns = dict[str, np.ndarray]
-CAMERA_DTYPES = frozenset({"video", "image"})
+
+log = logging.getLogger(__name__)
 
 
 class LeRobotReader(Sequence[dict[str, Any]]):
@@ -36,37 +41,58 @@ class LeRobotReader(Sequence[dict[str, Any]]):
 
     Args:
         root: the data set's folder, the one that holds meta/info.json.
+        depth_range: reads depth maps as cameras, too: (MIN, MAX) in the numbers they store, or in the data set's unit
+            of depth where info.json says how they are coded, become black and white.
 
     Attributes:
-        fps: frames per second.
+        fps: rows per second.
         features: info.json's description of every column and camera.
-        camera_keys: the cameras, stored as video or as pictures in the tables, in info.json's order.
-        episodes: one `EpisodeInfo` per episode.
+        camera_keys: the cameras, stored as video or as pictures in the tables, in info.json's order; with a
+            `depth_range`, the depth maps among them.
+        depth_keys: the cameras that are depth maps (LeRobot's `is_depth_map`, or pixels of deep grey).
+        episodes: one `EpisodeInfo` per episode, in the order of their rows. Their numbers may have gaps: an episode is
+            named by `index`, never by its place in this list.
+        tasks: the task table, number -> text.
 
     Raises:
         FileNotFoundError: there is no such folder, or a file of the data set is missing.
-        ValueError: it is no data set this reader knows; the message says what was looked for.
+        UserError: it is no data set this reader knows, or its meta folder is broken: the file, the field, what was
+            expected and what came.
     """
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
+    def __init__(self, root: str | os.PathLike[str], *, depth_range: Sequence[float | int] | None = None) -> None:
         self.root = Path(root)
-        self.info = _read_info(self.root)
-        self.fps = float(self.info["fps"])
-        self.features: dict[str, dict[str, Any]] = self.info["features"]
-        self.camera_keys = [key for key, feature in self.features.items() if feature["dtype"] in CAMERA_DTYPES]
-        self._layout: _Layout = _layout(self.root, self.info)
-        self.episodes: list[EpisodeInfo] = self._layout.episodes
-        self.tasks: dict[int, str] = self._layout.tasks
+        self.depth_range: DepthRange | None = checked_range(depth_range)
+        self.metadata = read_metadata(self.root)
+        self.fps = self.metadata.fps
+        self.features: dict[str, dict[str, Any]] = self.metadata.info["features"]
+        self.tasks = self.metadata.tasks
+        self._tables = EpisodeTables(self.metadata)
+        self._instructions = Instructions(self.metadata, self._tables)
+        self.episodes: list[EpisodeInfo] = [
+            RecordedEpisode(row.index, row.length, row.metadata, self._instructions)
+            for row in self.metadata.episodes.values()
+        ]
         self._starts = np.cumsum([0] + [episode.length for episode in self.episodes]).tolist()
-        self._by_index = {episode.index: episode for episode in self.episodes}
-        self._columns: LastUsed[Path, Columns] = LastUsed(8)
         self._pictures: LastUsed[tuple[Path, str], PictureColumn] = LastUsed(4)
         self._videos: LastUsed[Path, VideoFile] = LastUsed(64)
+        self._clocks: LastUsed[Path, pa.Table] = LastUsed(64)
+        self._frames_of_rows: LastUsed[tuple[int, str], range | np.ndarray] = LastUsed(2**16)
+        self._shared: set[str] = set()
+        cameras = [key for key, feature in self.metadata.features.items() if feature.is_camera]
+        self.depth_keys = [key for key in cameras if self._is_depth(key)]
+        self.camera_keys = [key for key in cameras if self.depth_range or key not in self.depth_keys]
 
     @property
     def version(self) -> str:
         """The data set's format version, as info.json has it."""
-        return self.info["codebase_version"]
+        return self.metadata.version
+
+    @property
+    def instruction_source(self) -> InstructionSource:
+        """Where the episodes' `task` comes from: "task_index", the rows with the task table; "tasks", the episodes'
+        own lists; "none"."""
+        return self._instructions.source
 
     @property
     def num_episodes(self) -> int:
@@ -77,17 +103,18 @@ class LeRobotReader(Sequence[dict[str, Any]]):
         """One name per channel of a column: info.json's, or `<key>_<i>` where it names none or another number."""
         if key not in self.features:
             raise UserError(f"{self.root}: no feature {key!r}; there are {sorted(self.features)}")
-        size = int(np.prod(self.features[key]["shape"]))
-        names = flat_names(self.features[key].get("names"))
-        return names if len(names) == size else tuple(f"{key}_{channel}" for channel in range(size))
+        return self.metadata.features[key].channel_names(key)
 
     def frame_size(self, camera: str) -> tuple[int, int]:
         """(H, W) of a camera as info.json has them: by the names of its axes, else with the channels last or first."""
-        self._require_camera(camera)
-        shape, names = self.features[camera]["shape"], flat_names(self.features[camera].get("names"))
-        if {"height", "width"} <= set(names):
+        self.require_camera(camera)
+        feature = self.metadata.features[camera]
+        shape, names = feature.shape, flat_names(feature.names)
+        if len(shape) not in (2, 3):
+            raise UserError(f"{self.root}: {camera}: expected a shape of two or three numbers, got {list(shape)}")
+        if {"height", "width"} <= set(names) and len(names) == len(shape):
             return shape[names.index("height")], shape[names.index("width")]
-        return tuple(shape[:2] if shape[-1] <= 4 else shape[1:])
+        return (shape[0], shape[1]) if len(shape) == 2 or shape[2] <= 4 else (shape[1], shape[2])
 
     def __len__(self) -> int:
         """Number of frames over all episodes."""
@@ -102,17 +129,31 @@ class LeRobotReader(Sequence[dict[str, Any]]):
         item: dict[str, Any] = {key: column[frame] for key, column in self.episode(episode.index).items()}
         for camera in self.camera_keys:
             item[camera] = self.frames(episode.index, camera, [frame])[0]
-        item["task"] = self.tasks.get(int(item["task_index"]), episode.task)
+        item["task"] = self.tasks.get(int(np.ravel(item.get("task_index", -1))[0])) or episode.task
         return item
 
-    def episode(self, index: int) -> Columns:
-        """Every column of numbers of one episode, each (T, ...) in the dtype info.json gives it.
+    def episode(self, index: int, keys: Sequence[str] | None = None) -> Columns:
+        """Columns of one episode, each (T, ...): numbers in the dtype info.json gives them, else Python's objects.
+
+        Only these columns are read and checked, whatever else the table holds.
+
+        Args:
+            index: the episode's number.
+            keys: the columns; None for all but the cameras.
 
         Raises:
-            ValueError: there is no such episode, or its table does not hold the number of rows the meta says.
+            FileNotFoundError: the table is missing.
+            UserError: there is no such episode or column; its rows are not as many as the meta says, not in order, or
+                hold other values than info.json says; an action or a state is not finite.
         """
-        columns, first, last = self._rows(index)
-        return {key: column[first:last] for key, column in columns.items()}
+        self._row(index)
+        features = self.metadata.features
+        columns = [key for key, feature in features.items() if not feature.is_camera]
+        if unknown := sorted(set(keys or ()) - set(columns)):
+            raise UserError(f"{self.root}: no columns {unknown}; there are {columns}")
+        if keys is None:
+            return self._tables.columns(index, columns, optional=frozenset({"task_index"}))
+        return self._tables.columns(index, keys)
 
     def frames(self, episode: int, camera: str, frames: Sequence[int] | None = None) -> UInt8[np.ndarray, "n h w 3"]:
         """Frames of one camera in one episode, by their number in the episode; None for all.
@@ -123,193 +164,79 @@ class LeRobotReader(Sequence[dict[str, Any]]):
         Raises:
             ValueError: no such episode, camera or frame, or the video or a picture is damaged.
         """
-        length = self._episode_info(episode).length
+        length = self._row(episode).length
         wanted = range(length) if frames is None else [int(frame) for frame in frames]
         if len(wanted) and not 0 <= min(wanted) <= max(wanted) < length:
             raise UserError(
                 f"{self.root}: episode {episode} has frames 0..{length - 1}, asked for {min(wanted)}..{max(wanted)}"
             )
-        self._require_camera(camera)
+        self.require_camera(camera)
         if self.features[camera]["dtype"] == "image":
-            _, first, _ = self._rows(episode)
-            return self._picture_column(episode, camera).read([first + frame for frame in wanted])
+            pictures = self._picture_column(episode, camera)
+            first = self._tables.rows(episode).first
+            return pictures.read([first + frame for frame in wanted])
         path = self.video_path(episode, camera)
         video = self._videos.get_or_make(path, lambda: VideoFile(path))
-        first = self._layout.first_frame(video, episode, camera)
-        return video.read([first + frame for frame in wanted])
+        rows = self._frames_of_rows.get_or_make((episode, camera), lambda: self._pair_rows(video, episode, camera))
+        is_depth = camera in self.depth_keys
+        codes = depth_codes(self.features[camera], f"{self.root / 'meta/info.json'}, {camera}") if is_depth else None
+        return video.read([int(rows[row]) for row in wanted], self.depth_range, is_depth=is_depth, codes=codes)
 
     def video_path(self, episode: int, camera: str) -> Path:
         """The video file that holds one camera's frames of one episode (in v3.0 with those of other episodes)."""
-        self._episode_info(episode)
-        self._require_camera(camera)
-        return self.root / self._layout.video_path(episode, camera)
+        self._row(episode)
+        self.require_camera(camera)
+        if self.features[camera]["dtype"] != "video":
+            raise UserError(f"{self.root}: {camera} has no video; its pictures stand in the tables")
+        return self.metadata.video_of(episode, camera)
 
-    def _require_camera(self, camera: str) -> None:
+    def require_camera(self, camera: str) -> None:
+        """Raises UserError where there is no such camera, or it is a depth map and no `depth_range` was given."""
         if camera not in self.camera_keys:
+            if camera in self.depth_keys:
+                raise UserError(f"{self.root}: {camera!r} is a depth map, no colour; {HOW_TO_ASK}")
             raise UserError(f"{self.root}: no camera {camera!r}; there are {self.camera_keys}")
 
-    def _rows(self, index: int) -> tuple[Columns, int, int]:
-        """The columns of the table that holds an episode, its first row there and the row behind its last."""
-        info = self._episode_info(index)
-        path = self.root / self._layout.data_path(index)
-        columns = self._columns.get_or_make(path, lambda: self._read_columns(path))
-        number = columns["episode_index"]
-        first, last = (int(np.searchsorted(number, index, side)) for side in ("left", "right"))
-        if last - first != info.length:
-            raise UserError(f"{path}: expected {info.length} rows for episode {index}, found {last - first}")
-        return columns, first, last
+    def _pair_rows(self, video: VideoFile, episode: int, camera: str) -> range | np.ndarray:
+        """Which frame of the video each row of an episode shows."""
+        path, length = self.metadata.table_of(episode), self._row(episode).length
+        read = self._tables.read
+        table = self._clocks.get_or_make(path, lambda: read(path, ["timestamp"], optional=frozenset({"timestamp"})))
+        source, timestamps = f"{path}, episode {episode}, {camera}", None
+        if "timestamp" in table.column_names:
+            timestamps = table["timestamp"].slice(self._tables.rows(episode).first, length)
+        times_s = row_times_s(timestamps, length, self.fps, source)
+        frames = pair_rows(video, times_s, self.fps, *self.metadata.video_span_s(episode, camera), source)
+        if camera not in self._shared and (np.diff(frames) == 0).any():
+            self._shared.add(camera)
+            log.warning("%s: shows %.4g frames a second for %.4g rows, which share them", source, video.fps, self.fps)
+        return frames
+
+    def _is_depth(self, camera: str) -> bool:
+        """Whether info.json says so or, where it says one channel only, the first picture does."""
+        feature = self.features[camera]
+        if is_depth_feature(feature) or feature["dtype"] != "image" or 3 in feature["shape"]:
+            return is_depth_feature(feature)
+        path = self.metadata.table_of(self.episodes[0].index)
+        try:
+            batch = next(pq.ParquetFile(path).iter_batches(1, columns=[camera]))
+            return PictureColumn(pa.chunked_array(batch[camera]), self.root, "").is_deep(0)
+        except (UserError, OSError, pa.ArrowException, KeyError, StopIteration):
+            return False  # whoever reads the pictures is told what is wrong with them
+
+    def _row(self, index: int) -> EpisodeRow:
+        episodes = self.metadata.episodes
+        if index not in episodes:
+            raise UserError(
+                f"{self.root}: no episode {index}; there are {len(episodes)}, numbered {number_ranges(episodes)}"
+            )
+        return episodes[index]
 
     def _picture_column(self, episode: int, camera: str) -> PictureColumn:
-        path = self.root / self._layout.data_path(episode)
+        path = self.metadata.table_of(episode)
         return self._pictures.get_or_make((path, camera), lambda: self._read_pictures(path, camera))
 
     def _read_pictures(self, path: Path, camera: str) -> PictureColumn:
-        table = _read_parquet(path, lambda name: name == camera)
-        if not table.column_names:
-            raise UserError(f"{path}: columns {[camera]} are missing, though info.json lists them")
-        return PictureColumn(table[camera], self.root, f"{path}, {camera}")
-
-    def _episode_info(self, index: int) -> EpisodeInfo:
-        if index not in self._by_index:
-            raise UserError(f"{self.root}: no episode {index}; there are {len(self._by_index)} episodes")
-        return self._by_index[index]
-
-    def _read_columns(self, path: Path) -> Columns:
-        wanted = [key for key, feature in self.features.items() if feature["dtype"] not in CAMERA_DTYPES]
-        table = _read_parquet(path, wanted.__contains__)
-        missing = [key for key in wanted if key not in table.column_names]
-        if missing:
-            raise UserError(f"{path}: columns {missing} are missing, though info.json lists them")
-        return {key: _to_numpy(table[key], self.features[key], path, key) for key in wanted}
-
-
-class _Layout(ABC):
-    """Where the episodes of one format version lie."""
-
-    episodes: list[EpisodeInfo]
-    tasks: dict[int, str]
-
-    @abstractmethod
-    def data_path(self, episode: int) -> str: ...
-
-    @abstractmethod
-    def video_path(self, episode: int, camera: str) -> str: ...
-
-    @abstractmethod
-    def first_frame(self, video: VideoFile, episode: int, camera: str) -> int: ...
-
-
-class _FilePerEpisode(_Layout):
-    """Version 2: one parquet file and one video per camera for every episode."""
-
-    def __init__(self, root: Path, info: Mapping[str, Any]) -> None:
-        self._info = info
-        self.tasks = {row["task_index"]: row["task"] for row in _read_jsonl(root / "meta/tasks.jsonl")}
-        self.episodes = [_episode_info(row, skip=()) for row in _read_jsonl(root / "meta/episodes.jsonl")]
-
-    def data_path(self, episode: int) -> str:
-        return self._info["data_path"].format(**self._place(episode))
-
-    def video_path(self, episode: int, camera: str) -> str:
-        return self._info["video_path"].format(**self._place(episode), video_key=camera)
-
-    def first_frame(self, video: VideoFile, episode: int, camera: str) -> int:  # noqa: ARG002 - always the first
-        return 0
-
-    def _place(self, episode: int) -> dict[str, int]:
-        return {"episode_chunk": episode // self._info["chunks_size"], "episode_index": episode}
-
-
-class _FilesOfManyEpisodes(_Layout):
-    """Version 3: episodes lie behind one another in few files; a table says where."""
-
-    def __init__(self, root: Path, info: Mapping[str, Any]) -> None:
-        self._info = info
-        tasks = _read_parquet(root / "meta/tasks.parquet").to_pydict()
-        words = next((column for key, column in tasks.items() if key != "task_index"), [])
-        self.tasks = dict(zip(tasks["task_index"], words, strict=True))
-        paths = sorted((root / "meta/episodes").glob("*/*.parquet"))
-        if not paths:
-            raise FileNotFoundError(f"{root}: no episode tables; looked for meta/episodes/*/*.parquet")
-        rows = [row for path in paths for row in _read_parquet(path, _no_statistics).to_pylist()]
-        self._rows = {row["episode_index"]: row for row in rows}
-        self.episodes = [_episode_info(row, skip=("dataset_from_index", "dataset_to_index")) for row in rows]
-
-    def data_path(self, episode: int) -> str:
-        row = self._rows[episode]
-        return self._info["data_path"].format(chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
-
-    def video_path(self, episode: int, camera: str) -> str:
-        place = {key: self._rows[episode][f"videos/{camera}/{key}"] for key in ("chunk_index", "file_index")}
-        return self._info["video_path"].format(**place, video_key=camera)
-
-    def first_frame(self, video: VideoFile, episode: int, camera: str) -> int:
-        return video.frame_at(self._rows[episode][f"videos/{camera}/from_timestamp"])
-
-
-def _layout(root: Path, info: Mapping[str, Any]) -> _Layout:
-    version = str(info["codebase_version"])
-    if version.startswith("v2."):
-        return _FilePerEpisode(root, info)
-    if version.startswith("v3."):
-        return _FilesOfManyEpisodes(root, info)
-    raise UserError(f"{root}: LeRobot format {version} is not supported; expected v2.0, v2.1 or v3.0")
-
-
-def _read_info(root: Path) -> dict[str, Any]:
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder; expected a LeRobot data set")
-    path = root / "meta/info.json"
-    if not path.is_file():
-        raise UserError(f"{root} is not a LeRobot data set: it has no meta/info.json")
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-        missing = [key for key in ("codebase_version", "fps", "features", "data_path") if key not in info]
-    except (json.JSONDecodeError, TypeError) as error:
-        raise UserError(f"{path}: not a JSON document ({error})") from error
-    if missing:
-        raise UserError(f"{path}: {missing} missing; is this a LeRobot v2.1 or v3.0 data set?")
-    return info
-
-
-def _episode_info(row: Mapping[str, Any], skip: Sequence[str]) -> EpisodeInfo:
-    known = {"episode_index", "length", "tasks", *skip}
-    metadata = {key: value for key, value in row.items() if key not in known and "/" not in key}
-    task = (row.get("tasks") or [""])[0]
-    return EpisodeInfo(int(row["episode_index"]), int(row["length"]), task, metadata)
-
-
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: missing from the data set")
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
-
-
-def _no_statistics(column: str) -> bool:
-    return not column.startswith("stats/")
-
-
-def _read_parquet(path: Path, wanted: Callable[[str], bool] = bool) -> pa.Table:
-    """The columns of a table whose names are wanted; every one by default."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: missing from the data set")
-    try:
-        file = pq.ParquetFile(path)
-        return file.read(columns=[name for name in file.schema_arrow.names if wanted(name)])
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file ({error}); is it truncated?") from error
-
-
-def _to_numpy(column: pa.ChunkedArray, feature: Mapping[str, Any], path: Path, key: str) -> np.ndarray:
-    """(rows, *shape), or (rows,) for a column of scalars."""
-    rows, values = len(column), column.combine_chunks()
-    nested = pa.types.is_list(values.type) or pa.types.is_fixed_size_list(values.type)
-    while pa.types.is_list(values.type) or pa.types.is_fixed_size_list(values.type):
-        values = values.flatten()
-    flat = values.to_numpy(zero_copy_only=False)
-    if not nested:
-        return flat if feature["dtype"] == "string" else flat.astype(feature["dtype"], copy=False)
-    if flat.size != rows * int(np.prod(feature["shape"])):
-        raise UserError(f"{path}: column {key!r} should hold {feature['shape']} numbers a row in {rows} rows")
-    return flat.astype(feature["dtype"], copy=False).reshape(rows, *feature["shape"])
+        is_depth = camera in self.depth_keys
+        column = self._tables.read(path, [camera])[camera]
+        return PictureColumn(column, self.root, f"{path}, {camera}", self.depth_range, is_depth)

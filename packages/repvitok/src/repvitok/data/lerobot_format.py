@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import os
+import re
+import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import pyarrow as pa
 
 from repvitok.errors import UserError
@@ -32,6 +37,18 @@ INDEX_FEATURES: dict[str, str] = {
     "task_index": "int64",
 }
 
+CAMERA_DTYPES = frozenset({"video", "image"})
+NUMBER_DTYPES = frozenset(
+    {"bool", "float16", "float32", "float64", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))}
+)
+ROBOT_COLUMNS = ("action", "observation.state")
+MAX_ROW_NUMBERS = 2**22
+"""A column of more numbers a row is refused: a mistake in info.json, not a recording."""
+
+_Side = Annotated[int, msgspec.Meta(ge=1, le=MAX_ROW_NUMBERS)]
+_PLACEHOLDERS = ("episode_chunk", "episode_index", "chunk_index", "file_index", "video_key")
+_WIDTH = re.compile(r"(0?[0-9]{1,2})?d?")
+
 
 @dataclass(frozen=True)
 class EpisodeInfo:
@@ -48,6 +65,111 @@ class EpisodeInfo:
     length: int
     task: str
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One column or camera, as info.json describes it.
+
+    Attributes:
+        dtype: a number's, in numpy's words; "video" or "image" for a camera; anything else (strings, language) is
+            handed on as the table has it.
+        shape: of one row. () where the dtype is neither a number's nor a camera's.
+        names: of its channels or axes, in any form that `flat_names` knows.
+    """
+
+    dtype: str
+    shape: Annotated[
+        tuple[Annotated[int, msgspec.Meta(ge=1, le=MAX_ROW_NUMBERS)], ...], msgspec.Meta(max_length=8)
+    ] = ()
+    names: Any = None
+
+    def __post_init__(self) -> None:
+        if self.is_number and math.prod(self.shape) > MAX_ROW_NUMBERS:
+            raise UserError(f"field 'shape': expected at most {MAX_ROW_NUMBERS} numbers a row, got {self.shape}")
+        flat_names(self.names)
+
+    @property
+    def is_number(self) -> bool:
+        """Whether it is a column of numbers."""
+        return self.dtype in NUMBER_DTYPES
+
+    @property
+    def is_camera(self) -> bool:
+        """Whether it is a camera, stored as video or as pictures in the tables."""
+        return self.dtype in CAMERA_DTYPES
+
+    def channel_names(self, key: str) -> tuple[str, ...]:
+        """One name per number: its own, or `<key>_<i>` where there are none or another number of them."""
+        size = math.prod(self.shape)
+        names = flat_names(self.names)
+        return names if len(names) == size else tuple(f"{key}_{channel}" for channel in range(size))
+
+
+class PathTemplate:
+    """A path of info.json with placeholders, `data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet`.
+
+    Args:
+        text: the path. Every placeholder of version 2 and 3 is known in both.
+        source: what an error calls it.
+
+    Attributes:
+        names: the placeholders in it.
+
+    Raises:
+        UserError: an unknown placeholder, or one with a format other than a width of at most two digits.
+    """
+
+    def __init__(self, text: str, source: str) -> None:
+        self.text, self._source = text, source
+        try:
+            parts = list(string.Formatter().parse(text))
+        except ValueError as error:
+            raise UserError(f"{source}: expected a path with placeholders, got {text!r} ({error})") from error
+        for _, name, form, conversion in parts:
+            if name is None:
+                continue
+            plain = not form if name == "video_key" else _WIDTH.fullmatch(form or "")
+            if name not in _PLACEHOLDERS or conversion or not plain:
+                raise UserError(
+                    f"{source}: expected placeholders {{{'}, {'.join(_PLACEHOLDERS)}}}, numbers at most with a width "
+                    f"such as :06d, got {text!r}"
+                )
+        self.names = frozenset(name for _, name, _, _ in parts if name is not None)
+
+    def fill(self, values: Mapping[str, int | str | None]) -> str:
+        """The path with its placeholders filled in, relative to the data set's folder.
+
+        Only the words of the path are judged: where a link on the way leads is the business of whoever set it.
+
+        Raises:
+            UserError: the path is absolute, leads upwards, or is none that a file could have.
+        """
+        path = self.text.format(**{name: values[name] for name in self.names})
+        parts = re.split(r"[/\\]", path)
+        try:
+            possible = "\0" not in path and len(path) < 2048 and max(len(os.fsencode(part)) for part in parts) < 256
+        except UnicodeEncodeError:
+            possible = False
+        if not possible or not parts[0] or parts[-1] in ("", ".") or ".." in parts or path[1:2] == ":":
+            raise UserError(f"{self._source}: expected a file's path beneath the data set's folder, got {path[:200]!r}")
+        return path
+
+
+def number_ranges(numbers: Iterable[int], most: int = 6) -> str:
+    """Some numbers in few words, the first `most` runs of neighbours.
+
+    >>> number_ranges([7, 0, 1, 2, 9, 10]), number_ranges(range(0, 100, 2), most=2), number_ranges([])
+    ('0..2, 7, 9, 10', '0, 2, ...', 'none')
+    """
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    told = [f"{run[0]}..{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs[:most]]
+    return ", ".join([*told, *(["..."] if len(runs) > most else [])]) or "none"
 
 
 def flat_names(names: Any) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 from collections.abc import Sequence
@@ -11,9 +10,10 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from repvitok.data.lerobot import LeRobotReader
+from repvitok.data.lerobot_format import number_ranges
+from repvitok.data.pictures import DepthRange, checked_range, read_image
 from repvitok.data.video import VideoFile
 from repvitok.errors import UserError
 
@@ -53,8 +53,7 @@ class LeRobotSource:
     """One camera of a LeRobot data set; video i is `reader.episodes[i]`."""
 
     def __init__(self, reader: LeRobotReader, camera: str) -> None:
-        if camera not in reader.camera_keys:
-            raise UserError(f"{reader.root}: no camera {camera!r}; there are {reader.camera_keys}")
+        reader.require_camera(camera)
         self.reader, self.camera = reader, camera
 
     def __len__(self) -> int:
@@ -79,16 +78,24 @@ class VideoFolder:
     Args:
         root: the folder.
         max_bad_fraction: how many of the files may be unreadable; they are left out and logged. 0: none.
+        depth_range: for videos whose pixels are deep grey (`VideoFile.read`).
 
     Raises:
         FileNotFoundError: no such folder.
         ValueError: no video in it, or more unreadable ones than allowed; names the file.
     """
 
-    def __init__(self, root: str | os.PathLike[str], *, max_bad_fraction: float | int = 0.0) -> None:
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        max_bad_fraction: float | int = 0.0,
+        depth_range: DepthRange | None = None,
+    ) -> None:
         paths = _files(Path(root), VIDEO_SUFFIXES, "videos")
         bad = BadFiles(max_bad_fraction, len(paths))
         self._videos: list[VideoFile] = []
+        self._depth_range = checked_range(depth_range)
         for path in paths:
             try:
                 self._videos.append(VideoFile(path))
@@ -104,20 +111,26 @@ class VideoFolder:
         return len(self._videos[video])
 
     def frame_rate_hz(self, video: int) -> float | None:
-        return self._videos[video].fps
+        return self._videos[video].fps or None
 
     def read(self, video: int, frames: Sequence[int] | None = None) -> UInt8[np.ndarray, "n h w 3"]:
-        return self._videos[video].read(frames)
+        return self._videos[video].read(frames, depth_range=self._depth_range)
 
     def describe(self, video: int) -> str:
         return str(self._videos[video].path)
 
 
 class ImageFolder:
-    """Every image in a folder and its subfolders, each a video of one frame (the tokenizer's T = 1)."""
+    """Every image in a folder and its subfolders, each a video of one frame (the tokenizer's T = 1).
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
+    Args:
+        root: the folder.
+        depth_range: for images that are no 8-bit colour (`picture_to_rgb`).
+    """
+
+    def __init__(self, root: str | os.PathLike[str], *, depth_range: DepthRange | None = None) -> None:
         self._paths = _files(Path(root), IMAGE_SUFFIXES, "images")
+        self._depth_range = checked_range(depth_range)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -129,7 +142,7 @@ class ImageFolder:
         return None
 
     def read(self, video: int, frames: Sequence[int] | None = None) -> UInt8[np.ndarray, "n h w 3"]:
-        return read_image(self._paths[video], frames, str(self._paths[video]))
+        return read_image(self._paths[video], frames, str(self._paths[video]), self._depth_range)
 
     def describe(self, video: int) -> str:
         return str(self._paths[video])
@@ -178,29 +191,13 @@ class BadFiles:
         log.warning("left out: %s", error)
 
 
-def read_image(file: Path | io.BytesIO, frames: Sequence[int] | None, name: str) -> UInt8[np.ndarray, "n h w 3"]:
-    """An image as a video of one frame, turned as its EXIF data says; `name` is what errors call it.
-
-    Raises:
-        ValueError: not a readable image, or a frame other than 0 was asked for.
-    """
-    if frames is not None and any(frame != 0 for frame in frames):
-        raise UserError(f"{name}: an image has frame 0 only, asked for {list(frames)}")
-    try:
-        with Image.open(file) as image:
-            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:  # SyntaxError: Pillow's word for a broken PNG
-        raise UserError(f"{name}: not a readable image ({error})") from error
-    return np.repeat(pixels[None], 1 if frames is None else len(frames), axis=0)
-
-
 def lerobot_sources(
     root: str | os.PathLike[str] | LeRobotReader,
     *,
     cameras: Sequence[str] | None = None,
     episodes: Episodes = "all",
 ) -> list[VideoSource]:
-    """One source per camera (None: every camera) of a LeRobot data set, over all or some of its episodes."""
+    """One source per camera (None: every camera) of a LeRobot data set, over all episodes or those of some numbers."""
     reader = root if isinstance(root, LeRobotReader) else LeRobotReader(root)
     if not reader.camera_keys:
         raise UserError(f"{reader.root}: the data set has no camera")
@@ -209,7 +206,10 @@ def lerobot_sources(
         if episodes != "all":
             raise UserError(f'episodes must be "all" or a list of numbers, got {episodes!r}')
         return sources
-    return [SelectedVideos(source, episodes) for source in sources]
+    place = {info.index: number for number, info in enumerate(reader.episodes)}
+    if unknown := sorted(set(episodes) - set(place)):
+        raise UserError(f"{reader.root}: no episodes {unknown}; there are {number_ranges(place)}")
+    return [SelectedVideos(source, [place[episode] for episode in episodes]) for source in sources]
 
 
 def _files(root: Path, suffixes: frozenset[str], what: str) -> list[Path]:

@@ -17,7 +17,8 @@ from braceexpand import braceexpand
 from jaxtyping import UInt8
 
 from repvitok.data.last_used import LastUsed
-from repvitok.data.sources import BadFiles, read_image
+from repvitok.data.pictures import DepthRange, checked_range, read_image
+from repvitok.data.sources import BadFiles
 from repvitok.data.tar_index import TarMember, read_index, write_for_all
 from repvitok.data.video import VideoFile
 from repvitok.errors import UserError
@@ -38,6 +39,7 @@ class TarShards:
         media: "videos", "images", or "auto": videos, unless there are none.
         cache_folder: where copies of remote tars and the indices of all are kept; needed for URLs.
         max_bad_fraction: how many of the videos may be unreadable; they are left out and logged. 0: none.
+        depth_range: for images that are no 8-bit colour and videos of deep grey (`picture_to_rgb`).
 
     Attributes:
         media: "videos" or "images".
@@ -54,8 +56,10 @@ class TarShards:
         media: Media = "auto",
         cache_folder: str | os.PathLike[str] | None = None,
         max_bad_fraction: float | int = 0.0,
+        depth_range: DepthRange | None = None,
     ) -> None:
         cache = None if cache_folder is None else Path(cache_folder)
+        self._depth_range = checked_range(depth_range)
         self._paths = [_local(shard, cache) for shard in expand_shards(shards)]
         found = [(shard, member) for shard, path in enumerate(self._paths) for member in read_index(path, cache)]
         any_video = any(member.is_video for _, member in found)
@@ -84,10 +88,10 @@ class TarShards:
         path, span = self._paths[shard], (member.start, member.length)
         if member.is_video:
             opened = self._open.get_or_make(video, lambda: VideoFile(path, span, self.describe(video)))
-            return opened.read(frames)
+            return opened.read(frames, depth_range=self._depth_range)
         with open(path, "rb") as file:
             file.seek(member.start)
-            return read_image(io.BytesIO(file.read(member.length)), frames, self.describe(video))
+            return read_image(io.BytesIO(file.read(member.length)), frames, self.describe(video), self._depth_range)
 
     def describe(self, video: int) -> str:
         shard, member = self._members[video]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import cached_property
@@ -16,9 +16,11 @@ import numpy as np
 from av.container import InputContainer, OutputContainer
 from av.error import FFmpegError
 from av.video.stream import VideoStream
-from jaxtyping import UInt8
+from jaxtyping import Float64, Int64, UInt8
 
 from repvitok.data.atomic import partial_path, replace_durably
+from repvitok.data.pictures import HOW_TO_ASK, DepthCodes, DepthRange, deep_grey, depth_to_rgb
+from repvitok.documents import refuse_lfs_pointer
 from repvitok.errors import UserError
 
 
@@ -35,8 +37,9 @@ class VideoFile:
         name: what errors call the video; the path when None.
 
     Attributes:
-        fps: frames per second, on average.
+        fps: frames per second, on average; 0 where a single frame has no rate.
         codec: the codec's name, such as "h264".
+        pixel_format: FFmpeg's name of how pixels are stored, such as "yuv420p"; empty where the file does not say.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -53,13 +56,30 @@ class VideoFile:
         with self._open() as (container, stream):
             self._stored_size = stream.codec_context.height, stream.codec_context.width
             self.codec = stream.codec_context.codec.canonical_name
-            self.fps = float(stream.average_rate or stream.guessed_rate or 0)
+            self.pixel_format: str = stream.codec_context.pix_fmt or ""
+            self._rate_hz = float(stream.average_rate or stream.guessed_rate or 0)
             self._time_base = Fraction(stream.time_base or 1)
             packets = [packet for packet in container.demux(stream) if packet.pts is not None and packet.size]
-            self._refuse_truncated(stream.frames, sum(not packet.is_corrupt for packet in packets))
-            shown = sorted((packet.pts or 0, packet.is_keyframe) for packet in packets if not packet.is_discard)
-        self._pts = [pts for pts, _ in shown]
-        self._keyframes = [index for index, (_, key) in enumerate(shown) if key] or [0]
+            promised, present = stream.frames, sum(not packet.is_corrupt for packet in packets)
+        if present < promised:  # cut off, or left out by the edit list
+            with self._open({"ignore_editlist": "1"}) as (container, stream):
+                present = sum(bool(packet.size) and not packet.is_corrupt for packet in container.demux(stream))
+        if present < promised:
+            raise UserError(
+                f"{self.name}: the file is truncated: its header promises {promised} frames, {present} are there; "
+                "copy or record it again"
+            )
+        shown = sorted(
+            (packet.pts or 0, packet.dts or 0, packet.is_keyframe) for packet in packets if not packet.is_discard
+        )
+        if not shown:
+            raise UserError(f"{self.name}: no video frames in this file; is it empty or truncated?")
+        self._pts = [pts for pts, _, _ in shown]
+        # An edit list may cut the first key frame off: the first frame shown is then reached by seeking to itself.
+        keyframes = {0: shown[0][1]}
+        keyframes |= {index: dts for index, (_, dts, key) in enumerate(shown) if key}
+        self._keyframes, self._keyframe_dts = list(keyframes), list(keyframes.values())
+        self.fps = self._rate_hz or (1 / self.spacing_s if self.spacing_s else 0.0)
 
     def __len__(self) -> int:
         """Number of frames."""
@@ -80,32 +100,96 @@ class VideoFile:
         """(frames,) float64: when each frame is shown, in seconds of the container's clock."""
         return np.array(self._pts, dtype=np.float64) * float(self._time_base)
 
+    @cached_property
+    def spacing_s(self) -> float:
+        """Seconds from one frame to the next, by the median; 0 for a single frame without a rate."""
+        steps = np.diff(self.times_s)
+        if (steps > 0).any():
+            return float(np.median(steps[steps > 0]))
+        return 1 / self._rate_hz if self._rate_hz > 0 else 0.0
+
+    @property
+    def tolerance_s(self) -> float:
+        """How far from a frame a time may lie: half a frame, and what clocks are rounded by.
+
+        That is the container's tick or LeRobot's tolerance (1e-4 s), whichever is longer, but no more than a
+        twentieth of a frame.
+        """
+        rounding_s = min(max(1e-4, float(self._time_base)), 0.05 * self.spacing_s)
+        return max(0.5 * self.spacing_s + rounding_s, 1e-4)
+
+    def is_slower_than(self, rate_hz: float) -> bool:
+        """Whether fewer frames are shown a second, by more than clocks are rounded by."""
+        return (self.spacing_s - float(self._time_base)) * rate_hz > 1.0005
+
+    def nearest(
+        self, times_s: float | Float64[np.ndarray, " ..."], among: range | None = None
+    ) -> Int64[np.ndarray, " ..."]:
+        """Index of the frame shown nearest to each time, however far; the earlier one of two equally near.
+
+        Args:
+            times_s: seconds of the container's clock.
+            among: which frames may be the answer, at least one; None: all.
+        """
+        among = range(len(self)) if among is None else among
+        shown, wanted = self.times_s[among.start : among.stop], np.asarray(times_s, dtype=np.float64)
+        after = np.searchsorted(shown, wanted).clip(0, len(shown) - 1)
+        before = (after - 1).clip(0)
+        return np.asarray(among.start + np.where(wanted - shown[before] <= shown[after] - wanted, before, after))
+
     def frame_at(self, time_s: float | int, tolerance_s: float | None = None) -> int:
         """Index of the frame shown nearest to `time_s`.
 
         Raises:
-            ValueError: none lies within `tolerance_s` (default: half a frame).
+            ValueError: none lies within `tolerance_s` (default: `self.tolerance_s`).
         """
-        tolerance_s = 0.5 / self.fps if tolerance_s is None else tolerance_s
-        index = int(np.abs(self.times_s - time_s).argmin())
-        if abs(self.times_s[index] - time_s) > tolerance_s:
+        tolerance_s = self.tolerance_s if tolerance_s is None else tolerance_s
+        index = int(self.nearest(float(time_s)))
+        if not abs(self.times_s[index] - time_s) <= tolerance_s:
             raise UserError(
                 f"{self.name}: no frame within {tolerance_s:.4f} s of {time_s:.4f} s; the nearest is frame {index} "
                 f"at {self.times_s[index]:.4f} s of {len(self)} frames"
             )
         return index
 
-    def read(self, frames: Sequence[int] | None = None) -> UInt8[np.ndarray, "n h w 3"]:
+    def read(
+        self,
+        frames: Sequence[int] | None = None,
+        depth_range: DepthRange | None = None,
+        *,
+        is_depth: bool = False,
+        codes: DepthCodes | None = None,
+    ) -> UInt8[np.ndarray, "n h w 3"]:
         """Decodes exactly these frames, in the order asked for; None for all.
 
         Neighbouring frames are decoded in one go; a gap is skipped by seeking to the key frame before the next one.
+
+        Args:
+            frames: their numbers.
+            depth_range: what becomes black and what white where the pixels are one channel of more than 8 bits.
+            is_depth: the video is known to be a depth map: with a range, its first plane (grey or luma, in the
+                numbers stored) is scaled whatever its bits.
+            codes: what its numbers stand for, which is what the range then is of; None: themselves.
 
         Returns:
             (n, H, W, 3) uint8 RGB.
 
         Raises:
-            ValueError: a frame lies outside the file, or the file is damaged and fewer could be decoded.
+            ValueError: a frame lies outside the file, the file is damaged and fewer could be decoded, or its pixels
+                are no colour and there is no range.
         """
+        if deep_grey(self.pixel_format) and depth_range is None:
+            raise UserError(
+                f"{self.name}: pixels of more than 8 bits in one channel ({self.pixel_format}), as of a depth map, and "
+                f"no colour; {HOW_TO_ASK}"
+            )
+
+        def to_rgb(frame: av.VideoFrame) -> np.ndarray:
+            if depth_range is None or not (is_depth or deep_grey(self.pixel_format)):
+                return frame.to_ndarray(format="rgb24")
+            stored = self._first_plane(frame)
+            return depth_to_rgb(stored if codes is None else codes.depth(stored), depth_range)
+
         wanted = range(len(self)) if frames is None else [int(frame) for frame in frames]
         if len(wanted) and not 0 <= min(wanted) <= max(wanted) < len(self):
             raise UserError(
@@ -113,7 +197,7 @@ class VideoFile:
             )
         needed = sorted(set(wanted))
         pixels = np.empty((len(needed), *self._stored_size, 3), dtype=np.uint8)
-        decoded, quarter_turns = self._decode_into(pixels, needed)
+        decoded, quarter_turns = self._decode_into(pixels, needed, to_rgb)
         if decoded < len(needed):
             raise UserError(
                 f"{self.name}: only {decoded} of {len(needed)} frames could be decoded (frame {needed[decoded]} "
@@ -141,17 +225,10 @@ class VideoFile:
             raise UserError(f"{self.name}: to be shown turned by {frame.rotation} degrees; expected a multiple of 90")
         return quarters % 4
 
-    def _refuse_truncated(self, promised: int, present: int) -> None:
-        if not present:
-            raise UserError(f"{self.name}: no video frames in this file; is it empty or truncated?")
-        if present < promised:
-            raise UserError(
-                f"{self.name}: the file is truncated: its header promises {promised} frames, {present} are there; "
-                "copy or record it again"
-            )
-
-    def _decode_into(self, pixels: np.ndarray, needed: Sequence[int]) -> tuple[int, int]:
-        """Fills `pixels` with the sorted frames `needed`, as stored.
+    def _decode_into(
+        self, pixels: np.ndarray, needed: Sequence[int], to_rgb: Callable[[av.VideoFrame], np.ndarray]
+    ) -> tuple[int, int]:
+        """Fills `pixels` with the sorted frames `needed`, turned as they are stored.
 
         Returns:
             How many came before the first failure, and the quarter turns they are to be shown with.
@@ -163,7 +240,7 @@ class VideoFile:
                 before = done
                 for index, frame in self._frames_from(container, stream, needed[done]):
                     if index == needed[done]:
-                        pixels[done] = frame.to_ndarray(format="rgb24")
+                        pixels[done] = to_rgb(frame)
                         turns = self._turns_of(frame)
                         done += 1
                         if done == len(needed) or self._better_to_seek(index, needed[done]):
@@ -177,9 +254,27 @@ class VideoFile:
     def _frames_from(
         self, container: InputContainer, stream: VideoStream, start: int
     ) -> Iterator[tuple[int, av.VideoFrame]]:
-        """(index, frame) from the key frame at or before `start` onwards, until the file or its good part ends."""
-        key = self._keyframes[max(bisect.bisect_right(self._keyframes, start) - 1, 0)]
-        container.seek(self._pts[key], stream=stream, backward=True)
+        """(index, frame) from the key frame at or before `start` onwards, until the file or its good part ends.
+
+        Some containers seek by presentation time, others by decoding time, so that the first try can land behind
+        `start`; the second is by decoding time, the last from further back.
+        """
+        number = bisect.bisect_right(self._keyframes, start) - 1
+        dts = self._keyframe_dts[number]
+        for position in (self._pts[self._keyframes[number]], dts, dts - round(1 / self._time_base)):
+            try:
+                container.seek(position, stream=stream, backward=True)
+                frames = self._numbered(container, stream)
+                first = next(frames, None)
+            except FFmpegError:
+                continue
+            if first is not None and first[0] <= start:
+                yield first
+                yield from frames
+                return
+
+    def _numbered(self, container: InputContainer, stream: VideoStream) -> Iterator[tuple[int, av.VideoFrame]]:
+        """(index, frame) of what is decoded from here on."""
         try:
             for frame in container.decode(stream):
                 index = bisect.bisect_left(self._pts, frame.pts) if frame.pts is not None else len(self)
@@ -188,16 +283,29 @@ class VideoFile:
         except FFmpegError:
             return  # the caller counts what came and raises with that count
 
+    def _first_plane(self, frame: av.VideoFrame) -> np.ndarray:
+        """(H, W) grey or luma of a frame: the numbers stored where they have more than 8 bits, else 0..255."""
+        name = frame.format.name
+        if frame.format.components[0].bits <= 8:
+            return frame.to_ndarray(format="gray")
+        if not name.startswith(("gray", "yuv")):
+            raise UserError(f"{self.name}: expected a depth map's pixels in a gray or yuv format, got {name}")
+        kind = (">" if name.endswith("be") else "<") + ("f4" if "f32" in name else "f2" if "f16" in name else "u2")
+        plane = np.frombuffer(memoryview(frame.planes[0]), dtype=kind)  # pyright: ignore[reportArgumentType]
+        return plane.reshape(frame.height, -1)[:, : frame.width]
+
     def _better_to_seek(self, position: int, target: int) -> bool:
         """Whether a key frame lies between the decoder and its next target, and more than a few frames are saved."""
-        key = self._keyframes[max(bisect.bisect_right(self._keyframes, target) - 1, 0)]
+        key = self._keyframes[bisect.bisect_right(self._keyframes, target) - 1]
         return key > position + 4
 
     @contextmanager
-    def _open(self) -> Iterator[tuple[InputContainer, VideoStream]]:
+    def _open(self, options: dict[str, str] | None = None) -> Iterator[tuple[InputContainer, VideoStream]]:
         try:
-            container = av.open(str(self.path) if self.span is None else io.BytesIO(self._member()), "r")
+            file = str(self.path) if self.span is None else io.BytesIO(self._member())
+            container = av.open(file, "r", options=options)
         except FFmpegError as error:
+            refuse_lfs_pointer(self.path)
             reason = str(error).split("]")[-1].split(":")[0].strip()
             raise UserError(f"{self.name}: not a readable video ({reason}); is it truncated?") from error
         with container:

@@ -1,0 +1,268 @@
+"""The rows of a LeRobot data set's episodes: only the columns asked for, checked once when their table is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from repvitok.data.last_used import LastUsed
+from repvitok.data.lerobot_format import ROBOT_COLUMNS, Feature
+from repvitok.data.lerobot_metadata import Metadata, column_values, read_parquet
+from repvitok.errors import UserError
+
+INDEX_COLUMNS = ("episode_index", "frame_index", "task_index")
+_INDEX = Feature("int64")
+_NO_TASK = -1
+
+Where = Callable[[int], str]  # a row of a table -> what an error calls it
+
+
+@dataclass(frozen=True)
+class EpisodeRows:
+    """The rows of one episode in its table.
+
+    Attributes:
+        first, last: its first row and the one after its last.
+        tasks: the numbers in `task_index`, each once, in order of appearance; -1 where a row has none.
+        problem: what is wrong with them; "" if nothing is.
+    """
+
+    first: int
+    last: int
+    tasks: tuple[int, ...] = ()
+    problem: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class _Columns:
+    """Some columns of one table, and of each the rows that hold a number which is not finite."""
+
+    values: dict[str, np.ndarray]
+    not_finite: dict[str, np.ndarray]
+
+
+class EpisodeTables:
+    """The tables of a data set. Which rows an episode has is kept; of the columns those of the last few tables are."""
+
+    def __init__(self, metadata: Metadata) -> None:
+        self._metadata = metadata
+        self._rows: dict[Path, dict[int, EpisodeRows]] = {}
+        self._columns: LastUsed[tuple[Path, frozenset[str]], _Columns] = LastUsed(8)
+
+    def rows(self, episode: int) -> EpisodeRows:
+        """Where an episode's rows are; reads its table's index columns if that was not done yet.
+
+        Raises:
+            UserError: the rows are not as many as its length, or not in one piece and in order.
+        """
+        path = self._metadata.table_of(episode)
+        if path not in self._rows:
+            self.read(path, ())
+        found = self._rows[path].get(episode, EpisodeRows(0, 0))
+        if found.problem:
+            raise UserError(f"{path}: {found.problem}")
+        length = self._metadata.episodes[episode].length
+        if found.last - found.first != length:
+            raise UserError(f"{path}: expected {length} rows for episode {episode}, found {found.last - found.first}")
+        return found
+
+    def columns(
+        self, episode: int, keys: Sequence[str], optional: frozenset[str] = frozenset()
+    ) -> dict[str, np.ndarray]:
+        """Columns of one episode, (T,) or (T, *shape), numbers in the dtype that info.json gives them.
+
+        Args:
+            episode: its number.
+            keys: the columns.
+            optional: which of them are left out where the table has none.
+
+        Raises:
+            UserError: see `rows`; a column is missing, holds other values than info.json says, or the robot's actions
+                or states are not finite.
+        """
+        path = self._metadata.table_of(episode)
+        columns = self._columns.get_or_make((path, frozenset(keys)), lambda: self._read_columns(path, keys, optional))
+        rows = self.rows(episode)
+        for key in ROBOT_COLUMNS:
+            bad = columns.not_finite.get(key, np.zeros(0, np.int64))
+            at = int(np.searchsorted(bad, rows.first))
+            if at < len(bad) and bad[at] < rows.last:
+                values = columns.values[key][bad[at]].reshape(-1)
+                channel = int(np.flatnonzero(~np.isfinite(values))[0])
+                name = self._metadata.features[key].channel_names(key)[channel]
+                raise UserError(
+                    f"{path}: episode {episode}, row {bad[at] - rows.first}, {key}, channel {name!r}: expected a "
+                    f"finite number, got {values[channel]}"
+                )
+        return {key: column[rows.first : rows.last] for key, column in columns.values.items()}
+
+    def read(self, path: Path, keys: Sequence[str], optional: frozenset[str] = frozenset()) -> pa.Table:
+        """Some columns of a table, as they are, and its index columns, from which `rows` are known afterwards.
+
+        Raises:
+            FileNotFoundError: there is no such table.
+            UserError: it is no parquet file, or a column is missing.
+        """
+        table = read_parquet(path, {*keys, *INDEX_COLUMNS}.__contains__)
+        there = {*table.column_names, *optional}
+        if missing := sorted({*keys, "episode_index"} - there):
+            raise UserError(f"{path}: columns {missing} are missing, though info.json lists them")
+        if path not in self._rows:
+            self._rows[path] = _episode_rows(table, path)
+        return table
+
+    def _read_columns(self, path: Path, keys: Sequence[str], optional: frozenset[str]) -> _Columns:
+        table = self.read(path, keys, optional)
+        values, not_finite = {}, {}
+        for key in [key for key in keys if key in table.column_names]:
+            feature = self._metadata.features[key]
+            values[key] = to_numpy(table, key, feature, path, self._where(path))
+            if values[key].dtype.kind == "f":
+                finite = np.isfinite(values[key].reshape(len(table), -1)).all(axis=1)
+                not_finite[key] = np.flatnonzero(~finite)
+        return _Columns(values, not_finite)
+
+    def _where(self, path: Path) -> Where:
+        def where(row: int) -> str:
+            for episode, rows in self._rows[path].items():
+                if rows.first <= row < rows.last:
+                    return f"episode {episode}, row {row - rows.first}"
+            return f"row {row}"
+
+        return where
+
+
+def to_numpy(table: pa.Table, key: str, feature: Feature, path: Path, where: Where = "row {}".format) -> np.ndarray:
+    """One column of a table: (rows,), or (rows, *shape) for lists; objects where the feature is none of numbers.
+
+    Any way that a table can store the values is taken: lists of fixed, free or large size, nested or flat, every width
+    of integer and float. Values must survive the dtype that info.json gives: a whole number stays that number, a
+    fraction never becomes a whole one, a finite number never infinite. Floats are rounded to its precision.
+
+    Raises:
+        UserError: a value is missing, rows differ in length or disagree with info.json, or a value does not fit.
+    """
+    if not feature.is_number:
+        return np.fromiter(column_values(table, key, path), dtype=object, count=len(table))
+    source = f"{path}: column {key!r}"
+    size = math.prod(feature.shape)
+    values, sizes = _unwrapped(table[key].combine_chunks(), source, where)
+    if len(table) and sizes not in (list(feature.shape), [size] if size > 1 or sizes else []):
+        raise UserError(
+            f"{source} should hold {list(feature.shape)} numbers a row, as info.json says, got {sizes or 1}"
+        )
+    if not (pa.types.is_floating(values.type) or pa.types.is_integer(values.type) or pa.types.is_boolean(values.type)):
+        if len(table):
+            raise UserError(f"{source}: expected {feature.dtype}, as info.json says, got {values.type}")
+        values = pa.array([], feature.dtype)
+    flat = _cast(values, feature.dtype, source, lambda number: where(number // size))
+    return flat.reshape(len(table), *feature.shape) if sizes else flat
+
+
+def _unwrapped(values: pa.Array, source: str, where: Where) -> tuple[pa.Array, list[int]]:
+    """The innermost values of a column of (nested) lists, and how many the lists of each level have."""
+    sizes: list[int] = []
+    while True:
+        kind = values.type
+        if isinstance(values, pa.ExtensionArray):
+            values = values.storage
+            continue
+        if pa.types.is_dictionary(kind):
+            values = values.dictionary_decode()
+            continue
+        per_row = math.prod(sizes)
+        if values.null_count:
+            row = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0]) // max(per_row, 1)
+            raise UserError(f"{source}, {where(row)}: expected a number, got null")
+        if not (
+            pa.types.is_list(kind)
+            or pa.types.is_large_list(kind)
+            or pa.types.is_fixed_size_list(kind)
+            or pa.types.is_list_view(kind)
+            or pa.types.is_large_list_view(kind)
+        ):
+            return values, sizes
+        lengths = pc.list_value_length(values).to_numpy(zero_copy_only=False)  # type: ignore[attr-defined]
+        if odd := np.flatnonzero(lengths != lengths[:1]).tolist():
+            row = odd[0] // max(per_row, 1)
+            raise UserError(
+                f"{source}, {where(row)}: expected rows of one length, {lengths[0]} as in row 0, got {lengths[odd[0]]}"
+            )
+        sizes.append(int(lengths[0]) if len(lengths) else 0)
+        values = values.flatten()
+
+
+def _cast(values: pa.Array, dtype: str, source: str, where: Where) -> np.ndarray:
+    """Plain values as numpy's `dtype`, each unchanged but for the rounding of floats."""
+    flat = values.to_numpy(zero_copy_only=False)
+    target = np.dtype(dtype)
+    if flat.dtype == target:
+        return flat
+    with np.errstate(all="ignore"):
+        cast = flat.astype(target)
+        if flat.dtype.kind == "f" and target.kind == "f":
+            kept = np.isfinite(cast) | ~np.isfinite(flat)
+        else:
+            # Going there and back must end where it began; the signs tell where the bits alone survived (-1 as 2^64-1).
+            kept = (cast.astype(flat.dtype) == flat) & ((cast < 0) == (flat < 0))
+            if flat.dtype.kind == "f" and target.kind in "iu":  # 2^63 as a float: some processors saturate
+                kept &= flat < float(np.iinfo(target).max) + (target.itemsize < 8)
+    if not kept.all():
+        number = int(np.flatnonzero(~kept)[0])
+        raise UserError(
+            f"{source}, {where(number)}: expected {dtype}, as info.json says, got {flat[number]} ({values.type})"
+        )
+    return cast
+
+
+def _episode_rows(table: pa.Table, path: Path) -> dict[int, EpisodeRows]:
+    """Where the rows of each episode in a table are."""
+    rows = len(table)
+    episode = _index_column(table, "episode_index", path)
+    frame = _index_column(table, "frame_index", path) if "frame_index" in table.column_names else None
+    task = _task_column(table, path)
+    starts = np.flatnonzero(np.diff(episode, prepend=episode[:1] - 1))
+    ends = np.append(starts[1:], rows)
+    changes = np.flatnonzero(np.diff(task, prepend=task[:1] - 1) | np.diff(episode, prepend=episode[:1] - 1))
+    expected = np.arange(rows) - np.repeat(starts, ends - starts)
+    wrong = np.flatnonzero(frame != expected) if frame is not None else np.zeros(0, np.int64)
+    found: dict[int, EpisodeRows] = {}
+    for first, last in zip(starts.tolist(), ends.tolist(), strict=True):
+        number, problem = int(episode[first]), ""
+        at = int(np.searchsorted(wrong, first))
+        if at < len(wrong) and wrong[at] < last and frame is not None:
+            row = int(wrong[at])
+            problem = (
+                f"episode {number}, row {row - first}: expected frame_index {row - first}, got {frame[row]}; "
+                "sort the rows by episode_index and frame_index"
+            )
+        if (earlier := found.get(number)) is not None:
+            problem = f"the rows of episode {number} lie apart, at {earlier.first} and at {first}; sort them by episode"
+        of_task = changes[np.searchsorted(changes, first) : np.searchsorted(changes, last)]
+        tasks = dict.fromkeys(task[of_task].tolist()) if "task_index" in table.column_names else {}
+        found[number] = EpisodeRows(first, last, tuple(tasks), problem)
+    return found
+
+
+def _index_column(table: pa.Table, key: str, path: Path) -> np.ndarray:
+    return to_numpy(table, key, _INDEX, path).reshape(-1)
+
+
+def _task_column(table: pa.Table, path: Path) -> np.ndarray:
+    """`task_index`, -1 where a row has none."""
+    if "task_index" not in table.column_names or pa.types.is_null(table["task_index"].type):
+        return np.full(len(table), _NO_TASK)
+    column = table["task_index"]
+    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
+        column = column.fill_null(_NO_TASK)
+    if pa.types.is_floating(column.type):  # pandas makes floats of whole numbers once one is missing
+        numbers = column.to_numpy()
+        column = pa.chunked_array([np.where(np.isfinite(numbers), numbers, _NO_TASK)])
+    position = table.column_names.index("task_index")
+    return _index_column(table.set_column(position, "task_index", column), "task_index", path)

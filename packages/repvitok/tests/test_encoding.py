@@ -31,7 +31,7 @@ class Recording:
         self.episodes = [EpisodeInfo(index, length, f"task {index}") for index, length in enumerate(lengths)]
         self.reads, self.read = reads, 0
 
-    def episode(self, index: int) -> dict[str, np.ndarray]:
+    def episode(self, index: int, keys: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         frame = np.arange(self.episodes[index].length, dtype=np.float32)
         return {"observation.state": frame, "action": np.stack([frame, np.full_like(frame, index)], axis=1)}
 

@@ -164,6 +164,11 @@ class LeRobotReader(Sequence[dict[str, Any]]):
         first = video.frame_at(start_s) if self.version == "v3.0" else 0
         return video.read([first + frame for frame in wanted])
 
+    def data_path(self, episode: int) -> Path:
+        """The table that holds an episode's rows (in v3.0 with those of other episodes)."""
+        self._row(episode)
+        return self.metadata.table_of(episode)
+
     def video_path(self, episode: int, camera: str) -> Path:
         """The video file that holds one camera's frames of one episode (in v3.0 with those of other episodes)."""
         self._row(episode)

@@ -37,7 +37,7 @@ class Recording:
         if camera not in self.camera_keys:
             raise UserError(f"no camera {camera!r}; there are {self.camera_keys}")
 
-    def episode(self, index: int) -> dict[str, np.ndarray]:
+    def episode(self, index: int, keys: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         frame = np.arange(self.episodes[index].length, dtype=np.float32)
         return {"observation.state": frame, "action": np.stack([frame, np.full_like(frame, index)], axis=1)}
 

@@ -21,7 +21,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from repvitok.data.atomic import write_json_atomic
-from repvitok.data.lerobot_format import EpisodeInfo
+from repvitok.data.lerobot_format import ROBOT_COLUMNS, EpisodeInfo
 from repvitok.data.shards import (
     LatentEpisode,
     LatentMeta,
@@ -241,11 +241,12 @@ def _loaded(
 
 
 def _load_batch(reader: EpisodeReader, plan: EncodingPlan, batch: Sequence[EpisodeInfo]) -> list[_LoadedEpisode]:
+    columns = [key for key in ROBOT_COLUMNS if key in reader.features]
     return [
         _LoadedEpisode(
             info,
             np.stack([_resized_episode(reader, info, camera, plan.size) for camera in plan.cameras]),
-            reader.episode(info.index),
+            reader.episode(info.index, columns),
         )
         for info in batch
     ]

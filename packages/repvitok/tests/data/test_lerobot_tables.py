@@ -130,6 +130,12 @@ def test_what_is_in_order_in_one_episode_does_not_excuse_another(plain):
     assert reader.episode(2, ["action"])["action"].shape == (5, 2)
 
 
+def test_a_table_without_rows_is_named(one):
+    one.change(lambda table: table.slice(0, 0))
+    with pytest.raises(UserError, match=r"episode_000000\.parquet: expected 4 rows for episode 0, found 0"):
+        LeRobotReader(one.root)[0]
+
+
 def test_missing_and_unknown_columns_are_named(one):
     reader = LeRobotReader(one.root)
     with pytest.raises(UserError, match=r"no columns \['torque'\]; there are \['action'"):

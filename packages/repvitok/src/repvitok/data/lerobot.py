@@ -182,6 +182,11 @@ class LeRobotReader(Sequence[dict[str, Any]]):
         codes = depth_codes(self.features[camera], f"{self.root / 'meta/info.json'}, {camera}") if is_depth else None
         return video.read([int(rows[row]) for row in wanted], self.depth_range, is_depth=is_depth, codes=codes)
 
+    def data_path(self, episode: int) -> Path:
+        """The table that holds an episode's rows (in v3.0 with those of other episodes)."""
+        self._row(episode)
+        return self.metadata.table_of(episode)
+
     def video_path(self, episode: int, camera: str) -> Path:
         """The video file that holds one camera's frames of one episode (in v3.0 with those of other episodes)."""
         self._row(episode)

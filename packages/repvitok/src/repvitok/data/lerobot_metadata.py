@@ -365,11 +365,11 @@ def _episodes_of_tables(root: Path, cameras: Sequence[str]) -> Iterator[tuple[st
 
 def _whole_numbers(table: pa.Table, name: str, path: Path, *, required: bool = False, least: int = 0) -> list[Any]:
     """A column of whole numbers, None where there is none; a whole number written as a float is one."""
-    return _checked(table, name, path, required, f"a whole number of at least {least}", lambda x: least <= x == int(x))
+    return _checked(table, name, path, required, f"a whole number from {least} to 2^53", lambda x: least <= x == int(x))
 
 
 def _times_s(table: pa.Table, name: str, path: Path) -> list[Any]:
-    return _checked(table, name, path, False, "a time in seconds of at least 0", lambda x: x >= 0, float)
+    return _checked(table, name, path, False, "a time in seconds, 0 or more", lambda x: x >= 0, float)
 
 
 def _checked(

@@ -224,6 +224,8 @@ def _cast(values: pa.Array, dtype: str, source: str, where: Where) -> np.ndarray
 def _episode_rows(table: pa.Table, path: Path) -> dict[int, EpisodeRows]:
     """Where the rows of each episode in a table are."""
     rows = len(table)
+    if not rows:
+        return {}
     episode = _index_column(table, "episode_index", path)
     frame = _index_column(table, "frame_index", path) if "frame_index" in table.column_names else None
     task = _task_column(table, path)

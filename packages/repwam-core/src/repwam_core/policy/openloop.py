@@ -15,6 +15,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, UInt8
 from repvitok.data import LeRobotReader, prepare_frames
+from repvitok.data.lerobot_format import ROBOT_COLUMNS
 from repvitok.data.transforms import to_frames
 from repvitok.errors import UserError
 from repvitok.progress import progress
@@ -194,7 +195,7 @@ class _Replay:
     def __init__(self, policy: BatchedPolicy, reader: LeRobotReader, index: int, task: str) -> None:
         self.policy, self.reader, self.index = policy, reader, index
         self.seen = task in policy.parts.instructions
-        columns = reader.episode(index)
+        columns = reader.episode(index, [key for key in ROBOT_COLUMNS if key in reader.features])
         self.actions = columns["action"].reshape(len(columns["action"]), -1).astype(np.float32)
         state = columns.get("observation.state")
         self.state = None if state is None else state.reshape(len(state), -1).astype(np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from repvitok import RepViTok, RepViTokConfig, encoding
+from repvitok.data.contents import without_actions
 from repvitok.data.episodes import open_episodes
 from repvitok.data.lerobot_format import EpisodeInfo
 from repvitok.data.shards import LatentShards
@@ -39,7 +41,8 @@ class Recording:
 
     def episode(self, index: int, keys: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         frame = np.arange(self.episodes[index].length, dtype=np.float32)
-        return {"observation.state": frame, "action": np.stack([frame, np.full_like(frame, index)], axis=1)}
+        columns = {"observation.state": frame, "action": np.stack([frame, np.full_like(frame, index)], axis=1)}
+        return {key: column for key, column in columns.items() if keys is None or key in keys}
 
     def frames(self, episode: int, camera: str, frames: Sequence[int] | None = None) -> np.ndarray:
         self.read += 1
@@ -240,3 +243,53 @@ def test_a_real_data_set_goes_all_the_way(tmp_path, tok, shared_data):
     assert shards[0].actions.shape == (69, 4, 26)
     np.testing.assert_array_equal(shards[0].actions[2], reader.episode(1)["action"][8:12])
     assert shards.meta.action_names[0] == "kLeftShoulderPitch"
+
+
+def test_episodes_are_chosen_by_their_numbers_and_belong_to_the_plan(tmp_path, tok):
+    chosen = encode(tok, tmp_path, episodes="1-2")
+    assert [info.episode_index for info in chosen.infos] == [1, 2]
+    assert (chosen.provenance["episodes"], chosen.provenance["num_episodes"]) == ("1-2", 2)
+    whole = encode(tok, tmp_path / "whole")
+    np.testing.assert_allclose(chosen[1].latents, whole[2].latents, atol=1e-5)
+    with pytest.raises(ValueError, match=r"holds latents made otherwise: .*episodes 1-2 \(now None\)"):
+        encode(tok, tmp_path)
+    with pytest.raises(ValueError, match="recording: no episodes 7; there are 0-3"):
+        encode(tok, tmp_path / "none", episodes=[0, 7])
+    assert encode(tok, tmp_path / "whole", episodes=[3, 2, 1, 0]).provenance["episodes"] is None
+
+
+def test_channels_that_never_move_are_said_at_the_end(tmp_path, tok):
+    said: list[str] = []
+    encode(tok, tmp_path / "one", Recording((9, 9)), episodes=[1], report=said.append)
+    assert said[-1] == f"{tmp_path / 'one'}: never moves in these episodes: action episode"
+    said.clear()
+    encode(tok, tmp_path / "two", Recording((9, 9)), report=said.append)
+    assert not any("never moves" in line for line in said)
+
+
+def test_corrected_instructions_reach_finished_and_interrupted_latents(tmp_path, tok):
+    def corrected() -> Recording:
+        recording = Recording()
+        recording.episodes = [dataclasses.replace(info, task=f"better {info.index}") for info in recording.episodes]
+        return recording
+
+    said: list[str] = []
+    encode(tok, tmp_path / "finished")
+    shards = encode(tok, tmp_path / "finished", corrected(), report=said.append)
+    assert [info.task for info in shards.infos] == [item.task for item in shards] == [f"better {n}" for n in range(4)]
+    assert said[0].endswith("4 of 4 episodes have another instruction now")
+    with pytest.raises(KeyboardInterrupt):
+        encode(tok, tmp_path / "killed", Recording(reads=5), batch_size=1)
+    assert [info.task for info in encode(tok, tmp_path / "killed", corrected()).infos] == [
+        f"better {n}" for n in range(4)
+    ]
+
+
+def test_shards_know_the_columns_of_their_data_set(tmp_path, tok):
+    recording = Recording()
+    recording.features = {"observation.state": {}, "actions": {"dtype": "float32", "shape": [2]}}
+    shards = encode(tok, tmp_path, recording)
+    assert shards.meta.action_names == ()
+    assert shards.provenance["columns"] == {"observation.state": ["frame"], "actions": ["frame", "episode"]}
+    assert "action: [{column: actions, names: [frame, episode]}]" in without_actions(shards)
+    assert shards.meta.instruction_source == "tasks"

@@ -24,8 +24,6 @@ from latent_action.labelling import require_same_tokenizer
 from latent_action.model import LatentActionTokenizer
 from latent_action.visualize import acting_map, draw_transition, side_by_side, transport_arrows
 
-# Raw frames per latent frame (RepWAM Sec. 3.2).
-TUBELET_FRAMES = 4
 _VIEW_HEIGHT = 256
 
 
@@ -42,7 +40,7 @@ def write_episode_picture(
 ) -> None:
     """Draw transitions of one episode: some of them, evenly spread, as one PNG, or all of them as an MP4 film.
 
-    The first one, from the latent of an image to that of four frames, is no motion and left out (docs/decisions/020).
+    The first one, from the latent of an image to that of a tubelet, is no motion and left out (docs/decisions/020).
 
     Args:
         lat: the latent action tokenizer.
@@ -68,7 +66,7 @@ def write_episode_picture(
     chosen = find_episode(shards, episode)
     film = out.suffix.lower() == ".mp4"
     index = _evenly(len(chosen.latents) - 1, len(chosen.latents) if film else transitions, episode)
-    per_latent = TUBELET_FRAMES * shards.meta.stride
+    per_latent = shards.meta.frames_per_latent
     ends = sorted({*index, *(i + 1 for i in index)})
     raw = dict(zip(ends, _views(reader, chosen, shards.meta.cameras, per_latent, ends), strict=True))
     layers = transition_layers(lat, chosen, shards.meta.grid, index)

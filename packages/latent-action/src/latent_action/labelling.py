@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from repvitok.data.atomic import partial_path, replace_durably
 from repvitok.data.latents import LatentEpisode, LatentMeta
-from repvitok.data.shards import LatentShards, LatentShardWriter
+from repvitok.data.shards import LatentShards, LatentShardWriter, replace_instructions
 from repvitok.errors import UserError, require_disk_space
 from repvitok.progress import progress
 from torch import Tensor
@@ -38,8 +38,9 @@ def label_shards(
     """Give every transition of `source` its latent action, and write the result to `out`.
 
     The latents are copied as they are; the meta gains the LAT's digest and the mean and standard deviation of
-    the latent actions, and keeps the visual tokenizer's digest. Latents are standardised with the statistics in
-    the LAT's config, not with those of `source`: so the same motion has the same latent action in every data set.
+    the latent actions, and keeps the rest, the visual tokenizer's digest and how they were encoded included. Latents
+    are standardised with the statistics in the LAT's config, not with those of `source`: so the same motion has the
+    same latent action in every data set.
     Interrupted work resumes at the next episode; a finished `out` of the same LAT is returned as it is.
 
     Args:
@@ -146,7 +147,7 @@ def _open_parts(out: Path, shards: LatentShards, digest: str) -> Path:
 def _write_shards(shards: LatentShards, parts: Path, out: Path, digest: str) -> LatentMeta:
     require_disk_space(out, sum(path.stat().st_size for path in shards.paths), "labelled latent shards")
     meta = dataclasses.replace(shards.meta, lat_digest=digest, latent_action_mean=None, latent_action_std=None)
-    writer = LatentShardWriter(out, meta, measure=False)
+    writer = LatentShardWriter(out, meta, measure=False, dtype=shards.dtype, provenance=shards.provenance)
     with writer:
         for episode in _labelled(shards, parts):
             writer.add(episode)
@@ -168,6 +169,8 @@ def _require_finished(out: Path, shards: LatentShards, digest: str) -> LatentMet
             f"{out} already holds latents labelled by LAT {str(done.meta.lat_digest)[:16]} ({len(done)} episodes); "
             f"this call would write those of {digest[:16]} ({len(shards)} episodes). Choose another folder."
         )
+    # The instructions of the source may have been corrected since.
+    replace_instructions(done, {info.episode_index: info.task for info in shards.infos}, shards.meta.instruction_source)
     shutil.rmtree(out / _PARTS, ignore_errors=True)
     return done.meta
 

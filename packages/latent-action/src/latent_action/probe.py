@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
+from repvitok.data.contents import without_actions
 from repvitok.data.shards import LatentShards
 from repvitok.data.split import split_episodes
 from repvitok.errors import UserError
@@ -125,6 +126,8 @@ def probe_shards(
     """
     shards = LatentShards(latents)
     require_same_tokenizer(lat, shards)
+    if target == "actions" and "actions" not in shards.mapped(0):
+        raise UserError(f"{shards.root}: there are no robot actions to probe for. {without_actions(shards)}")
     whole = load_transitions(shards, lat.standardise)
     later = whole.place > 0
     features = {name: _of_all(name, values, whole)[later] for name, values in (baselines or {}).items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from repvitok.commands import Command, TrainingStage, parse_share, run_commands, training_commands
+from repvitok.commands import EPISODES, Command, TrainingStage, parse_share, run_commands, training_commands
 from repvitok.errors import run_cli
 
 STAGE = TrainingStage(
@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         *training_commands(STAGE),
         Command("encode", "a data set to latent shards", _encode, _encode_arguments),
         Command("merge", "the parts of a job array of encode to one folder of shards", _merge, _merge_arguments),
+        Command("relabel", "a data set's corrected instructions to its latents", _relabel, _relabel_arguments),
         Command("decode", "latent shards back to video files", _decode, _decode_arguments),
         Command("export", "a checkpoint to the folder that from_pretrained loads", _export, _export_arguments),
     ]
@@ -41,6 +42,7 @@ def _encode_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cameras", nargs="+", default=None, help="camera keys (default: all)")
     range_help = "read depth maps, too: from MIN black to MAX white, in the numbers they store"
     add("--depth-range", type=float, nargs=2, default=None, metavar=("MIN", "MAX"), help=range_help)
+    add("--episodes", **EPISODES)
     add("--dtype", choices=["float32", "float16"], default="float32", help="type on disk")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     add("--batch-size", type=int, default=8, metavar="B", help="videos encoded side by side (default 8)")
@@ -53,7 +55,7 @@ def _encode_arguments(parser: argparse.ArgumentParser) -> None:
 def _encode(options: argparse.Namespace) -> None:
     from repvitok.encoding_jobs import EncodingJob, run_job
 
-    settings = ("size", "stride", "cameras", "dtype", "batch_size", "workers")
+    settings = ("size", "stride", "cameras", "episodes", "dtype", "batch_size", "workers")
     job = EncodingJob(
         tokenizer=options.tokenizer,
         dataset=options.dataset,
@@ -77,11 +79,25 @@ def _merge(options: argparse.Namespace) -> None:
     print(f"{options.out}: latents of {meta.source}, by tokenizer {meta.tokenizer_digest[:16]}")
 
 
+def _relabel_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--latents", nargs="+", required=True, metavar="FOLDER", help="latent shards, labelled or not; several folders")
+    add("--dataset", required=True, metavar="DATA", help="the LeRobot data set that they were made from")
+
+
+def _relabel(options: argparse.Namespace) -> None:
+    from repvitok.relabelling import relabel_latents
+
+    for latents in options.latents:
+        if not relabel_latents(latents, options.dataset, report=print):
+            print(f"{latents}: the instructions are those of {options.dataset} already")
+
+
 def _decode_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", required=True, metavar="FOLDER", help="the tokenizer that made the latents")
     parser.add_argument("--latents", required=True, metavar="FOLDER", help="latent shards written by encode")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where the .mp4 files go")
-    parser.add_argument("--episodes", type=int, nargs="+", default=None, help="episode indices (default: all)")
+    parser.add_argument("--episodes", **EPISODES)
 
 
 def _decode(options: argparse.Namespace) -> None:

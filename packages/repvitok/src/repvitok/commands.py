@@ -150,6 +150,14 @@ def parse_share(text: str) -> tuple[int, int]:
     return int(index), int(shares)
 
 
+EPISODES: dict[str, Any] = {
+    "nargs": "+",
+    "metavar": "N",
+    "help": "their numbers in the data set, and ranges of them: 0-9,12 (default: all)",
+}
+"""Keyword arguments of `add_argument("--episodes", ...)`, see `repvitok.data.split.choose_episodes`."""
+
+
 def import_object(path: str) -> Any:
     """Imports "module:name"."""
     module, _, name = path.partition(":")

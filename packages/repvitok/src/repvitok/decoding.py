@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,9 +11,9 @@ from torch import Tensor
 
 from repvitok.data.latents import LatentEpisode, LatentMeta
 from repvitok.data.shards import LatentShards
+from repvitok.data.split import EpisodeNumbers, choose_episodes
 from repvitok.data.transforms import to_frames
 from repvitok.data.video import write_video
-from repvitok.errors import UserError
 from repvitok.interface import VideoTokenizer
 from repvitok.progress import progress
 
@@ -22,7 +21,7 @@ LATENTS_PER_CALL = 8
 
 
 def decode_shards(
-    tokenizer: VideoTokenizer, latents: str | Path, out: str | Path, episodes: Sequence[int] | None = None
+    tokenizer: VideoTokenizer, latents: str | Path, out: str | Path, episodes: EpisodeNumbers | None = None
 ) -> list[Path]:
     """Writes one mp4 per stored episode and camera, `<key>.<camera>.mp4`, at the rate the frames were taken at.
 
@@ -30,7 +29,7 @@ def decode_shards(
         tokenizer: the one that made the latents, by its digest.
         latents: a finished folder of latent shards.
         out: folder for the videos.
-        episodes: episode indices to decode; all when None.
+        episodes: numbers of the episodes to decode; all when None.
 
     Returns:
         The files written.
@@ -39,13 +38,12 @@ def decode_shards(
         ValueError: if another tokenizer made the latents, or an episode asked for is not there.
     """
     shards = LatentShards(latents, expect_digest=tokenizer.digest())
-    chosen = [e for e in shards if episodes is None or e.episode_index in episodes]
-    missing = sorted(set(episodes or ()) - {episode.episode_index for episode in chosen})
-    if missing:
-        raise UserError(f"{latents} holds no episodes {missing}")
+    wanted = set(choose_episodes(episodes, [info.episode_index for info in shards.infos], str(latents)))
+    chosen = [number for number, info in enumerate(shards.infos) if info.episode_index in wanted]
     Path(out).mkdir(parents=True, exist_ok=True)
     written = []
-    for episode in progress(chosen, "decode", unit="episode"):
+    for number in progress(chosen, "decode", unit="episode"):
+        episode = shards[number]
         video = decode_episode(tokenizer, episode, shards.meta)
         for camera, pixels in zip(shards.meta.cameras, video, strict=True):
             path = Path(out) / f"{episode.key}.{camera.split('.')[-1]}.mp4"

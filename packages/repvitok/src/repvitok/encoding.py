@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -21,6 +22,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from repvitok.data.atomic import write_json_atomic
+from repvitok.data.contents import number_columns, require_recorded
+from repvitok.data.latents import ChannelRange
+from repvitok.data.lerobot import LeRobotReader
 from repvitok.data.lerobot_format import ROBOT_COLUMNS, EpisodeInfo
 from repvitok.data.shards import (
     LatentEpisode,
@@ -30,12 +34,23 @@ from repvitok.data.shards import (
     read_episode_file,
     write_episode_file,
 )
+from repvitok.data.split import EpisodeNumbers
 from repvitok.data.transforms import resize_frames, to_unit
-from repvitok.encoding_plan import EncodingPlan, EpisodeReader, Share, describe_latents, make_plan, share_of_episodes
+from repvitok.encoding_plan import (
+    EncodingPlan,
+    EpisodeReader,
+    Share,
+    describe_latents,
+    infos_of,
+    instruction_source,
+    make_plan,
+    share_of_episodes,
+)
 from repvitok.errors import UserError, require_disk_space
 from repvitok.interface import VideoTokenizer
 from repvitok.merging import part_folder
 from repvitok.progress import progress as progress_bar
+from repvitok.relabelling import relabel
 
 CLIP_FRAMES = 17  # "clips per second" counts so many frames of one camera
 _DECODE_BLOCK = 64  # raw frames decoded at full size at a time
@@ -52,6 +67,7 @@ def encode_dataset(
     stride: int = 1,
     offsets: Sequence[int] = (0,),
     cameras: Sequence[str] | None = None,
+    episodes: EpisodeNumbers | None = None,
     dtype: str = "float32",
     batch_size: int = 8,
     workers: int = 1,
@@ -74,44 +90,59 @@ def encode_dataset(
         offsets: encode each episode once per offset o, beginning at raw frame o: as many views of where the
             tubelets may begin.
         cameras: None for all, in the data set's order. Their tokens lie one camera behind the other.
+        episodes: numbers of those to encode; None for all.
         dtype: "float32" or "float16", of the latents on disk.
         batch_size: streams side by side (at least one episode with its offsets and cameras).
         workers: threads that decode; one uses several cores already where a video's codec can.
         shard: (i, n): encode the i-th of n shares of the episodes only, into a folder of its own below `out`; once
             all n are done, `repvitok.merging.merge_latents` joins them.
         progress: draw the progress bar even where stderr is no terminal.
-        report: gets one line at the end: how fast it was, and what bounded it.
+        report: gets a line at the end: how fast it was, and what bounded it; and one where channels never move, or
+            where finished latents have got new instructions.
 
     Returns:
         The meta of the finished shards, or of the finished share; mean and std over all latents written.
 
     Raises:
-        ValueError: a size, stride, offset or camera does not fit, an episode is too short for an offset, a video is
-            damaged, or `out` holds latents made otherwise.
+        ValueError: a size, stride, offset, camera or episode does not fit, an episode is too short for an offset, a
+            video is missing or damaged, or `out` holds latents made otherwise.
     """
     out = Path(out)
     if workers < 1:
         raise UserError(f"workers must be 1 or more, got {workers}")
-    plan = make_plan(tok, reader, size, stride, offsets, cameras, dtype)
-    episodes = share_of_episodes(reader.episodes, shard)
+    plan = make_plan(tok, reader, size, stride, offsets, cameras, dtype, episodes)
+    everything = infos_of(reader, episodes)
+    infos = share_of_episodes(everything, shard)
     target = out if shard is None else part_folder(out, shard)
     for finished in (out, target):
         if (finished / "meta.json").exists():
             shards = LatentShards(finished)
             plan.require_same(shards.provenance, out)
+            relabel(shards, infos, instruction_source(reader, everything), report)
             return shards.meta
-    meta = describe_latents(tok, reader, plan)
+    if isinstance(reader, LeRobotReader):
+        require_recorded(reader, plan.cameras, [info.index for info in infos])
+    meta = describe_latents(tok, reader, plan, everything)
     work = _open_work_folder(target, plan)
-    _require_space(target, episodes, plan, meta, tok.config.tubelet_frames)
-    with progress_bar(desc="encode", total=sum(e.length for e in episodes), unit="frame", force=progress) as bar:
-        pace = _encode_waiting(tok, reader, plan, _batches(episodes, plan, batch_size), work, workers, bar)
+    _require_space(target, infos, plan, meta)
+    with progress_bar(desc="encode", total=sum(info.length for info in infos), unit="frame", force=progress) as bar:
+        pace = _encode_waiting(tok, reader, plan, _batches(infos, plan, batch_size), work, workers, bar)
+    provenance = {**plan.to_dict(), "columns": number_columns(reader)}
+    ranges = {"action": ChannelRange(meta.action_names), "observation.state": ChannelRange(meta.state_names)}
+    with LatentShardWriter(target, meta, dtype=dtype, provenance=provenance) as writer:
+        for info in infos:
+            for offset in plan.offsets:
+                # An instruction may have been corrected since a killed run encoded its episode.
+                episode = dataclasses.replace(read_episode_file(_work_file(work, info, offset)), task=info.task)
+                ranges["action"].add(episode.actions)
+                ranges["observation.state"].add(episode.state)
+                writer.add(episode)
+    shutil.rmtree(work)
     if report is not None and pace.frames:
         report(f"{target}: {pace}")
-    with LatentShardWriter(target, meta, dtype=dtype, provenance=plan.to_dict()) as writer:
-        for info in episodes:
-            for offset in plan.offsets:
-                writer.add(read_episode_file(_work_file(work, info, offset)))
-    shutil.rmtree(work)
+    constant = [f"{name} {', '.join(known.constant())}" for name, known in ranges.items() if known.constant()]
+    if report is not None and constant:
+        report(f"{target}: never moves in these episodes: {'; '.join(constant)}")
     return writer.meta
 
 
@@ -189,11 +220,9 @@ def _open_work_folder(target: Path, plan: EncodingPlan) -> Path:
     return work
 
 
-def _require_space(
-    target: Path, episodes: Sequence[EpisodeInfo], plan: EncodingPlan, meta: LatentMeta, tubelet_frames: int
-) -> None:
+def _require_space(target: Path, episodes: Sequence[EpisodeInfo], plan: EncodingPlan, meta: LatentMeta) -> None:
     """The latents lie on disk twice while the shards are put together."""
-    latents = len(plan.offsets) * sum(info.length // (tubelet_frames * plan.stride) + 1 for info in episodes)
+    latents = len(plan.offsets) * sum(info.length // meta.frames_per_latent + 1 for info in episodes)
     size_bytes = 2 * latents * meta.tokens * meta.latent_dim * np.dtype(plan.dtype).itemsize
     require_disk_space(target, size_bytes, "latent shards")
 
@@ -279,7 +308,7 @@ def align_episode(
 ) -> LatentEpisode:
     """Puts states and actions beside latents.
 
-    The last raw frame of latent k is last(k) = offset + f * stride * k (f = 4 frames a tubelet). state[k] is the state
+    The last raw frame of latent k is last(k) = offset + f * stride * k (f frames a tubelet). state[k] is the state
     at last(k); actions[k] are the actions last(k) .. last(k+1) - 1, because a data set's action i is executed after
     its frame i. Example, f = 4, stride 1, offset 0: latents end at frames 0, 4, 8; transition 0 holds actions 0..3.
     """
@@ -300,8 +329,8 @@ def _stream_clips(
 ) -> list[Float[np.ndarray, "_ tokens d"]]:
     """Latents of clips of about equal length, streamed side by side.
 
-    A clip is cut to its last 1 + f n frames; a shorter one is continued with its last frame and those latents are
-    dropped, which changes none before them, because the tokenizer is causal.
+    Of a clip its first 1 + f n frames are taken, the rest fills no tubelet; a shorter clip is continued with its last
+    frame and those latents are dropped, which changes none before them, because the tokenizer is causal.
     """
     f, parameter = tok.config.tubelet_frames, next(tok.parameters())
     counts = [1 + (len(clip) - 1) // f for clip in clips]

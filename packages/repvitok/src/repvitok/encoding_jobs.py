@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from repvitok.baselines import load_tokenizer
+from repvitok.data.contents import describe_contents
 from repvitok.data.episodes import open_episodes
 from repvitok.encoding import encode_dataset
-from repvitok.encoding_plan import Share
+from repvitok.encoding_plan import EpisodeReader, Share, choose_cameras, infos_of, share_of_episodes
 from repvitok.errors import UserError, run_cli
 from repvitok.merging import merge_latents
 
@@ -41,12 +42,29 @@ class EncodingJob:
     depth_range: Sequence[float | int] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
-    def run(self, shard: Share | None = None, process: int = 0) -> None:
-        """Encodes the data set or a share of it, on the device of process number `process`."""
+    def run(self, shard: Share | None = None, process: int = 0, *, announce: bool = True) -> None:
+        """Encodes the data set or a share of it, on the device of process number `process`.
+
+        What the data hold is said first on stderr, with `announce`: a model takes its time to load, and a data set
+        that later stages can do little with takes hours to encode.
+        """
+        reader = open_episodes(self.dataset, self.cache_folder, self.depth_range)
+        if announce:
+            self.announce(reader, shard)
         tokenizer: Any = load_tokenizer(self.tokenizer)
         tokenizer.to(_device(self.device, process))
-        reader = open_episodes(self.dataset, self.cache_folder, self.depth_range)
         encode_dataset(tokenizer, reader, self.out, shard=shard, report=print, **self.settings)
+
+    def announce(self, reader: EpisodeReader, shard: Share | None = None) -> None:
+        """Says on stderr what the episodes and cameras to encode hold, and what later stages will miss.
+
+        Raises:
+            UserError: there is no such camera or episode, or a file that will be read is missing.
+        """
+        episodes = share_of_episodes(infos_of(reader, self.settings.get("episodes")), shard)
+        cameras = choose_cameras(reader, self.settings.get("cameras"))
+        for line in describe_contents(reader, cameras, episodes).lines():
+            print(line, file=sys.stderr)
 
 
 def run_job(job: EncodingJob, *, shard: Share | None = None, processes: int = 1) -> None:
@@ -61,6 +79,7 @@ def run_job(job: EncodingJob, *, shard: Share | None = None, processes: int = 1)
     if processes == 1:
         job.run(shard)
         return
+    job.announce(open_episodes(job.dataset, job.cache_folder, job.depth_range), shard)
     index, shares = shard or (0, 1)
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     running = [
@@ -87,7 +106,7 @@ def run_job(job: EncodingJob, *, shard: Share | None = None, processes: int = 1)
 def _run_share(job: EncodingJob, shard: Share, number: int, processes: int) -> None:
     """One process: its part of the cores, errors in one line."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
-    sys.exit(run_cli(lambda _: job.run(shard, number))([]))
+    sys.exit(run_cli(lambda _: job.run(shard, number, announce=False))([]))
 
 
 def _device(name: str, process: int) -> torch.device:

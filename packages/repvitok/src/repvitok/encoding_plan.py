@@ -12,8 +12,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import UInt8
 
-from repvitok.data.latents import LatentMeta
+from repvitok.data.latents import InstructionSource, LatentMeta
+from repvitok.data.lerobot import LeRobotReader
 from repvitok.data.lerobot_format import EpisodeInfo
+from repvitok.data.split import EpisodeNumbers, choose_episodes, format_episodes
 from repvitok.errors import UserError
 from repvitok.interface import VideoTokenizer
 
@@ -46,7 +48,7 @@ class EncodingPlan:
     Attributes:
         tokenizer_digest: `RepViTok.digest()`.
         source: the data set's folder name.
-        num_episodes, num_frames: of the data set.
+        num_episodes, num_frames: of the episodes that are encoded.
         size: (H, W) the frames are resized to.
         stride: every stride-th raw frame is encoded.
         offsets: each episode is encoded once per offset, without its first `offset` raw frames.
@@ -54,6 +56,7 @@ class EncodingPlan:
         window: latent frames the encoding stream attends over.
         dtype: of the latents on disk.
         depth_range: what became black and what white of depth maps.
+        episodes: those that are encoded, where it is not all of them, see `repvitok.data.split.format_episodes`.
     """
 
     tokenizer_digest: str
@@ -67,6 +70,7 @@ class EncodingPlan:
     window: int | None
     dtype: str
     depth_range: tuple[float, float] | None = None
+    episodes: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON gives it back: tuples as lists."""
@@ -89,25 +93,24 @@ def make_plan(
     offsets: Sequence[int],
     cameras: Sequence[str] | None,
     dtype: str,
+    episodes: EpisodeNumbers | None = None,
 ) -> EncodingPlan:
     """The plan of an encoding.
 
     Raises:
-        ValueError: a size, stride, offset, camera or dtype does not fit, or an episode is too short for an offset.
+        ValueError: a size, stride, offset, camera, dtype or episode does not fit, or an episode is too short for an
+            offset.
     """
     tok.grid(*size)
-    chosen = tuple(cameras or reader.camera_keys)
-    for camera in chosen:
-        reader.require_camera(camera)
-    if not chosen:
-        raise UserError(f"{reader.root}: the data set has no camera")
+    chosen = choose_cameras(reader, cameras)
+    infos = infos_of(reader, episodes)
     if dtype not in ("float32", "float16"):
         raise UserError(f'dtype must be "float32" or "float16", got {dtype!r}')
     if stride < 1:
         raise UserError(f"stride must be 1 or more, got {stride}")
     if not offsets or min(offsets) < 0 or len(set(offsets)) != len(offsets):
         raise UserError(f"offsets must be different numbers of raw frames, 0 or more, got {list(offsets)}")
-    for info in reader.episodes:
+    for info in infos:
         if info.length <= max(offsets):
             raise UserError(
                 f"{reader.root}: episode {info.index} has {info.length} frames, none after offset {max(offsets)}"
@@ -115,8 +118,8 @@ def make_plan(
     return EncodingPlan(
         tokenizer_digest=tok.digest(),
         source=reader.root.name,
-        num_episodes=len(reader.episodes),
-        num_frames=sum(info.length for info in reader.episodes),
+        num_episodes=len(infos),
+        num_frames=sum(info.length for info in infos),
         size=(int(size[0]), int(size[1])),
         stride=stride,
         offsets=tuple(int(offset) for offset in offsets),
@@ -124,10 +127,35 @@ def make_plan(
         window=tok.config.episode_window,
         dtype=dtype,
         depth_range=reader.depth_range,
+        episodes=None if len(infos) == len(reader.episodes) else format_episodes(info.index for info in infos),
     )
 
 
-def describe_latents(tok: VideoTokenizer, reader: EpisodeReader, plan: EncodingPlan) -> LatentMeta:
+def choose_cameras(reader: EpisodeReader, cameras: Sequence[str] | None) -> tuple[str, ...]:
+    """The cameras to encode, all of the data set's when None.
+
+    Raises:
+        UserError: there is no such camera, or none at all.
+    """
+    chosen = tuple(cameras or reader.camera_keys)
+    for camera in chosen:
+        reader.require_camera(camera)
+    if not chosen:
+        raise UserError(f"{reader.root}: the data set has no camera")
+    return chosen
+
+
+def infos_of(reader: EpisodeReader, episodes: EpisodeNumbers | None) -> list[EpisodeInfo]:
+    """The episodes to encode, all of the data set's when None; a UserError where there is no such episode."""
+    if episodes is None:
+        return list(reader.episodes)
+    chosen = set(choose_episodes(episodes, [info.index for info in reader.episodes], str(reader.root)))
+    return [info for info in reader.episodes if info.index in chosen]
+
+
+def describe_latents(
+    tok: VideoTokenizer, reader: EpisodeReader, plan: EncodingPlan, episodes: Sequence[EpisodeInfo]
+) -> LatentMeta:
     """The meta of the latents to come, but for their mean and deviation."""
     return LatentMeta(
         tokenizer_digest=plan.tokenizer_digest,
@@ -138,9 +166,18 @@ def describe_latents(tok: VideoTokenizer, reader: EpisodeReader, plan: EncodingP
         latent_dim=tok.config.latent_dim,
         window=plan.window,
         source=plan.source,
+        tubelet_frames=tok.config.tubelet_frames,
+        instruction_source=instruction_source(reader, episodes),
         action_names=reader.channel_names("action") if "action" in reader.features else (),
         state_names=reader.channel_names("observation.state") if "observation.state" in reader.features else (),
     )
+
+
+def instruction_source(reader: EpisodeReader, episodes: Sequence[EpisodeInfo]) -> InstructionSource:
+    """Where a reader has the instructions of these episodes from."""
+    if isinstance(reader, LeRobotReader):
+        return reader.instruction_source
+    return "tasks" if any(info.task for info in episodes) else "none"
 
 
 def share_of_episodes(episodes: Sequence[EpisodeInfo], share: Share | None) -> list[EpisodeInfo]:

@@ -1,4 +1,4 @@
-"""Runs in an environment that has lerobot and nothing of ours: `python lerobot_peer.py write|read|convert|version ...`."""
+"""Runs where lerobot is installed and nothing of ours: `python lerobot_peer.py write|read|convert|version ...`."""
 
 from __future__ import annotations
 

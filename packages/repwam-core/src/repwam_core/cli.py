@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from repvitok.commands import Command, TrainingStage, run_commands, training_commands
+from repvitok.commands import EPISODES, Command, TrainingStage, run_commands, training_commands
 from repvitok.errors import UserError, run_cli
 
 from repwam_core.policy.serving.command import add_serve_arguments, serve
@@ -263,7 +263,12 @@ def _export(options: argparse.Namespace) -> None:
 def _openloop_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", type=Path, required=True, help="policy folder, from `repwam export`")
     parser.add_argument("--dataset", type=Path, required=True, help="LeRobot data set of the same robot")
-    parser.add_argument("--episodes", type=int, nargs="+", help="episode indices (default: all)")
+    parser.add_argument("--episodes", **EPISODES)
+    parser.add_argument(
+        "--cameras",
+        nargs="+",
+        help="the data set's cameras that stand for the policy's, in its order (default: named so)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the policy's draws (default: %(default)s)")
     parser.add_argument(
         "--clip-features",
@@ -285,7 +290,8 @@ def _openloop(options: argparse.Namespace) -> None:
 
     network = named_clip_features(options.clip_features)
     policy = BatchedPolicy.from_pretrained(options.policy)
-    result = evaluate_open_loop(policy, LeRobotReader(options.dataset), options.episodes, seed=options.seed)
+    chosen = {"episodes": options.episodes, "cameras": options.cameras, "seed": options.seed}
+    result = evaluate_open_loop(policy, LeRobotReader(options.dataset), **chosen)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     written = result.to_dict(network)
     write_json_atomic(options.out, written)

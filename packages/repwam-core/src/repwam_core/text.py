@@ -61,10 +61,10 @@ class TextEncoder:
             for row, text in enumerate(json.loads(metadata["instructions"])):
                 self._cache[text] = file.get_tensor(str(row))
 
-    def save_cache(self, path: str | Path) -> None:
-        """Write every instruction seen so far to a safetensors file, atomically."""
+    def save_cache(self, path: str | Path, instructions: Sequence[str] | None = None) -> None:
+        """Write these instructions, all seen so far when None, to a safetensors file, atomically."""
         path = Path(path)
-        texts = sorted(self._cache)
+        texts = sorted(self._cache if instructions is None else instructions)
         metadata = {"text_encoder": self.name, "instructions": json.dumps(texts)}
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         save_file({str(row): self._cache[text] for row, text in enumerate(texts)}, temporary, metadata)

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass
 from typing import get_args
 
+from repvitok.config import RepViTokConfig
 from repvitok.errors import UserError
 
 from repwam_core.model.config import Recompute, WAMConfig
@@ -25,7 +26,7 @@ FITTING_SHARE = 0.9
 """Of a device's memory: the rest is for what is not counted, and for fragments."""
 ENCODE_FLOPS_PER_TOKEN = 259e9 / 1280
 """FLOPs of RepViTok's encoder per latent token: 259 GFLOP for a clip of 17 x 256 x 256, which has 5 x 256 tokens."""
-RAW_FRAMES_PER_LATENT = 4
+RAW_FRAMES_PER_LATENT = RepViTokConfig().tubelet_frames
 DECODE_FRAMES_PER_CORE_S = 500.0
 """Frames of video that a core decodes in a second, between PyAV's 299 and 702 at 256 pixels (benchmarks)."""
 

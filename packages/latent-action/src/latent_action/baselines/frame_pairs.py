@@ -17,9 +17,6 @@ from repvitok.data.transforms import resize_frames, to_unit
 from repvitok.errors import UserError
 from torch import Tensor
 
-# Raw frames per latent frame (RepWAM Sec. 3.2).
-TUBELET_FRAMES = 4
-
 
 class FramePair(NamedTuple):
     """Pixels in [-1, 1] at the two ends of each of b transitions."""
@@ -68,7 +65,7 @@ def load_frame_table(latents: str | Path, dataset: str | Path, size: tuple[int, 
         ValueError: the data set lacks a camera or an episode of the shards, or no episode has a transition.
     """
     shards, reader = LatentShards(latents), LeRobotReader(dataset)
-    cameras, stride = shards.meta.cameras, shards.meta.stride
+    cameras = shards.meta.cameras
     if missing := sorted(set(cameras) - set(reader.camera_keys)):
         raise UserError(f"{dataset} has no cameras {missing}, which {latents} were made from: give that data set.")
     if size[1] % len(cameras):
@@ -82,7 +79,7 @@ def load_frame_table(latents: str | Path, dataset: str | Path, size: tuple[int, 
         count = len(episode.latents)
         if count < 2:
             continue
-        wanted = (episode.offset + TUBELET_FRAMES * stride * np.arange(count)).tolist()
+        wanted = (episode.offset + shards.meta.frames_per_latent * np.arange(count)).tolist()
         views = [resize_frames(reader.frames(episode.episode_index, camera, wanted), view) for camera in cameras]
         frames.append(np.concatenate(views, axis=2))
         first.append(torch.arange(start, start + count - 1))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float
 
 from repvitok.errors import UserError
+
+InstructionSource = Literal["task_index", "tasks", "none"]
+"""Rows' task_index and the table of tasks; the episode's own list of tasks; no instructions."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class LatentEpisode:
     """One episode (or one tubelet offset of it) as latents, with what the robot felt and did.
 
     Latent 0 stands for raw frame `offset` alone; latent k > 0 for the tubelet whose last raw frame is
-    `offset + 4 * stride * k`.
+    `offset + frames_per_latent * k`, see `LatentMeta`.
 
     Attributes:
         key: name of the sample, unique in its data set, without dots.
@@ -46,7 +49,7 @@ class LatentEpisode:
         task: the instruction, in words.
         latents: (frames, tokens, d), as the tokenizer gave them, NOT standardised; tokens = views*h*w, camera-major.
         state: (frames, S) robot state at the last raw frame of each latent, or None.
-        actions: (frames-1, a, C): the a = 4 * stride actions executed after the last raw frame of latent k and
+        actions: (frames-1, a, C): the a = frames_per_latent actions executed after the last raw frame of latent k and
             up to the last raw frame of latent k+1, or None.
         latent_actions: (frames-1, d_l) latent actions, as their tokenizer gave them, or None.
     """
@@ -101,6 +104,9 @@ class LatentMeta:
         mean, std: (d,) of the latents over all episodes, tokens and frames; 0 and 1 until measured.
         lat_digest: digest of the latent action tokenizer, once latent actions are there.
         latent_action_mean, latent_action_std: (d_l,) of the latent actions, or None.
+        tubelet_frames: encoded frames per latent but the first, f of the tokenizer. 4 in shards of version 0.1.
+        instruction_source: where the episodes' instructions come from, see `InstructionSource`. Shards of version 0.1
+            took them from the episode's `tasks`.
     """
 
     tokenizer_digest: str
@@ -118,6 +124,8 @@ class LatentMeta:
     lat_digest: str | None = None
     latent_action_mean: Float[np.ndarray, " l"] | None = None
     latent_action_std: Float[np.ndarray, " l"] | None = None
+    tubelet_frames: int = 4
+    instruction_source: InstructionSource = "tasks"
 
     def __post_init__(self) -> None:
         for name in ("cameras", "action_names", "state_names"):
@@ -134,6 +142,17 @@ class LatentMeta:
                 object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=np.float32))
         if len(self.grid) != 3 or min(self.grid) < 1 or self.grid[0] != len(self.cameras):
             raise UserError(f"grid must be (views, h, w) with one view per camera of {self.cameras}, got {self.grid}")
+        if self.tubelet_frames < 1:
+            raise UserError(f"tubelet_frames must be 1 or more, got {self.tubelet_frames}")
+        if self.instruction_source not in get_args(InstructionSource):
+            raise UserError(
+                f"instruction_source: expected one of {get_args(InstructionSource)}, got {self.instruction_source!r}"
+            )
+
+    @property
+    def frames_per_latent(self) -> int:
+        """Raw frames from the last one of a latent to the last one of the next: tubelet_frames * stride."""
+        return self.tubelet_frames * self.stride
 
     @property
     def tokens(self) -> int:
@@ -151,11 +170,12 @@ class LatentMeta:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LatentMeta:
-        """The inverse of `to_dict`; strict about its keys."""
+        """The inverse of `to_dict`; strict about its keys, but for those that version 0.1 did not write."""
         known = {field.name for field in dataclasses.fields(cls)}
-        if set(values) != known:
+        missing = known - set(values) - {"tubelet_frames", "instruction_source"}  # version 0.1 wrote neither
+        if missing or set(values) - known:
             raise UserError(
-                f"latent meta: missing {sorted(known - set(values))}, unknown {sorted(set(values) - known)}; "
+                f"latent meta: missing {sorted(missing)}, unknown {sorted(set(values) - known)}; "
                 "were the latents written by another version of repvitok?"
             )
         arrays = ("mean", "std", "latent_action_mean", "latent_action_std")
@@ -208,3 +228,22 @@ class ChannelStatistics:
         mean = self._sum / self.count
         variance = np.maximum(self._sum_of_squares / self.count - np.square(mean), 0.0)
         return mean.astype(np.float32), np.maximum(np.sqrt(variance), floor).astype(np.float32)
+
+
+class ChannelRange:
+    """Least and greatest value per channel of a stream of arrays."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self._least, self._greatest = np.full(len(names), np.inf), np.full(len(names), -np.inf)
+
+    def add(self, values: Float[np.ndarray, "*axes c"] | None) -> None:
+        """Counts every vector along the last axis; None and arrays without one count nothing."""
+        if values is not None and values.size:
+            flat = values.reshape(-1, values.shape[-1])
+            self._least = np.minimum(self._least, flat.min(0))
+            self._greatest = np.maximum(self._greatest, flat.max(0))
+
+    def constant(self) -> list[str]:
+        """The channels that never moved, of those that were seen."""
+        return [name for name, one in zip(self.names, self._least == self._greatest, strict=True) if one]

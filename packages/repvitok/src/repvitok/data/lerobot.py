@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 from jaxtyping import UInt8
 
 from repvitok.data.last_used import LastUsed
+from repvitok.data.latents import InstructionSource
 from repvitok.data.lerobot_clock import pair_rows, row_times_s
 from repvitok.data.lerobot_format import EpisodeInfo, flat_names, number_ranges
-from repvitok.data.lerobot_instructions import Instructions, InstructionSource, RecordedEpisode
+from repvitok.data.lerobot_instructions import Instructions, RecordedEpisode
 from repvitok.data.lerobot_metadata import EpisodeRow, read_metadata
 from repvitok.data.lerobot_pictures import PictureColumn
 from repvitok.data.lerobot_tables import EpisodeTables

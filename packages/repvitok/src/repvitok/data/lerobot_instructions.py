@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
+from repvitok.data.latents import InstructionSource
 from repvitok.data.lerobot_format import EpisodeInfo, number_ranges
 from repvitok.data.lerobot_metadata import Metadata
 from repvitok.data.lerobot_tables import EpisodeTables
@@ -13,7 +14,6 @@ from repvitok.errors import UserError
 
 log = logging.getLogger(__name__)
 
-InstructionSource = Literal["task_index", "tasks", "none"]
 _SHOWN = 3  # episodes that a warning quotes
 
 

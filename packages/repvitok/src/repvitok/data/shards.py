@@ -18,7 +18,7 @@ import numpy as np
 
 from repvitok.data.atomic import partial_path, replace_durably, write_json_atomic
 from repvitok.data.last_used import LastUsed
-from repvitok.data.latents import ChannelStatistics, EpisodeInfo, LatentEpisode, LatentMeta
+from repvitok.data.latents import ChannelStatistics, EpisodeInfo, InstructionSource, LatentEpisode, LatentMeta
 from repvitok.errors import UserError
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "LatentShards",
     "add_episode_to_tar",
     "read_episode_file",
+    "replace_instructions",
     "write_episode_file",
     "write_latent_meta",
 ]
@@ -226,7 +227,13 @@ class LatentShards(Sequence[LatentEpisode]):
 
     def __getitem__(self, index: int) -> LatentEpisode:  # type: ignore[override]  # no slices
         number, key = self._where[index]
-        return _read_episode(self._path(number), key, self._ranges_of(number))
+        episode = _read_episode(self._path(number), key, self._ranges_of(number))
+        return dataclasses.replace(episode, task=self._tasks.get(key, episode.task))
+
+    @cached_property
+    def _tasks(self) -> dict[str, str]:
+        """Key -> instruction, by meta.json: where both have one, the tar's is older (`replace_instructions`)."""
+        return {values["key"]: values["task"] for shard in self._shards for values in shard.get("episodes", ())}
 
     def mapped(self, index: int) -> dict[str, np.ndarray]:
         """The arrays of an episode as they lie on disk, read-only: only what is sliced out of them is read.
@@ -264,6 +271,36 @@ class LatentShards(Sequence[LatentEpisode]):
                 f"{path}: expected {shard['bytes']} bytes, found {path.stat().st_size}; the shard is truncated or "
                 "damaged: copy it again or encode again"
             )
+
+
+def replace_instructions(
+    shards: LatentShards, tasks: Mapping[int, str], source: InstructionSource
+) -> dict[int, tuple[str, str]]:
+    """Gives finished latents other instructions, whole or not at all; open the folder anew to see them.
+
+    Only meta.json is written, which is what says the instruction of an episode. The tars stay as they are, with their
+    digests; the text in a tar's own json member is the one that was known when it was encoded.
+
+    Args:
+        shards: the latents.
+        tasks: number of an episode in the data set -> its instruction; others keep theirs.
+        source: where these instructions come from.
+
+    Returns:
+        number of each episode that had another instruction -> that one, the new one.
+    """
+    infos = {info.key: info for info in shards.infos}
+    new = {key: tasks.get(info.episode_index, info.task) for key, info in infos.items()}
+    changes = {info.episode_index: (info.task, new[key]) for key, info in infos.items() if info.task != new[key]}
+    if changes:
+        entries = [
+            {**shard, "episodes": [{**dataclasses.asdict(infos[key]), "task": new[key]} for key in shard["keys"]]}
+            for shard in shards.entries
+        ]
+        meta = dataclasses.replace(shards.meta, instruction_source=source).to_dict()
+        document = _read_document(shards.root)
+        write_json_atomic(shards.root / "meta.json", {**document, "meta": meta, "shards": entries})
+    return changes
 
 
 def write_latent_meta(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -10,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+from repvitok.data.contents import without_actions
 from repvitok.errors import UserError
 
 from repwam_core.data.encoding import EncodingSettings, LatentsOnDemand, has_latents
@@ -182,14 +184,20 @@ class WAMDataModule(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Make the latents of data sets that have none; of all processes, the first one does, the others wait."""
-        for entry in self.data_sets:
-            if self._on_demand is not None and not has_latents(entry.latents):
-                self._on_demand.make(entry.latents, self.trainer.strategy.root_device if self.trainer else "cpu")
+        if self._on_demand is None:
+            return
+        without = [entry for entry in self.data_sets if not has_latents(entry.latents)]
+        for entry in without:  # all of them before the first one takes hours
+            self._on_demand.announce(entry.latents, needs_actions=self.space != LATENT_SPACE)
+        for entry in without:
+            self._on_demand.make(entry.latents, self.trainer.strategy.root_device if self.trainer else "cpu")
 
     def setup(self, stage: str) -> None:
         """Read the shards, so that a bad folder stops the run before any training."""
-        del stage
-        _ = self.mixture
+        for store in self.mixture.stores:
+            if stage == "fit" and self.space == LATENT_SPACE and not store.meta.action_names and self._rank()[0] == 0:
+                told = "these latents hold no robot actions, so stage two cannot learn from them"
+                print(f"{store.shards.root}: {told}. {without_actions(store.shards)}", file=sys.stderr)
 
     def train_dataloader(self) -> SegmentLoader | PackedLoader:
         """Endless training segments, or packed sequences."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +15,11 @@ from latent_action import LatentActionTokenizer
 from latent_action.labelling import label_shards
 from repvitok.baselines import load_tokenizer
 from repvitok.data.atomic import sole_writer
+from repvitok.data.contents import ACTION, describe_contents, missing_actions
 from repvitok.data.episodes import open_episodes
 from repvitok.encoding import encode_dataset
+from repvitok.encoding_plan import choose_cameras, infos_of
+from repvitok.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +33,7 @@ class EncodingSettings:
         stride: encode every stride-th frame.
         offsets: raw frames at which each episode's encodings begin.
         cameras: camera keys, in the order of their tokens; all of the data set's when None.
+        episodes: their numbers in the data set, also ranges like "0-9,12"; all when None.
         out: where the latents are kept, a folder for each data set and way of encoding it.
         workers: threads that decode.
     """
@@ -39,6 +44,7 @@ class EncodingSettings:
     stride: int = 1
     offsets: list[int] = field(default_factory=lambda: [0])
     cameras: list[str] | None = None
+    episodes: list[int] | int | str | None = None
     out: str | Path = "runs/latents"
     workers: int = 1
 
@@ -60,8 +66,28 @@ class LatentsOnDemand:
         """Where the latents of `dataset` are, or will be: named by all that decides what they hold."""
         settings, source = self.settings, Path(dataset).resolve()
         made_by = [str(source), self._digests, settings.size, settings.stride, settings.offsets, settings.cameras]
+        made_by += [] if settings.episodes is None else [settings.episodes]  # folders of version 0.1 keep their names
         digest = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()
         return Path(settings.out) / f"{source.name}-{digest[:10]}"
+
+    def announce(self, dataset: str | Path, *, needs_actions: bool) -> None:
+        """Say on stderr what a data set holds, before it is encoded.
+
+        Args:
+            dataset: as for `make`.
+            needs_actions: whether robot actions will be learned.
+
+        Raises:
+            UserError: there are no robot actions, no such camera or episode, or a file that will be read is missing.
+        """
+        reader = open_episodes(str(dataset))
+        cameras, infos = choose_cameras(reader, self.settings.cameras), infos_of(reader, self.settings.episodes)
+        contents = describe_contents(reader, cameras, infos)
+        if needs_actions and ACTION not in contents.columns:
+            told = missing_actions(str(dataset), contents.columns if contents.recording else None, cameras)
+            raise UserError(f"robot actions are to be learned, and there are none: {told}")
+        for line in contents.lines():
+            print(line, file=sys.stderr)
 
     def make(self, dataset: str | Path, device: torch.device | str = "cpu") -> Path:
         """Encode `dataset`, and label it where a latent action tokenizer is given; resumes, and returns when done.
@@ -89,6 +115,7 @@ class LatentsOnDemand:
                 stride=settings.stride,
                 offsets=settings.offsets,
                 cameras=settings.cameras,
+                episodes=settings.episodes,
                 workers=settings.workers,
                 report=print,
             )

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from repvitok.data import LatentMeta, LatentShards
+from repvitok.data.contents import without_actions
 from repvitok.data.split import split_episodes
 from repvitok.errors import UserError
 from torch import Tensor
@@ -197,8 +198,11 @@ def read_actions(shards: LatentShards, number: int, space: str) -> np.ndarray:
     if name not in arrays:
         key = shards.keys[number]
         if space == LATENT_SPACE:
-            raise UserError(f"{shards.root}: episode {key} has no latent actions; run `latent-action label`")
-        raise UserError(f"{shards.root}: episode {key} has no robot actions; action space {space!r}")
+            raise UserError(
+                f"{shards.root}: episode {key} has no latent actions; make them with `latent-action label --lat LAT "
+                f"--latents {shards.root} --out LABELLED`, and train on those"
+            )
+        raise UserError(f"{shards.root}: episode {key} has no robot actions. {without_actions(shards)}")
     return arrays[name]
 
 

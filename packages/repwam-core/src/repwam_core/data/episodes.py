@@ -173,15 +173,18 @@ class EpisodeStore:
         )
 
     def _embed(self) -> None:
-        """Embed each distinct instruction once; the hidden states are kept beside the shards."""
+        """Embed each distinct instruction once; the hidden states of these, and no others, are kept beside the shards.
+
+        An exported policy takes the file along as the instructions it was trained on, so one that was corrected goes.
+        """
         texts = sorted(set(self.tasks))
         cache = text_cache(self.shards.root, self.text_encoder)
         encoder = TextEncoder(self.text_encoder)
         if cache.exists():
             encoder.load_cache(cache)
-        if not encoder.knows(texts):
+        if list(encoder.known) != texts:
             encoder.encode(texts)
-            encoder.save_cache(cache)
+            encoder.save_cache(cache, texts)
         self.text, self.text_mask = encoder.encode(texts)
         self._text_row = np.array([texts.index(task) for task in self.tasks])
 

@@ -15,8 +15,11 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, UInt8
 from repvitok.data import LeRobotReader, prepare_frames
+from repvitok.data.contents import missing_actions, number_columns, require_recorded
 from repvitok.data.lerobot_format import ROBOT_COLUMNS
+from repvitok.data.split import EpisodeNumbers
 from repvitok.data.transforms import to_frames
+from repvitok.encoding_plan import infos_of
 from repvitok.errors import UserError
 from repvitok.progress import progress
 
@@ -157,8 +160,9 @@ class OpenLoopResult:
 def evaluate_open_loop(
     policy: BatchedPolicy,
     reader: LeRobotReader,
-    episodes: Sequence[int] | None = None,
+    episodes: EpisodeNumbers | None = None,
     *,
+    cameras: Sequence[str] | None = None,
     instruction: str | None = None,
     seed: int = 0,
 ) -> OpenLoopResult:
@@ -167,33 +171,39 @@ def evaluate_open_loop(
     Args:
         policy: what is evaluated; how it plans is its own setting.
         reader: the data set, with the policy's cameras, state and action channels.
-        episodes: indices; None is all of them.
+        episodes: their numbers in the data set; None is all of them.
+        cameras: the data set's cameras that the policy's stand for, in the policy's order; None where they are called
+            the same.
         instruction: what the policy is told instead of each episode's own instruction.
         seed: of the policy's draws.
 
     Raises:
         ValueError: when the data set's cameras or channels are not the policy's, or no episode is long enough.
     """
-    _check_data(policy, reader)
-    wanted = {info.index for info in reader.episodes} if episodes is None else set(episodes)
-    chosen = [info for info in reader.episodes if info.index in wanted]
-    if missing := sorted(wanted - {info.index for info in chosen}):
-        raise UserError(f"{reader.root}: no episodes {missing}; there are {reader.num_episodes}")
-    chosen = [info for info in chosen if info.length > policy.frames_per_latent]
+    theirs = list(cameras or policy.embodiment.cameras)
+    if len(theirs) != len(policy.embodiment.cameras):
+        raise UserError(f"expected a camera for each of the policy's {policy.embodiment.cameras}, got {theirs}")
+    _check_data(policy, reader, theirs)
+    chosen = [info for info in infos_of(reader, episodes) if info.length > policy.frames_per_latent]
     if not chosen:
         raise UserError(f"{reader.root}: no chosen episode has more than {policy.frames_per_latent} frames")
-    results = [
-        _Replay(policy, reader, info.index, info.task).run(info.task if instruction is None else instruction, seed)
-        for info in progress(chosen, desc="open loop", unit="episode")
-    ]
+    require_recorded(reader, theirs, [info.index for info in chosen])
+    views = dict(zip(policy.embodiment.cameras, theirs, strict=True))
+    results = []
+    for info in progress(chosen, desc="open loop", unit="episode"):
+        told = info.task if instruction is None else instruction
+        results.append(_Replay(policy, reader, info.index, info.task, views).run(told, seed))
     return OpenLoopResult(policy.parts.statistics.targets, results)
 
 
 class _Replay:
     """Walks through one recorded episode, chunk by chunk."""
 
-    def __init__(self, policy: BatchedPolicy, reader: LeRobotReader, index: int, task: str) -> None:
-        self.policy, self.reader, self.index = policy, reader, index
+    def __init__(
+        self, policy: BatchedPolicy, reader: LeRobotReader, index: int, task: str, cameras: dict[str, str]
+    ) -> None:
+        """`cameras`: each of the policy's -> the data set's that stands for it."""
+        self.policy, self.reader, self.index, self.cameras = policy, reader, index, cameras
         self.seen = task in policy.parts.instructions
         columns = reader.episode(index, [key for key in ROBOT_COLUMNS if key in reader.features])
         self.actions = columns["action"].reshape(len(columns["action"]), -1).astype(np.float32)
@@ -224,8 +234,7 @@ class _Replay:
     def _observation(self, seen: int, last: int) -> Observation:
         """Frames and states `seen` .. `last`, both included."""
         frames = range(seen, last + 1)
-        cameras = self.policy.embodiment.cameras
-        images = {camera: self.reader.frames(self.index, camera, frames) for camera in cameras}
+        images = {camera: self.reader.frames(self.index, own, frames) for camera, own in self.cameras.items()}
         return Observation(images=images, state=None if self.state is None else self.state[seen : last + 1])
 
     def _keep_video(self, first: int, last: int) -> None:
@@ -260,8 +269,7 @@ class _Replay:
         return np.stack([to_frames(view) for view in self._stream.decode(z.contiguous(), self.size)])
 
     def _resized(self, frames: range) -> np.ndarray:
-        cameras = self.policy.embodiment.cameras
-        raw = [self.reader.frames(self.index, camera, frames) for camera in cameras]
+        raw = [self.reader.frames(self.index, own, frames) for own in self.cameras.values()]
         return np.stack([to_frames(prepare_frames(view, self.size)) for view in raw])
 
     def _result(self, instruction: str, predicted: np.ndarray) -> OpenLoopEpisode:
@@ -275,12 +283,16 @@ class _Replay:
         return OpenLoopEpisode(self.index, instruction, self.seen, span, rate_hz, real, predicted, baselines, **video)
 
 
-def _check_data(policy: BatchedPolicy, reader: LeRobotReader) -> None:
+def _check_data(policy: BatchedPolicy, reader: LeRobotReader, cameras: Sequence[str]) -> None:
     """The data set must be of the policy's robot."""
-    if missing := [camera for camera in policy.embodiment.cameras if camera not in reader.camera_keys]:
-        raise UserError(f"{reader.root}: the policy needs the cameras {missing}, there are {reader.camera_keys}")
+    if missing := [camera for camera in cameras if camera not in reader.camera_keys]:
+        raise UserError(
+            f"{reader.root}: the policy needs the cameras {missing}, there are {reader.camera_keys}; name those that "
+            "stand for the policy's with --cameras, in its order"
+        )
     if "action" not in reader.features:
-        raise UserError(f"{reader.root}: no recorded actions to compare with, only {sorted(reader.features)}")
+        told = missing_actions(str(reader.root), number_columns(reader), cameras)
+        raise UserError(f"there are no recorded actions to compare with: {told}")
     names = reader.channel_names("action")
     if names != policy.parts.statistics.actions.channels:
         raise UserError(

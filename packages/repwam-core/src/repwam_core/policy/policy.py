@@ -59,8 +59,8 @@ class BatchedPolicy(BatchedBasePolicy):
     """Many episodes in step, each exactly as it would run alone.
 
     The first `act` of an episode takes one frame per camera. Every later one takes all the frames since, which are
-    4 * stride frames for each latent frame that was carried out, the newest last; the actions carried out are taken to
-    be the ones returned, unless `record` says otherwise.
+    `frames_per_latent` frames for each latent frame that was carried out, the newest last; the actions carried out are
+    taken to be the ones returned, unless `record` says otherwise.
 
     Args:
         parts: the loaded policy folder.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import lightning as L
 from repvitok.data import LeRobotReader
 from repvitok.data.atomic import write_json_atomic
+from repvitok.data.contents import require_recorded
+from repvitok.encoding_plan import choose_cameras, infos_of
 from repvitok.errors import UserError
 
 from repwam_core.data.datamodule import WAMDataModule
@@ -30,8 +31,9 @@ class RecordedEpisodes(L.Callback):
     Args:
         dataset: LeRobot data set, with the cameras and channels of the run's (first) data set; None for no such test.
         tokenizer: folder of the video tokenizer that made the latents.
-        episodes: "held_out", those that the run held out, where `dataset` is what its latents were made of; "all" of
-            another data set.
+        episodes: "held_out", those that the run held out, where `dataset` is what its latents were made of; of another
+            data set "all", or numbers and ranges like "0-9,12".
+        cameras: the data set's cameras that stand for those trained on, in that order; None where they are called so.
         clip_features: as of `repwam openloop --clip-features`; None for no Frechet distance.
 
     Raises:
@@ -42,12 +44,14 @@ class RecordedEpisodes(L.Callback):
         self,
         dataset: str | Path | None = None,
         tokenizer: str | Path | None = None,
-        episodes: Literal["held_out", "all"] = "held_out",
+        episodes: list[int] | int | str = "held_out",
+        cameras: list[str] | None = None,
         clip_features: list[str] | None = None,
     ) -> None:
         if (dataset is None) != (tokenizer is None):
             raise UserError("recorded: expected both --recorded.dataset and --recorded.tokenizer, got one of them")
-        self.dataset, self.tokenizer, self.episodes, self.clip_features = dataset, tokenizer, episodes, clip_features
+        self.dataset, self.tokenizer, self.clip_features = dataset, tokenizer, clip_features
+        self.episodes, self.cameras = episodes, cameras
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Open what is needed, so that a mistake shows before the test.
@@ -64,7 +68,9 @@ class RecordedEpisodes(L.Callback):
             raise UserError("recorded: the run holds out no episodes; set data.held_out above 0")
         self._network = named_clip_features(self.clip_features)
         self._reader = LeRobotReader(self.dataset)
-        self._chosen = None if self.episodes == "all" else _held_out(store)
+        self._chosen = {"held_out": _held_out(store), "all": None}.get(str(self.episodes), self.episodes)
+        cameras = choose_cameras(self._reader, self.cameras or store.meta.cameras)
+        require_recorded(self._reader, cameras, [info.index for info in infos_of(self._reader, self._chosen)])
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """One process plans; the others go on.
@@ -74,7 +80,7 @@ class RecordedEpisodes(L.Callback):
         """
         if self.dataset is None or not trainer.is_global_zero:
             return
-        result = evaluate_open_loop(self._policy(trainer, pl_module), self._reader, self._chosen)
+        result = evaluate_open_loop(self._policy(trainer, pl_module), self._reader, self._chosen, cameras=self.cameras)
         write_json_atomic(Path(trainer.default_root_dir) / "openloop.json", result.to_dict(self._network))
         groups = {name: _numbers(part, self._network) for name, part in result.groups().items()}
         rows = {f"test/{group}/{name}": value for group, part in groups.items() for name, value in part.items()}

@@ -11,7 +11,7 @@ import torch
 from latent_action import LatentActionTokenizer
 from latent_action.visualize import acting_map, draw_transition, transport_arrows
 from repvitok import RepViTok
-from repvitok.data import LatentShards, LeRobotReader, prepare_frames
+from repvitok.data import LatentEpisode, LatentMeta, LatentShards, LeRobotReader, prepare_frames
 from repvitok.data.split import split_episodes
 from repvitok.data.transforms import to_frames
 from repvitok.metrics import psnr, ssim
@@ -59,10 +59,11 @@ def reconstruction(this: Run, trained: Trained) -> Reconstruction:
     reader, episodes = held_out(this, trained)
     tokenizer = RepViTok.from_pretrained(trained.prepared.tokenizer_folder)
     camera, size = reader.camera_keys[0], this.plan.size
+    per_latent = tokenizer.config.tubelet_frames * this.plan.stride
     clips, baselines = [], []
     for index in episodes:
         length = reader.episodes[index].length
-        frames = range(0, 1 + (length - 1) // (4 * this.plan.stride) * 4 * this.plan.stride, this.plan.stride)
+        frames = range(0, 1 + (length - 1) // per_latent * per_latent, this.plan.stride)
         video = prepare_frames(reader.frames(index, camera, frames), size)[None]
         with torch.no_grad():
             stream = tokenizer.stream(window=tokenizer.config.episode_window)
@@ -99,9 +100,7 @@ def latent_actions(this: Run, trained: Trained) -> LatentActions:
     lat = LatentActionTokenizer.from_pretrained(trained.prepared.lat_folder)
     shards = LatentShards(trained.prepared.latents)
     by_index = {e.episode_index: e for e in shards if e.offset == 0 and e.episode_index in episodes}
-    pictures = [
-        _transition(this, reader, lat, by_index[index], shards.meta.grid) for index in episodes if index in by_index
-    ]
+    pictures = [_transition(this, reader, lat, by_index[index], shards.meta) for index in episodes if index in by_index]
     probe = json.loads((trained.prepared.labelled.folder / "probe.json").read_text())
     summary = trained.prepared.lat.summary
     r2 = {name: dict(zip(probe["channels"], probe[name]["r2"], strict=True)) for name in ("latent_action", "untrained")}
@@ -117,16 +116,17 @@ def latent_actions(this: Run, trained: Trained) -> LatentActions:
     )
 
 
-def _transition(this: Run, reader: LeRobotReader, lat: LatentActionTokenizer, episode, grid) -> TransitionPicture:
+def _transition(
+    this: Run, reader: LeRobotReader, lat: LatentActionTokenizer, episode: LatentEpisode, meta: LatentMeta
+) -> TransitionPicture:
     """The held-out episode's transition that changes the latents most, drawn on its frame (first camera)."""
     z = lat.standardise(torch.from_numpy(episode.latents)[None])
     with torch.no_grad():
-        actions = lat.encode(z, grid)[0]
+        actions = lat.encode(z, meta.grid)[0]
         step = int((z[0, 1:] - z[0, :-1]).square().mean(dim=(1, 2)).argmax())
-        heat = acting_map(lat, z[0, step], actions[step], grid)[:1]
-        arrows = transport_arrows(lat, z[0, step], actions[step], grid)[:1]
-    per_latent = 4 * this.plan.stride
-    at = [step * per_latent, (step + 1) * per_latent]
+        heat = acting_map(lat, z[0, step], actions[step], meta.grid)[:1]
+        arrows = transport_arrows(lat, z[0, step], actions[step], meta.grid)[:1]
+    at = [step * meta.frames_per_latent, (step + 1) * meta.frames_per_latent]
     raw = reader.frames(episode.episode_index, reader.camera_keys[0], at)
     frame, following = to_frames(prepare_frames(raw, this.plan.size))
     drawn = draw_transition(frame, heat, arrows)

@@ -51,12 +51,15 @@ def _checked(arguments: argparse.Namespace, plan: Plan) -> Plan:
     if arguments.controls:
         raise UserError("--controls compares success in closed loop, which a recorded data set cannot give; drop it")
     from repvitok.data import LeRobotReader
+    from repvitok.data.contents import missing_actions, number_columns, require_recorded
 
     reader = LeRobotReader(arguments.dataset)
     if not reader.camera_keys:
         raise UserError(f"{arguments.dataset}: the data set has no camera, and video is what we learn from")
     if "action" not in reader.features:
-        raise UserError(f"{arguments.dataset}: the data set has no actions to adapt to")
+        told = missing_actions(str(arguments.dataset), number_columns(reader), reader.camera_keys)
+        raise UserError(f"there are no actions to adapt to: {told}")
+    require_recorded(reader, reader.camera_keys, [info.index for info in reader.episodes])
     if arguments.size is not None:
         return plan
     return shaped_like(plan, *reader.frame_size(reader.camera_keys[0]))

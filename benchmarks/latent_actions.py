@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from latent_action.baselines.frame_pairs import FrameTable, PairBatches, load_frame_table
+from latent_action.baselines.frame_pairs import PairBatches, load_frame_table
 from latent_action.baselines.lapa import LapaConfig, LapaQuantizer
 from latent_action.baselines.nsvq import code_usage
 from latent_action.baselines.readout import lapa_features
@@ -93,7 +93,8 @@ class Bench:
         self.train, self.scored = split_episodes(self.whole.episode.tolist(), held_out)
         self.grid = meta.grid
         table = self.whole.where(self.later)
-        self.task = make_task(table, options.target, self.train, self.scored, meta.grid)
+        sides = (torch.isin(table.episode, torch.tensor(side)) for side in (self.train, self.scored))
+        self.task = make_task(table, options.target, *sides, meta.grid)
         self.test = table.of_episodes(self.scored)
         self.config = LatentActionConfig(
             latent_dim=meta.latent_dim, hidden=options.hidden, antisymmetric=True, max_views=max(4, meta.grid[0])
@@ -221,7 +222,7 @@ def lapa(bench: Bench, name: str, seed: int) -> dict[str, Any]:
     if options.dataset is None:
         raise SystemExit("lapa needs --dataset")
     table = load_frame_table(options.latents, options.dataset, tuple(options.size))
-    later = FrameTable(table.frames, table.first[bench.later], table.episode[bench.later])
+    later = table.where(bench.later)
     config = LapaConfig(
         size=tuple(options.size),
         patch=8,

@@ -37,7 +37,7 @@ def main() -> None:
     torch.set_num_threads(1)
     tokenizers = [RepViTok.from_pretrained(folder).eval() for folder in options.tokenizers]
     reader = LeRobotReader(options.dataset)
-    _, held_out = split_episodes(range(reader.num_episodes), options.held_out)
+    _, held_out = split_episodes([info.index for info in reader.episodes], options.held_out)
     rows = []
     for episode in held_out[: options.clips]:
         clip = _middle(reader, episode, (options.size[0], options.size[1]))

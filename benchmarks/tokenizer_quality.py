@@ -138,7 +138,7 @@ def train(options: argparse.Namespace, arm: str, align: float, seed: int, weight
 def load_splits(options: argparse.Namespace) -> tuple[Split, Split]:
     """(training, held-out) clips; the held-out episodes are those that `repvitok fit` holds out."""
     reader = LeRobotReader(options.dataset)
-    parts = split_episodes(range(reader.num_episodes), options.held_out)
+    parts = split_episodes([info.index for info in reader.episodes], options.held_out)
     train_split, held_out = (_cut(reader, episodes, tuple(options.size)) for episodes in parts)
     if options.clips is not None and options.clips < len(train_split.clips):
         order = torch.randperm(len(train_split.clips), generator=torch.Generator().manual_seed(0))

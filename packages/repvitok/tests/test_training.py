@@ -68,6 +68,16 @@ def trainer(root: Path, steps: int, *callbacks: Callback, **options) -> Trainer:
     )
 
 
+class Seen(Callback):
+    """Keeps the sums of the batches that were trained on."""
+
+    def __init__(self):
+        self.sums = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.sums.append(float(batch.double().sum()))
+
+
 class At(Callback):
     """Does something after a step."""
 
@@ -303,6 +313,20 @@ def test_held_out_videos_are_never_trained_on(videos):
     names = lambda set_: {s.describe(v) for s in set_.sources for v in range(len(s))}  # noqa: E731
     assert len(names(module._val)) == 1
     assert not names(train) & names(module._val)
+
+
+def test_epochs_of_a_few_batches_have_new_ones_and_resume_exactly(videos, tmp_path):
+    """limit_train_batches ends an epoch early; its batches are not those of the last one, also after a resume."""
+    seen, straight = [Seen() for _ in range(4)], module()
+    trainer(tmp_path / "a", 7, seen[0]).fit(straight, data(videos))
+    assert len(set(seen[0].sums)) == 7
+    short = {"limit_train_batches": 2}
+    trainer(tmp_path / "b", 7, seen[1], **short).fit(module(), data(videos))
+    assert seen[1].sums == seen[0].sums
+    trainer(tmp_path / "c", 5, seen[2], SaveLast(), **short).fit(module(), data(videos))
+    resumed, ckpt = module(), str(tmp_path / "c" / "last.ckpt")
+    trainer(tmp_path / "c", 7, seen[3], **short).fit(resumed, data(videos), ckpt_path=ckpt, weights_only=True)
+    assert seen[2].sums + seen[3].sums == seen[0].sums
 
 
 def test_curves_keep_the_later_of_two_values_and_skip_a_cut_line(tmp_path):

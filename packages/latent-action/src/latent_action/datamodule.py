@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,13 +11,14 @@ import lightning as L
 import numpy as np
 import torch
 from jaxtyping import Float
+from repvitok.data.batches import EndlessLoader
 from repvitok.data.latents import LatentMeta
 from repvitok.data.shards import LatentShards
-from repvitok.data.split import split_episodes
+from repvitok.data.split import HeldOut, split_latents
 from repvitok.errors import UserError
 from torch import Tensor
 
-from latent_action.transitions import TransitionTable, load_transitions
+from latent_action.transitions import TransitionTable, lie_within, load_transitions
 
 
 class TransitionBatch(NamedTuple):
@@ -26,17 +28,17 @@ class TransitionBatch(NamedTuple):
     z_next: Float[Tensor, "b tokens d"]
 
 
-class TrainingBatches:
-    """Endless random batches of transitions; batch k depends on (seed, k, rank) only.
+class TrainingBatches(EndlessLoader[TransitionBatch]):
+    """Endless random batches of transitions; batch k depends on (seed, k, rank) only, whatever the epochs.
 
-    So training that stops after step k and starts again with `first_batch = k` sees what it would have seen.
+    So training that stops after step k and goes on sees what it would have seen.
     """
 
     def __init__(self, table: TransitionTable, batch_size: int, seed: int, first_batch: int = 0, rank: int = 0) -> None:
+        super().__init__(first_batch)
         self.table = table
         self.batch_size = batch_size
         self.seed = seed
-        self.first_batch = first_batch
         self.rank = rank
 
     def batch(self, number: int) -> TransitionBatch:
@@ -45,11 +47,9 @@ class TrainingBatches:
         index = torch.from_numpy(random.integers(len(self.table), size=self.batch_size))
         return TransitionBatch(*self.table.pairs(index))
 
-    def __iter__(self) -> Iterator[TransitionBatch]:
-        number = self.first_batch
-        while True:
-            yield self.batch(number)
-            number += 1
+    def batches_from(self, number: int) -> Iterator[TransitionBatch]:
+        """Batch `number` and those after it."""
+        return map(self.batch, count(number))
 
 
 class EvaluationBatches:
@@ -71,10 +71,13 @@ class EvaluationBatches:
 class LatentActionData(L.LightningDataModule):
     """Transitions of latent shards in memory, with whole episodes held out for validation.
 
+    Episodes too short for a transition are left out, with a word. Of an only episode the last transitions are held out
+    (docs/decisions/054).
+
     Args:
         latents: folder of latent shards, from `repvitok encode` or any other visual tokenizer.
         batch_size: transitions per batch and rank.
-        held_out: share of the episodes kept for validation, or their indices; 0 for no validation. Which ones a
+        held_out: share of the episodes kept for validation, or their numbers; 0 for no validation. Which ones a
             share takes is the same in every stage, see `repvitok.data.split`.
         val_transitions: most transitions a validation looks at.
         seed: of the batches.
@@ -91,7 +94,7 @@ class LatentActionData(L.LightningDataModule):
         self,
         latents: str,
         batch_size: int = 128,
-        held_out: float | list[int] = 0.1,
+        held_out: HeldOut = 0.1,
         val_transitions: int = 1024,
         seed: int = 0,
         first_transitions: bool = False,
@@ -126,19 +129,15 @@ class LatentActionData(L.LightningDataModule):
         assert shards is not None
         self._require_memory(shards)
         mean, std = torch.from_numpy(meta.mean), torch.from_numpy(meta.std)
+        spans = split_latents(shards, self.held_out, 2 if self.first_transitions else 3)
         table = load_transitions(shards, lambda raw: (raw - mean) / std)
         if not self.first_transitions:
             table = table.where(table.place > 0)
-            if not len(table):
-                raise UserError(
-                    f"{self.latents}: no clip has three latent frames, and the first transition of a clip is left out: "
-                    "encode longer clips, or set first_transitions."
-                )
-        train, held_out = split_episodes(table.episode.tolist(), self.held_out)
-        self._tables = table.of_episodes(train), table.of_episodes(held_out)
+        train, held_out = (table.where(lie_within(side, shards.infos, table.first)) for side in spans)
+        self._tables = train, held_out
 
     def train_dataloader(self) -> TrainingBatches:
-        """Batches from the step the trainer is at."""
+        """Batches from the step the trainer is at, which those of version 0.1 kept no other place of."""
         train, _ = self._require_setup()
         trainer, first, rank = self.trainer, 0, 0
         if trainer is not None:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from repvitok.data.contents import without_actions
 from repvitok.data.shards import LatentShards
-from repvitok.data.split import split_episodes
+from repvitok.data.split import split_latents
 from repvitok.errors import UserError
 from repvitok.optim import warmup_cosine_schedule
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from latent_action.grid import Grid
 from latent_action.labelling import require_same_tokenizer
 from latent_action.model import LatentActionTokenizer
 from latent_action.transfer import BorrowedLosses, borrowed_losses, latent_actions
-from latent_action.transitions import TransitionTable, load_transitions
+from latent_action.transitions import TransitionTable, lie_within, load_transitions
 
 Target = Literal["actions", "motion"]
 Predict = Callable[[Int[Tensor, " b"]], Float[Tensor, "b c"]]
@@ -115,14 +115,15 @@ def probe_shards(
         latents: folder of latent shards with actions, of the tokenizer the LAT was trained on.
         target: "actions", the mean robot action of a transition, or "motion", the change of the robot's state over it;
             the one to take where actions are absolute positions, which no transition shows.
-        held_out: share of the episodes that are scored, or their indices; see `repvitok.data.split`.
+        held_out: share of the episodes that are scored, or their numbers; of an only one, the last transitions. See
+            `repvitok.data.split`.
         head_steps: training steps of the heads on latent actions.
         frames_steps: training steps of the head on latent frames.
         seed: of the untrained LAT and of the heads.
         baselines: other latent actions by name, for every transition of the shards in `load_transitions`' order.
 
     Raises:
-        ValueError: the latents hold no such target, come from another tokenizer, or are of one episode only.
+        ValueError: the latents hold no such target, come from another tokenizer, or nothing of them can be held out.
     """
     shards = LatentShards(latents)
     require_same_tokenizer(lat, shards)
@@ -131,8 +132,9 @@ def probe_shards(
     whole = load_transitions(shards, lat.standardise)
     later = whole.place > 0
     features = {name: _of_all(name, values, whole)[later] for name, values in (baselines or {}).items()}
-    train, scored = split_episodes(whole.episode.tolist(), held_out)
-    task = make_task(whole.where(later), target, train, scored, shards.meta.grid, seed)
+    table = whole.where(later)
+    train, scored = (lie_within(side, shards.infos, table.first) for side in split_latents(shards, held_out, 3))
+    task = make_task(table, target, train, scored, shards.meta.grid, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         features = {
@@ -156,14 +158,19 @@ def probe_shards(
 
 
 def make_task(
-    table: TransitionTable, target: Target, train: Sequence[int], scored: Sequence[int], grid: Grid, seed: int = 0
+    table: TransitionTable,
+    target: Target,
+    train: Bool[Tensor, " transitions"],
+    scored: Bool[Tensor, " transitions"],
+    grid: Grid,
+    seed: int = 0,
 ) -> ProbeTask:
     """The regression that every row of a probe is a solution of.
 
     Args:
         table: transitions.
         target: "actions" or "motion", see `probe_shards`.
-        train, scored: episode indices that heads train on, and that they are scored on.
+        train, scored: which transitions heads train on, and which they are scored on.
         grid: (views, rows, columns) of a latent frame.
         seed: of the batches.
 
@@ -174,11 +181,11 @@ def make_task(
     if values is None:
         what = "robot actions" if target == "actions" else "robot state"
         raise UserError(f"Some episodes of these latents have no {what}, so there is nothing to probe for.")
-    fitted, held_out = (torch.isin(table.episode, torch.tensor(list(side))).nonzero()[:, 0] for side in (train, scored))
+    fitted, held_out = train.nonzero()[:, 0], scored.nonzero()[:, 0]
     if not len(fitted) or not len(held_out):
         raise UserError(
-            f"The probe trains on {len(fitted)} transitions and scores {len(held_out)} of episodes that its heads "
-            "have not seen: hold out at least one episode of three latent frames, and not all."
+            f"The probe trains on {len(fitted)} transitions and scores {len(held_out)} that its heads have not seen: "
+            "it takes two episodes of three latent frames, or one of five, and a share of them held out."
         )
     return ProbeTask(table, _standardised(values, fitted), fitted, held_out, grid, seed)
 
@@ -290,9 +297,7 @@ def format_report(report: ProbeReport) -> str:
     for name, score in rows:
         cells = " ".join(f"{'constant' if r is None else f'{r:.3f}':>12}" for r in score.r2)
         lines.append(f"{name:<26}{score.loss:>9.4f}{score.pooled_r2:>11.3f}{score.mean_r2:>9.3f}  {cells}")
-    counts = (
-        f"{report.train_transitions} transitions to train on, {report.held_out_transitions} held out (whole episodes)"
-    )
+    counts = f"{report.train_transitions} transitions to train on, {report.held_out_transitions} held out"
     return "\n".join([*lines, counts, *_format_borrowed(report.borrowed)])
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from repvitok.data.latents import LatentEpisode
+from repvitok.data.latents import EpisodeInfo, LatentEpisode
+from repvitok.data.split import LatentSpan
 from repvitok.errors import UserError
 from torch import Tensor
 
@@ -50,6 +51,24 @@ class TransitionTable:
         """The transitions marked true; the frames are shared, not copied."""
         actions, motion = (None if x is None else x[keep] for x in (self.actions, self.motion))
         return TransitionTable(self.frames, self.first[keep], self.episode[keep], self.place[keep], actions, motion)
+
+
+def lie_within(
+    spans: Sequence[LatentSpan], infos: Sequence[EpisodeInfo], first: Int[Tensor, " transitions"]
+) -> Bool[Tensor, " transitions"]:
+    """Which transitions lead from one latent frame of a span to another one of it.
+
+    Args:
+        spans: parts of some latent shards.
+        infos: of all entries of the shards.
+        first: where each transition starts in the frames of all entries, as `load_transitions` puts them.
+    """
+    loaded = [info.frames if info.frames >= 2 else 0 for info in infos]
+    begins = np.cumsum([0, *loaded])
+    inside = torch.zeros(int(begins[-1]), dtype=torch.bool)
+    for span in spans:
+        inside[begins[span.number] + span.first : begins[span.number] + span.last - 1] = True
+    return inside[first]
 
 
 def load_transitions(episodes: Iterable[LatentEpisode], standardise: Callable[[Tensor], Tensor]) -> TransitionTable:

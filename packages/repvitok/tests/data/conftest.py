@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -221,3 +221,34 @@ def plain(tmp_path: Path) -> Callable[..., PlainDataSet]:
         return PlainDataSet(tmp_path / f"plain_{next(made)}", version, lengths or {0: 4, 1: 3, 2: 5}, tasks)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def gapped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of episodes 2, 5, 9 and 40, as deleting some leaves it."""
+    root = tmp_path_factory.mktemp("gapped") / "v2.1"
+    writer = open_writer(root, "v2.1")
+    for place in range(4):
+        writer.add_episode(place, **episode(place))
+    writer.finalize()
+    return renumber(root, (2, 5, 9, 40))
+
+
+def renumber(root: Path, numbers: Sequence[int]) -> Path:
+    """Gives the episodes 0, 1, ... of a v2.1 data set other numbers, larger ones."""
+    for place, number in reversed(list(enumerate(numbers))):
+        for path in [
+            *root.glob(f"data/*/episode_{place:06d}.parquet"),
+            *root.glob(f"videos/*/*/episode_{place:06d}.mp4"),
+        ]:
+            path.rename(path.with_stem(f"episode_{number:06d}"))
+        for path in root.glob(f"data/*/episode_{number:06d}.parquet"):
+            table = pq.read_table(path)
+            column = table.column_names.index("episode_index")
+            values = pa.array(np.full(len(table), number))
+            pq.write_table(table.set_column(column, table.schema.field(column), values), path)
+    for path in root.glob("meta/episodes*.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        changed = [row | {"episode_index": numbers[row["episode_index"]]} for row in rows]
+        path.write_text("".join(json.dumps(row) + "\n" for row in changed))
+    return root

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from repvitok.data.clips import ClipDataset
+from hypothesis import given
+from hypothesis import strategies as st
+from repvitok.data.clips import ClipDataset, frames_needed
 from repvitok.data.sources import VideoFolder, lerobot_sources
 from repvitok.data.transforms import to_frames
 from repvitok.data.video import write_video
@@ -194,15 +196,44 @@ def test_settings_that_cannot_work_are_refused():
         return ClipDataset([Counting([9, 4, 30])], **{"frames": 5, "size": (8, 8), **changes})  # type: ignore[arg-type]
 
     with pytest.raises(ValueError, match=r"video 1: 4 frames, a clip of 5 frames at stride 1 needs 5 \(1 of 3"):
-        dataset()
-    assert len(dataset(skip_short=True)) == 5 + 26
-    with pytest.raises(ValueError, match="no video is long enough for 5 frames at stride 9: that needs 37"):
-        dataset(stride=9, skip_short=True)
+        dataset(skip_short=False)
+    with pytest.raises(ValueError, match=r"a clip of 5 frames at stride 9 needs 37 \(3 of 3 videos are too short"):
+        dataset(stride=9)
     with pytest.raises(ValueError, match="stride must be 1 or more"):
         dataset(stride=0)
     with pytest.raises(ValueError, match='cache must be "memory" or None'):
         dataset(cache="disk")
     with pytest.raises(ValueError, match=r"would take .* GiB, over the"):
-        dataset(cache="memory", cache_bytes=100, skip_short=True)
+        dataset(cache="memory", cache_bytes=100)
     with pytest.raises(ValueError, match="no videos to draw clips from"):
         ClipDataset([], frames=5, size=(8, 8))
+
+
+def test_videos_too_short_for_a_clip_are_left_out_with_a_word(caplog):
+    dataset = ClipDataset([Counting([9, 4, 30, 2])], frames=5, size=(8, 8))
+    assert len(dataset) == 5 + 26
+    assert caplog.messages == [
+        "left out 2 of 4 videos, too short with a length of 2 to 4: a clip of 5 frames takes 5 or more"
+    ]
+
+
+@given(st.integers(1, 60), st.integers(1, 9), st.data())
+def test_the_frames_a_clip_needs_are_those_it_is_cut_from(length, frames, data):
+    rates = st.one_of(st.floats(1, 40), st.tuples(st.floats(1, 10), st.floats(10, 40)))
+    strides = st.one_of(st.integers(1, 4), st.tuples(st.integers(1, 2), st.integers(2, 5)))
+    pace = data.draw(st.one_of(strides.map(lambda s: {"stride": s}), rates.map(lambda r: {"rate_hz": r})))
+    needed = frames_needed(10.0, frames, **pace)
+    if length < needed:
+        with pytest.raises(ValueError, match="1 of 1 videos are too short"):
+            ClipDataset([Counting([length], rate_hz=10.0)], frames=frames, size=(8, 8), **pace)
+    else:
+        assert len(ClipDataset([Counting([length], rate_hz=10.0)], frames=frames, size=(8, 8), **pace)) >= 1
+
+
+def test_strides_that_no_video_is_long_enough_for_are_left_out_with_a_word(caplog):
+    dataset = ClipDataset([Counting([12, 7])], frames=5, size=(8, 8), stride=(1, 4), length=40)
+    assert {dataset.position(index).stride for index in range(40)} == {1, 2}
+    assert caplog.messages == [
+        "left out 2 of 4 strides: the longest video, of 12 frames, is too short for a clip of 5 frames at a stride "
+        "above 2"
+    ]

@@ -1,22 +1,75 @@
-"""One split for all stages: fixed by the episodes alone, disjoint, complete."""
+"""One split for all stages: an episode's side depends on its number alone, whatever a stage leaves out."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from repvitok.data.split import choose_episodes, format_episodes, parse_episodes, split_episodes
+from repvitok.data.split import (
+    choose_episodes,
+    format_episodes,
+    held_out_tail,
+    left_out,
+    parse_episodes,
+    split_episodes,
+)
 from repvitok.errors import UserError
 
+EPISODES = st.sets(st.integers(0, 500), min_size=2, max_size=60)
+FRACTIONS = st.floats(0.001, 0.999)
 
-@given(st.sets(st.integers(0, 500), min_size=2, max_size=60), st.floats(0, 0.5))
-def test_a_split_is_disjoint_complete_and_of_the_asked_size(episodes, fraction):
+
+@given(EPISODES, st.floats(0, 0.999))
+def test_a_split_is_disjoint_and_complete_and_neither_side_empty(episodes, fraction):
     train, held_out = split_episodes(episodes, fraction)
     assert sorted(train + held_out) == sorted(episodes)
-    assert len(held_out) == (max(1, round(fraction * len(episodes))) if fraction else 0)
+    assert train
+    assert bool(held_out) == bool(fraction)
     assert (train, held_out) == split_episodes([*sorted(episodes, reverse=True), *episodes], fraction)
+
+
+@given(EPISODES, FRACTIONS, st.data())
+def test_no_stage_trains_on_what_another_one_holds_out(episodes, fraction, data):
+    """Each stage leaves out some episodes of its own, and what is left keeps its side."""
+    stages = [data.draw(st.sets(st.sampled_from(sorted(episodes)), min_size=1)) for _ in range(3)]
+    whole = split_episodes(episodes, fraction)
+    for usable in stages:
+        train, held_out = split_episodes(episodes, fraction, usable)
+        assert sorted(train + held_out) == sorted(usable)
+        if usable & set(whole[0]):
+            assert set(train) <= set(whole[0])
+            assert set(held_out) <= set(whole[1])
+        else:  # all that is left is held out elsewhere: one of them is trained on
+            assert len(train) == 1
+
+
+@given(EPISODES, FRACTIONS, FRACTIONS)
+def test_a_larger_share_holds_out_the_same_episodes_and_more(episodes, one, two):
+    less, more = (set(split_episodes(episodes, fraction)[1]) for fraction in sorted((one, two)))
+    assert less <= more
+
+
+@given(EPISODES, st.integers(501, 600), FRACTIONS)
+def test_an_episode_more_moves_one_other_at_most(episodes, added, fraction):
+    """Only the two guarantees, one episode on each side, look at more than an episode's own number."""
+    before, after = (set(split_episodes(known, fraction)[1]) for known in (episodes, episodes | {added}))
+    assert len((before ^ after) - {added}) <= 1
+
+
+@pytest.mark.parametrize("fraction", [0.04, 0.1, 0.2, 0.25])
+def test_about_as_many_are_held_out_as_asked(fraction):
+    for count in range(2, 61):
+        assert abs(len(split_episodes(range(count), fraction)[1]) - max(1, fraction * count)) <= 2
+
+
+def test_the_choice_never_changes():
+    """Runs of later versions must hold out the same episodes."""
+    assert split_episodes(range(40), 0.1)[1] == [18, 22, 26, 32]
+    assert split_episodes([2, 5, 9, 40], 0.2) == ([2, 5, 9], [40])
+    assert split_episodes(range(6), 0.2) == ([1, 2, 3, 4, 5], [0])
 
 
 def test_a_list_names_the_episodes_itself():
     assert split_episodes(range(5), [3, 1]) == ([0, 2, 4], [1, 3])
+    assert split_episodes([2, 5, 9, 40], [9, 40], usable=[2, 9]) == ([2], [9])
 
 
 def test_the_choice_is_spread_over_interleaved_tasks():
@@ -25,18 +78,41 @@ def test_the_choice_is_spread_over_interleaved_tasks():
     assert len({index % 5 for index in held_out}) >= 4
 
 
+def test_a_single_episode_is_trained_on():
+    assert split_episodes([4, 4, 4], 0.5) == ([4], [])
+    assert split_episodes([7, 9], 0.1, usable=[7])[0] == split_episodes([7, 9], 0.1, usable=[7, 7])[0] == [7]
+
+
 @pytest.mark.parametrize(
     ("episodes", "held_out", "message"),
     [
         (range(20), 1.0, r"fraction in \[0, 1\)"),
-        (range(20), [20], r"\[20\] do not exist"),
+        (range(20), [20], r"\[20\] do not exist: there are 0-19"),
         (range(3), [0, 1, 2], "none to train on"),
-        ([4, 4, 4], 0.5, "none to train on"),
+        ([], 0.5, "none of 0 episodes"),
     ],
 )
 def test_impossible_splits_are_errors(episodes, held_out, message):
     with pytest.raises(ValueError, match=message):
         split_episodes(episodes, held_out)
+
+
+@given(st.integers(1, 300), st.floats(0, 0.999), st.integers(1, 40), st.integers(1, 40))
+def test_the_tail_of_an_only_episode_leaves_most_of_it(length, fraction, shortest, shortest_train):
+    tail = held_out_tail(length, fraction, shortest, shortest_train)
+    if not fraction or length < shortest + max(shortest, shortest_train):
+        assert tail == 0
+    if tail:
+        assert tail >= shortest
+        assert length - tail >= max(tail, shortest_train)
+        assert abs(tail - max(fraction * length, shortest)) <= 0.5
+
+
+def test_what_is_left_out_is_told_in_one_line():
+    assert left_out([3, 9, 5], 40, "a clip takes 17 frames") == (
+        "left out 3 of 40 episodes, too short with a length of 3 to 9: a clip takes 17 frames"
+    )
+    assert "too short with a length of 5: " in left_out([5], 2, "x")
 
 
 @given(st.sets(st.integers(0, 300), min_size=1, max_size=60), st.data())

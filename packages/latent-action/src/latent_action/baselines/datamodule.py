@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import lightning as L
-from repvitok.data.split import split_episodes
+from repvitok.data.shards import LatentShards
+from repvitok.data.split import HeldOut, split_latents
 from repvitok.errors import UserError
 
 from latent_action.baselines.frame_pairs import FrameTable, PairBatches, load_frame_table
+from latent_action.transitions import lie_within
 
 
 class FramePairData(L.LightningDataModule):
@@ -17,7 +19,7 @@ class FramePairData(L.LightningDataModule):
         dataset: the LeRobot data set the latents were made from.
         size: height and width of a frame, all cameras side by side.
         batch_size: pairs per batch.
-        held_out: share of the episodes kept for validation, or their indices.
+        held_out: share of the episodes kept for validation, or their numbers; of an only one, of its transitions.
         seed: of the batches.
 
     Raises:
@@ -30,7 +32,7 @@ class FramePairData(L.LightningDataModule):
         dataset: str,
         size: tuple[int, int] = (64, 64),
         batch_size: int = 64,
-        held_out: float | list[int] = 0.1,
+        held_out: HeldOut = 0.1,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -47,9 +49,11 @@ class FramePairData(L.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
         """Read and split the frames once."""
         if self._tables is None:
+            shards = LatentShards(self.latents)
+            spans = split_latents(shards, self.held_out)
             table = load_frame_table(self.latents, self.dataset, (self.size[0], self.size[1]))
-            train, held_out = split_episodes(table.episode.tolist(), self.held_out)
-            self._tables = table.of_episodes(train), table.of_episodes(held_out)
+            train, held_out = (table.where(lie_within(side, shards.infos, table.first)) for side in spans)
+            self._tables = train, held_out
 
     def train_dataloader(self) -> PairBatches:
         """Batches from the step the trainer is at."""

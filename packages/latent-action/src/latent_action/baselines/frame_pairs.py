@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
+from repvitok.data.batches import EndlessLoader
 from repvitok.data.lerobot import LeRobotReader
 from repvitok.data.shards import LatentShards
 from repvitok.data.transforms import resize_frames, to_unit
@@ -49,7 +51,10 @@ class FrameTable:
 
     def of_episodes(self, episodes: list[int]) -> FrameTable:
         """The transitions of these episodes only; the frames are shared."""
-        keep = torch.isin(self.episode, torch.tensor(sorted(episodes), dtype=torch.long))
+        return self.where(torch.isin(self.episode, torch.tensor(sorted(episodes), dtype=torch.long)))
+
+    def where(self, keep: Bool[Tensor, " transitions"]) -> FrameTable:
+        """The transitions marked true; the frames are shared."""
         return FrameTable(self.frames, self.first[keep], self.episode[keep])
 
 
@@ -90,16 +95,16 @@ def load_frame_table(latents: str | Path, dataset: str | Path, size: tuple[int, 
     return FrameTable(torch.from_numpy(np.concatenate(frames)), torch.cat(first), torch.cat(episode_of))
 
 
-class PairBatches:
+class PairBatches(EndlessLoader[FramePair]):
     """Batches of frame pairs: endless random ones, each of (seed, number) alone, or every pair once `in_order`."""
 
     def __init__(
         self, table: FrameTable, batch_size: int, seed: int, first_batch: int = 0, *, in_order: bool = False
     ) -> None:
+        super().__init__(first_batch)
         self.table = table
         self.batch_size = batch_size
         self.seed = seed
-        self.first_batch = first_batch
         self.in_order = in_order
 
     def batch(self, number: int) -> FramePair:
@@ -107,14 +112,18 @@ class PairBatches:
         index = np.random.default_rng([self.seed, number, 0]).integers(len(self.table), size=self.batch_size)
         return self.table.pairs(torch.from_numpy(index))
 
+    def batches_from(self, number: int) -> Iterator[FramePair]:
+        """Random batch `number` and those after it."""
+        return map(self.batch, itertools.count(number))
+
+    def __len__(self) -> int:
+        return -(-len(self.table) // self.batch_size) if self.in_order else super().__len__()
+
     def __iter__(self) -> Iterator[FramePair]:
-        if self.in_order:
-            yield from (self.table.pairs(index) for index in torch.arange(len(self.table)).split(self.batch_size))
-            return
-        number = self.first_batch
-        while True:
-            yield self.batch(number)
-            number += 1
+        if not self.in_order:
+            return super().__iter__()
+        index = torch.arange(len(self.table))
+        return (self.table.pairs(index[k * self.batch_size : (k + 1) * self.batch_size]) for k in range(len(self)))
 
 
 def _pixels(frames: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b 3 h w"]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
-from typing import Any
+from itertools import count, islice
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -13,6 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from repvitok.errors import UserError
 
+Batch = TypeVar("Batch")
+ENDLESS = 2**62  # the length of what has no end; a float holds it exactly
 _KIND_STREAM = 9  # sets the draw of the kinds apart from the draw of the clips, which has the same seed
 
 
@@ -96,8 +99,45 @@ class ClipMixture(Dataset[Tensor]):
         return self.datasets[kind][number]
 
 
-class ClipLoader:
-    """Batches for a training loop of one's own, that go on exactly where a saved state stopped.
+class EndlessLoader(ABC, Generic[Batch]):
+    """Training batches that keep their place: batch k of rank r is the same in every run.
+
+    Each pass over them goes on after the last batch handed out: so a new epoch of Lightning's (`limit_train_batches`)
+    has new batches, and a run that is resumed has those it would have had. Lightning stores `state_dict` in its
+    checkpoints. It asks for no batch ahead of time, because there is a length: the place is that of the training.
+
+    Attributes:
+        position: batches handed out so far, those of earlier runs included.
+    """
+
+    def __init__(self, first: int = 0, length: int = ENDLESS) -> None:
+        """Begins with batch `first`; every `length` batches end a pass."""
+        self.position, self._length = first, length
+
+    @abstractmethod
+    def batches_from(self, number: int) -> Iterator[Batch]:
+        """Batch `number` and those after it, without end."""
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Batch]:
+        end = (self.position // self._length + 1) * self._length
+        for batch in islice(self.batches_from(self.position), end - self.position):
+            self.position += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place, in plain numbers."""
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on after the last batch that was handed out."""
+        self.position = int(state["position"])
+
+
+class ClipLoader(EndlessLoader[Any]):
+    """Batches of clips that go on exactly where a saved state stopped, also for a training loop of one's own.
 
         loader = ClipLoader(dataset, StepBatches(batch_size=8), num_workers=4)
         for video in loader:
@@ -107,23 +147,29 @@ class ClipLoader:
     What counts is batches handed out: those that workers had prepared and nobody had taken are made again.
 
     Attributes:
-        batches: which clips come; begins with the next batch.
+        batches: which clips come.
     """
 
     def __init__(self, dataset: Dataset[Any], batches: StepBatches | MixtureBatches, num_workers: int = 0) -> None:
+        super().__init__(batches.first)
         self.batches = batches
         self._dataset, self._num_workers = dataset, num_workers
+        self._iterator: Iterator[Any] | None = None  # the name that Lightning knows: it ends the workers after a run
+        self._reached = 0
 
-    def __iter__(self) -> Iterator[Any]:
-        loader = DataLoader(self._dataset, batch_sampler=self.batches, num_workers=self._num_workers)  # pyright: ignore[reportArgumentType]
-        for batch in loader:
-            self.batches = replace(self.batches, first=self.batches.first + 1)
+    def batches_from(self, number: int) -> Iterator[Any]:
+        """From the workers of the last pass, where they stand at that batch."""
+        if self._iterator is None or self._reached != number:
+            batches = replace(self.batches, first=number)
+            loader = DataLoader(self._dataset, batch_sampler=batches, num_workers=self._num_workers)  # pyright: ignore[reportArgumentType]
+            self._iterator, self._reached = iter(loader), number
+        for batch in self._iterator:
+            self._reached += 1
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """How many batches were handed out, and the settings that decide what they held."""
-        settings = {name: value for name, value in vars(self.batches).items() if name not in ("first", "rank")}
-        return {"batches": self.batches.first, "settings": settings}
+        """The place, and the settings that decide what the batches before it held."""
+        return super().state_dict() | {"settings": self._settings()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues after the last batch that was handed out.
@@ -131,6 +177,9 @@ class ClipLoader:
         Raises:
             ValueError: batch size, ranks or mixture were others: the order of the data would be another.
         """
-        if (mine := self.state_dict()["settings"]) != state["settings"]:
-            raise UserError(f"the state is of batches with {state['settings']}, this loader has {mine}: use the same")
-        self.batches = replace(self.batches, first=int(state["batches"]))
+        if (mine := self._settings()) != (found := state["settings"]):
+            raise UserError(f"the state is of batches with {found}, this loader has {mine}: use the same")
+        super().load_state_dict({"position": state.get("position", state.get("batches"))})
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self.batches).items() if name not in ("first", "rank")}

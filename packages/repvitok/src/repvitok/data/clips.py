@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,10 +14,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from repvitok.data.sources import BadFiles, VideoSource
+from repvitok.data.split import left_out
 from repvitok.data.transforms import prepare_frames, resize_frames, to_unit
 from repvitok.errors import UserError
 from repvitok.progress import progress
 
+log = logging.getLogger(__name__)
+
+Stride = int | tuple[int, int]
+Rate = float | int | tuple[float | int, float | int]
 _MAX_DRAWS = 1000
 _RATES = 8  # a range of frame rates is drawn from so many, evenly spaced
 
@@ -56,11 +62,11 @@ class ClipDataset(Dataset[Tensor]):
         cache: "memory" decodes every video once, resized, on construction, and cuts clips out of memory (under 1 ms
             each); None decodes each clip when asked for.
         cache_bytes: a cache larger than this is refused.
-        skip_short: leave out videos shorter than a clip, instead of refusing them.
+        skip_short: leave out videos shorter than a clip, and say how many; False refuses them.
         max_bad_fraction: how many of the videos may turn out unreadable (logged; another clip is drawn). 0: none.
 
     Raises:
-        ValueError: no video, one too short, or a setting out of range; names the video.
+        ValueError: no video, none long enough, or a setting out of range; names the video.
     """
 
     def __init__(
@@ -69,13 +75,13 @@ class ClipDataset(Dataset[Tensor]):
         *,
         frames: int = 17,
         size: tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        rate_hz: float | int | tuple[float | int, float | int] | None = None,
+        stride: Stride = 1,
+        rate_hz: Rate | None = None,
         seed: int = 0,
         length: int | None = None,
         cache: str | None = None,
         cache_bytes: int = 8 * 2**30,
-        skip_short: bool = False,
+        skip_short: bool = True,
         max_bad_fraction: float | int = 0.0,
     ) -> None:
         if cache not in (None, "memory"):
@@ -89,10 +95,11 @@ class ClipDataset(Dataset[Tensor]):
         self._bad = BadFiles(max_bad_fraction, len(self._videos))
         self._cache: dict[tuple[int, int], Tensor] = {}
         lengths = np.array([self.sources[s].num_frames(v) for s, v in self._videos], dtype=np.int64)
-        self._refuse_short(lengths, skip_short)
+        self._leave_out_short(lengths, skip_short)
         if cache == "memory":
             self._fill_cache(lengths, cache_bytes)
-        self._ends = [self._cumulative_starts(lengths, strides) for strides in self._strides]
+        self._leave_out_paces(lengths)
+        self._ends = [np.cumsum(self._starts(lengths, strides)) for strides in self._strides]
         self._length = int(self._ends[0][-1]) if length is None else length
 
     def __len__(self) -> int:
@@ -145,9 +152,7 @@ class ClipDataset(Dataset[Tensor]):
                 self._bad.count(self.sources[s].describe(v), error)
                 lengths[number] = 0
 
-    def _paces(
-        self, stride: int | tuple[int, int], rate_hz: float | int | tuple[float | int, float | int] | None
-    ) -> list[np.ndarray]:
+    def _paces(self, stride: Stride, rate_hz: Rate | None) -> list[np.ndarray]:
         """What may be drawn for a clip: each entry holds the stride of every video, infinite where it takes no part."""
         if rate_hz is None:
             return [np.full(len(self._videos), value) for value in _stride_range(stride)]
@@ -158,35 +163,67 @@ class ClipDataset(Dataset[Tensor]):
         if self.frames > 1 and not known.all():
             s, v = self._videos[int(np.argmin(known))]
             raise UserError(f"{self.sources[s].describe(v)}: has no frame rate, which clips at {rate_hz} Hz need")
-        strides = [known / rate for rate in _rate_range(rate_hz)]
-        return [np.where((values > 1 - 1e-3) | (self.frames == 1), values, np.inf) for values in strides]
+        return [_strides(known, rate, self.frames) for rate in _rate_range(rate_hz)]
 
-    def _refuse_short(self, lengths: np.ndarray, skip_short: bool) -> None:
+    def _leave_out_short(self, lengths: np.ndarray, skip_short: bool) -> None:
+        """Tells of the videos that are shorter than a clip, which have no place to begin one; refuses them if asked to,
+        or if there are no others."""
         if not len(lengths):
             raise UserError("no videos to draw clips from")
         smallest = np.minimum.reduce(self._strides)
         needed = 1 + _span(self.frames, smallest)
         short = np.flatnonzero(lengths < needed)
-        if len(short) and not skip_short:
-            s, v = self._videos[int(short[0])]
-            frames, stride = lengths[short[0]], smallest[short[0]]
-            rate = self.sources[s].frame_rate_hz(v)
-            pace = f"at stride {stride:g}" if np.isfinite(stride) else f"faster than its {rate:g} frames per second"
-            raise UserError(
-                f"{self.sources[s].describe(v)}: {frames} frames, a clip of {self.frames} frames {pace} needs "
-                f"{needed[short[0]]:g} ({len(short)} of {len(lengths)} videos are too short); use shorter clips or "
-                "skip_short=True"
-            )
+        if not len(short):
+            return
+        if skip_short and len(short) < len(lengths):
+            takes = f"a clip of {self.frames} frames takes {needed.min():g} or more"
+            log.warning("%s", left_out(lengths[short].tolist(), len(lengths), takes, "videos"))
+            return
+        s, v = self._videos[int(short[0])]
+        frames, stride = lengths[short[0]], smallest[short[0]]
+        rate = self.sources[s].frame_rate_hz(v)
+        pace = f"at stride {stride:g}" if np.isfinite(stride) else f"faster than its {rate:g} frames per second"
+        raise UserError(
+            f"{self.sources[s].describe(v)}: {frames} frames, a clip of {self.frames} frames {pace} needs "
+            f"{needed[short[0]]:g} ({len(short)} of {len(lengths)} videos are too short); use shorter clips"
+            + ("" if skip_short else " or skip_short=True")
+        )
 
-    def _cumulative_starts(self, lengths: np.ndarray, strides: np.ndarray) -> np.ndarray:
-        spans = _span(self.frames, strides)
-        ends = np.cumsum(np.maximum(lengths - spans, 0)).astype(np.int64)
-        if ends[-1] == 0:
-            raise UserError(
-                f"no video is long enough for {self.frames} frames at stride {strides.min():g}: that needs "
-                f"{spans.min() + 1:g} frames, the longest has {lengths.max()}"
+    def _leave_out_paces(self, lengths: np.ndarray) -> None:
+        """Drops the strides at which no video is as long as a clip, and says so."""
+        fitting = [strides for strides in self._strides if self._starts(lengths, strides).any()]
+        if not fitting:
+            raise UserError("no video to draw clips from can be read")
+        if len(fitting) < len(self._strides):
+            longest, left = max(strides.min() for strides in fitting), len(self._strides) - len(fitting)
+            log.warning(
+                "left out %d of %d strides: the longest video, of %d frames, is too short for a clip of %d frames at a "
+                "stride above %g",
+                *(left, len(self._strides), lengths.max(), self.frames, longest),
             )
-        return ends
+        self._strides = fitting
+
+    def _starts(self, lengths: np.ndarray, strides: np.ndarray) -> np.ndarray:
+        """How many clips each video holds."""
+        return np.maximum(lengths - _span(self.frames, strides), 0).astype(np.int64)
+
+
+def frames_needed(video_rate_hz: float | None, frames: int, stride: Stride = 1, rate_hz: Rate | None = None) -> float:
+    """Raw frames of the shortest clip that `ClipDataset` may cut from a video of this rate; infinite where none may."""
+    if rate_hz is None:
+        strides = np.array([float(_stride_range(stride)[0])])
+    elif video_rate_hz is None:
+        return 1.0  # `ClipDataset` says what is wrong with it
+    else:
+        known = np.array([video_rate_hz])
+        strides = np.concatenate([_strides(known, rate, frames) for rate in _rate_range(rate_hz)])
+    return 1 + float(_span(frames, strides).min())
+
+
+def _strides(video_rates_hz: np.ndarray, rate_hz: float, frames: int) -> np.ndarray:
+    """The stride of every video at a clip's rate, infinite where it would show a frame twice."""
+    strides = video_rates_hz / rate_hz
+    return np.where((strides > 1 - 1e-3) | (frames == 1), strides, np.inf)
 
 
 def _span(frames: int, strides: np.ndarray) -> np.ndarray:
@@ -194,14 +231,14 @@ def _span(frames: int, strides: np.ndarray) -> np.ndarray:
     return np.floor((frames - 1) * strides + 0.5) if frames > 1 else np.zeros(len(strides))
 
 
-def _stride_range(stride: int | tuple[int, int]) -> list[int]:
+def _stride_range(stride: Stride) -> list[int]:
     low, high = (stride, stride) if isinstance(stride, int) else stride
     if not 1 <= low <= high:
         raise UserError(f"stride must be 1 or more, or (lowest, highest), got {stride}")
     return list(range(low, high + 1))
 
 
-def _rate_range(rate_hz: float | int | tuple[float | int, float | int]) -> list[float]:
+def _rate_range(rate_hz: Rate) -> list[float]:
     """The rates a clip's may be, highest first, as strides go lowest first."""
     low, high = rate_hz if isinstance(rate_hz, tuple | list) else (rate_hz, rate_hz)
     if not 0 < low <= high:

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from repvitok.data.batches import ClipMixture, GivenBatches, MixtureBatches, StepBatches
-from repvitok.data.clips import ClipDataset
+from repvitok.data.batches import (
+    ClipLoader,
+    ClipMixture,
+    GivenBatches,
+    MixtureBatches,
+    StepBatches,
+)
+from repvitok.data.clips import ClipDataset, frames_needed
 from repvitok.data.folders import FolderKind, FolderSplit, split_folder
 from repvitok.data.pictures import checked_range
+from repvitok.data.split import HeldOut
 from repvitok.errors import UserError
 
 
@@ -36,9 +44,11 @@ class ClipKind:
 class ClipDataModule(LightningDataModule):
     """Random clips from folders of data; some episodes or videos are held out for validation.
 
-    Training has no epochs: batch k is drawn from (seed, k) alone. The number of batches trained on is part of the
-    checkpoint, and a resumed run starts its loader at that number, so that batches that workers had prefetched before
-    a crash are neither lost nor repeated, whatever the number of workers.
+    Batch k of a run is drawn from (seed, k) alone, whatever its epochs. The loader keeps its place, which is part of
+    the checkpoint (`EndlessLoader`): batches that workers had prefetched before a crash are neither lost nor repeated,
+    whatever the number of workers.
+
+    Of a folder of one episode, or of one that is long enough, the last frames are held out (docs/decisions/054).
 
     With a `mixture`, each batch is of one kind, hence of one shape, drawn by its number: images (T = 1) between videos,
     several resolutions in one run. Images, from folders or shards, take part in kinds of one frame only; videos in all.
@@ -50,6 +60,7 @@ class ClipDataModule(LightningDataModule):
         size: tuple[int, int],
         kind: FolderKind = "auto",
         cameras: list[str] | None = None,
+        episodes: list[int] | int | str | None = None,
         frames: int = 17,
         stride: int | tuple[int, int] = 1,
         rate_hz: float | tuple[float, float] | None = None,
@@ -57,10 +68,10 @@ class ClipDataModule(LightningDataModule):
         mixture: list[ClipKind] | None = None,
         num_workers: int = 0,
         seed: int = 0,
-        held_out: float = 0.1,
+        held_out: HeldOut = 0.1,
         val_clips: int = 16,
         cache: Literal["memory"] | None = None,
-        skip_short: bool = False,
+        skip_short: bool = True,
         max_bad_fraction: float = 0.0,
         cache_folder: str | None = None,
         depth_range: tuple[float, float] | None = None,
@@ -72,6 +83,8 @@ class ClipDataModule(LightningDataModule):
             size: (height, width) in pixels that clips are resized to, multiples of the tokenizer's patch size.
             kind: what the folders are; "auto" looks.
             cameras: LeRobot cameras to use; all when None.
+            episodes: numbers of the episodes to use, also ranges like "0-9,12"; all when None. Videos and images are
+                numbered in the order of their paths.
             frames: T, frames per clip, 1 + 4 n.
             stride: every stride-th frame of the video, or (lowest, highest) drawn per clip.
             rate_hz: instead of a stride: frames per second of the clips, or (lowest, highest); see `ClipDataset`.
@@ -79,10 +92,11 @@ class ClipDataModule(LightningDataModule):
             mixture: other kinds of batches besides this one; validation is of this one.
             num_workers: loader processes; 0 loads in the training process.
             seed: seed of all clips.
-            held_out: fraction of each folder's episodes or videos kept for validation; 0 for no validation.
+            held_out: fraction of each folder's episodes or videos kept for validation, or their numbers; 0 for no
+                validation. Which ones a fraction takes is the same in every stage, see `repvitok.data.split`.
             val_clips: clips validated on, the same ones every time.
             cache: "memory" decodes everything once: for data that is small at `size`.
-            skip_short: leave out videos shorter than a clip.
+            skip_short: leave out videos shorter than a clip, and say how many; False refuses them.
             max_bad_fraction: how many files may be unreadable; see `ClipDataset`.
             cache_folder: where WebDataset shards keep their indices and local copies.
             depth_range: reads depth maps, too: (MIN, MAX) in the numbers they store become black and white.
@@ -93,6 +107,8 @@ class ClipDataModule(LightningDataModule):
         super().__init__()
         if not folders:
             raise UserError("expected at least one folder of data (data.folders), got none")
+        if isinstance(held_out, list) and len(folders) > 1:
+            raise UserError(f"data.held_out: numbers of episodes are those of one folder, got {len(folders)} folders")
         for name, value in (("batch_size", batch_size), ("val_clips", val_clips), ("frames", frames)):
             if value < 1:
                 raise UserError(f"expected {name} of 1 or more, got {value}")
@@ -101,6 +117,7 @@ class ClipDataModule(LightningDataModule):
         self.folders = folders
         self.kind: FolderKind = kind
         self.cameras = cameras
+        self.episodes = episodes
         self.stride = stride
         self.batch_size = batch_size
         self.mixture = list(mixture or ())
@@ -123,9 +140,11 @@ class ClipDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Opens the folders and splits them; with `cache: memory`, decodes what the stage needs."""
-        splits = [self._split(folder) for folder in self.folders]
         kinds = [self._clip, *(self._settings(kind) for kind in self.mixture)]
+        splits = [self._split(folder, kinds) for folder in self.folders]
         self._refuse_unused_images(splits, [clip["frames"] for clip in kinds])
+        if stage == "fit" and not any(split.train for split in splits):
+            raise UserError(f"no video of {', '.join(self.folders)} is long enough for a clip; use shorter clips")
         if stage == "fit" and not self._train:
             self._train = [
                 ClipDataset(
@@ -142,15 +161,16 @@ class ClipDataModule(LightningDataModule):
             settings = self._clip | self._reading
             self._val = ClipDataset(held_out, seed=self.seed + 1, length=self.val_clips, **settings)
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> ClipLoader:
         """Endless batches (b, 3, T, H, W), from the first one not trained on yet."""
         rank, world_size = self._rank()
         place = {"first": self._first_batch, "rank": rank, "world_size": world_size}
         if not self.mixture:
-            return self._loader(self._train[0], StepBatches(self.batch_size, **place))
+            return ClipLoader(self._train[0], StepBatches(self.batch_size, **place), self.num_workers)
         sizes = (self.batch_size, *(kind.batch_size or self.batch_size for kind in self.mixture))
         weights = (1.0, *(kind.weight for kind in self.mixture))
-        return self._loader(ClipMixture(self._train), MixtureBatches(sizes, weights, self.seed, **place))
+        batches = MixtureBatches(sizes, weights, self.seed, **place)
+        return ClipLoader(ClipMixture(self._train), batches, self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """The validation clips, split over ranks; none when nothing is held out."""
@@ -174,34 +194,37 @@ class ClipDataModule(LightningDataModule):
         return self.val_dataloader()
 
     def state_dict(self) -> dict[str, Any]:
-        """How many batches were trained on, the one under way included."""
-        done = self._first_batch
-        if self.trainer is not None:
-            done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed  # pyright: ignore[reportAttributeAccessIssue]
+        """The settings that decide what batch k holds; the loader's own state is the place."""
         mixture = [asdict(kind) for kind in self.mixture]
-        return {"batches": done, "batch_size": self.batch_size, "seed": self.seed, "mixture": mixture}
+        _, world_size = self._rank()
+        return {"batch_size": self.batch_size, "seed": self.seed, "mixture": mixture, "world_size": world_size}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues after the last batch trained on; batch size, seed and mixture must be the same.
+        """Continues after the last batch trained on; batch size, seed, mixture and processes must be the same.
 
         Raises:
             ValueError: if they are not: the order of the data would be another.
         """
         mine = self.state_dict()
-        for name in ("batch_size", "seed", "mixture"):
-            if state_dict.get(name, []) != mine[name]:
+        theirs = {"mixture": [], "world_size": mine["world_size"]} | state_dict  # version 0.1 wrote neither
+        for name in ("batch_size", "seed", "mixture", "world_size"):
+            if theirs.get(name) != mine[name]:
+                what = "number of processes" if name == "world_size" else f"data.{name}"
                 raise UserError(
-                    f"the checkpoint was trained with data.{name} = {state_dict.get(name)}, got {mine[name]}: use "
-                    "the same to resume, or start a new run from its exported weights (model.init_from)"
+                    f"the checkpoint was trained with {what} = {theirs.get(name)}, got {mine[name]}: use the same to "
+                    "resume, or start a new run from its exported weights (model.init_from)"
                 )
-        self._first_batch = int(state_dict["batches"])
+        self._first_batch = int(state_dict.get("batches", 0))  # version 0.1 kept the place here
 
-    def _split(self, folder: str) -> FolderSplit:
+    def _split(self, folder: str, kinds: list[dict[str, Any]]) -> FolderSplit:
+        pace = [{name: clip[name] for name in ("frames", "stride", "rate_hz")} for clip in kinds]
         return split_folder(
             folder,
             self.kind,
             cameras=self.cameras,
+            episodes=self.episodes,
             held_out=self.held_out,
+            needed=[partial(frames_needed, **clip) for clip in pace] if self._reading["skip_short"] else [],
             max_bad_fraction=self.max_bad_fraction,
             cache_folder=self.cache_folder,
             depth_range=self.depth_range,

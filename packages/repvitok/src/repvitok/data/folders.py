@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,10 +16,11 @@ from repvitok.data.sources import (
     ImageFolder,
     SelectedVideos,
     VideoFolder,
+    VideoPart,
     VideoSource,
     lerobot_sources,
 )
-from repvitok.data.split import split_episodes
+from repvitok.data.split import EpisodeNumbers, choose_episodes, held_out_tail, left_out, split_episodes
 from repvitok.data.tars import TarShards, is_shards
 from repvitok.errors import UserError
 
@@ -27,6 +30,8 @@ _LEROBOT_FILES = (
     *("videos/chunk-*/*/episode_*.mp4", "videos/*/chunk-*/file-*.mp4"),
 )
 """What only a LeRobot data set has, of version 2 or 3."""
+
+log = logging.getLogger(__name__)
 
 FolderKind = Literal["auto", "lerobot", "videos", "images", "webdataset"]
 
@@ -56,39 +61,88 @@ def split_folder(
     kind: FolderKind = "auto",
     *,
     cameras: Sequence[str] | None = None,
-    held_out: float = 0.0,
+    episodes: EpisodeNumbers | None = None,
+    held_out: float | Sequence[int] = 0.0,
+    needed: Sequence[Callable[[float | None], float]] = (),
     max_bad_fraction: float = 0.0,
     cache_folder: str | None = None,
     depth_range: DepthRange | None = None,
 ) -> FolderSplit:
-    """Opens a folder and holds some of its episodes or videos out.
+    """Opens a folder and holds some of its episodes or videos out, or the last frames of an only one.
 
     Args:
         folder: a LeRobot data set, a folder of videos or of images, or WebDataset shards.
         kind: which of them; "auto" looks.
         cameras: LeRobot cameras to use; all when None.
-        held_out: fraction of its episodes or videos (`split_episodes`).
+        episodes: numbers of the episodes or videos to use; all when None.
+        held_out: fraction of its episodes or videos, or their numbers (`split_episodes`).
+        needed: for each kind of clip, the first of them validated on, the raw frames it takes of a video of some rate.
+            What is too short for all of them is left out, with a word.
         max_bad_fraction: how many of a folder's or shards' files may be unreadable.
         cache_folder: for `TarShards`.
         depth_range: reads depth maps, too: (MIN, MAX) in the numbers they store become black and white.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it holds nothing of the kind, or too much that cannot be read.
+        ValueError: it holds nothing of the kind, or too much that cannot be read, or no such episode.
     """
     found = folder_kind(folder) if kind == "auto" else kind
     if found == "lerobot":
         reader = LeRobotReader(folder, depth_range=depth_range)
-        train, kept = split_episodes([info.index for info in reader.episodes], held_out)
-        held = lerobot_sources(reader, cameras=cameras, episodes=kept) if kept else []
-        return FolderSplit(folder, lerobot_sources(reader, cameras=cameras, episodes=train), held)
-    source = open_videos(
-        folder, found, max_bad_fraction=max_bad_fraction, cache_folder=cache_folder, depth_range=depth_range
-    )
-    train, kept = split_episodes(range(len(source)), held_out)
-    held = [SelectedVideos(source, kept)] if kept else []
-    still = isinstance(source, ImageFolder) or (isinstance(source, TarShards) and source.media == "images")
-    return FolderSplit(folder, [SelectedVideos(source, train)], list(held), still)
+        sources, numbers = lerobot_sources(reader, cameras=cameras), [info.index for info in reader.episodes]
+        still, what = False, "episodes"
+    else:
+        source = open_videos(
+            folder, found, max_bad_fraction=max_bad_fraction, cache_folder=cache_folder, depth_range=depth_range
+        )
+        sources, numbers = [source], list(range(len(source)))
+        still = isinstance(source, ImageFolder) or (isinstance(source, TarShards) and source.media == "images")
+        what = "images" if still else "videos"
+    position = {number: place for place, number in enumerate(numbers)}
+    known = choose_episodes(episodes, numbers, folder)
+    takes = {} if still else {n: [f(sources[0].frame_rate_hz(position[n])) for f in needed] for n in known}
+    lengths = {number: sources[0].num_frames(position[number]) for number in known}
+    short = [number for number in known if takes.get(number) and lengths[number] < min(takes[number])]
+    if short:
+        least = min(min(takes[number]) for number in short)
+        told = left_out([lengths[number] for number in short], len(known), f"a clip takes {least:g} frames", what)
+        log.warning("%s: %s", folder, told)
+    usable = set(known) - set(short)
+    if not usable:
+        return FolderSplit(folder, [], [], still)
+    train, kept = split_episodes(known, held_out, usable)
+    if held_out and not kept:
+        if len(usable) == 1:
+            video = position[train[0]]
+            name = f"episode {train[0]}" if found == "lerobot" else sources[0].describe(video)
+            return _split_frames(folder, sources, video, name, held_out, takes.get(train[0]) or [1.0], still)
+        log.warning("%s: nothing is held out: the %s that would be are too short", folder, what)
+    parts = [[position[number] for number in side] for side in (train, kept)]
+    train, kept = ([SelectedVideos(source, part) for source in sources] if part else [] for part in parts)
+    return FolderSplit(folder, list(train), list(kept), still)
+
+
+def _split_frames(
+    folder: str,
+    sources: Sequence[VideoSource],
+    video: int,
+    name: str,
+    held_out: float | Sequence[int],
+    takes: Sequence[float],
+    still: bool,
+) -> FolderSplit:
+    """The first frames of an only video to train on, the last ones held out; `takes` frames are a clip of each kind."""
+    length = sources[0].num_frames(video)
+    longest = max(frames for frames in takes if frames <= length)
+    shortest = takes[0] if takes[0] <= length else longest
+    tail = 0 if still else held_out_tail(length, held_out, math.ceil(shortest), math.ceil(longest))
+    if not tail:
+        log.warning("%s: nothing is held out: there is %s alone, of %d frames", folder, name, length)
+        return FolderSplit(folder, [SelectedVideos(source, [video]) for source in sources], [], still)
+    cut = length - tail
+    log.warning("%s: %s alone: its frames 0-%d are trained on, %d-%d held out", folder, name, cut - 1, cut, length - 1)
+    train, kept = ([VideoPart(source, video, *span) for source in sources] for span in ((0, cut), (cut, length)))
+    return FolderSplit(folder, list(train), list(kept), still)
 
 
 def open_videos(

@@ -19,6 +19,7 @@ import numpy as np
 from repvitok.data.atomic import partial_path, replace_durably, write_json_atomic
 from repvitok.data.last_used import LastUsed
 from repvitok.data.latents import ChannelStatistics, EpisodeInfo, InstructionSource, LatentEpisode, LatentMeta
+from repvitok.data.split import parse_episodes
 from repvitok.errors import UserError
 
 __all__ = [
@@ -224,6 +225,12 @@ class LatentShards(Sequence[LatentEpisode]):
         if all("episodes" in shard for shard in self._shards):
             return [EpisodeInfo(**values) for shard in self._shards for values in shard["episodes"]]
         return [episode.info for episode in self]
+
+    @cached_property
+    def recorded(self) -> list[int]:
+        """Numbers of the data set's episodes that were to be encoded, those too short to be among them included."""
+        left_out = self.provenance.get("left_out")
+        return sorted({info.episode_index for info in self.infos}.union(*parse_episodes(left_out) if left_out else ()))
 
     def __getitem__(self, index: int) -> LatentEpisode:  # type: ignore[override]  # no slices
         number, key = self._where[index]

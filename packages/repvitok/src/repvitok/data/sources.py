@@ -149,7 +149,8 @@ class ImageFolder:
 
 
 class SelectedVideos:
-    """Some of another source's videos: video i is `source`'s `videos[i]`."""
+    """Some of another source's videos: video i is `source`'s `videos[i]`, by position. Episodes have numbers, which are
+    other ones where some are missing: `lerobot_sources` takes those."""
 
     def __init__(self, source: VideoSource, videos: Sequence[int]) -> None:
         outside = [video for video in videos if not 0 <= video < len(source)]
@@ -171,6 +172,36 @@ class SelectedVideos:
 
     def describe(self, video: int) -> str:
         return self._source.describe(self._videos[video])
+
+
+class VideoPart:
+    """Frames first .. last - 1 of one of another source's videos, as a source of one video."""
+
+    def __init__(self, source: VideoSource, video: int, first: int, last: int) -> None:
+        if not 0 <= first < last <= source.num_frames(video):
+            raise UserError(
+                f"{source.describe(video)} has {source.num_frames(video)} frames, asked for {first}..{last - 1}"
+            )
+        self._source, self._video, self._first, self._last = source, video, first, last
+
+    def __len__(self) -> int:
+        return 1
+
+    def num_frames(self, video: int) -> int:  # noqa: ARG002 - the only one
+        return self._last - self._first
+
+    def frame_rate_hz(self, video: int) -> float | None:  # noqa: ARG002 - the only one
+        return self._source.frame_rate_hz(self._video)
+
+    def read(self, video: int, frames: Sequence[int] | None = None) -> UInt8[np.ndarray, "n h w 3"]:
+        length = self.num_frames(video)
+        wanted = range(length) if frames is None else frames
+        if len(wanted) and not 0 <= min(wanted) <= max(wanted) < length:
+            raise UserError(f"{self.describe(video)}: frames 0..{length - 1} of these, asked for {list(wanted)}")
+        return self._source.read(self._video, [self._first + frame for frame in wanted])
+
+    def describe(self, video: int) -> str:  # noqa: ARG002 - the only one
+        return f"{self._source.describe(self._video)}, frames {self._first}-{self._last - 1}"
 
 
 class BadFiles:

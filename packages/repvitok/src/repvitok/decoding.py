@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from glob import escape
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from repvitok.data.shards import LatentShards
 from repvitok.data.transforms import to_frames
 from repvitok.data.video import write_video
 from repvitok.errors import UserError
+from repvitok.files import refuse_foreign
 from repvitok.interface import VideoTokenizer
 from repvitok.progress import progress
 
@@ -43,15 +45,20 @@ def decode_shards(
     missing = sorted(set(episodes or ()) - {episode.episode_index for episode in chosen})
     if missing:
         raise UserError(f"{latents} holds no episodes {missing}")
-    Path(out).mkdir(parents=True, exist_ok=True)
+    names = [_video_name(key, camera) for key in shards.keys for camera in shards.meta.cameras]
+    refuse_foreign(Path(out), map(escape, names), "decoded videos")
     written = []
     for episode in progress(chosen, "decode", unit="episode"):
         video = decode_episode(tokenizer, episode, shards.meta)
         for camera, pixels in zip(shards.meta.cameras, video, strict=True):
-            path = Path(out) / f"{episode.key}.{camera.split('.')[-1]}.mp4"
+            path = Path(out) / _video_name(episode.key, camera)
             write_video(path, to_frames(pixels.cpu()), shards.meta.frame_rate_hz / shards.meta.stride)
             written.append(path)
     return written
+
+
+def _video_name(key: str, camera: str) -> str:
+    return f"{key}.{camera.split('.')[-1]}.mp4"
 
 
 def decode_episode(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,6 @@ from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from repvitok.data.atomic import write_json_atomic
 from repvitok.data.lerobot_format import EpisodeInfo
 from repvitok.data.shards import (
     LatentEpisode,
@@ -28,11 +26,14 @@ from repvitok.data.shards import (
     LatentShards,
     LatentShardWriter,
     read_episode_file,
+    refuse_foreign_tars,
+    remove_work,
     write_episode_file,
 )
 from repvitok.data.transforms import resize_frames, to_unit
 from repvitok.encoding_plan import EncodingPlan, EpisodeReader, Share, describe_latents, make_plan, share_of_episodes
 from repvitok.errors import UserError, require_disk_space
+from repvitok.files import sole_writer, write_json_atomic
 from repvitok.interface import VideoTokenizer
 from repvitok.merging import part_folder
 from repvitok.progress import progress as progress_bar
@@ -87,7 +88,7 @@ def encode_dataset(
 
     Raises:
         ValueError: a size, stride, offset or camera does not fit, an episode is too short for an offset, a video is
-            damaged, or `out` holds latents made otherwise.
+            damaged, `out` holds latents made otherwise or anything else, or another process is writing it.
     """
     out = Path(out)
     if workers < 1:
@@ -95,24 +96,37 @@ def encode_dataset(
     plan = make_plan(tok, reader, size, stride, offsets, cameras, dtype)
     episodes = share_of_episodes(reader.episodes, shard)
     target = out if shard is None else part_folder(out, shard)
+    if (done := _finished(out, target, plan)) is not None:
+        return done
+    for folder in (out, target):
+        refuse_foreign_tars(folder)
+    meta = describe_latents(tok, reader, plan)
+    with sole_writer(target):
+        if (done := _finished(out, target, plan)) is not None:  # another process has made them meanwhile
+            return done
+        work = _open_work_folder(target, plan)
+        _require_space(target, episodes, plan, meta, tok.config.tubelet_frames)
+        with progress_bar(desc="encode", total=sum(e.length for e in episodes), unit="frame", force=progress) as bar:
+            pace = _encode_waiting(tok, reader, plan, _batches(episodes, plan, batch_size), work, workers, bar)
+        if report is not None and pace.frames:
+            report(f"{target}: {pace}")
+        with LatentShardWriter(target, meta, dtype=dtype, provenance=plan.to_dict()) as writer:
+            for info in episodes:
+                for offset in plan.offsets:
+                    writer.add(read_episode_file(_work_file(work, info, offset)))
+        remove_work(target)
+    return writer.meta
+
+
+def _finished(out: Path, target: Path, plan: EncodingPlan) -> LatentMeta | None:
+    """The meta of finished latents, if they are of this plan; what a kill after their last file left is removed."""
     for finished in (out, target):
         if (finished / "meta.json").exists():
             shards = LatentShards(finished)
             plan.require_same(shards.provenance, out)
+            remove_work(finished)
             return shards.meta
-    meta = describe_latents(tok, reader, plan)
-    work = _open_work_folder(target, plan)
-    _require_space(target, episodes, plan, meta, tok.config.tubelet_frames)
-    with progress_bar(desc="encode", total=sum(e.length for e in episodes), unit="frame", force=progress) as bar:
-        pace = _encode_waiting(tok, reader, plan, _batches(episodes, plan, batch_size), work, workers, bar)
-    if report is not None and pace.frames:
-        report(f"{target}: {pace}")
-    with LatentShardWriter(target, meta, dtype=dtype, provenance=plan.to_dict()) as writer:
-        for info in episodes:
-            for offset in plan.offsets:
-                writer.add(read_episode_file(_work_file(work, info, offset)))
-    shutil.rmtree(work)
-    return writer.meta
+    return None
 
 
 @dataclass(frozen=True, eq=False)

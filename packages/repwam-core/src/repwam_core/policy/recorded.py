@@ -7,8 +7,8 @@ from typing import Literal
 
 import lightning as L
 from repvitok.data import LeRobotReader
-from repvitok.data.atomic import write_json_atomic
 from repvitok.errors import UserError
+from repvitok.files import write_json_atomic
 
 from repwam_core.data.datamodule import WAMDataModule
 from repwam_core.data.episodes import EpisodeStore, text_cache

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,11 +23,15 @@ class Ranks:
         self.largest = max(self.largest, int(tensor))
         return torch.tensor(self.largest)
 
+    def broadcast(self, value):
+        return value
+
 
 class Stub(Trainer):
     """As much of a trainer as `SaveLast` looks at."""
 
     global_step, default_root_dir = 7, "run"
+    fit_loop = SimpleNamespace(_data_fetcher=None, epoch_loop=SimpleNamespace(_should_check_val_fx=lambda _: False))
 
     def __init__(self, world_size, strategy):
         self._world_size, self._strategy, self.saved = world_size, strategy, []

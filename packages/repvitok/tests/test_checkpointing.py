@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from repvitok.checkpointing import read_checkpoint, resolve_checkpoint, resume_path, write_checkpoint
+from repvitok.errors import UserError
 
 
 def write_for_ever(path: Path, number: int) -> None:
@@ -62,7 +63,8 @@ def test_damaged_files_are_named(tmp_path, damage):
     )
     with pytest.raises(ValueError, match=r"last\.ckpt \(\d+ bytes\) is not a readable checkpoint"):
         read_checkpoint(path)
-    assert resume_path(tmp_path) is None
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole .*last\.ckpt"):
+        resume_path(tmp_path)
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):

@@ -71,7 +71,7 @@ def _probe_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _probe(arguments: argparse.Namespace) -> int:
-    from repvitok.data.atomic import write_json_atomic
+    from repvitok.files import write_json_atomic
 
     from latent_action.model import LatentActionTokenizer
     from latent_action.probe import format_report, probe_shards

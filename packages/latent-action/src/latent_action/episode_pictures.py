@@ -9,13 +9,13 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, UInt8
 from PIL import Image
-from repvitok.data.atomic import partial_path, replace_durably
 from repvitok.data.latents import LatentEpisode
 from repvitok.data.lerobot import LeRobotReader
 from repvitok.data.shards import LatentShards
 from repvitok.data.transforms import prepare_frames
 from repvitok.data.video import write_video
 from repvitok.errors import UserError
+from repvitok.files import atomic_file
 
 from latent_action.baselines.lapa import LapaQuantizer
 from latent_action.baselines.readout import lapa_acting_map
@@ -153,7 +153,5 @@ def _even(picture: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H2 W2 3"]:
 
 
 def _save_png(picture: UInt8[np.ndarray, "H W 3"], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_path(path)
-    Image.fromarray(picture).save(partial, format="PNG")
-    replace_durably(partial, path)
+    with atomic_file(path) as partial:
+        Image.fromarray(picture).save(partial, format="PNG")

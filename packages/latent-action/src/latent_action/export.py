@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from repvitok.checkpointing import read_checkpoint
-from repvitok.data.atomic import write_text_atomic
 from repvitok.errors import UserError
 
 from latent_action.config import LatentActionConfig
@@ -32,8 +31,7 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path) -> LatentActionTo
     """
     loaded = read_checkpoint(checkpoint)
     lat = read_tokenizer(loaded)
-    lat.save_pretrained(out)
-    write_text_atomic(Path(out) / "README.md", model_card(lat, int(loaded.get("global_step", 0))))
+    lat.save_pretrained(out, readme=model_card(lat, int(loaded.get("global_step", 0))))
     return lat
 
 

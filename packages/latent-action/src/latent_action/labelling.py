@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from repvitok.data.atomic import partial_path, replace_durably
 from repvitok.data.latents import LatentEpisode, LatentMeta
-from repvitok.data.shards import LatentShards, LatentShardWriter, replace_instructions
+from repvitok.data.shards import (
+    LatentShards,
+    LatentShardWriter,
+    refuse_foreign_tars,
+    remove_work,
+    replace_instructions,
+)
 from repvitok.errors import UserError, require_disk_space
+from repvitok.files import atomic_file, is_held, sole_writer, write_json_atomic
 from repvitok.progress import progress
 from torch import Tensor
 
@@ -58,21 +65,26 @@ def label_shards(
     Raises:
         FileNotFoundError: `source` does not exist.
         ValueError: the shards come from another visual tokenizer than the LAT was trained on, `out` holds
-            something else, or a latent action is not finite.
+            something else or is being written by another process, or a latent action is not finite.
     """
     shards = LatentShards(source)
     require_same_tokenizer(lat, shards)
     out, digest = Path(out), lat.digest()
     if (out / "meta.json").exists():
         return _require_finished(out, shards, digest)
-    parts = _open_parts(out, shards, digest)
+    within = os.path.relpath(Path(source).resolve(), out.resolve()).split(os.sep)[0]
+    refuse_foreign_tars(out, within)  # the latents themselves may lie in `out`
     mine = range(len(shards)) if shard is None else _share(len(shards), shard)
-    lat = lat.to(device).eval()
-    for index in progress(mine, desc="label", unit="episode", force=force_progress):
-        _label_episode(lat, shards, index, parts)
-    if shard is not None:
-        return None
-    return _write_shards(shards, parts, out, digest)
+    with _sole_labeller(out, shard):
+        if (out / "meta.json").exists():  # another process has made them meanwhile
+            return _require_finished(out, shards, digest)
+        parts = _open_parts(out, shards, digest)
+        lat = lat.to(device).eval()
+        for index in progress(mine, desc="label", unit="episode", force=force_progress):
+            _label_episode(lat, shards, index, parts)
+        if shard is not None:
+            return None
+        return _write_shards(shards, parts, out, digest)
 
 
 @torch.no_grad()
@@ -120,9 +132,27 @@ def _label_episode(lat: LatentActionTokenizer, shards: LatentShards, index: int,
             f"{shards.root}: episode {shards.keys[index]} has a latent action that is not finite; its latents are "
             "damaged, or the LAT is. Run `LatentShards(...).verify()` on the latents."
         )
-    partial = partial_path(path)
-    np.save(partial, actions)
-    replace_durably(partial, path)
+    with atomic_file(path) as partial:
+        np.save(partial, actions)
+
+
+@contextmanager
+def _sole_labeller(out: Path, shard: tuple[int, int] | None) -> Iterator[None]:
+    """Holds `out`, or one share of the work on it: others may work on their shares, while nobody holds the whole.
+
+    Each side takes its own lock before it looks for the other's, so that one of them notices.
+    """
+    busy = f"{out}: another process is labelling here; wait until it has ended, or choose another folder"
+    if shard is None:
+        with sole_writer(out, busy):
+            if any(map(is_held, (out / _PARTS).glob("share-*"))):
+                raise UserError(busy)
+            yield
+        return
+    with sole_writer(out / _PARTS / f"share-{shard[0]}-of-{shard[1]}", busy):
+        if is_held(out):
+            raise UserError(busy)
+        yield
 
 
 def _open_parts(out: Path, shards: LatentShards, digest: str) -> Path:
@@ -130,17 +160,13 @@ def _open_parts(out: Path, shards: LatentShards, digest: str) -> Path:
     parts = out / _PARTS
     claim = {"lat": digest, "tokenizer": shards.meta.tokenizer_digest, "episodes": len(shards)}
     known = parts / "claim.json"
-    if known.exists():
-        if (found := json.loads(known.read_text())) != claim:
-            raise UserError(
-                f"{out} holds unfinished labels of other latents or another LAT ({found}, expected {claim}): "
-                "remove the folder, or choose another."
-            )
-        return parts
-    parts.mkdir(parents=True, exist_ok=True)
-    partial = partial_path(known)
-    partial.write_text(json.dumps(claim))
-    replace_durably(partial, known)
+    if not known.exists():
+        write_json_atomic(known, claim)
+    if (found := json.loads(known.read_text())) != claim:
+        raise UserError(
+            f"{out} holds unfinished labels of other latents or another LAT ({found}, expected {claim}): "
+            "remove the folder, or choose another."
+        )
     return parts
 
 
@@ -151,7 +177,7 @@ def _write_shards(shards: LatentShards, parts: Path, out: Path, digest: str) -> 
     with writer:
         for episode in _labelled(shards, parts):
             writer.add(episode)
-    shutil.rmtree(parts)
+    remove_work(out)
     return writer.meta
 
 
@@ -171,7 +197,7 @@ def _require_finished(out: Path, shards: LatentShards, digest: str) -> LatentMet
         )
     # The instructions of the source may have been corrected since.
     replace_instructions(done, {info.episode_index: info.task for info in shards.infos}, shards.meta.instruction_source)
-    shutil.rmtree(out / _PARTS, ignore_errors=True)
+    remove_work(out)
     return done.meta
 
 

@@ -3,25 +3,76 @@
 from __future__ import annotations
 
 import csv
+import errno
+import io
+import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
+
+from repvitok.files import translated
 
 CURVES_FILE = "metrics.csv"
 _COLUMNS = ["step", "name", "value"]
 
 
-def append_curves(folder: str | Path, rows: list[tuple[int, str, float]]) -> None:
-    """Appends (step, name, value) rows to a run's metrics.csv, with a header when the file is new."""
+Row = tuple[int, str, float]
+"""Step, name, value."""
+
+
+def append_curves(folder: str | Path, rows: list[Row]) -> None:
+    """Appends rows to a run's metrics.csv, with a header when the file is new.
+
+    A last line that a kill has cut short is removed first; where the disk is full the file is left as it was.
+
+    Raises:
+        WriteError: the rows cannot be written.
+    """
+    if not rows:
+        return
     path = Path(folder) / CURVES_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(_COLUMNS)
-        writer.writerows(rows)
+    with translated(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+", buffering=0) as file:
+            length, text = _whole_lines(file), io.StringIO()
+            csv.writer(text).writerows([_COLUMNS, *rows] if length == 0 else rows)
+            file.truncate(length)
+            try:
+                if file.write(content := text.getvalue().encode()) != len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(length)
+                raise
+
+
+def mark_curves(folder: str | Path) -> dict[str, int]:
+    """What a run's metrics.csv holds now, for `rewind_curves`: its length and checksum."""
+    path = Path(folder) / CURVES_FILE
+    content = path.read_bytes() if path.exists() else b""
+    return {"bytes": len(content), "crc32": zlib.crc32(content)}
+
+
+def rewind_curves(folder: str | Path, mark: Mapping[str, Any]) -> bool:
+    """Cuts a run's metrics.csv back to what it held at a mark; returns False where it never held that."""
+    path = Path(folder) / CURVES_FILE
+    content = path.read_bytes() if path.exists() else b""
+    if len(content) < mark["bytes"] or zlib.crc32(content[: mark["bytes"]]) != mark["crc32"]:
+        return False
+    if len(content) > mark["bytes"]:
+        with translated(path):
+            os.truncate(path, mark["bytes"])
+    return True
+
+
+def _whole_lines(file: BinaryIO) -> int:
+    """Where the last whole line of a file ends, looking at its last 64 kB at most."""
+    size = file.seek(0, os.SEEK_END)
+    start = max(0, size - 2**16)
+    file.seek(start)
+    return start + file.read().rfind(b"\n") + 1
 
 
 def read_curves(folder: str | Path) -> Mapping[str, np.ndarray]:

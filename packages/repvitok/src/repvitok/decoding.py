@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from glob import escape
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from repvitok.data.shards import LatentShards
 from repvitok.data.split import EpisodeNumbers, choose_episodes
 from repvitok.data.transforms import to_frames
 from repvitok.data.video import write_video
+from repvitok.files import refuse_foreign
 from repvitok.interface import VideoTokenizer
 from repvitok.progress import progress
 
@@ -40,16 +42,21 @@ def decode_shards(
     shards = LatentShards(latents, expect_digest=tokenizer.digest())
     wanted = set(choose_episodes(episodes, [info.episode_index for info in shards.infos], str(latents)))
     chosen = [number for number, info in enumerate(shards.infos) if info.episode_index in wanted]
-    Path(out).mkdir(parents=True, exist_ok=True)
+    names = [_video_name(key, camera) for key in shards.keys for camera in shards.meta.cameras]
+    refuse_foreign(Path(out), map(escape, names), "decoded videos")
     written = []
     for number in progress(chosen, "decode", unit="episode"):
         episode = shards[number]
         video = decode_episode(tokenizer, episode, shards.meta)
         for camera, pixels in zip(shards.meta.cameras, video, strict=True):
-            path = Path(out) / f"{episode.key}.{camera.split('.')[-1]}.mp4"
+            path = Path(out) / _video_name(episode.key, camera)
             write_video(path, to_frames(pixels.cpu()), shards.meta.frame_rate_hz / shards.meta.stride)
             written.append(path)
     return written
+
+
+def _video_name(key: str, camera: str) -> str:
+    return f"{key}.{camera.split('.')[-1]}.mp4"
 
 
 def decode_episode(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,6 @@ from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from repvitok.data.atomic import write_json_atomic
 from repvitok.data.contents import number_columns, require_recorded
 from repvitok.data.latents import ChannelRange
 from repvitok.data.lerobot import LeRobotReader
@@ -32,6 +30,8 @@ from repvitok.data.shards import (
     LatentShards,
     LatentShardWriter,
     read_episode_file,
+    refuse_foreign_tars,
+    remove_work,
     write_episode_file,
 )
 from repvitok.data.split import EpisodeNumbers
@@ -47,6 +47,7 @@ from repvitok.encoding_plan import (
     share_of_episodes,
 )
 from repvitok.errors import UserError, require_disk_space
+from repvitok.files import sole_writer, write_json_atomic
 from repvitok.interface import VideoTokenizer
 from repvitok.merging import part_folder
 from repvitok.progress import progress as progress_bar
@@ -105,7 +106,8 @@ def encode_dataset(
 
     Raises:
         ValueError: a size, stride, offset, camera or episode does not fit, an episode is too short for an offset, a
-            video is missing or damaged, or `out` holds latents made otherwise.
+            video is missing or damaged, `out` holds latents made otherwise or anything else, or another process is
+            writing it.
     """
     out = Path(out)
     if workers < 1:
@@ -114,30 +116,43 @@ def encode_dataset(
     everything = infos_of(reader, episodes)
     infos = share_of_episodes(everything, shard)
     target = out if shard is None else part_folder(out, shard)
-    for finished in (out, target):
-        if (finished / "meta.json").exists():
-            shards = LatentShards(finished)
-            plan.require_same(shards.provenance, out)
-            relabel(shards, infos, instruction_source(reader, everything), report)
-            return shards.meta
+
+    def finished() -> LatentMeta | None:
+        """The meta of finished latents, if they are of this plan; what a kill after their last file left is removed."""
+        for folder in (out, target):
+            if (folder / "meta.json").exists():
+                shards = LatentShards(folder)
+                plan.require_same(shards.provenance, out)
+                remove_work(folder)
+                relabel(shards, infos, instruction_source(reader, everything), report)
+                return shards.meta
+        return None
+
+    if (done := finished()) is not None:
+        return done
     if isinstance(reader, LeRobotReader):
         require_recorded(reader, plan.cameras, [info.index for info in infos])
+    for folder in (out, target):
+        refuse_foreign_tars(folder)
     meta = describe_latents(tok, reader, plan, everything)
-    work = _open_work_folder(target, plan)
-    _require_space(target, infos, plan, meta)
-    with progress_bar(desc="encode", total=sum(info.length for info in infos), unit="frame", force=progress) as bar:
-        pace = _encode_waiting(tok, reader, plan, _batches(infos, plan, batch_size), work, workers, bar)
-    provenance = {**plan.to_dict(), "columns": number_columns(reader)}
-    ranges = {"action": ChannelRange(meta.action_names), "observation.state": ChannelRange(meta.state_names)}
-    with LatentShardWriter(target, meta, dtype=dtype, provenance=provenance) as writer:
-        for info in infos:
-            for offset in plan.offsets:
-                # An instruction may have been corrected since a killed run encoded its episode.
-                episode = dataclasses.replace(read_episode_file(_work_file(work, info, offset)), task=info.task)
-                ranges["action"].add(episode.actions)
-                ranges["observation.state"].add(episode.state)
-                writer.add(episode)
-    shutil.rmtree(work)
+    with sole_writer(target):
+        if (done := finished()) is not None:  # another process has made them meanwhile
+            return done
+        work = _open_work_folder(target, plan)
+        _require_space(target, infos, plan, meta)
+        with progress_bar(desc="encode", total=sum(info.length for info in infos), unit="frame", force=progress) as bar:
+            pace = _encode_waiting(tok, reader, plan, _batches(infos, plan, batch_size), work, workers, bar)
+        provenance = {**plan.to_dict(), "columns": number_columns(reader)}
+        ranges = {"action": ChannelRange(meta.action_names), "observation.state": ChannelRange(meta.state_names)}
+        with LatentShardWriter(target, meta, dtype=dtype, provenance=provenance) as writer:
+            for info in infos:
+                for offset in plan.offsets:
+                    # An instruction may have been corrected since a killed run encoded its episode.
+                    episode = dataclasses.replace(read_episode_file(_work_file(work, info, offset)), task=info.task)
+                    ranges["action"].add(episode.actions)
+                    ranges["observation.state"].add(episode.state)
+                    writer.add(episode)
+        remove_work(target)
     if report is not None and pace.frames:
         report(f"{target}: {pace}")
     constant = [f"{name} {', '.join(known.constant())}" for name, known in ranges.items() if known.constant()]

@@ -6,8 +6,11 @@ import errno
 import functools
 import logging
 import shutil
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -21,14 +24,42 @@ class UserError(ValueError):
     """A mistake in what the user gave: the message says what was expected, what came and what to do."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: a command ends as after Ctrl-C, so that what it was writing is cleaned up."""
+
+
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """For the length of a block SIGTERM raises `Terminated`, once; in other threads than the main one nothing changes.
+
+    A second signal ends the process at once, as it does everywhere else.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) in (
+        None,
+        signal.SIG_IGN,
+    ):
+        yield
+        return
+
+    def terminate(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run_cli(main: Callable[[Sequence[str] | None], int | None]) -> CommandMain:
     """Make `main(argv) -> int` report a user's errors in one line instead of a traceback.
 
     The wrapped function returns the exit code and never raises for what a user can cause, so that it can be
     both a console script and a function called many times in one process. Exit codes: what `main` returned
     (None is 0); 2 for `ValueError` (hence `UserError`), for a path that is missing or of the wrong kind, and
-    for a full disk; 130 for Ctrl-C; argparse's own code where argparse ended the command. Any other exception
-    is a bug and keeps its traceback.
+    for a full disk; 130 for Ctrl-C and 143 for SIGTERM, after cleaning up; argparse's own code where argparse ended
+    the command. Any other exception is a bug and keeps its traceback.
 
     Args:
         main: the command, taking the arguments without the program's name (None: `sys.argv[1:]`).
@@ -37,9 +68,13 @@ def run_cli(main: Callable[[Sequence[str] | None], int | None]) -> CommandMain:
     @functools.wraps(main)
     def command(argv: Sequence[str] | None = None) -> int:
         try:
-            return main(argv) or 0
+            with sigterm_raises():
+                return main(argv) or 0
         except SystemExit as ended:
             return _exit_code(ended)
+        except Terminated:
+            print("terminated", file=sys.stderr)
+            return 143
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130

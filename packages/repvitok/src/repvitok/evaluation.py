@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from repvitok.data.atomic import write_json_atomic
 from repvitok.errors import UserError
 from repvitok.features import FeatureNetwork
+from repvitok.files import write_json_atomic
 from repvitok.losses import PerceptualLoss
 from repvitok.metrics import FrechetReconstruction, LPIPSMetric, MetricRow, ReconstructionMetrics, metric_table
 

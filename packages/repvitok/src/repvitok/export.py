@@ -48,9 +48,7 @@ def export_checkpoint(path: str | Path, out: str | Path, averaged: bool = True) 
     """Writes config.json, model.safetensors and a model card README.md into `out`; returns the tokenizer."""
     tokenizer = tokenizer_from_checkpoint(path, averaged)
     steps = int(read_checkpoint(path, mmap=True).get("global_step", 0))
-    tokenizer.save_pretrained(out)
-    card = model_card(tokenizer, steps, averaged)
-    (Path(out) / "README.md").write_text(card, encoding="utf-8")
+    tokenizer.save_pretrained(out, readme=model_card(tokenizer, steps, averaged))
     return tokenizer
 
 

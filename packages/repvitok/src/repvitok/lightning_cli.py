@@ -6,24 +6,28 @@ import logging
 import os
 import re
 import signal
+import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from jsonargparse import ArgumentError
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from repvitok.callbacks import AtomicCheckpointIO, CurveLogger, SaveLast, StageProgress, TrainingInterrupted
-from repvitok.checkpointing import read_checkpoint, resume_path
+from repvitok.checkpointing import Found, find_checkpoint, read_checkpoint, warn_of_damaged
 from repvitok.commands import TrainingStage, import_object
 from repvitok.errors import UserError
+from repvitok.files import write_text_atomic
 from repvitok.predictions import PredictionFiles
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -68,12 +72,14 @@ def run_lightning(verb: str, argv: list[str], stage: TrainingStage) -> int:
         except (ArgumentError, MisconfigurationException, ValueError) as error:
             raise UserError(_one_line(error)) from error
         except TrainingInterrupted as error:
+            if rank_zero_only.rank == 0:
+                print(error, file=sys.stderr)
             if error.signal_number == signal.SIGINT:
                 raise KeyboardInterrupt(str(error)) from error
             return 128 + error.signal_number
         except SystemExit as ended:
             if isinstance(ended.__context__, KeyboardInterrupt):  # how Lightning ends on Ctrl-C outside of a step
-                raise KeyboardInterrupt from ended
+                raise type(ended.__context__) from ended
             raise
     return 0
 
@@ -103,11 +109,21 @@ def parse_recipe(verb: str, recipes: list[str], stage: TrainingStage, overrides:
             raise UserError(_one_line(error)) from error
 
 
+class WholeConfig(SaveConfigCallback):
+    """Writes the run's config.yaml whole or not at all."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Puts it where it is resumed from."""
+        text = self.parser.dump(self.config, skip_none=False)
+        write_text_atomic(Path(trainer.default_root_dir) / self.config_filename, text)
+
+
 class StageCLI(LightningCLI):
     """LightningCLI with this project's callbacks, loss curves, run folder and checkpoint rules."""
 
     verb: str
     stage: TrainingStage
+    damaged: Mapping[Path, str] = MappingProxyType({})  # newer checkpoints than the one to resume from
 
     def __init__(self, argv: list[str]) -> None:
         """Parses `argv` (without the verb), builds everything and runs the verb."""
@@ -115,8 +131,8 @@ class StageCLI(LightningCLI):
         super().__init__(
             import_object(self.stage.module),
             import_object(self.stage.data) if self.stage.data else None,
-            save_config_callback=SaveConfigCallback if self.verb == "fit" else None,  # config.yaml is training's
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=WholeConfig if self.verb == "fit" else None,  # config.yaml is training's
+            save_config_kwargs={"save_to_log_dir": False},
             trainer_defaults=trainer_defaults | self.stage.trainer_defaults,
             seed_everything_default=0,
             parser_kwargs={"exit_on_error": False, self.verb: {"exit_on_error": False}},
@@ -149,12 +165,29 @@ class StageCLI(LightningCLI):
         wanted = options.get("ckpt_path")
         if wanted == "last" or (wanted is None and self.verb != "fit"):
             folder = Path(options.trainer.default_root_dir)
-            found = resume_path(folder)
+            found = find_checkpoint(folder)
             if found is None and self.verb != "fit":
                 raise UserError(f"no readable checkpoint in {folder}: train first, or give --ckpt_path FILE")
-            options["ckpt_path"] = str(found) if found else None
+            if rank_zero_only.rank == 0:
+                self._tell(folder, found)
+            self.damaged = found.damaged if found else {}
+            options["ckpt_path"] = str(found.path) if found else None
         elif wanted is not None:
             read_checkpoint(wanted, mmap=True)
+
+    def _tell(self, folder: Path, found: Found | None) -> None:
+        """Says on stderr where a run begins."""
+        if found is not None:
+            warn_of_damaged(found)
+        if self.verb == "fit":
+            begin = f"resuming at step {found.step} of {found.path}" if found else "starting at step 0"
+            print(begin if found else f"no checkpoint in {folder}: {begin}", file=sys.stderr)
+
+    def after_fit(self) -> None:
+        """Makes up for the validation of a run that was stopped in it after its last step."""
+        saves = next(callback for callback in self.trainer.callbacks if isinstance(callback, SaveLast))  # pyright: ignore[reportAttributeAccessIssue]
+        if saves.validation_due:
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Builds the trainer with whole checkpoint files, and loss curves unless a logger is configured.
@@ -173,6 +206,9 @@ class StageCLI(LightningCLI):
         if configured.get("logger") is None:
             kwargs["logger"] = CurveLogger(configured.default_root_dir)
         trainer = super().instantiate_trainer(**kwargs)
+        for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+            if isinstance(callback, SaveLast) and self.verb == "fit":
+                callback.damaged = dict(self.damaged)
         if self.verb == "predict":
             trainer.callbacks.append(PredictionFiles())  # pyright: ignore[reportAttributeAccessIssue]
         return trainer

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from repvitok.data.latents import ChannelStatistics, LatentMeta
-from repvitok.data.shards import LatentShards, write_latent_meta
+from repvitok.data.shards import LatentShards, remove_work, write_latent_meta
 from repvitok.errors import UserError
+from repvitok.files import link_or_copy, sole_writer
 from repvitok.progress import progress as progress_bar
 
 _PARTS = ".parts"
@@ -44,8 +44,13 @@ def merge_latents(out: str | os.PathLike[str], *, progress: bool = False) -> Lat
     if (out / "meta.json").exists():
         done = LatentShards(out)
         done.verify()
-        shutil.rmtree(out / _PARTS, ignore_errors=True)
+        remove_work(out)
         return done.meta
+    with sole_writer(out):
+        return _merge(out, progress)
+
+
+def _merge(out: Path, progress: bool) -> LatentMeta:
     parts = _open_parts(out)
     for part in progress_bar(parts, desc="verify", unit="part", force=progress):
         part.verify()
@@ -55,13 +60,14 @@ def merge_latents(out: str | os.PathLike[str], *, progress: bool = False) -> Lat
     for part in parts:
         for path, entry in zip(part.paths, part.entries, strict=True):
             name = f"latents-{len(entries):06d}.tar"
-            _link(path, out / name)
+            (out / name).unlink(missing_ok=True)  # of a merge that was killed
+            link_or_copy(path, out / name)
             entries.append({**entry, "name": name})
         statistics.merge(part.statistics)
     mean, std = statistics.mean_std()
     meta = dataclasses.replace(parts[0].meta, mean=mean, std=std)
     write_latent_meta(out, meta, parts[0].dtype, entries, parts[0].provenance, statistics)
-    shutil.rmtree(out / _PARTS)
+    remove_work(out)
     return meta
 
 
@@ -94,11 +100,3 @@ def _require_every_episode(out: Path, parts: Sequence[LatentShards]) -> None:
     expected = plan["num_episodes"] * len(plan["offsets"])
     if len(keys) != expected or len(set(keys)) != expected:
         raise UserError(f"{out}: the parts hold {len(set(keys))} different of {expected} episodes; encode them again")
-
-
-def _link(source: Path, target: Path) -> None:
-    target.unlink(missing_ok=True)  # of a merge that was killed
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

@@ -89,7 +89,10 @@ def parameter_groups(
 
 
 def _weights_of(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> set[int]:
-    return {id(child.weight) for child in module.modules() if isinstance(child, kinds)}
+    """The modules' own weights. One that is computed, as under `spectral_norm`, is no parameter and is not looked at:
+    in training mode every look moves its power iteration on, and a resumed run would go another way."""
+    weights = (dict(c.named_parameters(recurse=False)).get("weight") for c in module.modules() if isinstance(c, kinds))
+    return {id(weight) for weight in weights if weight is not None}
 
 
 class MuonAdamW(torch.optim.Optimizer):

@@ -12,6 +12,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
+from repvitok.files import atomic_file
 from repvitok.metrics import to_unit
 
 
@@ -33,8 +34,8 @@ def reconstruction_sheet(
 def save_png(path: str | Path, pixels: UInt8[np.ndarray, "height width 3"]) -> Path:
     """Writes an image, creating its folder."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
+    with atomic_file(path) as partial:
+        Image.fromarray(pixels).save(partial, format="PNG")
     return path
 
 

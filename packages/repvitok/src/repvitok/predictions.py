@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
-from safetensors.torch import save_file
+from safetensors.torch import save
+
+from repvitok.files import atomic_file
 
 FOLDER = "predictions"
 FILES = "rank-*-batch-*.safetensors"
@@ -49,7 +51,9 @@ class PredictionFiles(BasePredictionWriter):
             for name, value in prediction.items()
             if value is not None
         }
-        save_file(tensors, self._folder(trainer) / f"rank-{trainer.global_rank:03d}-batch-{batch_idx:06d}.safetensors")
+        name = f"rank-{trainer.global_rank:03d}-batch-{batch_idx:06d}.safetensors"
+        with atomic_file(self._folder(trainer) / name) as partial:
+            partial.write_bytes(save(tensors))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Says where they are."""

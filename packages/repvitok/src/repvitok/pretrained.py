@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -23,9 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from repvitok.errors import UserError
+from repvitok.files import atomic_folder, kind_in_words, kind_of, readable, refuse_foreign
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+README_FILE = "README.md"
+MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, README_FILE)
+"""All that a model folder holds."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 Model = TypeVar("Model", bound="PretrainedModel")  # beartype cannot check typing.Self on a lone method
@@ -56,30 +59,35 @@ class PretrainedModel(nn.Module):
     config_class: ClassVar[type[Config]]
     config: Any
 
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write config.json and model.safetensors into `folder`, each whole or not at all.
+    def save_pretrained(self, folder: str | Path, *, readme: str | None = None) -> Path:
+        """Write config.json and model.safetensors into `folder`, both or neither (`files.atomic_folder`).
 
-        Both are written to a temporary sibling folder, flushed to disk, and renamed into place, the weights
-        first; the weights carry the config's hash, so that a pair torn by a crash between the two renames is
-        refused on loading.
+        A model of the same kind that is there is replaced; its README.md stays unless `readme` is a new one.
 
         Returns:
             The folder.
+
+        Raises:
+            UserError: the folder holds something else, another process is writing it, or it cannot be written.
         """
         folder = Path(folder)
-        config = self.describe()
-        temporary = folder.parent / f".{folder.name}.tmp-{os.getpid()}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-            metadata = {"format": "pt", "config_sha256": config_sha256(config)}
-            save_file(tensors, temporary / WEIGHTS_FILE, metadata=metadata)
-            (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            move_files(temporary, folder, (WEIGHTS_FILE, CONFIG_FILE))
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        refuse_another_model(folder, self.format)
+        with atomic_folder(folder, (CONFIG_FILE, WEIGHTS_FILE)) as fresh:
+            self.write_into(fresh)
+            if readme is not None:
+                (fresh / README_FILE).write_text(readme, encoding="utf-8")
         return folder
+
+    def write_into(self, folder: Path) -> None:
+        """Write config.json and model.safetensors into a folder that nobody reads yet.
+
+        The weights carry the config's hash, so that files of two models are refused on loading.
+        """
+        config = self.describe()
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        metadata = {"format": "pt", "config_sha256": config_sha256(config)}
+        save_file(tensors, folder / WEIGHTS_FILE, metadata=metadata)
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls: type[Model], source: str | Path, *, revision: str | None = None) -> Model:
@@ -149,6 +157,7 @@ def find_folder(source: str | Path, files: tuple[str, ...], revision: str | None
         raise FileNotFoundError(
             f"{source} {kind}; expected a folder with {' and '.join(files)}, or a hub id owner/name"
         )
+    folder = readable(folder)
     for name in files:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no {name}; expected a folder written by save_pretrained")
@@ -210,18 +219,24 @@ def read_weights(path: Path, expected: Mapping[str, Tensor], config_hash: str | 
     return tensors
 
 
-def move_files(source: Path, target: Path, names: tuple[str, ...]) -> None:
-    """Flush `names` in `source` to disk and rename them into `target`, in order; the two must share a file system."""
-    target.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        with open(source / name, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(source / name, target / name)
-    directory = os.open(target, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+def refuse_another_model(folder: Path, kind: str) -> None:
+    """Stop before a model of format `kind` is written over something else.
+
+    Raises:
+        UserError: the folder is not empty and holds no model of this format.
+    """
+    refuse_foreign(folder, MODEL_FILES, f"{kind} model")
+    config = readable(folder) / CONFIG_FILE
+    if config.exists() and (found := kind_of(config.parent)) != kind_in_words(kind):
+        raise UserError(f"{folder} holds {found or 'a config.json of something else'}; name another folder")
+
+
+def copy_model(source: Path, target: Path) -> None:
+    """Copy a model folder's files, and nothing else that lies there, into a folder that nobody reads yet."""
+    target.mkdir()
+    for name in MODEL_FILES:
+        if (readable(source) / name).exists():
+            shutil.copyfile(readable(source) / name, target / name)
 
 
 def _require_same_tensors(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from repvitok.errors import UserError
+from repvitok.files import atomic_file
 from repvitok.teacher import Teacher
 
 log = logging.getLogger(__name__)
@@ -74,10 +74,8 @@ class CachedTeacher(Teacher):
             self._bytes_left = -1
             return
         self._bytes_left -= features.nbytes
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{os.getpid()}-{path.name}")  # another rank may be writing the same frame
-        np.save(partial, features, allow_pickle=False)
-        os.replace(partial, path)
+        with atomic_file(path, durable=False) as partial:
+            np.save(partial, features, allow_pickle=False)
 
 
 def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:

@@ -19,6 +19,7 @@ from repvitok.errors import UserError
 from repvitok.evaluation import Evaluation, report
 from repvitok.export import CHECKPOINT_KEY
 from repvitok.features import FeatureNetwork
+from repvitok.files import atomic_file
 from repvitok.losses import (
     LeCam,
     LossWeights,
@@ -186,9 +187,9 @@ class RepViTokTraining(LightningModule):
     def _stop_on_nan(self, video: Tensor, losses: dict[str, Tensor], norm: Tensor) -> None:
         rank = f"_rank_{self.global_rank}" if self.trainer.world_size > 1 else ""
         path = Path(self.trainer.default_root_dir) / f"nan_batch_step_{self.global_step}{rank}.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
         values = {name: value.detach().item() for name, value in losses.items()}
-        torch.save({"video": video.detach().cpu(), "step": self.global_step, "losses": values}, path)
+        with atomic_file(path) as partial:
+            torch.save({"video": video.detach().cpu(), "step": self.global_step, "losses": values}, partial)
         raise UserError(
             f"the gradient is not finite at step {self.global_step} (norm {norm.item()}, losses {values}); the "
             f"batch is saved in {path}. Lower the learning rate, lengthen the warmup or look at the batch; resume "
@@ -288,10 +289,12 @@ class RepViTokTraining(LightningModule):
         self.ema.to(self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the config and the averaged weights, from which `export` makes a folder."""
+        """Adds the config and the averaged weights, from which `export` makes a folder, and the means under way."""
         checkpoint[CHECKPOINT_KEY] = {
             "config": self.tokenizer.config.to_dict(),
             "ema": self.ema.state_dict(),
+            "sums": dict(self._sums),
+            "summed": self._summed,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -305,6 +308,7 @@ class RepViTokTraining(LightningModule):
         for name in ("real_mean", "fake_mean"):  # version 0.1 kept one pair of means for both adversaries
             if (shared := state.pop(f"lecam.{name}", None)) is not None:
                 state |= {f"lecam.{number}.{name}": shared.clone() for number in range(len(self.lecam))}
+        self._sums, self._summed = dict(stored.get("sums", {})), stored.get("summed", 0)
 
 
 class _FrozenNetworks:

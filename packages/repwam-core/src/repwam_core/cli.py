@@ -216,7 +216,6 @@ def _stats(options: argparse.Namespace) -> None:
     shards = LatentShards(options.latents)
     training, _ = split_rows(shards, options.held_out)
     statistics = count_statistics(shards, training, "robot", options.units, options.kind)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     statistics.save(options.out)
     actions = statistics.actions
     for name, unit, low, high in zip(actions.channels, actions.units, actions.q01, actions.q99, strict=True):
@@ -282,7 +281,7 @@ def _openloop_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _openloop(options: argparse.Namespace) -> None:
     from repvitok.data import LeRobotReader
-    from repvitok.data.atomic import write_json_atomic
+    from repvitok.files import write_json_atomic
 
     from repwam_core.policy.generated import named_clip_features
     from repwam_core.policy.openloop import evaluate_open_loop

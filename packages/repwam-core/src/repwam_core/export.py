@@ -11,7 +11,6 @@ A policy folder holds everything that turns camera frames into actions, each par
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -22,6 +21,8 @@ from repvitok import RepViTok
 from repvitok.checkpointing import is_sharded, read_checkpoint
 from repvitok.data import LatentMeta, LatentShards
 from repvitok.errors import UserError, require_disk_space
+from repvitok.files import atomic_folder, readable, refuse_foreign
+from repvitok.pretrained import MODEL_FILES, copy_model
 
 from repwam_core.data.episodes import text_cache
 from repwam_core.embodiment import Embodiment
@@ -34,6 +35,13 @@ from repwam_core.training.module import CHECKPOINT_KEY
 
 POLICY_FORMAT = "repwam-policy"
 FORMAT_VERSION = 1
+POLICY_FILES = (
+    *(f"{part}/{name}" for part in ("wam", "tokenizer", "lat") for name in MODEL_FILES),
+    "statistics.json",
+    "text.safetensors",
+    "policy.json",
+)
+"""All that a policy folder may hold."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,7 @@ class PolicyManifest:
             FileNotFoundError: when `folder` is no policy folder.
             ValueError: when policy.json is of another format, or a key is missing or unknown.
         """
-        path = folder / "policy.json"
+        path = readable(folder) / "policy.json"
         if not path.is_file():
             raise FileNotFoundError(
                 f"{folder} is no policy folder: it has no policy.json; write one with `repwam export`"
@@ -218,6 +226,7 @@ def export_policy(
         ValueError: when the tokenizer, the latent action tokenizer or the shards are not those that were trained on, or
             the checkpoint is of the latent space.
     """
+    refuse_other_than_policy(Path(out))  # before the work
     trained, out = read_policy(checkpoint, data_set), Path(out)
     manifest = make_manifest(trained, tokenizer, name, plan)
     if lat is not None:
@@ -269,36 +278,39 @@ def write_policy(
     sources: dict[str, Path],
     text: Path | None = None,
 ) -> None:
-    """Write a policy folder: filled as a hidden folder beside `out`, then renamed into place.
+    """Write a policy folder, whole or not at all (`repvitok.files.atomic_folder`).
 
     Args:
-        out: the folder.
+        out: the folder; an earlier policy there is replaced.
         wam, statistics, manifest: what to write.
-        sources: folders copied along, by the name of their part.
+        sources: model folders copied along, by the name of their part.
         text: file of embedded instructions to copy, if it is there.
+
+    Raises:
+        UserError: the folder holds something else, another process is writing it, or it cannot be written.
     """
-    if out.exists() and any(out.iterdir()) and not (out / "policy.json").exists():
-        raise UserError(f"{out} is not empty and holds no policy; name another folder")
+    refuse_other_than_policy(out)
     copied = sum(file.stat().st_size for source in sources.values() for file in source.iterdir() if file.is_file())
     require_disk_space(out, copied + _bytes(wam), "export")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = (out.with_name(f".{out.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
-        wam.save_pretrained(temporary / "wam")
+    with atomic_folder(out, POLICY_FILES) as fresh:
+        (fresh / "wam").mkdir()
+        wam.write_into(fresh / "wam")
         for part, source in sources.items():
-            shutil.copytree(source, temporary / part)
-        statistics.save(temporary / "statistics.json")
+            copy_model(source, fresh / part)
+        statistics.save(fresh / "statistics.json")
         if text is not None and text.exists():
-            shutil.copy(text, temporary / "text.safetensors")
-        manifest.save(temporary)
-        if out.exists():
-            os.replace(out, old)
-        os.replace(temporary, out)
-    finally:
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+            shutil.copyfile(text, fresh / "text.safetensors")
+        manifest.save(fresh)
+
+
+def refuse_other_than_policy(out: Path) -> None:
+    """Stop before a policy is written over something else.
+
+    Raises:
+        UserError: the folder is not empty and holds no policy.
+    """
+    if not (readable(out) / "policy.json").exists():
+        refuse_foreign(out, (), "policy")
 
 
 def _tokenizer_digest(folder: Path, latents: LatentMeta) -> str:

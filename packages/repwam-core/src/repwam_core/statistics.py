@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from repvitok.errors import UserError
+from repvitok.files import write_text_atomic
 
 from repwam_core.embodiment import check_keys
 
@@ -218,7 +219,7 @@ class Statistics:
     def save(self, path: str | Path) -> None:
         """Write JSON with its digest, so that a hand-edited file is noticed when it is read."""
         values = {"format": STATISTICS_FORMAT, "format_version": FORMAT_VERSION, "digest": self.digest}
-        Path(path).write_text(json.dumps(values | self.to_dict(), indent=2) + "\n")
+        write_text_atomic(path, json.dumps(values | self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:

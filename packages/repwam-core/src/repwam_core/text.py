@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from repvitok.errors import UserError
+from repvitok.files import atomic_file
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 EMBEDDED = "minilm"
@@ -66,9 +66,8 @@ class TextEncoder:
         path = Path(path)
         texts = sorted(self._cache if instructions is None else instructions)
         metadata = {"text_encoder": self.name, "instructions": json.dumps(texts)}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file({str(row): self._cache[text] for row, text in enumerate(texts)}, temporary, metadata)
-        os.replace(temporary, path)
+        with atomic_file(path) as partial:
+            partial.write_bytes(save({str(row): self._cache[text] for row, text in enumerate(texts)}, metadata))
 
     @property
     def known(self) -> tuple[str, ...]:

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from repvitok.data.atomic import partial_path, replace_durably, write_json_atomic, write_text_atomic
 from repvitok.data.lerobot_format import (
     CHUNK_EPISODES,
     DATA_FILE_MB,
@@ -24,6 +23,7 @@ from repvitok.data.lerobot_format import (
 from repvitok.data.lerobot_stats import Statistics, column_statistics, pooled_statistics
 from repvitok.data.video import concatenate_videos
 from repvitok.errors import UserError
+from repvitok.files import atomic_file, write_json_atomic, write_text_atomic
 
 Record = dict[str, Any]
 
@@ -200,9 +200,8 @@ def _indexed_table(path: Path, record: Record, start: int, tasks: Mapping[str, i
 
 
 def _replace_table(path: Path, table: pa.Table) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, partial_path(path))
-    replace_durably(partial_path(path), path)
+    with atomic_file(path) as partial:
+        pq.write_table(table, partial)
 
 
 def _episode_statistics(table: pa.Table, record: Record) -> dict[str, Statistics]:

@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import UInt8
 
-from repvitok.data.atomic import partial_path, replace_durably, write_json_atomic
 from repvitok.data.lerobot_finalize import DataSetOnDisk, consolidate_v30, finish_v21
 from repvitok.data.lerobot_format import (
     CHUNK_EPISODES,
@@ -28,6 +27,7 @@ from repvitok.data.lerobot_format import (
 from repvitok.data.lerobot_stats import image_statistics
 from repvitok.data.video import write_video
 from repvitok.errors import UserError
+from repvitok.files import atomic_file, write_json_atomic
 
 
 class LeRobotWriter:
@@ -203,6 +203,5 @@ def _write_table(path: Path, columns: Mapping[str, np.ndarray], features: Mappin
         for size in reversed(feature["shape"] if list(feature["shape"]) != [1] else []):
             array = pa.FixedSizeListArray.from_arrays(array, size)
         arrays.append(array)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_arrays(arrays, schema=schema), partial_path(path))
-    replace_durably(partial_path(path), path)
+    with atomic_file(path) as partial:
+        pq.write_table(pa.Table.from_arrays(arrays, schema=schema), partial)

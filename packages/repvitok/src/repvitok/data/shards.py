@@ -7,8 +7,10 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -16,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from repvitok.data.atomic import partial_path, replace_durably, write_json_atomic
 from repvitok.data.last_used import LastUsed
 from repvitok.data.latents import ChannelStatistics, EpisodeInfo, InstructionSource, LatentEpisode, LatentMeta
 from repvitok.data.split import parse_episodes
 from repvitok.errors import UserError
+from repvitok.files import atomic_file, refuse_foreign, write_json_atomic
 
 __all__ = [
     "ChannelStatistics",
@@ -42,6 +44,10 @@ OPEN_SHARDS = 256
 """Tars whose members are remembered and which stay mapped; a map costs address space, no memory."""
 NPY_HEADER_BYTES = 1024
 _ARRAYS = ("latents", "state", "actions", "latent_actions")
+TARS = "latents-[0-9][0-9][0-9][0-9][0-9][0-9].tar"
+_BEGUN = ".unfinished"
+_WORK = (_BEGUN, ".work", ".labels", ".parts")
+"""What a folder holds beside its tars while they are being made."""
 
 
 class LatentShardWriter:
@@ -50,7 +56,8 @@ class LatentShardWriter:
     Use it as a context manager: leaving it on an exception writes no meta.json.
 
     Args:
-        root: the folder; created. It must not hold finished shards already.
+        root: the folder; created. It must hold nothing but what a writer left that never came to its meta.json, whose
+            tars are removed. Who writes for long holds it with `files.sole_writer`.
         meta: what the shards hold. With `measure`, its mean and std are replaced on `close` by those of the
             episodes written; without, they are kept (the same latents, labelled).
         measure: see `meta`. Statistics of latent actions are always measured where `meta` has none.
@@ -76,15 +83,16 @@ class LatentShardWriter:
         self._provenance = dict(provenance or {})
         self._statistics, self._latent_actions = ChannelStatistics(), ChannelStatistics()
         self._shards: list[dict[str, Any]] = []
-        self._open: tuple[tarfile.TarFile, Path, list[EpisodeInfo]] | None = None
+        self._open: tuple[tarfile.TarFile, Path, list[EpisodeInfo], ExitStack] | None = None
         self._keys: set[str] = set()
         self._closed = False
         if (self.root / "meta.json").exists():
             raise UserError(
                 f"{self.root} already holds finished latents (meta.json); remove it or choose another folder"
             )
-        self.root.mkdir(parents=True, exist_ok=True)
-        for unfinished in self.root.glob("*latents-*.tar"):
+        refuse_foreign_tars(self.root)
+        write_json_atomic(self.root / _BEGUN, {"format": FORMAT})
+        for unfinished in (*self.root.glob(TARS), *self.root.glob(f".partial-{TARS}")):
             unfinished.unlink()  # of a writer that never came to its meta.json
 
     def add(self, episode: LatentEpisode) -> None:
@@ -94,7 +102,7 @@ class LatentShardWriter:
         self._statistics.add(stored)
         if episode.latent_actions is not None and len(episode.latent_actions):
             self._latent_actions.add(episode.latent_actions)
-        tar, _, held = self._open or self._start_shard()
+        tar, _, held, _ = self._open or self._start_shard()
         add_episode_to_tar(tar, dataclasses.replace(episode, latents=stored))
         held.append(episode.info)
         if tar.fileobj is not None and tar.fileobj.tell() >= self._shard_bytes:
@@ -116,6 +124,7 @@ class LatentShardWriter:
         self.meta = dataclasses.replace(self.meta, **changes)
         statistics = self._statistics if self._measure else None
         write_latent_meta(self.root, self.meta, str(self._dtype), self._shards, self._provenance, statistics)
+        (self.root / _BEGUN).unlink(missing_ok=True)
         self._closed = True
         return self.meta
 
@@ -128,10 +137,8 @@ class LatentShardWriter:
         if kind is None:
             self.close()
         elif self._open:
-            tar, path, _ = self._open
-            tar.close()
-            partial_path(path).unlink(missing_ok=True)
-            self._open = None
+            writing, self._open = self._open[-1], None
+            writing.__exit__(kind, error, trace)
 
     def _check(self, episode: LatentEpisode) -> None:
         expected = (self.meta.tokens, self.meta.latent_dim)
@@ -146,18 +153,18 @@ class LatentShardWriter:
             raise UserError(f"{episode.key}: an episode with this key was already written to {self.root}")
         self._keys.add(episode.key)
 
-    def _start_shard(self) -> tuple[tarfile.TarFile, Path, list[EpisodeInfo]]:
-        path = self.root / f"latents-{len(self._shards):06d}.tar"
-        tar = tarfile.open(partial_path(path), "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 - open across calls
-        self._open = (tar, path, [])
+    def _start_shard(self) -> tuple[tarfile.TarFile, Path, list[EpisodeInfo], ExitStack]:
+        path, writing = self.root / f"latents-{len(self._shards):06d}.tar", ExitStack()
+        partial = writing.enter_context(atomic_file(path))
+        tar = writing.enter_context(tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT))  # noqa: SIM115
+        self._open = (tar, path, [], writing)
         return self._open
 
     def _finish_shard(self) -> None:
         assert self._open is not None
-        tar, path, held = self._open
-        tar.close()
+        _, path, held, writing = self._open
         self._open = None
-        replace_durably(partial_path(path), path)
+        writing.close()
         described = [dataclasses.asdict(info) for info in held]
         entry = {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
         self._shards.append({**entry, "keys": [info.key for info in held], "episodes": described})
@@ -341,6 +348,28 @@ def write_latent_meta(
     write_json_atomic(root / "meta.json", document)
 
 
+def refuse_foreign_tars(root: Path, *own: str) -> None:
+    """Stops before latents are written into a folder that holds anything but unfinished latents.
+
+    Args:
+        root: the folder; it need not exist.
+        own: more names that may be there.
+
+    Raises:
+        UserError: says what stands there.
+    """
+    begun = any((root / name).exists() for name in _WORK)
+    refuse_foreign(root, (TARS, *own) if begun else own, "unfinished latents")
+
+
+def remove_work(root: Path) -> None:
+    """Removes what finished latents were made from: the last thing a verb does, or the first of the next one."""
+    for name in _WORK:
+        shutil.rmtree(root / name, ignore_errors=True)
+    with suppress(OSError):  # shards of others may be read-only
+        (root / _BEGUN).unlink(missing_ok=True)
+
+
 def add_episode_to_tar(tar: tarfile.TarFile, episode: LatentEpisode) -> None:
     """Appends one episode as WebDataset members `<key>.<array>.npy` and `<key>.json`; the same bytes every time."""
     for name in _ARRAYS:
@@ -356,9 +385,8 @@ def add_episode_to_tar(tar: tarfile.TarFile, episode: LatentEpisode) -> None:
 def write_episode_file(path: Path, episode: LatentEpisode, *, dtype: str = "float32") -> None:
     """Writes one episode as a tar of its own, whole or not at all: what a resumable job keeps while it runs."""
     stored = dataclasses.replace(episode, latents=np.ascontiguousarray(episode.latents.astype(dtype)))
-    with tarfile.open(partial_path(path), "w", format=tarfile.USTAR_FORMAT) as tar:
+    with atomic_file(path) as partial, tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
         add_episode_to_tar(tar, stored)
-    replace_durably(partial_path(path), path)
 
 
 def read_episode_file(path: Path) -> LatentEpisode:

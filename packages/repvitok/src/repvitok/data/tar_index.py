@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tarfile
-from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
 
 from repvitok.data.sources import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from repvitok.data.video import VideoFile
 from repvitok.errors import UserError
+from repvitok.files import write_text_atomic
 
 INDEX_VERSION = 1
 
@@ -65,7 +63,7 @@ def read_index(tar: Path, cache_folder: Path | None) -> list[TarMember]:
             return [TarMember(*row) for row in document["members"]]
     members = scan(tar)
     rows = [astuple(member) for member in members]
-    write_for_all(stored, lambda path: path.write_text(json.dumps(identity | {"members": rows}), encoding="utf-8"))
+    write_text_atomic(stored, json.dumps(identity | {"members": rows}))
     return members
 
 
@@ -81,17 +79,6 @@ def scan(tar: Path) -> list[TarMember]:
         ) from error
     visible = [m for m in found if Path(m.name).suffix.lower() in suffixes and not Path(m.name).name.startswith(".")]
     return [_describe(tar, member.name, member.offset_data, member.size) for member in visible]
-
-
-def write_for_all(path: Path, write: Callable[[Path], Any]) -> None:
-    """Lets `write` make a file that several processes may make at the same time: each its own, the last one stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _describe(tar: Path, name: str, start: int, length: int) -> TarMember:

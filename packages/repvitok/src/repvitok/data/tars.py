@@ -19,9 +19,10 @@ from jaxtyping import UInt8
 from repvitok.data.last_used import LastUsed
 from repvitok.data.pictures import DepthRange, checked_range, read_image
 from repvitok.data.sources import BadFiles
-from repvitok.data.tar_index import TarMember, read_index, write_for_all
+from repvitok.data.tar_index import TarMember, read_index
 from repvitok.data.video import VideoFile
 from repvitok.errors import UserError
+from repvitok.files import atomic_file
 
 Media = Literal["auto", "videos", "images"]
 _URL = ("http://", "https://")
@@ -128,7 +129,8 @@ def _local(shard: str, cache: Path | None) -> Path:
     digest = hashlib.sha256(shard.encode()).hexdigest()[:16]
     path = cache / f"{digest}-{shard.split('?')[0].rsplit('/', 1)[-1]}"
     if not path.is_file():
-        write_for_all(path, lambda partial: _download(shard, partial))
+        with atomic_file(path) as partial:
+            _download(shard, partial)
     return path
 
 

@@ -18,10 +18,10 @@ from av.error import FFmpegError
 from av.video.stream import VideoStream
 from jaxtyping import Float64, Int64, UInt8
 
-from repvitok.data.atomic import partial_path, replace_durably
 from repvitok.data.pictures import HOW_TO_ASK, DepthCodes, DepthRange, deep_grey, depth_to_rgb
 from repvitok.documents import refuse_lfs_pointer
 from repvitok.errors import UserError
+from repvitok.files import atomic_file
 
 
 class VideoFile:
@@ -356,9 +356,11 @@ def write_video(
         raise UserError(f"{path}: pix_fmt must be one of {PIXEL_FORMATS}, got {pix_fmt!r}")
     if pix_fmt == "yuv420p" and (height % 2 or width % 2):
         raise UserError(f"{path}: H.264 in yuv420p needs an even height and width, got {height}x{width}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     rate = Fraction(fps).limit_denominator(65535)
-    with av.open(str(partial_path(path)), "w", format="mp4", options={"movflags": "faststart"}) as container:
+    with (
+        atomic_file(path) as partial,
+        av.open(str(partial), "w", format="mp4", options={"movflags": "faststart"}) as container,
+    ):
         options = {"crf": str(crf), "g": str(gop), "bf": "0", "threads": "1", "preset": "veryfast"}
         stream = container.add_stream("libx264", rate=rate, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
@@ -369,7 +371,6 @@ def write_video(
             frame.pts, frame.time_base = number, 1 / rate
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    replace_durably(partial_path(path), path)
 
 
 def concatenate_videos(paths: Sequence[Path], path: Path, lengths: Sequence[int], fps: float | int) -> None:
@@ -386,10 +387,9 @@ def concatenate_videos(paths: Sequence[Path], path: Path, lengths: Sequence[int]
     Raises:
         ValueError: a clip holds another number of frames than `lengths` says.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     rate = Fraction(fps).limit_denominator(65535)
     first_frame = 0
-    with av.open(str(partial_path(path)), "w", format="mp4") as output:
+    with atomic_file(path) as partial, av.open(str(partial), "w", format="mp4") as output:
         stream = None
         for clip, length in zip(paths, lengths, strict=True):
             with av.open(str(clip)) as source:
@@ -400,7 +400,6 @@ def concatenate_videos(paths: Sequence[Path], path: Path, lengths: Sequence[int]
             if copied != length:
                 raise UserError(f"{clip}: expected {length} frames, found {copied}; write the episode again")
             first_frame += length
-    replace_durably(partial_path(path), path)
 
 
 def _copy_packets(

@@ -182,6 +182,11 @@ class WAMDataModule(L.LightningDataModule):
         """The episodes of the first data set, most often the only one."""
         return self.mixture.stores[0]
 
+    @property
+    def any_number_of_ranks(self) -> bool:
+        """Whether training may go on with another number of ranks: packed sequences are a stream that all share."""
+        return self.packing is not None
+
     def prepare_data(self) -> None:
         """Make the latents of data sets that have none; of all processes, the first one does, the others wait."""
         if self._on_demand is None:

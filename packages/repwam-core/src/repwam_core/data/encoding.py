@@ -14,12 +14,12 @@ import torch
 from latent_action import LatentActionTokenizer
 from latent_action.labelling import label_shards
 from repvitok.baselines import load_tokenizer
-from repvitok.data.atomic import sole_writer
 from repvitok.data.contents import ACTION, describe_contents, missing_actions
 from repvitok.data.episodes import open_episodes
 from repvitok.encoding import encode_dataset
 from repvitok.encoding_plan import choose_cameras, infos_of
 from repvitok.errors import UserError
+from repvitok.files import sole_writer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,6 @@ class LatentsOnDemand:
             ValueError: the data set does not fit the settings, or has changed since its latents were made.
         """
         settings, reader, folder = self.settings, open_episodes(str(dataset)), self.folder(dataset)
-        folder.mkdir(parents=True, exist_ok=True)
         with sole_writer(folder, f"{folder}: another run is making these latents; start this one when it has"):
             unlabelled = folder if self._lat is None else folder / "unlabelled"
             encode_dataset(

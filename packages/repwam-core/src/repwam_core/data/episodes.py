@@ -5,6 +5,7 @@ A segment is `F` consecutive transitions, so `F + 1` latent frames, of one episo
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from repvitok.data import LatentMeta, LatentShards
 from repvitok.errors import UserError
+from repvitok.files import WriteError
 from torch import Tensor
 
 from repwam_core.data.episode_arrays import (
@@ -27,6 +29,8 @@ from repwam_core.data.episode_arrays import (
 )
 from repwam_core.statistics import ActionKind, Statistics
 from repwam_core.text import EMBEDDED, TextEncoder
+
+log = logging.getLogger(__name__)
 
 MEMORY_LIMIT_GB = 8.0
 """Latents that take more than this in memory stay on disk."""
@@ -184,7 +188,10 @@ class EpisodeStore:
             encoder.load_cache(cache)
         if list(encoder.known) != texts:
             encoder.encode(texts)
-            encoder.save_cache(cache, texts)
+            try:
+                encoder.save_cache(cache, texts)
+            except WriteError as error:
+                log.warning("%s; the instructions are embedded anew by every run on these latents", error)
         self.text, self.text_mask = encoder.encode(texts)
         self._text_row = np.array([texts.index(task) for task in self.tasks])
 

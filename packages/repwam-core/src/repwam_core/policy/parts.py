@@ -7,6 +7,7 @@ from pathlib import Path
 
 from repvitok import RepViTok
 from repvitok.errors import UserError
+from repvitok.files import readable
 
 from repwam_core.export import PolicyManifest, make_manifest, read_policy
 from repwam_core.model.wam import WorldActionModel
@@ -41,7 +42,7 @@ class PolicyParts:
             FileNotFoundError: when it is no policy folder.
             ValueError: when a part is not the one that policy.json names.
         """
-        folder = Path(folder)
+        folder = readable(folder)
         manifest = PolicyManifest.load(folder)
         wam = WorldActionModel.from_pretrained(folder / "wam")
         tokenizer = RepViTok.from_pretrained(folder / "tokenizer")

@@ -14,14 +14,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from repvitok.data.atomic import sole_writer, write_json_atomic
+from repvitok.documents import load_json
 from repvitok.errors import UserError, require_disk_space
+from repvitok.files import WriteError, refuse_foreign, sole_writer, write_json_atomic, write_text_atomic
 
 _MARKER = "quickstart.json"
 _DONE = "stage.json"
@@ -106,13 +107,8 @@ class StageRunner:
     def __init__(self, root: Path, *, fresh: bool = False) -> None:
         self.root = root
         self.results: list[StageResult] = []
-        if root.exists() and not root.is_dir():
-            raise UserError(f"{root} is a file; name a folder for the run with --out")
-        if root.is_dir() and any(root.iterdir()) and not (root / _MARKER).exists():
-            raise UserError(
-                f"{root} is not empty and was not made by repwam quickstart; name another folder with --out"
-            )
-        root.mkdir(parents=True, exist_ok=True)
+        if not (root / _MARKER).exists():
+            refuse_foreign(root, (), "run of repwam quickstart")
         with self.lock():
             if fresh:
                 self._remove_stages()
@@ -151,11 +147,9 @@ class StageRunner:
         digest = stage_digest(name, settings, inputs)
         folder = self.root / f"{name}-{digest[:10]}"
         number = len(self.results) + 1
-        done = folder / _DONE
-        if done.exists():
-            record = json.loads(done.read_text())
-            commit = record.get("commit", "")
-            result = StageResult(name, digest, folder, record["seconds"], True, commit, record["summary"])
+        record = _record(folder / _DONE)
+        if record is not None:
+            result = StageResult(name, digest, folder, record["seconds"], True, record["commit"], record["summary"])
             print(
                 f"[{number}] {name}: done before ({record['seconds']:.0f} s), reusing {folder}",
                 file=sys.stderr,
@@ -201,12 +195,29 @@ class StageRunner:
         return StageResult(name, digest, folder, spent.total_s, False, commit, summary)
 
 
+def _record(path: Path) -> dict[str, Any] | None:
+    """What a finished stage wrote last; None where it is not there or cannot be read: the stage is then gone through
+    again, and each of its parts finds itself done."""
+    try:
+        record = load_json(path)
+        seconds, commit = float(record["seconds"]), str(record.get("commit", ""))
+        return {"seconds": seconds, "commit": commit, "summary": dict(record["summary"])}
+    except FileNotFoundError:
+        return None
+    except (UserError, KeyError, TypeError, ValueError) as error:
+        print(f"warning: {path} cannot be read ({error}); going through the stage again", file=sys.stderr)
+        return None
+
+
 class _Stopwatch:
     """Adds up wall time over interrupted runs of a stage, in a small file beside its outputs."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.total_s = float(path.read_text()) if path.exists() else 0.0
+        try:
+            self.total_s = float(path.read_text())
+        except (FileNotFoundError, ValueError):  # new, or damaged: the time spent before is not known
+            self.total_s = 0.0
 
     def __enter__(self) -> _Stopwatch:
         self._start_s = time.monotonic()
@@ -214,7 +225,8 @@ class _Stopwatch:
 
     def __exit__(self, *_: object) -> None:
         self.total_s += time.monotonic() - self._start_s
-        self._path.write_text(f"{self.total_s:.3f}")
+        with suppress(WriteError):  # what ended the stage is to be heard, not that its time could not be noted
+            write_text_atomic(self._path, f"{self.total_s:.3f}")
 
 
 def _short(value: Any) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from importlib.resources import files
 from pathlib import Path
+
+from repvitok.files import write_text_atomic
 
 from repwam_core.report.data import ReportData, RunInfo, Stage
 from repwam_core.report.markup import Markup, el, join
@@ -195,20 +195,7 @@ def render_report(data: ReportData) -> str:
 def write_report(data: ReportData, path: str | Path) -> Path:
     """Write the report to ``path`` and return it.
 
-    The file appears whole or not at all: it is written beside its place, flushed to disk and renamed.
+    The file appears whole or not at all.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = render_report(data)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    return path
+    write_text_atomic(path, render_report(data))
+    return Path(path)

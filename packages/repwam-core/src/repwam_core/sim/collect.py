@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from repvitok.data import LeRobotReader, LeRobotWriter
-from repvitok.data.atomic import write_json_atomic
 from repvitok.errors import UserError, require_disk_space
+from repvitok.files import refuse_foreign, sole_writer, write_json_atomic
 from repvitok.progress import progress
 
 from repwam_core.sim.demonstrations import Noise, record_demonstration
@@ -166,11 +166,12 @@ def collect(
     )
     _require_room(root, plan)
     writer = _writer(root, plan)  # refuses an unknown version before anything is written
-    _keep_plan(root, plan)
-    missing = [index for index in range(plan.num_episodes) if not writer.episode_exists(index)]
-    missing.sort(key=lambda index: (index % len(plan.tasks), index))  # a worker stays with a task while it can
-    _record_all(root, plan, missing, workers or default_workers())
-    writer.finalize()
+    with sole_writer(root):
+        _keep_plan(root, plan)
+        missing = [index for index in range(plan.num_episodes) if not writer.episode_exists(index)]
+        missing.sort(key=lambda index: (index % len(plan.tasks), index))  # a worker stays with a task while it can
+        _record_all(root, plan, missing, workers or default_workers())
+        writer.finalize()
     return _summary(root, len(missing), time.monotonic() - started_s)
 
 
@@ -255,8 +256,7 @@ def _keep_plan(root: Path, plan: CollectionPlan) -> None:
     """Write the plan, or check that it continues the one that is there."""
     path = root / PLAN_FILE
     if not path.exists():
-        if root.exists() and (not root.is_dir() or any(root.iterdir())):
-            raise UserError(f"{root} exists and was not made by `repwam collect`; choose another folder")
+        refuse_foreign(root, (), "data set made by `repwam collect`")
         write_json_atomic(path, plan.to_dict())
         return
     before, now = read_plan(root).to_dict(), plan.to_dict()

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from repvitok.files import atomic_file
 
 from repwam_core.sim.results import EpisodeResult
 
@@ -20,8 +21,8 @@ def film_key(result: EpisodeResult) -> str:
 def save_films(path: str | Path, results: Sequence[EpisodeResult]) -> None:
     """Write the frames of those episodes that were filmed."""
     films = {film_key(result): result.frames for result in results if result.frames is not None}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(path, allow_pickle=False, **films)
+    with atomic_file(path) as partial, partial.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **films)
 
 
 def load_films(path: str | Path) -> Mapping[str, np.ndarray]:

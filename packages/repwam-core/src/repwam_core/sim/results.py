@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from repvitok.data.atomic import write_json_atomic
 from repvitok.errors import UserError
+from repvitok.files import write_json_atomic
 
 from repwam_core.sim.intervals import wilson_interval
 

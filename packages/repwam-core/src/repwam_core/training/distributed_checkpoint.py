@@ -2,14 +2,17 @@
 
     last.ckpt -> last.ckpt-000120     a link, replaced in one step once the folder is whole
     last.ckpt-000120/                 __0_0.distcp ... and .metadata (torch.distributed.checkpoint), meta.pt
+    last.ckpt-000060/                 the generation before
 
-Tensors (parameters, moments, averages) are in the parts; everything else, plain values, is in meta.pt. A run that is
-killed while it writes leaves the link on the last whole folder.
+Tensors (parameters, moments, averages) are in the parts; everything else, plain values, is in meta.pt, with the sizes
+of the parts. A run that is killed while it writes leaves the link on the last whole folder.
 """
 
 from __future__ import annotations
 
+import glob
 import io
+import itertools
 import os
 import pickle
 import shutil
@@ -18,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from repvitok.checkpointing import SHARDED_META, read_checkpoint
+from repvitok.checkpointing import PART_BYTES, SHARDED_META, read_checkpoint, sharded_folders
 from repvitok.errors import UserError
+from repvitok.files import WriteError, sync_file, sync_folder, translated
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -34,8 +39,8 @@ def save_sharded(
     path: Path,
     module: Any,
     optimizer: torch.optim.Optimizer,
-    barrier: Callable[[], None],
-    is_first: bool,
+    strategy: Any,
+    generations: int = 1,
 ) -> None:
     """Write a checkpoint; every rank calls this.
 
@@ -44,30 +49,69 @@ def save_sharded(
         path: where the link is put.
         module: the LightningModule, with its `ema`.
         optimizer: whose state is written.
-        barrier: waits for all ranks.
-        is_first: whether this rank writes what is not sharded.
+        strategy: Lightning's, of all ranks.
+        generations: how many states are kept, this one included.
+
+    Raises:
+        WriteError: on the first rank only, if any rank could not write; the link leads where it led.
     """
-    folder = path.with_name(f"{path.name}-{checkpoint['global_step']:06d}")
-    partial = folder.with_name(f".{folder.name}.partial")
-    if is_first:
-        shutil.rmtree(partial, ignore_errors=True)
+    partial = path.with_name(f".{path.name}.partial")
+
+    def begin() -> None:
+        remove_unfinished(path)
         partial.mkdir(parents=True)
-    barrier()
-    save(_tensors(module, optimizer), checkpoint_id=partial)
-    if is_first:
+
+    def finish() -> None:
         plain = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
         groups = [_settings(group) for group in optimizer.param_groups]
-        torch.save({**plain, "optimizer_groups": groups, "ema_updates": module.ema.updates}, partial / SHARDED_META)
-        _publish(partial, folder, path)
-    barrier()
+        _write_meta({**plain, "optimizer_groups": groups, "ema_updates": module.ema.updates}, partial)
+        _publish(partial, path, generations)
+
+    failure = strategy.broadcast(_failure(path, begin) if strategy.is_global_zero else None)
+    failure = failure or _failure(path, lambda: _save_parts(_tensors(module, optimizer), partial))
+    failure = failure or strategy.broadcast(_failure(path, finish) if strategy.is_global_zero else None)
+    if failure is not None and strategy.is_global_zero:
+        raise WriteError(failure)
+
+
+def _failure(path: Path, write: Callable[[], None]) -> str | None:
+    """What kept something from being written for `path`; None where it was."""
+    try:
+        with translated(path):
+            write()
+    except WriteError as error:
+        return str(error)
+    return None
+
+
+def _save_parts(tensors: dict[str, Tensor], partial: Path) -> None:
+    """Writes every rank's part; what any rank could not write is an error on all."""
+    try:
+        save(tensors, checkpoint_id=partial)
+    except CheckpointException as error:
+        reason, _ = next(iter(error.failures.values()))
+        raise reason from error
+
+
+def _write_meta(plain: dict[str, Any], partial: Path) -> None:
+    """Writes what is not sharded, and how long the parts are: a folder that has it is whole."""
+    sizes = {part.name: part.stat().st_size for part in partial.iterdir()}
+    torch.save({**plain, PART_BYTES: sizes}, partial / SHARDED_META)
+    sync_file(partial / SHARDED_META)
+    sync_folder(partial)
 
 
 def load_sharded(path: Path, module: Any, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
     """Overwrite the module's parameters and averages, and the optimizer's state; return what is not sharded.
 
     Raises:
-        ValueError: the checkpoint is of another model.
+        ValueError: the checkpoint is of another model, or no sharded one.
     """
+    if path.is_file():
+        raise UserError(
+            f"{path} is the checkpoint of a run that was not sharded: use its trainer.strategy, or start from its "
+            "exported weights"
+        )
     plain = read_checkpoint(path)
     tensors = _tensors(module, optimizer, created=True)
     _check_names(path, tensors)
@@ -165,16 +209,29 @@ def _check_names(path: Path, tensors: Mapping[str, Tensor]) -> None:
             raise UserError(f"{path}: {name!r} has shape {tuple(size or ())}, the model's is {tuple(tensor.shape)}")
 
 
-def _publish(partial: Path, folder: Path, path: Path) -> None:
-    """Give the folder its name, let the link lead to it, and remove older folders."""
-    shutil.rmtree(folder, ignore_errors=True)
+def _publish(partial: Path, path: Path, generations: int) -> None:
+    """Give the folder a name that was never used, let the link lead to it, and remove the oldest generations."""
+    step = read_checkpoint(partial, mmap=True)["global_step"]
+    names = (f"{path.name}-{step:06d}{again}" for again in ("", *(f"-{number}" for number in itertools.count(1))))
+    folder = next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
+    before = Path(os.readlink(path)).name if path.is_symlink() else None
     os.replace(partial, folder)
-    link = path.with_name(f".{path.name}.{os.getpid()}.link")
+    sync_folder(path.parent)
+    link = path.with_name(f".{path.name}.link")
     link.unlink(missing_ok=True)
     link.symlink_to(folder.name)
     os.replace(link, path)
-    for old in path.parent.glob(f"{path.name}-*"):
-        if old.name != folder.name:
-            shutil.rmtree(old, ignore_errors=True)
-    for leftover in path.parent.glob(f".{path.name}-*.partial"):
+    sync_folder(path.parent)
+    others = [old for old in sharded_folders(path) if old.name != folder.name]
+    others.sort(key=lambda old: old.name != before)  # what the link led to is the newest
+    for old in others[max(0, generations - 1) :]:
+        gone = path.with_name(f".{old.name}.partial")  # so that a kill leaves no half of it under its name
+        os.replace(old, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def remove_unfinished(path: Path) -> None:
+    """What killed writers left; only one run at a time writes `path`."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}*.partial"):
         shutil.rmtree(leftover, ignore_errors=True)
+    path.with_name(f".{path.name}.link").unlink(missing_ok=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -160,10 +161,7 @@ class WAMTraining(L.LightningModule):
 
     def on_validation_start(self) -> None:
         """Validate the averaged weights."""
-        model, average = self._model(), self._average().to(self.device)
-        self._live = {name: p.detach().clone() for name, p in model.named_parameters() if name in average.average}
-        average.copy_to(model)
-        gather_for_sampling(model, gathered=True)
+        self._swap_in_average()
         self._held_out: list[LossTerms] = []
         self._sampled = [
             SampledErrors(store.statistics.actions.widened(store.action_channels), self.space, self.plan)
@@ -181,6 +179,26 @@ class WAMTraining(L.LightningModule):
 
     def on_validation_end(self) -> None:
         """Go on training with the weights as they were."""
+        self._swap_in_live()
+
+    @contextmanager
+    def live_weights(self) -> Iterator[None]:
+        """For the length of a block the model has the weights that are trained, also during a validation."""
+        averaged = self._live is not None
+        self._swap_in_live()
+        try:
+            yield
+        finally:
+            if averaged:
+                self._swap_in_average()
+
+    def _swap_in_average(self) -> None:
+        model, average = self._model(), self._average().to(self.device)
+        self._live = {name: p.detach().clone() for name, p in model.named_parameters() if name in average.average}
+        average.copy_to(model)
+        gather_for_sampling(model, gathered=True)
+
+    def _swap_in_live(self) -> None:
         if self._live is not None:
             gather_for_sampling(self._model(), gathered=False)
             with torch.no_grad():
@@ -242,6 +260,9 @@ class WAMTraining(L.LightningModule):
         store, average = self._store(), self._average().state_dict()
         if isinstance(self.trainer.strategy, ShardedStrategy):
             del average["average"]  # the strategy writes it, each rank its part
+        else:  # during a validation the model holds averages
+            live = {f"wam.{name}": weight for name, weight in (self._live or {}).items()}
+            checkpoint["state_dict"] = checkpoint["state_dict"] | live
         described = {
             "config": self._model().config.to_dict(),
             "space": self.space,

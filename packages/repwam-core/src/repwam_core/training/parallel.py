@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from repvitok.callbacks import generations_of
 from repvitok.errors import UserError
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -99,10 +100,9 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write a folder of every rank's parts; `filepath` leads to the old one or the new one whole."""
-        if storage_options is not None:
-            raise UserError(f"checkpoints take no storage options, got {storage_options!r}")
         module, path = self._module(), Path(self.broadcast(str(filepath)))
-        save_sharded(checkpoint, path, module, self.optimizers[0], self.barrier, self.is_global_zero)
+        with module.live_weights():
+            save_sharded(checkpoint, path, module, self.optimizers[0], self, generations_of(storage_options))
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:  # noqa: ARG002
         """Read every rank's parts, whatever number of ranks wrote them."""

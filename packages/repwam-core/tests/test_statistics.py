@@ -1,14 +1,16 @@
 """Scaling inverts, still channels survive, JSON keeps every number, and targets come back from changes of the state."""
 
+import dataclasses
+import hashlib
 import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from repwam_core.embodiment import Embodiment
-from repwam_core.statistics import STATE_LIMIT, ActionStatistics, StateStatistics, Statistics
+from repwam_core.statistics import STATE_LIMIT, ActionStatistics, StateStatistics, Statistics, motion
 
 ARM = Embodiment.from_names("arm", ["x", "y", "gripper"], ["px"], ["top"], 20.0, units=["m", "m", "1"])
 
@@ -18,6 +20,7 @@ def _statistics(seed: int = 0) -> ActionStatistics:
     return ActionStatistics.from_values(values, ARM.action_names, ARM.action_units)
 
 
+@settings(deadline=None)
 @given(arrays(np.float64, (7, 2), elements=st.floats(-100, 100)))
 def test_denormalise_inverts_normalise(moving):
     statistics = _statistics()
@@ -48,6 +51,131 @@ def test_states_are_standardised_and_bounded():
     statistics = StateStatistics.from_values(np.array([[0.0, 3.0], [2.0, 3.0]]), ["moves", "still"])
     np.testing.assert_allclose(statistics.standardise(np.array([[2.0, 9.0]])), [[1.0, 0.0]])
     assert statistics.standardise(np.array([1e6, 3.0]))[0] == STATE_LIMIT
+
+
+ROWS = np.arange(4000)
+_RNG = np.random.default_rng(7)
+_NOISE, _PULSE, _SINE = _RNG.normal(size=4000), (ROWS % 200 == 199) * 1.0, np.sin(ROWS / 70)
+CHANNELS = {
+    "usual": {
+        "sine": _SINE,
+        "gripper, open half the time": (ROWS // 50 % 2) * 0.04,
+        "slow drift": np.linspace(0.7, 0.7002, 4000),
+        "small motion far from zero": 1000 + 0.01 * _SINE,
+        "small motion far from zero in float32": np.float32(1e4 + 0.01 * _SINE),
+        "steps of a keyboard": 0.001 * _RNG.integers(-1, 2, 4000),
+        "angle that wraps": np.angle(np.exp(1j * ROWS / 50)),
+        "heavy tail": _RNG.laplace(size=4000),
+    },
+    "rare": {
+        "pulse": _PULSE,
+        "pulse down": 0.3 - 2 * _PULSE,
+        "pulses both ways": _PULSE - np.roll(_PULSE, 37),
+        "one row": (ROWS == 777) * 1.0,
+        "pulse of exactly 1 %": (ROWS % 100 == 99) * 1.0,
+        "pulse on noise": _PULSE + 1e-3 * _NOISE,
+        "pulse on a stuck joint": 0.05 * _PULSE + 0.7 + 1e-6 * _NOISE,
+        "one of many, hot": (ROWS % 150 == 7) * 1.0,
+    },
+    "still": {
+        "constant": np.full(4000, 0.7),
+        "sensor noise": 0.7 + 1e-6 * _NOISE,
+        "sensor noise at zero": 1e-6 * _NOISE,
+        "rounding of float32": np.float32(1e4 / 3) * (1 + 1e-7 * _RNG.integers(-1, 2, 4000)),
+        "encoder between two steps": np.round(0.7709 / 0.0015 + 0.2 * _NOISE) * 0.0015,
+        "ticks": 2047.0 + (_NOISE > 0),
+    },
+    "spiked": {
+        "one faulty row": np.where(ROWS == 5, 1e6, _SINE),
+        "a value that stands for none": np.where(ROWS % 333 == 0, -999, _SINE),
+        "two faulty rows, on noise": np.where(ROWS == 5, 1e6, np.where(ROWS == 9, -3e4, _NOISE)),
+    },
+}
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, named in CHANNELS.items() for name in named])
+def test_a_channel_is_scaled_by_how_it_moves(kind, name):
+    values = np.asarray(CHANNELS[kind][name], np.float64)
+    assert motion(values) == kind
+    statistics = ActionStatistics.from_values(values[:, None], ["x"])
+    scaled = statistics.normalise(values[:, None])
+    back = statistics.clip(statistics.denormalise(scaled))[:, 0]
+    state = StateStatistics.from_values(values[:, None], ["x"]).standardise(values[:, None])[:, 0]
+    if kind == "still":
+        assert np.ptp(scaled) == np.ptp(state) == 0
+        assert np.abs(back - values).max() <= max(5e-5, np.ptp(values))
+    else:
+        np.testing.assert_allclose(back, values, rtol=1e-6, atol=1e-6 * np.abs(values).max())
+        assert np.ptp(state) > 1.5
+    if kind == "rare":
+        assert (scaled.min(), scaled.max()) == (-1, 1)
+        assert np.abs(state).max() <= 1 + 1e-6
+    if kind in ("usual", "spiked"):
+        np.testing.assert_allclose(np.quantile(scaled, [0.01, 0.99]), [-1, 1], atol=1e-5)
+    if kind in ("usual", "still") and name not in ("sensor noise", "sensor noise at zero"):
+        assert np.abs(scaled).max() < 4
+    said = {"still": "x: never move", "rare": "x: move in few rows", "spiked": "x: lie far outside", "usual": ""}
+    assert [line[: len(said[kind])] for line in statistics.remarks()] == ([said[kind]] if kind != "usual" else [])
+
+
+@settings(deadline=None)
+@given(
+    rest=st.floats(-100, 100), height=st.floats(0.01, 1000), sign=st.sampled_from([-1, 1]),
+    rows=st.sets(st.integers(0, 799), min_size=1, max_size=8),
+)  # fmt: skip
+def test_whatever_moves_in_few_rows_comes_back_as_it_was(rest, height, sign, rows):
+    values = np.full((800, 1), rest)
+    values[sorted(rows)] += sign * height
+    statistics = ActionStatistics.from_values(values, ["x"])
+    scaled = statistics.normalise(values)
+    np.testing.assert_array_equal(np.sort(np.unique(scaled)), [-1, 1])
+    back = statistics.clip(statistics.denormalise(scaled))
+    np.testing.assert_allclose(back, values, rtol=1e-6, atol=1e-6)
+    assert np.ptp(StateStatistics.from_values(values, ["x"]).standardise(values)) == pytest.approx(2)
+
+
+@settings(deadline=None)
+@given(scale=st.floats(1e-3, 1e3), offset=st.floats(-10, 10), seed=st.integers(0, 99))
+def test_ordinary_channels_keep_the_percentiles_of_the_paper(scale, offset, seed):
+    values = np.random.default_rng(seed).normal(size=(300, 1)) * scale + offset * scale
+    statistics = ActionStatistics.from_values(values, ["x"])
+    assert (statistics.centre, statistics.scale, statistics.remarks()) == (None, None, [])
+    np.testing.assert_allclose(statistics.normalise(np.quantile(values, [0.01, 0.99], axis=0)), [[-1], [1]], atol=1e-5)
+
+
+def test_a_file_of_version_0_1_means_what_it_meant(tmp_path):
+    """Its digest, its constant where a channel moved too rarely for percentiles, its scaling of states."""
+    numbers = {"q01": [-1.0, 0.0], "q99": [1.0, 0.0], "min": [-2.0, 0.0], "max": [2.0, 1.0]}
+    actions = {"channels": ["x", "trigger"], "units": ["m", "1"], **numbers, "mean": [0.0, 0.005], "std": [0.5, 0.07]}
+    actions |= {"count": 1000, "kind": "absolute"}
+    state = {"channels": ["px", "pulse"], "mean": [1.0, 0.005], "std": [2.0, 0.07], "count": 1000}
+    document = {"format": "repwam-statistics", "format_version": 1, "actions": actions, "state": state}
+    path = tmp_path / "statistics.json"
+    payload = json.dumps({"actions": actions, "state": state}, sort_keys=True)
+    document["digest"] = hashlib.sha256(payload.encode()).hexdigest()
+    path.write_text(json.dumps(document))
+    old = Statistics.load(path)
+    np.testing.assert_allclose(old.actions.normalise(np.array([1.0, 1.0])), [1.0, 0.0])
+    np.testing.assert_allclose(old.actions.denormalise(np.array([1.0, 1.0])), [1.0, 0.005])
+    np.testing.assert_allclose(old.state.standardise(np.array([3.0, 0.355])), [1.0, 5.0])
+    said = "move in few rows and are learned as constants, as version 0.1 did; count statistics anew"
+    assert old.remarks() == [f"action channels trigger: {said}"]
+    old.save(path)
+    assert json.loads(path.read_text()) == document
+
+
+def test_json_keeps_the_scaling_of_rare_channels(tmp_path):
+    values = np.stack([_SINE, _PULSE], axis=1)
+    saved = Statistics(ActionStatistics.from_values(values, "ab"), StateStatistics.from_values(values, "ab"))
+    assert saved.actions.scale is not None
+    assert saved.state.scale is not None
+    saved.save(tmp_path / "statistics.json")
+    loaded = Statistics.load(tmp_path / "statistics.json")
+    assert loaded == saved
+    assert saved.actions.widened("acb").normalise(np.ones(3))[2] == saved.actions.normalise(np.ones(2))[1] == 1
+    for damage in ({"scale": (1.0, -1.0)}, {"scale": None}):
+        with pytest.raises(ValueError, match="centre and scale"):
+            dataclasses.replace(loaded.actions, **damage)
 
 
 def test_json_round_trip_keeps_every_number(tmp_path):
@@ -98,6 +226,7 @@ def test_a_scaled_difference_is_the_difference_of_scaled_actions():
     statistics, values = _statistics(), np.random.default_rng(5).normal(size=(2, 6, 3))
     expected = statistics.normalise(values[0]) - statistics.normalise(values[1])
     np.testing.assert_allclose(statistics.scaled(values[0] - values[1]), expected, atol=1e-5)
+    np.testing.assert_allclose(statistics.unscaled(expected)[:, :2], (values[0] - values[1])[:, :2], atol=1e-4)
 
 
 def test_changes_from_a_state_need_states_of_the_actions_names():

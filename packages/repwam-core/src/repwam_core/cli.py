@@ -17,6 +17,7 @@ STAGE = TrainingStage(
     name="repwam",
     module="repwam_core.training.module:WAMTraining",
     data="repwam_core.data.datamodule:WAMDataModule",
+    links=(("model.chunk_sizes", "data.chunk_sizes"),),
     parallel_strategy="ddp_find_unused_parameters_true",  # stage two leaves latent actions' projections alone
     test_callbacks={"recorded": "repwam_core.policy.recorded:RecordedEpisodes"},
 )
@@ -183,7 +184,7 @@ def _drive(options: argparse.Namespace, seeds: list[int]):
 
 
 def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dataset", type=Path, required=True, help="LeRobot data set, v2.1 or v3.0")
+    parser.add_argument("--dataset", type=Path, required=True, help="LeRobot data set, v2.0, v2.1 or v3.0")
     parser.add_argument("--layout", required=True, help="agibot, robocoin, ... (docs/datasets.md), or a YAML file")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; videos are linked, not copied")
 
@@ -205,6 +206,12 @@ def _stats_arguments(parser: argparse.ArgumentParser) -> None:
         default="absolute",
         help="what recorded actions are, or from_state: targets, learned as changes from the state (default: absolute)",
     )
+    parser.add_argument(
+        "--chunk-frames",
+        type=int,
+        default=4,
+        help="latent frames of the longest chunk (model.chunk_sizes) that from_state measures over (default: 4)",
+    )
     parser.add_argument("--units", nargs="+", help='unit of each action channel (default: "1")')
 
 
@@ -215,11 +222,14 @@ def _stats(options: argparse.Namespace) -> None:
 
     shards = LatentShards(options.latents)
     training, _ = split_rows(shards, options.held_out)
-    statistics = count_statistics(shards, training, "robot", options.units, options.kind)
+    statistics = count_statistics(
+        shards, training, "robot", options.units, options.kind, chunk_frames=options.chunk_frames
+    )
     statistics.save(options.out)
     actions = statistics.actions
     for name, unit, low, high in zip(actions.channels, actions.units, actions.q01, actions.q99, strict=True):
         print(f"{name}: 1st percentile {low:.4g}, 99th {high:.4g} {unit}")
+    print(*statistics.remarks(), sep="\n", end="\n" if statistics.remarks() else "")
     print(f"{options.out}: {actions.kind} actions, digest {statistics.digest[:16]}")
 
 
@@ -291,7 +301,6 @@ def _openloop(options: argparse.Namespace) -> None:
     policy = BatchedPolicy.from_pretrained(options.policy)
     chosen = {"episodes": options.episodes, "cameras": options.cameras, "seed": options.seed}
     result = evaluate_open_loop(policy, LeRobotReader(options.dataset), **chosen)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     written = result.to_dict(network)
     write_json_atomic(options.out, written)
     for group, numbers in written["groups"].items():

@@ -27,10 +27,19 @@ ActionKind = Literal["absolute", "relative", "from_state"]
   where action and state have one name. A policy gives targets again.
 """
 
+Motion = Literal["still", "usual", "rare", "spiked"]
+"""How a channel moves, see `motion`; what follows for its scaling is docs/decisions/055."""
+
 STATISTICS_FORMAT = "repwam-statistics"
 FORMAT_VERSION = 1
-DEGENERATE = 1e-6
-"""A channel whose spread is below this share of its size (or of one) never moves: it carries no information."""
+NOISE = 5e-5
+"""A channel that stays within this, in its unit, never moves: arms repeat themselves to about 5e-5 m and 5e-5 rad."""
+PRECISION = 1e-6
+"""So does one that stays within this share of its size: a few roundings of float32."""
+TOGGLE = 5e-3
+"""So does one of at most three levels within this share of its size: an encoder that flickers between its steps."""
+ROOM = 10.0
+"""Where minimum and maximum span more than this many times the percentiles, something happens in 1 % of the rows."""
 _NUMBERS = ("q01", "q99", "min", "max", "mean", "std")
 STATE_LIMIT = 10.0
 """Standardised states are clipped here, so that a pose far outside the data cannot drown the other tokens."""
@@ -46,6 +55,8 @@ class ActionStatistics:
         q01, q99: 1st and 99th percentile; min, max, mean, std: the usual.
         count: number of action vectors counted.
         kind: "absolute" (a target pose), "relative" (a change) or "from_state", see `ActionKind`.
+        centre, scale: what becomes 0, and how far from it 1 is; scale 0 is a channel that never moves. None where the
+            percentiles alone say both, as in files of version 0.1.
     """
 
     channels: tuple[str, ...]
@@ -58,14 +69,18 @@ class ActionStatistics:
     std: tuple[float, ...]
     count: int
     kind: ActionKind = "absolute"
+    centre: tuple[float, ...] | None = None
+    scale: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        sizes = {name: len(getattr(self, name)) for name in ("units", "q01", "q99", "min", "max", "mean", "std")}
+        fields = ("units", *_NUMBERS, *(name for name in ("centre", "scale") if getattr(self, name) is not None))
+        sizes = {name: len(getattr(self, name)) for name in fields}
         wrong = {name: size for name, size in sizes.items() if size != len(self.channels)}
         if wrong:
             raise UserError(f"action statistics: expected {len(self.channels)} numbers a field, got {wrong}")
         if self.kind not in get_args(ActionKind):
             raise UserError(f"action statistics: kind must be one of {get_args(ActionKind)}, got {self.kind!r}")
+        _check_scaling("action", self.centre, self.scale)
 
     @classmethod
     def from_values(
@@ -77,12 +92,15 @@ class ActionStatistics:
     ) -> ActionStatistics:
         """Count statistics over action vectors (n, c).
 
+        The 1st to 99th percentile of an ordinary channel becomes [-1, 1]; of one that moves in under 1 % of the
+        vectors, its minimum to maximum.
+
         Raises:
             ValueError: when there are no vectors, a wrong number of channels, or a value that is not finite.
         """
         values = _checked_values(values, channels, "action")
         q01, q99 = np.quantile(values, [0.01, 0.99], axis=0)
-        return cls(
+        counted = cls(
             tuple(channels),
             tuple(units) if units is not None else ("1",) * len(channels),
             _floats(q01),
@@ -94,31 +112,48 @@ class ActionStatistics:
             len(values),
             kind,
         )
+        motions = np.array([motion(column) for column in values.T])
+        low, high = (np.where(motions == "rare", a, b) for a, b in ((counted.min, q01), (counted.max, q99)))
+        scale = np.where(motions == "still", 0.0, (high - low) / 2)
+        centre = np.where(motions == "still", counted.mean, (high + low) / 2)
+        return replace(counted, **_unless(counted._affine, centre, scale))
 
     def widened(self, layout: Sequence[str]) -> ActionStatistics:
         """The statistics of these channels among those of a layout; a channel they lack is constantly zero."""
         if tuple(layout) == self.channels:
             return self
-        numbers = {name: dict(zip(self.channels, getattr(self, name), strict=True)) for name in _NUMBERS}
+        fields = _NUMBERS if self.scale is None else (*_NUMBERS, "centre", "scale")
+        numbers = {name: dict(zip(self.channels, getattr(self, name), strict=True)) for name in fields}
         values = {name: tuple(known.get(channel, 0.0) for channel in layout) for name, known in numbers.items()}
         units = dict(zip(self.channels, self.units, strict=True))
         return replace(self, channels=tuple(layout), units=tuple(units.get(name, "1") for name in layout), **values)
 
     def normalise(self, action_si: np.ndarray) -> np.ndarray:
-        """`action_norm = 2 (x - q01) / (q99 - q01) - 1`, float32 (..., c); 0 for a channel that never moves."""
-        scale, centre = self._affine(action_si)
+        """`action_norm = (x - centre) / scale`, float32 (..., c); 0 for a channel that never moves.
+
+        Of an ordinary channel that is `2 (x - q01) / (q99 - q01) - 1`.
+        """
+        self.check_channels(action_si)
+        centre, scale = self._affine
         moves = scale > 0
         out = (np.asarray(action_si, np.float64) - centre) / np.where(moves, scale, 1.0)
         return np.where(moves, out, 0.0).astype(np.float32)
 
     def scaled(self, change_si: np.ndarray) -> np.ndarray:
         """A difference of actions in the scale of `normalise`: float32 (..., c), 0 for a channel that never moves."""
-        scale, _ = self._affine(change_si)
+        self.check_channels(change_si)
+        _, scale = self._affine
         return np.where(scale > 0, change_si / np.where(scale > 0, scale, 1.0), 0.0).astype(np.float32)
+
+    def unscaled(self, change_norm: np.ndarray) -> np.ndarray:
+        """Invert `scaled`: a difference in the channels' units, float32 (..., c), 0 for a channel that never moves."""
+        self.check_channels(change_norm)
+        return (np.asarray(change_norm, np.float64) * self._affine[1]).astype(np.float32)
 
     def denormalise(self, action_norm: np.ndarray) -> np.ndarray:
         """Invert `normalise`, float32 (..., c) in the channels' units; a still channel returns to its constant."""
-        scale, centre = self._affine(action_norm)
+        self.check_channels(action_norm)
+        centre, scale = self._affine
         return (np.asarray(action_norm, np.float64) * scale + centre).astype(np.float32)
 
     def clip(self, action_si: np.ndarray) -> np.ndarray:
@@ -132,43 +167,112 @@ class ActionStatistics:
             names = ", ".join(self.channels)
             raise UserError(f"expected actions with {len(self.channels)} channels ({names}), got shape {actions.shape}")
 
-    def _affine(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Half-width and centre per channel; half-width 0 marks a channel that never moves."""
-        self.check_channels(actions)
+    @property
+    def _affine(self) -> tuple[np.ndarray, np.ndarray]:
+        """Centre and half-width per channel; half-width 0 marks a channel that never moves."""
+        if self.centre is not None and self.scale is not None:
+            return np.array(self.centre), np.array(self.scale)
         low, high = np.array(self.q01), np.array(self.q99)
-        still = high - low <= DEGENERATE * np.maximum(1.0, np.abs(low))
-        return np.where(still, 0.0, (high - low) / 2), np.where(still, np.array(self.mean), (high + low) / 2)
+        still = high - low <= PRECISION * np.maximum(1.0, np.abs(low))
+        return np.where(still, np.array(self.mean), (high + low) / 2), np.where(still, 0.0, (high - low) / 2)
+
+    def remarks(self) -> list[str]:
+        """What a person should know of channels that are not ordinary: one line for each kind of them."""
+        (centre, scale), low, high = self._affine, np.array(self.min), np.array(self.max)
+        q01, q99, moves = np.array(self.q01), np.array(self.q99), scale > 0
+        noise = np.maximum(NOISE, PRECISION * np.maximum(np.abs(q01), np.abs(q99)))
+        lost = ~moves & (high - low > noise) & (self.scale is None)
+        reach = np.maximum(high - centre, centre - low) / np.where(moves, scale, np.inf)
+        kinds = {
+            "never move and are learned as constants": ~moves & ~lost,
+            "move in few rows and are learned as constants, as version 0.1 did; count statistics anew": lost,
+            "move in few rows and are scaled by minimum and maximum": moves
+            & (2 * scale == high - low)
+            & (q99 - q01 < scale),
+            "lie far outside their usual range in few rows; look for faults there": reach > ROOM,
+        }
+        return [
+            f"{', '.join(name for name, has in zip(self.channels, which, strict=True) if has)}: {said}"
+            for said, which in kinds.items()
+            if which.any()
+        ]
 
     @property
     def digest(self) -> str:
         """SHA-256 (hex) over every number and name: the identity of the scaling a checkpoint was trained with."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(_fields(self), sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class StateStatistics:
-    """Per-channel mean and standard deviation of a data set's robot states."""
+    """Per-channel mean and standard deviation of a data set's robot states.
+
+    Attributes:
+        channels: names of the numbers, in the order of the state vector.
+        mean, std: of each.
+        count: number of states counted.
+        centre, scale: what becomes 0, and how far from it 1 is; scale 0 is a number that never changes. None where mean
+            and deviation alone say both, as in files of version 0.1.
+    """
 
     channels: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     count: int
+    centre: tuple[float, ...] | None = None
+    scale: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _check_scaling("state", self.centre, self.scale)
 
     @classmethod
     def from_values(cls, values: np.ndarray, channels: Sequence[str]) -> StateStatistics:
-        """Count statistics over state vectors (n, S); errors as in `ActionStatistics.from_values`."""
+        """Count statistics over state vectors (n, S); errors as in `ActionStatistics.from_values`.
+
+        The range of a number that changes in under 1 % of the rows becomes [-1, 1]; where few rows lie far outside
+        all others, they are left out of mean and deviation.
+        """
         values = _checked_values(values, channels, "state")
-        return cls(tuple(channels), _floats(values.mean(axis=0)), _floats(values.std(axis=0)), len(values))
+        counted = cls(tuple(channels), _floats(values.mean(axis=0)), _floats(values.std(axis=0)), len(values))
+        centre, scale = (np.array(numbers) for numbers in (counted.mean, counted.std))
+        for channel, column in enumerate(values.T):
+            moves = motion(column)
+            if moves == "still":
+                scale[channel] = 0.0
+            elif moves == "rare":
+                centre[channel], scale[channel] = (column.max() + column.min()) / 2, (column.max() - column.min()) / 2
+            elif moves == "spiked":
+                kept = column[
+                    np.abs(column - np.median(column)) <= ROOM / 2 * np.ptp(np.quantile(column, [0.01, 0.99]))
+                ]
+                centre[channel], scale[channel] = kept.mean(), kept.std()
+        return replace(counted, **_unless(counted._affine, centre, scale))
 
     def standardise(self, state: np.ndarray) -> np.ndarray:
-        """`(x - mean) / std` clipped to +-STATE_LIMIT, float32 (..., S); 0 for a number that never changes."""
+        """`(x - centre) / scale` clipped to +-STATE_LIMIT, float32 (..., S); 0 for a number that never changes.
+
+        Of an ordinary number centre and scale are mean and standard deviation.
+        """
         if state.shape[-1] != len(self.channels):
             names = ", ".join(self.channels)
             raise UserError(f"expected a state of {len(self.channels)} numbers ({names}), got {state.shape}")
-        mean, std = np.array(self.mean), np.array(self.std)
-        moves = std > DEGENERATE * np.maximum(1.0, np.abs(mean))
-        out = np.where(moves, (np.asarray(state, np.float64) - mean) / np.where(moves, std, 1.0), 0.0)
+        centre, scale = self._affine
+        moves = scale > 0
+        out = np.where(moves, (np.asarray(state, np.float64) - centre) / np.where(moves, scale, 1.0), 0.0)
         return np.clip(out, -STATE_LIMIT, STATE_LIMIT).astype(np.float32)
+
+    @property
+    def still(self) -> tuple[str, ...]:
+        """Names of the numbers that never change."""
+        return tuple(name for name, scale in zip(self.channels, self._affine[1], strict=True) if scale == 0)
+
+    @property
+    def _affine(self) -> tuple[np.ndarray, np.ndarray]:
+        """Centre and deviation per number; deviation 0 marks one that never changes."""
+        if self.centre is not None and self.scale is not None:
+            return np.array(self.centre), np.array(self.scale)
+        mean, std = np.array(self.mean), np.array(self.std)
+        return mean, np.where(std > PRECISION * np.maximum(1.0, np.abs(mean)), std, 0.0)
 
 
 @dataclass(frozen=True)
@@ -195,6 +299,16 @@ class Statistics:
     def targets(self) -> ActionStatistics:
         """Statistics of the actions that a robot is given."""
         return self.actions if self.recorded is None else self.recorded
+
+    def same_data(self, other: Statistics) -> bool:
+        """Whether both were counted on the same numbers, whatever scaling followed from them."""
+
+        def counted(statistics: Statistics) -> tuple[Any, ...]:
+            state = statistics.state
+            targets = replace(statistics.targets, centre=None, scale=None)
+            return targets, None if state is None else replace(state, centre=None, scale=None), statistics.actions.kind
+
+        return counted(self) == counted(other)
 
     def reference(self, state_si: np.ndarray | None) -> np.ndarray:
         """What actions are measured from: the states (..., S) of the channels' names, 0 elsewhere; float32 (..., c).
@@ -233,7 +347,8 @@ class Statistics:
         if values.get("format") != STATISTICS_FORMAT or values.get("format_version") != FORMAT_VERSION:
             got = f"{values.get('format')!r} version {values.get('format_version')!r}"
             raise UserError(f"{path}: expected {STATISTICS_FORMAT!r} version {FORMAT_VERSION}, got {got}")
-        check_keys(str(path), values["actions"], ActionStatistics.__dataclass_fields__)
+        optional = {"centre": None, "scale": None}
+        check_keys(str(path), optional | values["actions"], ActionStatistics.__dataclass_fields__)
         statistics = cls.from_dict(values)
         if statistics.digest != values["digest"]:
             raise UserError(f"{path}: the numbers do not fit the stored digest; the file was changed by hand")
@@ -251,8 +366,51 @@ class Statistics:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types and tuples; `from_dict` inverts it."""
-        payload = {"actions": asdict(self.actions), "state": None if self.state is None else asdict(self.state)}
-        return payload if self.recorded is None else payload | {"recorded": asdict(self.recorded)}
+        payload = {"actions": _fields(self.actions), "state": None if self.state is None else _fields(self.state)}
+        return payload if self.recorded is None else payload | {"recorded": _fields(self.recorded)}
+
+    def remarks(self) -> list[str]:
+        """Lines about channels that are not ordinary, see `ActionStatistics.remarks`."""
+        lines = [f"action channels {line}" for line in self.targets.remarks()]
+        if self.recorded is not None:
+            lines += [f"action channels, measured from the state, {line}" for line in self.actions.remarks()]
+        if self.state is not None and self.state.still:
+            lines.append(f"state channels {', '.join(self.state.still)}: never move and are left out")
+        return lines
+
+
+def motion(values: np.ndarray) -> Motion:
+    """How one channel moves over its rows (n,); experiments behind each rule are in docs/decisions/055.
+
+    * "still": it never moves, but for noise, rounding, or an encoder that flickers between neighbouring steps.
+    * "usual": its 1st to 99th percentile is its range.
+    * "rare": it moves in under 1 % of the rows, so that percentiles do not see it: a pulse, from rest or from noise.
+    * "spiked": it moves, and few rows lie far outside all others: faults, or a heavy tail.
+
+    Rows are in the order of time: what differs as much from one row to the next as over the whole is noise.
+    """
+    low, high = float(values.min()), float(values.max())
+    q01, q99 = np.quantile(values, [0.01, 0.99])
+    noise = max(NOISE, PRECISION * max(abs(q01), abs(q99)))
+    if high - low <= ROOM * (q99 - q01):
+        return "still" if q99 - q01 <= noise or _flickers(values, low, high) else "usual"
+    if high - low <= noise:
+        return "still"
+    # What stays without the outermost 1 % on either side, in whole rows: a percentile may lie between rest and pulse.
+    least = -(-len(values) // 100)
+    ordered = np.sort(values)
+    inner = ordered[-1 - least] - ordered[least]
+    if inner <= noise:
+        return "rare"
+    away = np.abs(values - ordered[len(values) // 2])
+    far, rest = away[away > ROOM / 2 * inner], values[away <= ROOM / 2 * inner]
+    pulses = len(far) >= 3 and np.median(far) >= far.max() / 2
+    return "rare" if pulses and np.square(np.diff(rest)).mean() > rest.var() else "spiked"
+
+
+def _flickers(values: np.ndarray, low: float, high: float) -> bool:
+    nearest = min(abs(low), abs(high)) if low * high > 0 else 0.0
+    return high - low <= TOGGLE * nearest and len(np.unique(values)) <= 3
 
 
 def shared_channels(actions: Sequence[str], states: Sequence[str]) -> tuple[list[int], list[int]]:
@@ -279,6 +437,22 @@ def _checked_values(values: np.ndarray, channels: Sequence[str], what: str) -> n
         row, column = np.argwhere(bad)[0]
         raise UserError(f"{what} vector {row} holds {values[row, column]} in channel {channels[column]!r}")
     return values
+
+
+def _check_scaling(what: str, centre: Sequence[float] | None, scale: Sequence[float] | None) -> None:
+    if (centre is None) != (scale is None) or (scale is not None and not min(scale) >= 0):
+        raise UserError(f"{what} statistics: expected centre and scale >= 0, or neither, got {centre} and {scale}")
+
+
+def _unless(known: tuple[np.ndarray, np.ndarray], centre: np.ndarray, scale: np.ndarray) -> dict[str, Any]:
+    """Centre and scale as fields, where they are not known already: then a file stays as version 0.1 wrote it."""
+    if np.array_equal(known, (centre, scale)):
+        return {}
+    return {"centre": _floats(centre), "scale": _floats(scale)}
+
+
+def _fields(statistics: ActionStatistics | StateStatistics) -> dict[str, Any]:
+    return {name: value for name, value in asdict(statistics).items() if value is not None}
 
 
 def _floats(values: np.ndarray) -> tuple[float, ...]:

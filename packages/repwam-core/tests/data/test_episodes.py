@@ -6,10 +6,16 @@ import time
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from repvitok.data import LatentShards, LatentShardWriter
 from repwam_core.data.episode_arrays import MappedEpisodes, StackedEpisodes, count_statistics, suggested_kind
 from repwam_core.data.episodes import EpisodeStore, SegmentSampler, text_cache
-from repwam_core.training.losses import from_chunk_starts
+from repwam_core.model.wam import WorldActionModel
+from repwam_core.planning import PlanSettings
+from repwam_core.training import metrics
+from repwam_core.training.losses import equal_chunks, from_chunk_starts
+from repwam_core.training.scores import HEADLINE, open_loop_score
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +210,106 @@ def test_actions_from_the_state_are_recorded_ones_minus_the_state_before_their_c
     np.testing.assert_allclose(found[..., :2], expected[..., :2], atol=1e-5)
     recorded = np.concatenate([episode.actions.reshape(-1, 3) for episode in LatentShards(followers)])
     np.testing.assert_allclose(store.statistics.targets.mean, recorded.mean(0), rtol=1e-5)
+
+
+@settings(max_examples=8, deadline=None)
+@given(longest=st.integers(1, 4), far=st.sampled_from([0.0, 1000.0]), seed=st.integers(0, 99))
+def test_changes_over_chunks_of_every_length_are_in_the_counted_range(drifting, longest, far, seed):
+    """And a policy, which adds the state it has seen before the chunk, gives the recorded action again."""
+    folder, recorded = drifting(far)
+    store = EpisodeStore(folder, kind="from_state", chunk_frames=longest, memory_limit_gb=8.0 * (seed % 2))
+    actions = store.statistics.actions
+    assert store.statistics.targets == count_statistics(store.shards, range(4), "robot").actions
+    low, high = actions.normalise(np.array([actions.min, actions.max]))
+    episode = np.array([seed % 4])
+    for size in range(1, longest + 1):
+        chunks = equal_chunks(8, size)
+        scaled = from_chunk_starts(store.batch(episode, np.array([0]), 8), chunks).actions[0].numpy()
+        assert (scaled >= low - 1e-3).all()
+        assert (scaled <= high + 1e-3).all()
+        seen = recorded[seed % 4].state[np.cumsum([0, *chunks[:-1]])]  # what a policy has seen before each chunk
+        returned = actions.denormalise(scaled) + np.repeat(store.statistics.reference(seen), chunks, axis=0)[:, None]
+        np.testing.assert_allclose(returned, recorded[seed % 4].actions[:8], atol=2e-6 * (1 + far))
+    reach = np.concatenate([e.actions[longest - 1 :] - e.state[: 9 - longest, None] for e in recorded]).max((0, 1))
+    assert (np.array(actions.max) >= reach - 1e-6).all()
+
+
+@pytest.fixture(scope="module")
+def drifting(tmp_path_factory, write_text_cache, shards):
+    """Make, once each, four episodes of targets that run ahead of a state which drifts, so far from zero."""
+    made, source = {}, LatentShards(shards)
+    meta = dataclasses.replace(source.meta, state_names=source.meta.action_names, latent_action_mean=None)
+
+    def make(far):
+        if far not in made:
+            rng, folder = np.random.default_rng(1), tmp_path_factory.mktemp("drifting") / "latents"
+            episodes = []
+            with LatentShardWriter(folder, dataclasses.replace(meta, latent_action_std=None)) as writer:
+                for number, episode in enumerate(list(source)[:4]):
+                    state = (far + 0.3 * np.arange(9)[:, None] + rng.normal(size=(9, 3)) * 0.02).astype(np.float32)
+                    ahead = (state[:-1, None] + 0.1 * rng.normal(size=(8, 2, 3))).astype(np.float32)
+                    latents = np.resize(episode.latents, (9, *episode.latents.shape[1:]))
+                    episodes.append(
+                        dataclasses.replace(
+                            episode, key=f"e{number}", latents=latents, state=state, actions=ahead, latent_actions=None
+                        )
+                    )
+                    writer.add(episodes[-1])
+            write_text_cache(folder)
+            made[far] = folder, episodes
+        return made[far]
+
+    return make
+
+
+def test_open_loop_scores_are_of_recorded_actions_whatever_is_learned(drifting, monkeypatch):
+    """Validation counts as `repwam openloop` does: both in the scale of the recorded actions."""
+    store = EpisodeStore(drifting(0.0)[0], kind="from_state", chunk_frames=2)
+    batch = from_chunk_starts(store.batch(np.arange(4), np.zeros(4, np.int64), 8), equal_chunks(8, 2))
+    planned = batch.actions + 0.2 * torch.randn(batch.actions.shape, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(metrics, "sample_segments", lambda *_, **__: (planned, None))
+    sampled = metrics.SampledErrors(store.statistics, store.action_channels, "robot", PlanSettings(chunk_frames=2))
+    model = WorldActionModel.__new__(WorldActionModel)  # sampling is replaced, so none is built
+    sampled.update(model, batch, store.meta.grid, seed=0)
+    learned, recorded, anywhere = store.statistics.actions, store.statistics.targets, 0.5
+    actions_si = [learned.denormalise(actions.numpy()) + anywhere for actions in (planned, batch.actions)]
+    errors = np.subtract(*(recorded.normalise(actions) for actions in actions_si))
+    expected = open_loop_score(list(errors.reshape(4, -1, 3)), HEADLINE)
+    counted = sampled.compute()
+    assert {f"ols_{threshold:g}": share for threshold, share in expected.items()} == {
+        name: value for name, value in counted.items() if name.startswith("ols_")
+    }
+    assert 0.05 < expected[0.1] < 0.95
+    assert counted["x_mae_si"] == pytest.approx(np.abs(actions_si[0] - actions_si[1])[..., 0].mean(), rel=1e-4)
+
+
+@pytest.mark.parametrize("limit_gb", [0.0, 8.0])
+@pytest.mark.parametrize(
+    ("what", "place", "said"),
+    [
+        ("actions", (3, 1, 2), r"episode 5, row 7, channel 'still' of the actions: expected a number, got inf"),
+        ("state", (2, 1), r"episode 5, row 4, channel 'py' of the state: expected a number, got inf"),
+    ],
+)
+def test_a_number_that_is_none_is_named(tmp_path, write_text_cache, shards, what, place, said, limit_gb):
+    source = LatentShards(shards)
+    with LatentShardWriter(tmp_path / "bad", source.meta) as writer:
+        for episode in source:
+            array = getattr(episode, what).copy()
+            if episode.episode_index == 5:
+                array[place] = np.inf
+            writer.add(dataclasses.replace(episode, **{what: array}))
+    write_text_cache(tmp_path / "bad")
+    known = count_statistics(source, range(4), "robot")
+    with pytest.raises(ValueError, match=said):
+        EpisodeStore(tmp_path / "bad", memory_limit_gb=limit_gb)
+    if limit_gb:
+        with pytest.raises(ValueError, match=said):
+            EpisodeStore(tmp_path / "bad", statistics=known)
+    else:
+        store = EpisodeStore(tmp_path / "bad", memory_limit_gb=0.0, statistics=known)
+        with pytest.raises(ValueError, match=said):
+            store.batch(np.array([5]), np.array([1]), 4)
 
 
 def test_targets_that_follow_the_state_are_best_learned_from_it(tmp_path, shards, followers):

@@ -1,13 +1,19 @@
 """A data set's own columns become named channels, and the prepared data set is an ordinary one."""
 
+import io
 import json
+import os
+import shutil
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from PIL import Image
 from repvitok.data import LeRobotReader, LeRobotWriter
+from repwam_core.cli import main
+from repwam_core.data import layout as layout_module
 from repwam_core.data.layout import DatasetLayout, known_layouts, prepare
 from repwam_core.embodiment import ChannelLayout
 
@@ -23,21 +29,31 @@ LAYOUT = {
 }
 
 
-@pytest.fixture(params=["v2.1", "v3.0"])
+@pytest.fixture(params=["v2.0", "v2.1", "v3.0"])
 def source(request, tmp_path):
-    """A data set with one column per part; actions.joints of row r of episode e holds 100 e + r + 0.1 k."""
-    root = tmp_path / "source"
+    """A data set with one column per part; actions.joints of row r of episode e holds 100 e + r + 0.1 k.
+
+    Its other columns are of every sort, and its files are more than a reader needs.
+    """
+    root, version = tmp_path / "source", request.param
     writer = LeRobotWriter(
-        root, version=request.param, fps=20, cameras=dict.fromkeys(CAMERAS, (16, 16)),
+        root, version="v3.0" if version == "v3.0" else "v2.1", fps=20, cameras=dict.fromkeys(CAMERAS, (16, 16)),
         state_names=["x"], action_names=["x"], robot_type="arm",
     )  # fmt: skip
     for index in range(2):
         frames = {camera: np.full((5, 16, 16, 3), 40 * index, np.uint8) for camera in CAMERAS}
-        writer.add_episode(index, frames=frames, state=np.zeros((5, 1), "f4"), action=np.zeros((5, 1), "f4"), task="go")
+        state, action = np.zeros((5, 1), "f4"), np.zeros((5, 1), "f4")
+        writer.add_episode(
+            index, frames=frames, state=state, action=action, task=f"go {index}", metadata={"seed": index}
+        )
     writer.finalize()
     for path in root.glob("data/**/*.parquet"):
         table = pq.read_table(path).drop(["action", "observation.state"])
         first = 100 * np.array(table["episode_index"]) + np.array(table["frame_index"])
+        table = table.append_column("next.reward", pa.array([np.nan, 1, 2, 3, 4] * (len(first) // 5), pa.float64()))
+        table = table.append_column("language", pa.array([["take", "it"]] * len(first), pa.large_list(pa.string())))
+        table = table.append_column("grid", pa.array([[[1, 2], [3, None]]] * len(first)))
+        table = table.append_column("note", pa.array([{"who": "me", "when": 1}] * len(first)))
         parts = {"actions.joints": 3, "actions.gripper": 1, "states.joints": 2}
         for key, size in parts.items():
             rows = (first[:, None] + 0.1 * np.arange(size)).astype("f4")
@@ -48,7 +64,55 @@ def source(request, tmp_path):
         info["features"][key] = {"dtype": "float32", "shape": [size], "names": None}
     for key in ("action", "observation.state"):
         del info["features"][key]
+    info["features"] |= {
+        "next.reward": {"dtype": "float64", "shape": [1], "names": None},
+        "language": {"dtype": "language", "shape": [1], "names": None},
+    }
+    info["codebase_version"] = version
     (root / "meta/info.json").write_text(json.dumps(info))
+    if version == "v2.0":
+        (root / "meta/episodes_stats.jsonl").unlink()
+        (root / "meta/stats.json").write_text(json.dumps({"index": {"min": [0]}, "action": {"min": [7]}}))
+    (root / "meta/modality.json").write_text("{}")
+    (root / "README.md").write_text("words")
+    (root / ".cache").mkdir()
+    return root
+
+
+def _columns(root):
+    """All rows of all tables, without the columns that prepare writes."""
+    tables = [pq.read_table(path) for path in sorted(root.glob("data/**/*.parquet"))]
+    names = [name for name in tables[0].column_names if name not in ("action", "observation.state")]
+    return [(table.select(names).schema.types, table.select(names).to_pydict()) for table in tables]
+
+
+def _pictures(root, version="v2.1", embedded=True, camera=CAMERAS[0]):
+    """A data set whose first camera is pictures in the tables, or in files beside them, and whose second is depth."""
+    writer = LeRobotWriter(
+        root, version=version, fps=20, cameras={CAMERAS[1]: (16, 16)}, state_names=["x", "y"], action_names=["x", "y"],
+        robot_type="arm",
+    )  # fmt: skip
+    for index in range(2):
+        numbers = np.arange(8, dtype="f4").reshape(4, 2) + 10 * index
+        frames = {CAMERAS[1]: np.full((4, 16, 16, 3), 40 * index, np.uint8)}
+        writer.add_episode(index, frames=frames, state=numbers, action=numbers, task="go")
+    writer.finalize()
+    info = json.loads((root / "meta/info.json").read_text())
+    info["features"][CAMERAS[1]]["info"]["video.is_depth_map"] = True
+    info["features"][camera] = {"dtype": "image", "shape": [8, 8, 3], "names": ["height", "width", "channel"]}
+    (root / "meta/info.json").write_text(json.dumps(info))
+    for path in root.glob("data/**/*.parquet"):
+        table, rows = pq.read_table(path), []
+        for row in range(len(table)):
+            buffer = io.BytesIO()
+            shade = 9 * row + 100 * table["episode_index"][row].as_py()
+            Image.fromarray(np.full((8, 8, 3), shade, np.uint8)).save(buffer, "PNG")
+            name = f"images/{path.stem}-{row}.png"
+            (root / name).parent.mkdir(exist_ok=True)
+            if not embedded:
+                (root / name).write_bytes(buffer.getvalue())
+            rows.append({"bytes": buffer.getvalue() if embedded else None, "path": name})
+        pq.write_table(table.append_column(camera, pa.array(rows)), path)
     return root
 
 
@@ -68,8 +132,183 @@ def test_columns_become_named_channels(source, tmp_path):
     rows = 100 + np.arange(5)[:, None]
     np.testing.assert_allclose(episode["action"], rows + np.array([0.1, 0.2, 0.0]), rtol=1e-6)
     np.testing.assert_allclose(episode["observation.state"], rows + np.array([0.0, 0.1]), rtol=1e-6)
-    assert reader.episodes[1].task == "go"
+    assert reader.episodes[1].task == "go 1"
     np.testing.assert_array_equal(reader.frames(1, CAMERAS[0], [2]), LeRobotReader(source).frames(1, CAMERAS[0], [2]))
+
+
+def test_everything_else_is_kept(source, tmp_path):
+    out, before = tmp_path / "out", {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
+    prepare(source, out, _layout(tmp_path))
+    assert {path: path.read_bytes() for path in source.rglob("*") if path.is_file()} == before
+    assert repr(_columns(out)) == repr(_columns(source))
+    old, new = LeRobotReader(source), LeRobotReader(out)
+    assert (new.version, new.fps, new.tasks, list(new.episodes)) == (
+        old.version,
+        old.fps,
+        old.tasks,
+        list(old.episodes),
+    )
+    assert new.episodes[1].metadata["seed"] == 1
+    assert set(new.features) == {*old.features, "action", "observation.state"} - {CAMERAS[1]}
+    names = {str(path.relative_to(source)) for path in before}
+    kept = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} - {".lock", "meta/prepared.json"}
+    assert kept == {name for name in names if CAMERAS[1] not in name}
+    for video in out.glob("videos/**/*.mp4"):
+        assert os.path.samefile(video, source / video.relative_to(out))
+    label = out / "meta/modality.json"
+    label.write_text("changed")
+    assert (source / "meta/modality.json").read_text() == "{}"
+
+
+def test_statistics_are_those_of_what_was_written(source, tmp_path):
+    prepare(source, out := tmp_path / "out", _layout(tmp_path))
+    reader = LeRobotReader(out)
+    episodes = [reader.episode(episode.index)["action"] for episode in reader.episodes]
+    whole = json.loads((out / "meta/stats.json").read_text()) if (out / "meta/stats.json").exists() else {}
+    assert (reader.version == "v2.1") == (not whole)
+    if whole:
+        np.testing.assert_allclose(whole["action"]["max"], np.concatenate(episodes).max(0), rtol=1e-6)
+        np.testing.assert_allclose(whole["action"]["std"], np.concatenate(episodes).std(0), rtol=1e-5)
+        assert whole["index"]["min"] == [0]
+    if reader.version == "v2.1":
+        lines = [json.loads(line)["stats"] for line in (out / "meta/episodes_stats.jsonl").read_text().splitlines()]
+    if reader.version == "v3.0":
+        table = pq.read_table(next(out.glob("meta/episodes/*/*.parquet"))).to_pylist()
+        lines = [
+            {"action": {"mean": row["stats/action/mean"]}, "index": {"min": row["stats/index/min"]}} for row in table
+        ]
+        assert not any(CAMERAS[1] in name for name in table[0])
+    if reader.version != "v2.0":
+        for line, values in zip(lines, episodes, strict=True):
+            np.testing.assert_allclose(line["action"]["mean"], values.mean(0), rtol=1e-6)
+        assert [line["index"]["min"] for line in lines] == [[0], [5]]
+
+
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+@pytest.mark.parametrize("embedded", [True, False])
+def test_pictures_in_tables_are_kept_and_depth_maps_left_alone(tmp_path, version, embedded):
+    source, out = _pictures(tmp_path / "source", version, embedded), tmp_path / "out"
+    parts = {"action": [{"column": "action", "select": [1, 2], "names": ["y"]}], "state": []}
+    prepare(source, out, _layout(tmp_path, **parts))
+    shutil.rmtree(source / "images")
+    reader = LeRobotReader(out)
+    assert CAMERAS[0] in reader.camera_keys
+    assert set(reader.features) >= {CAMERAS[1], "action"}
+    assert "observation.state" not in reader.features
+    np.testing.assert_array_equal(
+        reader.frames(1, CAMERAS[0])[:, 0, 0, 0] % 100, 9 * np.arange(4) + 36 * (version == "v3.0")
+    )
+    np.testing.assert_array_equal(reader.episode(1)["action"].reshape(-1), 11 + 2 * np.arange(4))
+    assert len(list(out.glob("videos/**/*.mp4"))) == len(list(source.glob("videos/**/*.mp4")))
+
+
+@pytest.mark.parametrize("source", ["v2.1"], indirect=True)
+def test_neither_the_source_nor_what_is_anothers_is_written_to(source, tmp_path):
+    layout = _layout(tmp_path)
+    for out in (source, source / "prepared", source.parent):
+        with pytest.raises(ValueError, match="apart from the data set"):
+            prepare(source, out, layout)
+    (other := tmp_path / "other").mkdir()
+    (other / "thesis.tex").write_text("words")
+    with pytest.raises(ValueError, match=r"something else \(thesis.tex\)"):
+        prepare(source, other, layout)
+    with pytest.raises(ValueError, match="is a file"):
+        prepare(source, other / "thesis.tex", layout)
+    prepare(source, tmp_path / "out", layout)
+    for path in source.glob("data/**/*.parquet"):
+        pq.write_table(pq.read_table(path).append_column("more", pa.array(np.arange(5.0))), path)
+    with pytest.raises(ValueError, match="prepared otherwise"):
+        prepare(source, tmp_path / "out", layout)
+    assert (other / "thesis.tex").read_text() == "words"
+
+
+@pytest.mark.parametrize("source", ["v3.0"], indirect=True)
+@pytest.mark.parametrize(("module", "name", "calls"), [(os, "replace", 6), (os, "link", 1), (pq, "write_table", 2)])
+def test_whenever_a_run_is_killed_the_next_one_is_whole(source, tmp_path, monkeypatch, module, name, calls):
+    layout, out, call = _layout(tmp_path), tmp_path / "out", getattr(module, name)
+    prepare(source, whole := tmp_path / "whole", layout)
+    for last in range(calls):
+        left = last
+
+        def killed(*arguments, **options):
+            nonlocal left
+            if not left:
+                raise KeyboardInterrupt
+            left -= 1
+            return call(*arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, killed)
+            with pytest.raises(KeyboardInterrupt):
+                prepare(source, out, layout)
+        assert not (out / "meta/info.json").exists()
+    prepare(source, out, layout)
+    files = sorted(path.relative_to(whole) for path in whole.rglob("*"))
+    assert sorted(path.relative_to(out) for path in out.rglob("*")) == files
+    assert all((out / file).read_bytes() == (whole / file).read_bytes() for file in files if (out / file).is_file())
+    assert len(LeRobotReader(out)) == len(LeRobotReader(source))
+
+
+@pytest.mark.parametrize("source", ["v2.1"], indirect=True)
+@pytest.mark.parametrize("damage", ["column", "action", "video"])
+def test_what_was_written_is_compared_with_the_source(source, tmp_path, monkeypatch, damage):
+    fill = layout_module._fill
+
+    def damaged(partial, *arguments):
+        fill(partial, *arguments)
+        path = next(partial.glob("data/**/*.parquet"))
+        table = pq.read_table(path)
+        if damage == "video":
+            video = next(partial.glob("videos/**/*.mp4"))
+            shutil.copyfile(video, other := video.with_suffix(".other"))
+            os.replace(other, video)
+        elif damage == "column":
+            pq.write_table(table.set_column(table.column_names.index("timestamp"), "timestamp", table["index"]), path)
+        else:
+            pq.write_table(
+                table.set_column(table.column_names.index("action"), "action", table["actions.joints"]), path
+            )
+
+    monkeypatch.setattr(layout_module, "_fill", damaged)
+    with pytest.raises(ValueError, match="otherwise than it is there"):
+        prepare(source, tmp_path / "out", _layout(tmp_path))
+    assert not (tmp_path / "out/meta").exists()
+
+
+@pytest.mark.parametrize("source", ["v2.1"], indirect=True)
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (pa.array([2**24 + 1] * 5), "row 0, channel 'gripper': 16777217 is too large"),
+        (pa.array([1.0, 2.0, np.inf, 3.0, 4.0]), "row 2, action, channel 'gripper': expected a finite number"),
+    ],
+)
+def test_numbers_that_cannot_be_written_are_named(source, tmp_path, values, message):
+    info = json.loads((source / "meta/info.json").read_text())
+    info["features"]["actions.gripper"]["dtype"] = "int64" if pa.types.is_integer(values.type) else "float64"
+    (source / "meta/info.json").write_text(json.dumps(info))
+    for path in source.glob("data/**/*.parquet"):
+        table = pq.read_table(path)
+        pq.write_table(table.set_column(table.column_names.index("actions.gripper"), "actions.gripper", values), path)
+    with pytest.raises(ValueError, match=message):
+        prepare(source, tmp_path / "out", _layout(tmp_path))
+    assert not (tmp_path / "out/meta").exists()
+
+
+def test_a_broken_layout_is_one_line(tmp_path, capsys):
+    for text, said in (
+        ("a: [", "not a YAML file"),
+        ("embodiment: 3\naction: []\nstate: []\ncameras: []", "expected str"),
+        ("embodiment: x\naction: [{column: a, names: [1]}]\nstate: []\ncameras: []", "names[0]"),
+        ("embodiment: x\naction: [7]\nstate: []\ncameras: []", "expected a part"),
+        ("embodiment: x\naction: [{column: a, names: [y]}]\nstate: []\ncameras: [c, c]", "twice"),
+    ):
+        (path := tmp_path / "layout.yaml").write_text(text)
+        assert main(["prepare", "--dataset", str(tmp_path), "--layout", str(path), "--out", str(tmp_path / "o")]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert str(path) in error
+        assert said in error
 
 
 def test_a_second_run_returns_and_another_layout_is_refused(source, tmp_path):

@@ -1,13 +1,16 @@
 """Training: exactly resumable, learns what can be learned, keeps what was pretrained, stops on bad numbers."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from repvitok.checkpointing import read_checkpoint
 from repvitok.curves import read_curves
-from repwam_core.cli import main
+from repvitok.data import LatentShards, LatentShardWriter
+from repvitok.lightning_cli import parse_recipe
+from repwam_core.cli import STAGE, main
 from repwam_core.data.datamodule import WAMDataModule
 from repwam_core.data.episodes import EpisodeStore
 from repwam_core.export import export_wam, read_trained
@@ -34,13 +37,21 @@ def test_six_steps_are_three_and_three_more(fit, tmp_path):
     np.testing.assert_array_equal(curve, read_curves(tmp_path / "halves")["train/loss"])
 
 
-def test_it_learns_actions_and_video(fit, tmp_path):
+def test_it_learns_actions_and_video(fit, tmp_path, capsys):
     fit(tmp_path, "--trainer.max_steps=120", "--trainer.val_check_interval=120", "--model.chunk_sizes=[1,1]")
     curves = read_curves(tmp_path)
     last = {name: curve[-1, 1] for name, curve in curves.items()}
     assert last["val/action_mae"] < 0.6 * last["val/action_mae_of_zero"]
     assert curves["train/video"][-10:, 1].mean() < 0.8 * curves["train/video"][:10, 1].mean()
     assert last["val/still_mae_si"] == pytest.approx(0.0, abs=1e-6)
+    said = capsys.readouterr().err
+    assert "action channels still: never move and are learned as constants" in said
+    assert "state channels constant: never move and are left out" in said
+
+
+def test_the_data_know_the_longest_chunk_that_is_learned(recipe):
+    config = parse_recipe("fit", [str(recipe)], STAGE, ["--model.chunk_sizes=[2,3]"])
+    assert config.data.chunk_sizes == (2, 3)
 
 
 def test_a_pretrained_model_is_kept_and_a_space_added(fit, tmp_path):
@@ -106,6 +117,31 @@ def test_a_checkpoint_of_other_data_is_not_resumed(fit, tmp_path, write_shards, 
     other = write_shards(tmp_path / "other", seed=5)
     fit(tmp_path / "run", "--ckpt_path=last", f"--data.latents={other}", expect=2)
     assert "action statistics" in capsys.readouterr().err
+
+
+def test_a_resumed_run_keeps_the_scaling_it_began_with(fit, tmp_path, shards, write_text_cache):
+    """Version 0.1 counted changes from the state of each transition, as chunks of one frame are learned today."""
+    source, latents = LatentShards(shards), tmp_path / "latents"
+    with LatentShardWriter(latents, replace(source.meta, state_names=("x", "y", "other"))) as writer:
+        for episode in source:
+            writer.add(episode)
+    write_text_cache(latents)
+    run = (tmp_path / "run", f"--data.latents={latents}", "--data.action_kind=from_state")
+    began = read_trained(fit(*run, "--model.chunk_sizes=[1,1]", "--trainer.max_steps=1")).statistics
+    resumed = read_trained(
+        fit(*run, "--model.chunk_sizes=[1,3]", "--trainer.max_steps=2", "--ckpt_path=last")
+    ).statistics
+    assert began == resumed
+    store = EpisodeStore(latents, kind="from_state", held_out=0.2, chunk_frames=3)
+    assert began.same_data(store.statistics)
+    assert began.actions.q99 != store.statistics.actions.q99
+    before = store.batch(np.array([0]), np.array([0]), 3)
+    store.scale_by(began)
+    after = store.batch(np.array([0]), np.array([0]), 3)
+    changes_si = began.actions.denormalise(after.actions[0].numpy())
+    assert not torch.equal(before.actions, after.actions)
+    first = LatentShards(latents)[0]
+    np.testing.assert_allclose(changes_si[0, :, 0], first.actions[0, :, 0] - first.state[0, 0], atol=1e-5)
 
 
 def test_draws_of_a_step_depend_on_seed_and_step_only(shards):

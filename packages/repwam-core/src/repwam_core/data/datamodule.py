@@ -108,6 +108,7 @@ class WAMDataModule(L.LightningDataModule):
             holds is read, through the page cache that the ranks of a node share. 0 leaves all on disk.
         encoding: how data sets given in place of latents are encoded, once, before the run's first step, by its first
             process. Its folder `out` must be seen by all nodes. Data for many devices are encoded by a job array.
+        chunk_sizes: the model's, over which "from_state" statistics are counted; linked, not to be given.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class WAMDataModule(L.LightningDataModule):
         data_sets: list[DataSetSettings] | None = None,
         memory_limit_gb: float | int = MEMORY_LIMIT_GB,
         encoding: EncodingSettings | None = None,
+        chunk_sizes: tuple[int, int] = (1, 1),
     ) -> None:
         super().__init__()
         self.prepare_data_per_node = False
@@ -151,7 +153,7 @@ class WAMDataModule(L.LightningDataModule):
         self.seed, self.held_out, self.val_segments = seed, held_out, val_segments
         self.text_encoder, self.steps_per_epoch = text_encoder, steps_per_epoch
         self.tokenizer_digest, self.packing = tokenizer_digest, packing
-        self.memory_limit_gb = memory_limit_gb
+        self.memory_limit_gb, self.chunk_sizes = memory_limit_gb, chunk_sizes
         self.data_sets = data_sets or [
             DataSetSettings(
                 latents=latents or "", statistics=statistics, action_units=action_units, action_kind=action_kind
@@ -169,6 +171,7 @@ class WAMDataModule(L.LightningDataModule):
             held_out=self.held_out,
             tokenizer_digest=self.tokenizer_digest,
             memory_limit_gb=self.memory_limit_gb,
+            chunk_frames=self.chunk_sizes[1],
         )
 
     def _latents(self, entry: DataSetSettings) -> str | Path:

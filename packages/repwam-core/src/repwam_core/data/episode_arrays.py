@@ -77,9 +77,15 @@ class Scaling:
         return self.space != LATENT_SPACE and self.statistics.actions.kind == "from_state"
 
     def reference(self, state: np.ndarray | None) -> Tensor:
-        """What actions are measured from at each frame, in their scale and layout: (frames, c)."""
+        """What actions are measured from at each frame, in their scale and layout, but for a constant: (frames, c).
+
+        Only differences between frames are used. The mean state is taken off before scaling, so that a small motion far
+        from zero keeps its digits in float32.
+        """
         statistics = self.statistics.actions
-        scaled = torch.from_numpy(statistics.scaled(self.statistics.reference(state)))
+        mean = None if self.statistics.state is None else np.array(self.statistics.state.mean)
+        moved = self.statistics.reference(state).astype(np.float64) - self.statistics.reference(mean)
+        scaled = torch.from_numpy(statistics.scaled(moved))
         return _placed(scaled, statistics.channels, self.action_channels, "action")
 
     def actions(self, raw: np.ndarray, state: np.ndarray | None = None) -> Tensor:
@@ -128,6 +134,7 @@ class StackedEpisodes:
         self.state = torch.zeros(total, len(scaling.state_channels)) if scaling.state_channels else None
         self.reference = torch.zeros(total, len(scaling.action_channels)) if scaling.from_state else None
         for number, (first, length) in enumerate(zip(self._first, lengths, strict=True)):
+            require_finite(shards, number, scaling.space)
             arrays = shards.mapped(number)
             self.latents[first : first + length] = scaling.latents(arrays["latents"])
             raw, state_si = read_actions(shards, number, scaling.space), arrays.get("state")
@@ -173,6 +180,7 @@ class MappedEpisodes:
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """What `Rows` holds, of one episode."""
         arrays, scaling = self._shards.mapped(number), self._scaling
+        require_finite(self._shards, number, scaling.space, frames)
         state_si = np.asarray(arrays["state"][frames]) if "state" in arrays else None
         raw = read_actions(self._shards, number, scaling.space)
         real = frames[:-1] < len(raw)
@@ -206,6 +214,34 @@ def read_actions(shards: LatentShards, number: int, space: str) -> np.ndarray:
     return arrays[name]
 
 
+def require_finite(
+    shards: LatentShards, number: int, space: str, frames: Int[np.ndarray, " frames"] | None = None
+) -> None:
+    """Stop at an action or state of an episode that is no number; of its latent frames `frames` only, if given.
+
+    Raises:
+        ValueError: names the episode, the row of its table, the channel and the value.
+    """
+    arrays, info, meta = {"actions": read_actions(shards, number, space)}, shards.infos[number], shards.meta
+    if "state" in (stored := shards.mapped(number)):
+        arrays["state"] = stored["state"]
+    names = {"actions": meta.action_names if space != LATENT_SPACE else (), "state": meta.state_names}
+    per = arrays["actions"].shape[1] if space != LATENT_SPACE else 1
+    for what, array in arrays.items():
+        chosen = np.arange(len(array)) if frames is None else frames[frames < len(array)]
+        values = array[chosen].reshape(len(chosen), -1, array.shape[-1])
+        if np.isfinite(values).all():
+            continue
+        frame, vector, channel = np.argwhere(~np.isfinite(values))[0]
+        row = info.offset + per * int(chosen[frame]) + int(vector)
+        place = f"row {row}" if space != LATENT_SPACE else f"latent frame {chosen[frame]}"
+        name = names[what][channel] if names[what] else channel
+        raise UserError(
+            f"{shards.root}: episode {info.episode_index}, {place}, channel {name!r} of the {what}: expected a number, "
+            f"got {values[frame, vector, channel]}; mend the data set or leave the episode out, then encode it again"
+        )
+
+
 def vectors_per_transition(shards: LatentShards, space: str) -> int:
     """Action vectors of a latent transition, a; 1 for latent actions."""
     raw = read_actions(shards, 0, space)
@@ -226,8 +262,12 @@ def count_statistics(
     units: Sequence[str] | None = None,
     kind: ActionKind = "absolute",
     most: int = COUNTED_TRANSITIONS,
+    chunk_frames: int = 1,
 ) -> Statistics:
     """Count action and state statistics over `episodes`; each action vector of a transition counts.
+
+    Actions of kind "from_state" are counted as they are learned: measured from the state at every frame from which a
+    chunk of at most `chunk_frames` could reach them.
 
     Args:
         shards: the latent shards.
@@ -236,10 +276,17 @@ def count_statistics(
         units: of the action channels.
         kind: what recorded actions are and what is learned of them.
         most: see `COUNTED_TRANSITIONS`.
+        chunk_frames: latent frames of the longest chunk that is learned; for "from_state" alone.
+
+    Raises:
+        ValueError: an action or state is not finite, or no state has an action's name where one is needed.
     """
     infos, meta = shards.infos, shards.meta
-    transitions = sum(infos[number].frames - 1 for number in episodes)
+    reach = chunk_frames if kind == "from_state" and space != LATENT_SPACE else 1
+    transitions = reach * sum(infos[number].frames - 1 for number in episodes)
     counted = [int(number) for number in list(episodes)[:: max(1, -(-transitions // most))]]
+    for number in counted:
+        require_finite(shards, number, space)
     state = None
     if meta.state_names and all("state" in shards.mapped(number) for number in counted):
         states = [shards.mapped(number)["state"] for number in counted]
@@ -252,14 +299,15 @@ def count_statistics(
     if kind != "from_state":
         return Statistics(ActionStatistics.from_values(values, meta.action_names, units, kind), state)
     ours, theirs = shared_channels(meta.action_names, state.channels if state else ())
-    before = [shards.mapped(number)["state"][:-1] for number in counted]
-    learned = values.copy()
-    held = np.concatenate(
-        [np.repeat(states[:, theirs], array.shape[1], axis=0) for states, array in zip(before, actions, strict=True)]
-    )
-    learned[:, ours] -= held
+    learned = []
+    for offset in range(reach):
+        for number, array in zip(counted, actions, strict=True):
+            changes = np.array(array[offset:])
+            changes[..., ours] -= shards.mapped(number)["state"][: len(changes), None, theirs]
+            learned.append(changes.reshape(-1, changes.shape[-1]))
     recorded = ActionStatistics.from_values(values, meta.action_names, units)
-    return Statistics(ActionStatistics.from_values(learned, meta.action_names, units, kind), state, recorded)
+    learned = ActionStatistics.from_values(np.concatenate(learned), meta.action_names, units, kind)
+    return Statistics(learned, state, recorded)
 
 
 def suggested_kind(shards: LatentShards, episodes: Sequence[int] | np.ndarray) -> ActionKind:

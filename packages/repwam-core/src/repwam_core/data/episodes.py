@@ -98,6 +98,7 @@ class EpisodeStore:
         state_layout: the same for the numbers of the state.
         number: of this data set in the run, see `SegmentBatch.data_set`.
         memory_limit_gb: latents that take more than this in memory are read from disk as they are needed.
+        chunk_frames: latent frames of the longest chunk that is learned, see `count_statistics`.
 
     Raises:
         ValueError: no episodes, episodes of a single latent frame, or without the actions of `space`.
@@ -117,6 +118,7 @@ class EpisodeStore:
         state_layout: Sequence[str] | None = None,
         number: int = 0,
         memory_limit_gb: float | int = MEMORY_LIMIT_GB,
+        chunk_frames: int = 1,
     ) -> None:
         self.shards = shards if isinstance(shards, LatentShards) else LatentShards(shards, expect_digest=expect_digest)
         self.meta: LatentMeta = self.shards.meta
@@ -127,15 +129,23 @@ class EpisodeStore:
         self.keys = [info.key for info in infos]
         self.tasks = [info.task for info in infos]
         self.lengths = np.array([info.frames for info in infos])
-        self.statistics = statistics or count_statistics(self.shards, self.train_episodes, space, units, kind)
-        state = self.statistics.state
-        self.action_channels = tuple(self.statistics.actions.channels if layout is None else layout)
+        statistics = statistics or count_statistics(
+            self.shards, self.train_episodes, space, units, kind, chunk_frames=chunk_frames
+        )
+        state = statistics.state
+        self.action_channels = tuple(statistics.actions.channels if layout is None else layout)
         self.state_channels = tuple((state.channels if state else ()) if state_layout is None else state_layout)
-        self.channel_mask = torch.tensor([name in self.statistics.actions.channels for name in self.action_channels])
-        scaling = Scaling(self.meta, self.statistics, space, self.action_channels, self.state_channels)
-        in_memory = self._size_gb() <= memory_limit_gb
-        self.arrays: EpisodeArrays = (StackedEpisodes if in_memory else MappedEpisodes)(self.shards, scaling)
+        self.channel_mask = torch.tensor([name in statistics.actions.channels for name in self.action_channels])
+        self._in_memory = self._size_gb() <= memory_limit_gb
+        self.scale_by(statistics)
         self._embed()
+
+    def scale_by(self, statistics: Statistics) -> None:
+        """Scale actions and states by these statistics, of the same channels, from now on."""
+        self.statistics = statistics
+        scaling = Scaling(self.meta, statistics, self.space, self.action_channels, self.state_channels)
+        kind = StackedEpisodes if self._in_memory else MappedEpisodes
+        self.arrays: EpisodeArrays = kind(self.shards, scaling)
 
     @property
     def vectors_per_transition(self) -> int:

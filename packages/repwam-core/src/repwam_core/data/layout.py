@@ -7,26 +7,37 @@ sets of several robots share one order of channels (`repwam_core.embodiment.Chan
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from repvitok.data import LeRobotReader
+from repvitok.data.lerobot_format import arrow_type, huggingface_metadata, number_feature
+from repvitok.data.lerobot_metadata import read_parquet
+from repvitok.data.lerobot_stats import column_statistics, pooled_statistics
+from repvitok.data.lerobot_tables import to_numpy
+from repvitok.documents import load_json, load_json_lines, parse
 from repvitok.errors import UserError
+from repvitok.files import sole_writer
+from repvitok.progress import progress
 
 from repwam_core.embodiment import Embodiment
 
 LAYOUTS = Path(__file__).with_name("layouts")
-VERSIONS = ("v2.1", "v3.0")
-INDICES = ("timestamp", "frame_index", "episode_index", "index", "task_index")
-STATISTICS = ("stats.json", "episodes_stats.jsonl")
-"""Statistics of columns that are no longer there."""
+ACTION, STATE = "action", "observation.state"
+RECORD = "meta/prepared.json"
+"""What a prepared data set was made of; it is there before anything else, info.json after everything else."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +82,17 @@ class DatasetLayout:
         path = LAYOUTS / f"{name}.yaml" if "/" not in str(name) and not str(name).endswith(".yaml") else Path(name)
         if not path.is_file():
             raise UserError(f"no layout {str(name)!r}: expected a YAML file or one of {known_layouts()}")
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            raise UserError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from error
         if not isinstance(values, dict) or set(values) != {"embodiment", "action", "state", "cameras"}:
             raise UserError(f"{path}: expected the keys action, cameras, embodiment, state")
-        action, state = (tuple(_part(path, part) for part in values[key]) for key in ("action", "state"))
-        layout = cls(values["embodiment"], action, state, tuple(values["cameras"]))
+        entry = parse(values, _LayoutEntry, str(path))
+        action, state = (tuple(_part(path, part) for part in parts) for parts in (entry.action, entry.state))
+        if twice := {name for names in (_names(state), entry.cameras) for name in names if names.count(name) > 1}:
+            raise UserError(f"{path}: expected distinct names of states and cameras, got {sorted(twice)} twice")
+        layout = cls(entry.embodiment, action, state, tuple(entry.cameras))
         layout.robot(1.0)
         return layout
 
@@ -94,91 +111,351 @@ def known_layouts() -> list[str]:
 def prepare(source: Path, out: Path, layout: DatasetLayout) -> Embodiment:
     """Write a LeRobot data set whose `action` and `observation.state` are the layout's channels.
 
-    Tables are rewritten, videos are linked. A folder that is there and complete is left as it is, so that the tasks of
-    a job array can be run again.
+    Only these two columns are rewritten, with their statistics. Every other column, file and row of the meta folder is
+    kept: videos and pictures are linked (copied where the disk has no links), cameras that the layout leaves out are
+    not. What was written is read back and compared before it becomes visible. A folder that is there and complete is
+    left as it is, so that the tasks of a job array can be run again; one of a run that was killed is made anew.
 
     Args:
-        source: LeRobot data set, v2.1 or v3.0.
-        out: folder to write.
+        source: LeRobot data set, v2.0, v2.1 or v3.0.
+        out: folder to write; empty, or of an earlier `prepare` of the same data and layout.
         layout: which columns become what.
 
     Raises:
-        ValueError: when the data set lacks a column or a camera, or a column has another size than the layout says.
+        ValueError: when the data set lacks a column or a camera, a column has another size than the layout says, or
+            `out` is the data set itself or holds something else.
     """
-    info = json.loads((source / "meta/info.json").read_text(encoding="utf-8"))
-    if info.get("codebase_version") not in VERSIONS:
-        raise UserError(f"{source}: expected a LeRobot data set {VERSIONS}, got {info.get('codebase_version')!r}")
-    robot = layout.robot(float(info["fps"]))
-    info["features"] = _features(source, info["features"], layout)
-    info["robot_type"] = layout.embodiment
-    if (out / "meta/info.json").is_file():
-        if json.loads((out / "meta/info.json").read_text(encoding="utf-8")) != info:
-            raise UserError(f"{out} holds data prepared otherwise; remove the folder or choose another")
-        return robot
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    shutil.copytree(source / "meta", partial / "meta", ignore=shutil.ignore_patterns("info.json", *STATISTICS))
-    (partial / "videos").symlink_to((source / "videos").resolve())
-    for path in sorted(source.glob("data/**/*.parquet")):
-        _rewrite(path, partial / path.relative_to(source), layout)
-    (partial / "meta/info.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, out)
+    reader = LeRobotReader(source)
+    robot, info = layout.robot(reader.fps), _info(reader, layout)
+    apart = (source.resolve(), out.resolve())
+    if apart[0] in (apart[1], *apart[1].parents) or apart[1] in apart[0].parents:
+        raise UserError(f"{out}: expected a folder apart from the data set {source}, or it would be overwritten")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; name a folder")
+    files = _files(source)
+    record = {"layout": json.loads(json.dumps(asdict(layout))), "source": _digest(source, files)}
+    there = sorted(entry.name for entry in out.iterdir() if not entry.name.startswith(".")) if out.is_dir() else []
+    if there and not (out / RECORD).is_file():
+        raise UserError(f"{out} holds something else ({', '.join(there[:3])}); choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    with sole_writer(out, f"{out}: another run is preparing this folder; start this one when it has ended"):
+        if (out / RECORD).is_file():
+            before = load_json(out / RECORD)
+            if (out / "meta/info.json").is_file():
+                if {key: before.get(key) for key in record} != record:
+                    raise UserError(f"{out} holds data prepared otherwise; remove the folder or choose another")
+                return robot
+            for name in (*before.get("entries", ()), "meta"):  # killed while it was moved into place
+                shutil.rmtree(out / Path(name).name, ignore_errors=True)
+        partial = out / ".partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            _fill(partial, reader, layout, info, files)
+            _verify(reader, LeRobotReader(partial), layout)
+            _publish(partial, out, record)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return robot
 
 
-def _part(path: Path, values: dict[str, Any]) -> Part:
-    unknown = set(values) - {"column", "names", "unit", "units", "select"}
-    if unknown or not {"column", "names"} <= set(values):
-        raise UserError(f"{path}: expected a part to have column, names, unit or units, select, got {sorted(values)}")
-    names = tuple(values["names"])
-    units = tuple(values.get("units", [values.get("unit", "1")] * len(names)))
-    select = values.get("select")
-    if len(units) != len(names) or (select is not None and select[1] - select[0] != len(names)):
-        raise UserError(f"{path}: {values['column']}: expected as many names as units and selected numbers")
-    return Part(values["column"], names, units, None if select is None else (select[0], select[1]))
-
-
-def _features(source: Path, features: dict[str, Any], layout: DatasetLayout) -> dict[str, Any]:
-    """The features of the prepared data set; complains of what the source lacks."""
-    missing = [camera for camera in layout.cameras if camera not in features]
-    if missing:
-        there = [key for key, feature in features.items() if feature["dtype"] in ("video", "image")]
-        raise UserError(f"{source}: no cameras {missing}; there are {there}")
+def _info(reader: LeRobotReader, layout: DatasetLayout) -> dict[str, Any]:
+    """info.json of the prepared data set; complains of what the source lacks."""
+    source, features = reader.root, reader.features
+    if missing := [camera for camera in layout.cameras if camera not in _pictured(reader)]:
+        raise UserError(f"{source}: no cameras {missing}; there are {_pictured(reader)}")
     for part in (*layout.action, *layout.state):
         if part.column not in features:
             raise UserError(f"{source}: no column {part.column!r}; there are {sorted(features)}")
-        size = int(np.prod(features[part.column]["shape"]))
-        stop = len(part.names) if part.select is None else part.select[1]
+        if not (described := reader.metadata.features[part.column]).is_number:
+            raise UserError(f"{source}: {part.column} holds {described.dtype}, the layout expects numbers")
+        size, stop = int(np.prod(described.shape)), len(part.names) if part.select is None else part.select[1]
         if size < stop or (part.select is None and size != stop):
             raise UserError(f"{source}: {part.column} has {size} numbers, the layout expects {stop}")
-    kept = {key: features[key] for key in layout.cameras} | {key: features[key] for key in INDICES if key in features}
-    for key, parts in (("action", layout.action), ("observation.state", layout.state)):
-        if parts:
-            names = list(_names(parts))
-            kept[key] = {"dtype": "float32", "shape": [len(names)], "names": names}
-    return kept
+    kept = {key: features[key] for key in layout.cameras}
+    kept |= {key: feature for key, feature in features.items() if key not in _dropped(reader, layout)}
+    for key, parts in _rewritten(layout).items():
+        names = list(_names(parts))
+        kept[key] = number_feature("float32", [len(names)], names)
+        if "fps" in features[parts[0].column]:  # as LeRobot writes version 3
+            kept[key]["fps"] = features[parts[0].column]["fps"]
+    info = {**reader.metadata.info, "robot_type": layout.embodiment, "features": kept}
+    if "total_videos" in info:
+        videos = [key for key, feature in kept.items() if feature["dtype"] == "video"]
+        info["total_videos"] = len(videos) * reader.num_episodes
+    return info
 
 
-def _rewrite(path: Path, out: Path, layout: DatasetLayout) -> None:
-    table = pq.read_table(path)
-    columns = {key: table[key] for key in INDICES if key in table.column_names}
-    for key, parts in (("action", layout.action), ("observation.state", layout.state)):
-        if parts:
-            values = np.concatenate([_numbers(table, part, path) for part in parts], axis=1)
-            flat = pa.array(np.ascontiguousarray(values, np.float32).reshape(-1))
-            columns[key] = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns), out)
+def _pictured(reader: LeRobotReader) -> list[str]:
+    """Every camera, depth maps too."""
+    return [key for key, feature in reader.metadata.features.items() if feature.is_camera]
 
 
-def _numbers(table: pa.Table, part: Part, path: Path) -> np.ndarray:
-    """The part's numbers, (rows, names)."""
+def _rewritten(layout: DatasetLayout) -> dict[str, tuple[Part, ...]]:
+    """The columns that are written anew, and what of."""
+    return {key: parts for key, parts in ((ACTION, layout.action), (STATE, layout.state)) if parts}
+
+
+def _dropped(reader: LeRobotReader, layout: DatasetLayout) -> list[str]:
+    """Features that the prepared data set does not have: cameras left out, but no depth maps, and a state left out."""
+    colour = [key for key in reader.camera_keys if key not in layout.cameras and not _is_depth(reader.features[key])]
+    return colour if layout.state else [*colour, STATE]
+
+
+def _is_depth(feature: dict[str, Any]) -> bool:
+    return bool((feature.get("info") or feature.get("video_info") or {}).get("video.is_depth_map"))
+
+
+def _files(root: Path) -> list[Path]:
+    """Every file of a data set relative to its folder, links followed, hidden ones left out."""
+    found, seen = [], set()
+    for folder, inner, names in os.walk(root, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        inner[:] = [
+            name
+            for name in inner
+            if not name.startswith(".") and os.path.realpath(os.path.join(folder, name)) not in seen
+        ]
+        found += [Path(folder, name).relative_to(root) for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
+def _digest(root: Path, files: Sequence[Path]) -> str:
+    """Tells data sets apart by the names and sizes of all files and the content of the meta folder."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file}\0{(root / file).stat().st_size}\0".encode(errors="surrogateescape"))
+        if file.parts[0] == "meta":
+            digest.update((root / file).read_bytes())
+    return digest.hexdigest()
+
+
+def _fill(partial: Path, reader: LeRobotReader, layout: DatasetLayout, info: dict[str, Any], files: list[Path]) -> None:
+    """Write or link every file of the prepared data set but its statistics, then those."""
+    tables = {reader.metadata.table_of(episode.index) for episode in reader.episodes}
+    left_out = _videos(reader, [key for key in _dropped(reader, layout) if key in reader.camera_keys])
+    meta = {Path("meta/info.json"), Path(RECORD), Path("meta/stats.json"), Path("meta/episodes_stats.jsonl")}
+    for file in progress(files, desc="prepare", unit="file"):
+        path, target = reader.root / file, partial / file
+        if file in meta or path in left_out or file.parts[:2] == ("meta", "episodes"):
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path in tables:
+            _rewrite(path, target, reader, layout)
+        elif file.parts[0] == "meta" or len(file.parts) == 1:  # a label that is mended here stays as it was there
+            shutil.copyfile(path, target)
+        else:
+            _link(path.resolve(), target)
+    (partial / "meta").mkdir(parents=True, exist_ok=True)
+    for file in files:
+        if file.parts[:2] == ("meta", "episodes"):
+            (partial / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(reader.root / file, partial / file)
+    (partial / "meta/info.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+    _write_statistics(partial, reader, layout, files)
+
+
+def _videos(reader: LeRobotReader, cameras: Sequence[str]) -> set[Path]:
+    found = set()
+    for camera in cameras:
+        for episode in reader.episodes:
+            with suppress(UserError):  # pictures in the tables, or a camera that was never recorded
+                found.add(reader.video_path(episode.index, camera))
+    return found
+
+
+def _link(path: Path, target: Path) -> None:
+    """A second name of a file; where there are none, a link to a video and a copy of anything else."""
+    try:
+        os.link(path, target)
+    except OSError:
+        if path.suffix in (".mp4", ".mkv", ".webm", ".avi", ".mov"):
+            target.symlink_to(path)
+        else:
+            shutil.copyfile(path, target)
+
+
+def _rewrite(path: Path, target: Path, reader: LeRobotReader, layout: DatasetLayout) -> None:
+    """Write a table with the layout's columns in place of the recorded ones, all others as they are."""
+    table = read_parquet(path)
+    told = dict(table.schema.metadata or {})
+    for key, parts in _rewritten(layout).items():
+        values = np.concatenate([_numbers(table, part, path, reader) for part in parts], axis=1)
+        kind = arrow_type(number_feature("float32", [values.shape[1]], None))
+        column = pa.array(values[:, 0]) if values.shape[1] == 1 else pa.array(list(values), kind)
+        table = (
+            table.set_column(table.column_names.index(key), key, column)
+            if key in table.column_names
+            else table.append_column(key, column)
+        )
+    table = table.drop([key for key in _dropped(reader, layout) if key in table.column_names])
+    with suppress(KeyError, TypeError, ValueError):  # what the `datasets` library restores column types from
+        described = json.loads(told.pop(b"huggingface"))
+        features = described["info"]["features"]
+        described["info"]["features"] = {key: value for key, value in features.items() if key in table.column_names}
+        written = {
+            key: number_feature("float32", [len(_names(parts))], None) for key, parts in _rewritten(layout).items()
+        }
+        described["info"]["features"] |= huggingface_metadata(written)["info"]["features"]
+        told[b"huggingface"] = json.dumps(described).encode()
+    pq.write_table(table.replace_schema_metadata(told), target)
+
+
+def _numbers(table: pa.Table, part: Part, path: Path, reader: LeRobotReader) -> np.ndarray:
+    """The part's numbers as float32, (rows, names)."""
     if part.column not in table.column_names:
         raise UserError(f"{path}: no column {part.column!r}, though info.json lists it")
-    rows = table[part.column].to_pylist()
-    values = np.array(rows, np.float32).reshape(len(rows), -1)
-    return values if part.select is None else values[:, slice(*part.select)]
+    values = to_numpy(table, part.column, reader.metadata.features[part.column], path)
+    return _selected(values, part, f"{path}: {part.column}")
+
+
+def _selected(values: np.ndarray, part: Part, source: str) -> np.ndarray:
+    values = values.reshape(len(values), -1)
+    values = values if part.select is None else values[:, slice(*part.select)]
+    numbers = values.astype(np.float32)
+    if values.dtype.kind in "iu" and (changed := np.argwhere(numbers.astype(np.float64) != values)).size:
+        row, channel = changed[0]
+        raise UserError(
+            f"{source}, row {row}, channel {part.names[channel]!r}: {values[row, channel]} is too large a whole number "
+            "for float32, in which actions and states are written"
+        )
+    return numbers
+
+
+def _write_statistics(partial: Path, reader: LeRobotReader, layout: DatasetLayout, files: list[Path]) -> None:
+    """The data set's own statistics: those of rewritten columns counted anew, of left out ones removed."""
+    prepared, keys = LeRobotReader(partial), list(_rewritten(layout))
+    gone = {*_dropped(reader, layout), *keys}
+    counted = {}
+    for episode in prepared.episodes:
+        columns = prepared.episode(episode.index, keys)
+        counted[episode.index] = {key: column_statistics(columns[key]) for key in keys}
+    for file in files:
+        path = partial / file
+        if file == Path("meta/stats.json"):
+            stats = load_json(reader.root / file)
+            kept = {key: value for key, value in stats.items() if key not in gone}
+            pooled = {key: pooled_statistics([of[key] for of in counted.values()]) for key in keys}
+            path.write_text(json.dumps(kept | pooled, indent=2) + "\n", encoding="utf-8")
+        elif file == Path("meta/episodes_stats.jsonl"):
+            lines = []
+            for _, line in load_json_lines(reader.root / file):
+                kept = {key: value for key, value in line["stats"].items() if key not in gone}
+                lines.append(json.dumps({**line, "stats": kept | counted.get(line["episode_index"], {})}) + "\n")
+            path.write_text("".join(lines), encoding="utf-8")
+        elif file.parts[:2] == ("meta", "episodes") and file.suffix == ".parquet":
+            _write_episode_table(path, counted, gone)
+
+
+def _write_episode_table(path: Path, counted: dict[int, dict[str, Any]], gone: set[str]) -> None:
+    """An episode table of version 3 without the columns of features that are gone, and with new statistics."""
+    table = read_parquet(path)
+    has_statistics = any(name.startswith("stats/") for name in table.column_names)
+    prefixes = tuple(f"{what}/{key}/" for key in gone for what in ("stats", "videos"))
+    table = table.drop([name for name in table.column_names if name.startswith(prefixes)])
+    if has_statistics:
+        rows = [counted[index] for index in table["episode_index"].to_pylist()]
+        for key, numbers in rows[0].items():
+            for name in numbers:
+                table = table.append_column(f"stats/{key}/{name}", pa.array([row[key][name] for row in rows]))
+    path.unlink()
+    pq.write_table(table, path)
+
+
+def _verify(reader: LeRobotReader, prepared: LeRobotReader, layout: DatasetLayout) -> None:
+    """Read back what was written and compare it with the source, all but the pixels between first and last frame.
+
+    Raises:
+        UserError: they differ; the source was changed meanwhile, or the disk is at fault.
+    """
+
+    def require(same: bool, what: str) -> None:
+        if not same:
+            raise UserError(
+                f"{reader.root}: {what} came out otherwise than it is there; was the data set changed meanwhile?"
+            )
+
+    require(
+        (prepared.version, prepared.fps, prepared.tasks) == (reader.version, reader.fps, reader.tasks),
+        "the meta folder",
+    )
+    require(list(prepared.episodes) == list(reader.episodes), "the table of episodes")
+    changed = {*_rewritten(layout), *_dropped(reader, layout)}
+    for path in dict.fromkeys(reader.metadata.table_of(episode.index) for episode in reader.episodes):
+        old, new = read_parquet(path), read_parquet(prepared.root / path.relative_to(reader.root))
+        kept = [name for name in old.column_names if name not in changed]
+        require([name for name in new.column_names if name not in _rewritten(layout)] == kept, f"{path}: the columns")
+        for name in kept:
+            require(_equal(old[name], new[name]), f"{path}: column {name!r}")
+    for episode in progress(reader.episodes, desc="verify", unit="episode"):
+        written = prepared.episode(episode.index, list(_rewritten(layout)))
+        for key, parts in _rewritten(layout).items():
+            columns = reader.episode(episode.index, list(dict.fromkeys(part.column for part in parts)))
+            values = [_selected(columns[part.column], part, f"{reader.root}: {part.column}") for part in parts]
+            same = np.array_equal(np.concatenate(values, axis=1), written[key].reshape(episode.length, -1))
+            require(same, f"episode {episode.index}: {key}")
+        for camera in layout.cameras:
+            require(_same_frames(reader, prepared, episode.index, camera), f"episode {episode.index}: camera {camera}")
+
+
+def _equal(old: pa.ChunkedArray, new: pa.ChunkedArray) -> bool:
+    """Whether two columns hold the same; NaN equals NaN."""
+    return old.type == new.type and (old.equals(new) or repr(old.to_pylist()) == repr(new.to_pylist()))
+
+
+def _same_frames(reader: LeRobotReader, prepared: LeRobotReader, episode: int, camera: str) -> bool:
+    """Whether both have one and the same video, or the same first and last picture."""
+    if reader.features[camera]["dtype"] == "video":
+        paths = [each.metadata.video_of(episode, camera) for each in (reader, prepared)]
+        if missing := [path for path in paths if not path.is_file()]:
+            raise UserError(f"{missing[0]}: missing from the data set")
+        return os.path.samefile(*paths)
+    if camera not in reader.camera_keys:  # depth maps in the tables were compared with these
+        return True
+    ends = [0, prepared.metadata.episodes[episode].length - 1]
+    return np.array_equal(reader.frames(episode, camera, ends), prepared.frames(episode, camera, ends))
+
+
+def _publish(partial: Path, out: Path, record: dict[str, Any]) -> None:
+    """Move what is verified into place: first the note of what it is, info.json last."""
+    aside = partial / ".info.json"
+    os.replace(partial / "meta/info.json", aside)
+    entries = sorted(entry.name for entry in partial.iterdir() if entry != aside and entry.name != "meta")
+    (partial / RECORD).write_text(json.dumps({**record, "entries": entries}, indent=2) + "\n", encoding="utf-8")
+    for name in ("meta", *entries):
+        os.replace(partial / name, out / name)
+    os.replace(aside, out / "meta/info.json")
+
+
+@dataclass(frozen=True)
+class _LayoutEntry:
+    """A layout as its file writes it."""
+
+    embodiment: str
+    action: Annotated[list[Any], msgspec.Meta(min_length=1)]
+    state: list[Any]
+    cameras: list[str]
+
+
+@dataclass(frozen=True)
+class _PartEntry:
+    """A part as a layout file writes it."""
+
+    column: str
+    names: Annotated[list[str], msgspec.Meta(min_length=1)]
+    unit: str = "1"
+    units: list[str] | None = None
+    select: tuple[Annotated[int, msgspec.Meta(ge=0)], Annotated[int, msgspec.Meta(ge=1)]] | None = None
+
+
+def _part(path: Path, values: Any) -> Part:
+    if not isinstance(values, dict) or set(values) - set(_PartEntry.__dataclass_fields__) or "column" not in values:
+        raise UserError(f"{path}: expected a part to have column, names, unit or units, select, got {values}")
+    entry = parse(values, _PartEntry, f"{path}, {values['column']}")
+    units = entry.units or [entry.unit] * len(entry.names)
+    selected = len(entry.names) if entry.select is None else entry.select[1] - entry.select[0]
+    if len(units) != len(entry.names) or selected != len(entry.names):
+        raise UserError(f"{path}: {entry.column}: expected as many names as units and selected numbers")
+    return Part(entry.column, tuple(entry.names), tuple(units), entry.select)
 
 
 def _names(parts: tuple[Part, ...]) -> tuple[str, ...]:

@@ -53,6 +53,7 @@ class Mixture:
         held_out: share of each data set's episodes that is held out.
         tokenizer_digest: of the tokenizer that must have made all latents.
         memory_limit_gb: of each data set, see `EpisodeStore`.
+        chunk_frames: latent frames of the longest chunk that is learned, see `count_statistics`.
 
     Raises:
         ValueError: latents of different tokenizers, a different number of action vectors per transition, or one channel
@@ -67,6 +68,7 @@ class Mixture:
         held_out: float = 0.0,
         tokenizer_digest: str | None = None,
         memory_limit_gb: float | int = MEMORY_LIMIT_GB,
+        chunk_frames: int = 1,
     ) -> None:
         shards = [LatentShards(entry.latents, expect_digest=tokenizer_digest) for entry in settings]
         metas = [entry.meta for entry in shards]
@@ -88,6 +90,7 @@ class Mixture:
                 state_layout=states,
                 number=number,
                 memory_limit_gb=memory_limit_gb,
+                chunk_frames=chunk_frames,
             )
             for number, (entry, entry_shards) in enumerate(zip(settings, shards, strict=True))
         ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -12,7 +14,7 @@ from repwam_core.model.config import LATENT_SPACE
 from repwam_core.model.rollout import PlannedChunk, Rollout, Run
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.planning import PlanSettings
-from repwam_core.statistics import ActionStatistics
+from repwam_core.statistics import Statistics
 from repwam_core.training.losses import equal_chunks, from_chunk_starts
 from repwam_core.training.scores import THRESHOLDS, count_below
 
@@ -98,12 +100,14 @@ class SampledErrors:
 
     Args:
         statistics: scaling of the actions.
+        channels: names of the batches' action channels, in order.
         space: the action space; latent actions have no unit and are reported as they are scaled.
         plan: how to sample.
     """
 
-    def __init__(self, statistics: ActionStatistics, space: str, plan: PlanSettings) -> None:
-        self.statistics, self.space, self.plan = statistics, space, plan
+    def __init__(self, statistics: Statistics, channels: Sequence[str], space: str, plan: PlanSettings) -> None:
+        self.statistics, self.recorded = statistics.actions.widened(channels), statistics.targets.widened(channels)
+        self.space, self.plan = space, plan
         self._sums: dict[str, float] = {}
         self._counts: dict[str, float] = {}
 
@@ -115,11 +119,13 @@ class SampledErrors:
         weight = batch.valid[..., None, None] & batch.channel_mask[:, None, None]
         self._add("action_mae", (actions - batch.actions).abs(), weight)
         self._add("action_mae_of_zero", batch.actions.abs(), weight)
+        errors = (actions - batch.actions).detach().cpu().numpy()
         if self.space != LATENT_SPACE:
-            error_si = self._si(actions) - self._si(batch.actions)
+            error_si = self.statistics.unscaled(errors)
             for channel, name in enumerate(self.statistics.channels):
-                self._add(f"{name}_mae_si", error_si[..., channel].abs(), weight[..., channel])
-        self._count_scores(((actions - batch.actions) * batch.channel_mask[:, None, None]).cpu().numpy(), batch)
+                self._add(f"{name}_mae_si", torch.from_numpy(error_si[..., channel]).abs(), weight[..., channel])
+            errors = self.recorded.scaled(error_si)
+        self._count_scores(errors * batch.channel_mask[:, None, None].cpu().numpy(), batch)
         if latents is not None:
             valid = batch.valid[..., None, None]
             self._add("imagined_mse", (latents - batch.latents[:, 1:]).square(), valid)
@@ -129,7 +135,8 @@ class SampledErrors:
         """Return means over what all ranks sampled, each of which must call this.
 
         `action_mae` in scaled units beside predicting zero, each channel in its own unit, `ols_0.1` and so on the
-        open-loop score (`scores.HEADLINE`: largest error over the channels, per action vector, scaled), and the mean
+        open-loop score (`scores.HEADLINE`: largest error over the channels, per action vector, in the scale of the
+        recorded actions, as `repwam openloop` counts it, also where changes from the state are learned), and the mean
         squared error of imagined latents beside repeating the last true ones.
         """
         ranks = [{name: (self._sums[name], self._counts[name]) for name in self._sums}]
@@ -146,9 +153,6 @@ class SampledErrors:
             name = f"ols_{threshold:g}"
             self._sums[name] = self._sums.get(name, 0.0) + hits
             self._counts[name] = self._counts.get(name, 0.0) + of
-
-    def _si(self, actions: Tensor) -> Tensor:
-        return torch.from_numpy(self.statistics.denormalise(actions.detach().cpu().numpy()))
 
     def _add(self, name: str, values: Tensor, weight: Tensor) -> None:
         weight = weight.to(values.device).expand_as(values)

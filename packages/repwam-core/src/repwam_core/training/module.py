@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -26,6 +27,7 @@ from repwam_core.model.masks import Attend
 from repwam_core.model.sequence import SequenceLayout
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.planning import PlanSettings
+from repwam_core.statistics import Statistics
 from repwam_core.training.banner import StepBanner
 from repwam_core.training.build import build_sharded_wam, build_wam
 from repwam_core.training.losses import (
@@ -137,8 +139,12 @@ class WAMTraining(L.LightningModule):
     # -- training ------------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        """Put the averaged weights where the model is."""
+        """Put the averaged weights where the model is, and say which channels are not ordinary."""
         self._average().to(self.device)
+        if self.global_rank == 0 and self.space != LATENT_SPACE:
+            for store in self._mixture().stores:
+                for line in store.statistics.remarks():
+                    print(f"{store.shards.root}: {line}", file=sys.stderr)
 
     def training_step(self, batch: SegmentBatch | PackedBatch, batch_idx: int) -> torch.Tensor:
         """Loss of one batch; every draw follows from seeds and positions, so a resumed run repeats none."""
@@ -164,7 +170,7 @@ class WAMTraining(L.LightningModule):
         self._swap_in_average()
         self._held_out: list[LossTerms] = []
         self._sampled = [
-            SampledErrors(store.statistics.actions.widened(store.action_channels), self.space, self.plan)
+            SampledErrors(store.statistics, store.action_channels, self.space, self.plan)
             for store in self._mixture().stores
         ]
 
@@ -276,17 +282,24 @@ class WAMTraining(L.LightningModule):
         checkpoint[CHECKPOINT_KEY] = {"ema": average, "json": json.dumps(described)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the averaged weights over; the data's scaling must be the one the run began with."""
+        """Take the averaged weights over, and the scaling that the run began with; the data must be the same.
+
+        The scaling counted on the same data is another one where version 0.1, or other chunk sizes, began the run.
+        """
         if CHECKPOINT_KEY not in checkpoint:
             raise UserError("this checkpoint was not written by `repwam fit`: it holds no averaged weights")
         stored = json.loads(checkpoint[CHECKPOINT_KEY]["json"])
-        expected = [entry["statistics_digest"][:16] for entry in stored["data_sets"]]
-        found = [store.statistics.digest[:16] for store in self._mixture().stores]
-        if expected != found:
+        expected = [Statistics.from_dict(entry["statistics"]) for entry in stored["data_sets"]]
+        found = [store.statistics for store in self._mixture().stores]
+        if len(expected) != len(found) or not all(map(Statistics.same_data, expected, found)):
+            told = [", ".join(entry.digest[:16] for entry in entries) for entries in (expected, found)]
             raise UserError(
-                f"the checkpoint was trained with action statistics {', '.join(expected)}, the data give "
-                f"{', '.join(found)}; resume on the same shards, space and held_out"
+                f"the checkpoint was trained with action statistics {told[0]}, the data give {told[1]}; resume on the "
+                "same shards, space and held_out"
             )
+        for store, began in zip(self._mixture().stores, expected, strict=True):
+            if began != store.statistics:
+                store.scale_by(began)
         if not isinstance(self.trainer.strategy, ShardedStrategy):
             self._average().load_state_dict(checkpoint[CHECKPOINT_KEY]["ema"])
 

@@ -31,7 +31,8 @@ class ScoreVariant:
     Attributes:
         norm: of the error over the channels of one action vector: its largest entry, Euclidean length, or sum.
         span: what counts: every action vector, or every planned chunk, which counts if all its vectors do.
-        scale: "scaled" errors are of actions whose 1st to 99th percentile spans [-1, 1]; "si" in recorded units.
+        scale: "scaled" errors are of recorded actions whose 1st to 99th percentile spans [-1, 1], whatever is learned
+            of them; "si" in recorded units.
     """
 
     norm: Norm = "max"

@@ -11,6 +11,13 @@ from jaxtyping import install_import_hook
 install_import_hook(["repvitok", "latent_action", "repwam_core"], "beartype.beartype")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How many faults `tests/faults` tries."""
+    group = parser.getgroup("faults")
+    group.addoption("--faults", type=int, default=6, help="faults that tests/faults tries (default: 6)")
+    group.addoption("--faults-seed", type=int, default=0, help="which faults are drawn (default: 0)")
+
+
 def pytest_configure() -> None:
     """One torch thread per test process: the models in the tests are small, and processes share the cores."""
     import torch

@@ -61,10 +61,12 @@ class Chain:
     Attributes:
         root: holds one folder per verb, and the data set.
         seconds: how long each reference run took.
+        left: what each left, see `contents`.
     """
 
     root: Path
     seconds: dict[str, float] = field(default_factory=dict)
+    left: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         start(VERBS["encode"], self.root, self.root, self.root / "none", ["--version"]).join()  # imports everything
@@ -75,7 +77,7 @@ class Chain:
         if name != "dataset" and name not in self.seconds:
             ended = run(VERBS[name], self.prepare(name), out)
             assert ended.code == 0, f"the undisturbed {name} failed:\n{ended.said}"
-            self.seconds[name] = ended.seconds
+            self.seconds[name], self.left[name] = ended.seconds, contents(out)
         return out
 
     def prepare(self, name: str) -> Path:

@@ -78,7 +78,8 @@ def test_a_fault_loses_nothing(fault: Fault, chain: Chain, tmp_path: Path, recor
 
 def _kill(chain: Chain, verb: Verb, folder: Path, drawn: random.Random) -> None:
     """One to three kills at random moments, then the same command to its end: the undisturbed run's files."""
-    reference, out = chain.reference(verb.name), folder / verb.name
+    out = folder / verb.name
+    chain.reference(verb.name)
     for _ in range(drawn.randint(1, 3)):
         number, moment_s = drawn.choice(SIGNALS), drawn.uniform(0, 1.05) * chain.seconds[verb.name]
         process = start(verb, chain.root, out, folder / "said")
@@ -87,12 +88,13 @@ def _kill(chain: Chain, verb: Verb, folder: Path, drawn: random.Random) -> None:
             os.kill(process.pid, number)
         process.join(60)
         assert not process.is_alive(), f"signal {number} after {moment_s:.2f} s did not end {verb.name} in a minute"
-    _must_end_whole(verb, chain.root, out, reference)
+    _must_end_whole(verb, chain, out)
 
 
 def _two_at_once(chain: Chain, verb: Verb, folder: Path, drawn: random.Random) -> None:
     """The same command twice, a moment apart: one ends whole, the other too or is refused in one line."""
-    reference, out = chain.reference(verb.name), folder / verb.name
+    out = folder / verb.name
+    chain.reference(verb.name)
     first = start(verb, chain.root, out, folder / "first")
     time.sleep(drawn.uniform(0, 0.8) * chain.seconds[verb.name])
     second = start(verb, chain.root, out, folder / "second")
@@ -103,7 +105,7 @@ def _two_at_once(chain: Chain, verb: Verb, folder: Path, drawn: random.Random) -
     for name, process in (("first", first), ("second", second)):
         if process.exitcode == 2:
             _require_one_line(Ended(2, (folder / name).read_text(errors="replace"), 0))
-    found = difference(contents(out), contents(reference))
+    found = difference(contents(out), chain.left[verb.name])
     assert not found, f"two {verb.name} at once, exit codes {codes}: {found}"
 
 
@@ -117,7 +119,7 @@ def _full_disk(chain: Chain, verb: Verb, folder: Path, drawn: random.Random) -> 
         if ended.code == 2:
             _require_one_line(ended)
         subprocess.run(["mount", "-o", f"remount,size={8 * needed + 2**26}", str(disk)], check=True)
-        _must_end_whole(verb, chain.root, disk / verb.name, reference)
+        _must_end_whole(verb, chain, disk / verb.name)
 
 
 @contextmanager
@@ -135,8 +137,8 @@ def _small_disk(place: Path, size_bytes: int) -> Iterator[Path]:
 
 def _damage(chain: Chain, verb: Verb, folder: Path, drawn: random.Random) -> None:
     """One input file damaged: refused in one line, or, where it does not matter, the undisturbed run's files."""
-    reference = chain.reference(verb.name)
     root, out = folder / "inputs", folder / verb.name
+    chain.reference(verb.name)
     root.mkdir()
     for name in verb.reads:
         shutil.copytree(chain.reference(name), root / name)
@@ -149,7 +151,7 @@ def _damage(chain: Chain, verb: Verb, folder: Path, drawn: random.Random) -> Non
     if ended.code == 2:
         _require_one_line(ended)
     else:
-        found = difference(contents(out), contents(reference))
+        found = difference(contents(out), chain.left[verb.name])
         assert not found, f"{what} was not noticed: {found}"
 
 
@@ -173,10 +175,10 @@ def _damaged(path: Path, drawn: random.Random) -> str:
     return how
 
 
-def _must_end_whole(verb: Verb, root: Path, out: Path, reference: Path) -> None:
-    ended = run(verb, root, out)
+def _must_end_whole(verb: Verb, chain: Chain, out: Path) -> None:
+    ended = run(verb, chain.root, out)
     assert ended.code == 0, f"{verb.name} does not go on: exit code {ended.code}\n{ended.said[-3000:]}"
-    found = difference(contents(out), contents(reference))
+    found = difference(contents(out), chain.left[verb.name])
     assert not found, f"{verb.name} after the fault: {found}"
 
 

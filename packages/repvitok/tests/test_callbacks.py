@@ -8,12 +8,13 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from repvitok.callbacks import SaveLast, TrainingInterrupted
+from repvitok.errors import UserError
 
 
 class Ranks:
     """Stands in for the strategy of ranks that are asked one after the other: keeps the largest number so far."""
 
-    root_device = torch.device("cpu")
+    root_device, is_global_zero = torch.device("cpu"), False
 
     def __init__(self):
         self.largest = 0
@@ -101,6 +102,18 @@ def test_a_repeated_usr1_waits_and_a_second_term_does_not(started):
     os.kill(os.getpid(), signal.SIGUSR1)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_another_number_of_ranks_is_refused_unless_the_data_allow_it(started):
+    saved, content = started(2, Ranks())[0], {}
+    saved.on_save_checkpoint(Stub(2, Ranks()), LightningModule(), content)
+    callback, trainer = started(3, Ranks())
+    trainer.state, trainer.ckpt_path, trainer.datamodule = SimpleNamespace(fn="fit"), "other/last.ckpt", object()
+    with pytest.raises(UserError, match="was trained by 2 processes, this run has 3"):
+        callback.on_load_checkpoint(trainer, LightningModule(), content)
+    trainer.datamodule = SimpleNamespace(any_number_of_ranks=True)
+    callback.on_load_checkpoint(trainer, LightningModule(), content)
+    callback.on_load_checkpoint(trainer, LightningModule(), {})  # of version 0.1, which kept no number
 
 
 def test_ranks_together_do_not_leave_a_validation(started):

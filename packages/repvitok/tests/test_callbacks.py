@@ -31,7 +31,7 @@ class Ranks:
 class Stub(Trainer):
     """As much of a trainer as `SaveLast` looks at."""
 
-    global_step, default_root_dir = 7, "run"
+    global_step, default_root_dir, ckpt_path = 7, "run", "other/last.ckpt"
     fit_loop = SimpleNamespace(_data_fetcher=None, epoch_loop=SimpleNamespace(_should_check_val_fx=lambda _: False))
 
     def __init__(self, world_size, strategy):
@@ -108,7 +108,7 @@ def test_another_number_of_ranks_is_refused_unless_the_data_allow_it(started):
     saved, content = started(2, Ranks())[0], {}
     saved.on_save_checkpoint(Stub(2, Ranks()), LightningModule(), content)
     callback, trainer = started(3, Ranks())
-    trainer.state, trainer.ckpt_path, trainer.datamodule = SimpleNamespace(fn="fit"), "other/last.ckpt", object()
+    trainer.state, trainer.datamodule = SimpleNamespace(fn="fit"), object()
     with pytest.raises(UserError, match="was trained by 2 processes, this run has 3"):
         callback.on_load_checkpoint(trainer, LightningModule(), content)
     trainer.datamodule = SimpleNamespace(any_number_of_ranks=True)

@@ -70,9 +70,10 @@ def test_fit_resume_test_export_in_one_process(recipe, capsys):
 def test_a_validation_that_never_ended_is_made_up_for_after_the_last_step(recipe, monkeypatch):
     whole, stopped = recipe.parent / "whole", recipe.parent / "stopped"
     assert fit(recipe, "--trainer.default_root_dir", str(whole)) == 0
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="broken"):
+    with monkeypatch.context() as patch:
         patch.setattr(RepViTokTraining, "reconstruct", lambda *_: _fail())
-        fit(recipe, "--trainer.default_root_dir", str(stopped), "--checkpoint.every_n_steps", "2")
+        with pytest.raises(RuntimeError, match="broken"):
+            fit(recipe, "--trainer.default_root_dir", str(stopped), "--checkpoint.every_n_steps", "2")
     assert "val/psnr" not in read_curves(stopped)
     assert fit(recipe, "--trainer.default_root_dir", str(stopped), "--ckpt_path", "last") == 0
     assert (stopped / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
@@ -84,7 +85,7 @@ def _fail() -> None:
 
 
 def test_a_damaged_checkpoint_is_kept_and_the_one_before_it_used(recipe, capsys):
-    run, more = recipe.parent / "run", ("--checkpoint.every_n_steps", "1", "--ckpt_path", "last")
+    run, more = recipe.parent / "run", ("--trainer.max_steps=3", "--checkpoint.every_n_steps=1", "--ckpt_path=last")
     assert fit(recipe, *more) == 0
     assert f"no checkpoint in {run}: starting at step 0" in capsys.readouterr().err
     whole = read_checkpoint(run / "last.ckpt")["state_dict"]
@@ -93,19 +94,19 @@ def test_a_damaged_checkpoint_is_kept_and_the_one_before_it_used(recipe, capsys)
     (run / "last.ckpt").write_bytes(damaged)
     assert fit(recipe, *more) == 0
     said = capsys.readouterr().err
-    assert f"warning: {run}/last.ckpt is damaged (the bytes of" in said
-    assert f"resuming at step 1 of {run}/last.1.ckpt" in said
+    assert f"warning: {run}/last.ckpt is damaged (the bytes of its data/" in said
+    assert f"resuming at step 2 of {run}/last.1.ckpt" in said
     assert f"{run}/last.ckpt is kept as last.ckpt.damaged-1" in said
     assert (run / "last.ckpt.damaged-1").read_bytes() == damaged
     again = read_checkpoint(run / "last.ckpt")["state_dict"]
     assert all(torch.equal(again[name], value) for name, value in whole.items())
-    assert fit(recipe, "--ckpt_path", "last") == 0
-    assert f"resuming at step 2 of {run}/last.ckpt" in capsys.readouterr().err
+    assert fit(recipe, *more) == 0
+    assert f"resuming at step 3 of {run}/last.ckpt" in capsys.readouterr().err
 
     for name in ("last.ckpt", "last.1.ckpt"):
         (run / name).write_bytes((run / name).read_bytes()[:-100])
     before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
-    assert fit(recipe, "--ckpt_path", "last") == 2
+    assert fit(recipe, *more) == 2
     assert "is whole (last.ckpt: " in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
 

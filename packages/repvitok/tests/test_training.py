@@ -167,7 +167,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(videos, undisturbed, tmp_path, w
 
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     stopper = At(3, stop) if where == "training" else AtValidation(4, stop)
-    with pytest.raises(RuntimeError if how == "error" else TrainingInterrupted, match="broken|at step 4") as stopped:
+    with pytest.raises(RuntimeError if how == "error" else TrainingInterrupted, match=r"broken|at step 4") as stopped:
         run_adversarial(videos, tmp_path, stopper)
     if how != "error":
         assert str(stopped.value).endswith("last.ckpt holds step 4")

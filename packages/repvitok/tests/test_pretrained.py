@@ -191,6 +191,19 @@ def test_truncated_weights_are_refused(folder: Path, kept: int) -> None:
         RepViTok.from_pretrained(folder)
 
 
+def test_a_changed_bit_of_the_weights_is_refused(tok: RepViTok, folder: Path) -> None:
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    for place in (-1, -7, len(content) // 2):
+        damaged = bytearray(content)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="is damaged: its weights are not those that were saved"):
+            RepViTok.from_pretrained(folder)
+    path.write_bytes(content)
+    assert RepViTok.from_pretrained(folder).digest() == tok.digest()
+
+
 def test_weights_of_another_shape_are_refused(folder: Path) -> None:
     path = folder / "model.safetensors"
     tensors = load_file(path)

@@ -53,6 +53,7 @@ def test_label_and_probe(lat_folder, blobs, tmp_path, capsys):
         ),
         (["label", "--lat", "{lat}", "--latents", "{blobs}"], "--out"),
         (["probe", "--lat", "{lat}", "--latents", "{tmp}"], "meta.json"),
+        (["label", "--lat", "{lat}", "--latents", "{blobs}", "--out", "{lat}"], "holds no unfinished latents but a"),
         (["export", "--ckpt", "{tmp}/none.ckpt", "--out", "{tmp}/o"], "no checkpoint"),
         (["fit", "--data.latents={tmp}/none", "--model.lat.latent_dim=8", "--trainer.max_steps=1"], "no such folder"),
         (["fit", "--data.latents={blobs}", "--model.lat.latent_dim=9", "--trainer.max_steps=1"], "8 channels"),

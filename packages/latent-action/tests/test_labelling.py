@@ -1,6 +1,7 @@
 """Labelled shards hold what the tokenizer says, come back after interruptions, and refuse strangers."""
 
 import dataclasses
+from contextvars import Context
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from latent_action.labelling import label_latents, label_shards
 from latent_action.model import LatentActionTokenizer
 from repvitok.data.shards import LatentShards
+from repvitok.errors import UserError
 
 
 def test_labels_are_the_tokenizers_own(fitted_lat, blobs, tmp_path):
@@ -104,3 +106,34 @@ def test_values_that_are_not_finite_stop_the_work(fitted_lat, blobs, tmp_path):
         fitted_lat.inverse_dynamics.mlp.first.bias.fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite"):
         label_shards(fitted_lat, blobs, tmp_path / "out")
+
+
+def test_a_second_labelling_of_one_folder_is_refused_and_shares_work_side_by_side(
+    fitted_lat, blobs, tmp_path, monkeypatch
+):
+    encode, out, tried = LatentActionTokenizer.encode, tmp_path / "out", []
+
+    def label(shard=None):
+        return Context().run(label_shards, fitted_lat, blobs, out, shard=shard)  # as another process would
+
+    def encoding(self, z, grid=None):
+        if not tried:
+            tried.append(True)
+            for shard in (None, (0, 3)):
+                with pytest.raises(UserError, match="another process is labelling here"):
+                    label(shard)
+            label((1, 3))
+        return encode(self, z, grid)
+
+    monkeypatch.setattr(LatentActionTokenizer, "encode", encoding)
+    label((0, 3))
+    tried.clear()
+    monkeypatch.setattr(LatentActionTokenizer, "encode", lambda *a: label((1, 3)) if not tried.append(1) else None)
+    with pytest.raises(UserError, match="another process is labelling here"):
+        label()
+    monkeypatch.setattr(LatentActionTokenizer, "encode", encode)
+    label()
+    label_shards(fitted_lat, blobs, tmp_path / "alone")
+    for one, two in zip(LatentShards(out).paths, LatentShards(tmp_path / "alone").paths, strict=True):
+        assert one.read_bytes() == two.read_bytes()
+    assert sorted(path.suffix for path in out.iterdir()) == [".json", ".tar"]

@@ -187,9 +187,10 @@ def test_resuming_equals_not_stopping(blobs, tmp_path):
 
 
 def test_a_killed_run_resumes_inside_the_epoch(blobs, tmp_path):
-    """Ctrl-C after step 3 of 6: the state saved then leads to the same weights."""
+    """Ctrl-C after step 3 of 6: the state saved then leads to the same weights and curves."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert fit(whole, blobs, 6) == 0
+    curves = ("--trainer.log_every_n_steps=2", "--trainer.val_check_interval=3")
+    assert fit(whole, blobs, 6, *curves) == 0
     batches, batch = [], TrainingBatches.batch
 
     def interrupted(self, number):
@@ -200,12 +201,13 @@ def test_a_killed_run_resumes_inside_the_epoch(blobs, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainingBatches, "batch", interrupted)
-        assert fit(parts, blobs, 6) == 130
+        assert fit(parts, blobs, 6, *curves) == 130
     assert 0 < read_checkpoint(parts / "last.ckpt")["global_step"] < 6
-    assert fit(parts, blobs, 6, "--ckpt_path=last") == 0
+    assert fit(parts, blobs, 6, *curves, "--ckpt_path=last") == 0
     one, other = (read_checkpoint(folder / "last.ckpt") for folder in (whole, parts))
     for name, value in one["state_dict"].items():
         torch.testing.assert_close(other["state_dict"][name], value, atol=0, rtol=0)
+    assert (parts / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
 
 
 def test_control_never_touches_the_lat():

@@ -8,12 +8,13 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from repvitok.callbacks import SaveLast, TrainingInterrupted
+from repvitok.errors import UserError
 
 
 class Ranks:
     """Stands in for the strategy of ranks that are asked one after the other: keeps the largest number so far."""
 
-    root_device = torch.device("cpu")
+    root_device, is_global_zero = torch.device("cpu"), False
 
     def __init__(self):
         self.largest = 0
@@ -30,7 +31,7 @@ class Ranks:
 class Stub(Trainer):
     """As much of a trainer as `SaveLast` looks at."""
 
-    global_step, default_root_dir = 7, "run"
+    global_step, default_root_dir, ckpt_path = 7, "run", "other/last.ckpt"
     fit_loop = SimpleNamespace(_data_fetcher=None, epoch_loop=SimpleNamespace(_should_check_val_fx=lambda _: False))
 
     def __init__(self, world_size, strategy):
@@ -101,6 +102,18 @@ def test_a_repeated_usr1_waits_and_a_second_term_does_not(started):
     os.kill(os.getpid(), signal.SIGUSR1)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_another_number_of_ranks_is_refused_unless_the_data_allow_it(started):
+    saved, content = started(2, Ranks())[0], {}
+    saved.on_save_checkpoint(Stub(2, Ranks()), LightningModule(), content)
+    callback, trainer = started(3, Ranks())
+    trainer.state, trainer.datamodule = SimpleNamespace(fn="fit"), object()
+    with pytest.raises(UserError, match="was trained by 2 processes, this run has 3"):
+        callback.on_load_checkpoint(trainer, LightningModule(), content)
+    trainer.datamodule = SimpleNamespace(any_number_of_ranks=True)
+    callback.on_load_checkpoint(trainer, LightningModule(), content)
+    callback.on_load_checkpoint(trainer, LightningModule(), {})  # of version 0.1, which kept no number
 
 
 def test_ranks_together_do_not_leave_a_validation(started):

@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from repvitok.checkpointing import read_checkpoint, resolve_checkpoint, resume_path, write_checkpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from repvitok.checkpointing import (
+    find_checkpoint,
+    read_checkpoint,
+    resolve_checkpoint,
+    resume_path,
+    set_aside,
+    sharded_folders,
+    write_checkpoint,
+)
 from repvitok.errors import UserError
 
 
@@ -94,3 +104,57 @@ def test_resume_takes_the_newest_that_can_be_read(tmp_path):
     assert resume_path(tmp_path) == tmp_path / "new.ckpt"
     assert resolve_checkpoint(tmp_path) == tmp_path / "new.ckpt"
     assert resume_path(tmp_path / "nowhere") is None
+
+
+def test_states_before_the_last_one_are_kept(tmp_path):
+    for step in range(5):
+        write_checkpoint({"global_step": step}, tmp_path / "last.ckpt", generations=3)
+    steps = {path.name: read_checkpoint(path)["global_step"] for path in tmp_path.iterdir()}
+    assert steps == {"last.ckpt": 4, "last.1.ckpt": 3, "last.2.ckpt": 2}
+    for name, expected in (("last.ckpt", 3), ("last.1.ckpt", 2)):
+        (tmp_path / name).write_bytes(b"cut")
+        found = find_checkpoint(tmp_path)
+        assert found is not None
+        assert found.step == expected
+        assert tmp_path / name in found.damaged
+
+
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+@settings(max_examples=60)
+def test_a_changed_bit_is_noticed_or_changes_nothing(tmp_path_factory, place, bit):
+    folder = tmp_path_factory.mktemp("run")
+    weights = torch.linspace(0, 1, 300)
+    path = write_checkpoint({"global_step": 7, "weights": weights}, folder / "last.ckpt")
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 1 << bit
+    path.write_bytes(content)
+    try:
+        found = find_checkpoint(folder)
+    except UserError:
+        return
+    assert found is not None
+    assert found.step == 7
+    assert torch.equal(read_checkpoint(path)["weights"], weights)  # an unread byte of the archive
+
+
+def test_a_dangling_link_is_passed_over_and_a_users_files_are_no_generations(tmp_path):
+    (tmp_path / "last.ckpt").symlink_to("last.ckpt-000007")
+    write_checkpoint({"global_step": 3}, tmp_path / "mine.ckpt")
+    found = find_checkpoint(tmp_path)
+    assert found is not None
+    assert (found.path.name, found.step) == ("mine.ckpt", 3)
+    assert "which is not there" in found.damaged[tmp_path / "last.ckpt"]
+    names = ("last.ckpt-000120", "last.ckpt-best", "last.ckpt-12-old", "last.ckpt-000060", "last.ckpt-000060-1")
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "meta.pt").touch()
+    (tmp_path / "last.ckpt-000200").mkdir()  # no checkpoint in it
+    expected = ["last.ckpt-000120", "last.ckpt-000060-1", "last.ckpt-000060"]
+    assert [path.name for path in sharded_folders(tmp_path / "last.ckpt")] == expected
+
+
+def test_a_damaged_checkpoint_is_set_aside_under_a_name_of_its_own(tmp_path):
+    for number in (1, 2):
+        (tmp_path / "last.ckpt").write_text(f"damaged {number}")
+        assert set_aside(tmp_path / "last.ckpt").read_text() == f"damaged {number}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt.damaged-1", "last.ckpt.damaged-2"]

@@ -1,5 +1,6 @@
 """The command line: quick help, one line for mistakes, every verb callable many times in one process."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -10,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 from repvitok import RepViTok
+from repvitok.checkpointing import read_checkpoint
 from repvitok.cli import main
+from repvitok.curves import read_curves
 from repvitok.data.video import VideoFile, write_video
+from repvitok.training import RepViTokTraining
 from safetensors.torch import load_file
 
 RECIPE = """
@@ -61,6 +65,63 @@ def test_fit_resume_test_export_in_one_process(recipe, capsys):
     assert RepViTok.from_pretrained(root / "export").digest()[:16] in capsys.readouterr().out
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (os.environ.get("PL_GLOBAL_SEED"), list(sys.argv)) == before[1:]
+
+
+def test_a_validation_that_never_ended_is_made_up_for_after_the_last_step(recipe, monkeypatch):
+    whole, stopped = recipe.parent / "whole", recipe.parent / "stopped"
+    assert fit(recipe, "--trainer.default_root_dir", str(whole)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(RepViTokTraining, "reconstruct", lambda *_: _fail())
+        with pytest.raises(RuntimeError, match="broken"):
+            fit(recipe, "--trainer.default_root_dir", str(stopped), "--checkpoint.every_n_steps", "2")
+    assert "val/psnr" not in read_curves(stopped)
+    assert fit(recipe, "--trainer.default_root_dir", str(stopped), "--ckpt_path", "last") == 0
+    assert (stopped / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+    assert "val/psnr" in read_curves(stopped)
+
+
+def _fail() -> None:
+    raise RuntimeError("broken")
+
+
+def test_a_damaged_checkpoint_is_kept_and_the_one_before_it_used(recipe, capsys):
+    run, more = recipe.parent / "run", ("--trainer.max_steps=3", "--checkpoint.every_n_steps=1", "--ckpt_path=last")
+    assert fit(recipe, *more) == 0
+    assert f"no checkpoint in {run}: starting at step 0" in capsys.readouterr().err
+    whole = read_checkpoint(run / "last.ckpt")["state_dict"]
+    damaged = bytearray((run / "last.ckpt").read_bytes())
+    damaged[len(damaged) // 2] ^= 4
+    (run / "last.ckpt").write_bytes(damaged)
+    assert fit(recipe, *more) == 0
+    said = capsys.readouterr().err
+    assert f"warning: {run}/last.ckpt is damaged (the bytes of its data/" in said
+    assert f"resuming at step 2 of {run}/last.1.ckpt" in said
+    assert f"{run}/last.ckpt is kept as last.ckpt.damaged-1" in said
+    assert (run / "last.ckpt.damaged-1").read_bytes() == damaged
+    again = read_checkpoint(run / "last.ckpt")["state_dict"]
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
+    assert fit(recipe, *more) == 0
+    assert f"resuming at step 3 of {run}/last.ckpt" in capsys.readouterr().err
+
+    for name in ("last.ckpt", "last.1.ckpt"):
+        (run / name).write_bytes((run / name).read_bytes()[:-100])
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    assert fit(recipe, *more) == 2
+    assert "is whole (last.ckpt: " in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+def test_a_run_has_its_folder_for_itself(recipe, capsys):
+    run = recipe.parent / "run"
+    run.mkdir()
+    with (run / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as another process would hold it
+        assert fit(recipe) == 2
+    assert f"{run}: another run is training here; wait until it has ended" in capsys.readouterr().err
+    (run / "policy.json").touch()
+    assert fit(recipe) == 2
+    assert f"{run} holds a policy; give a training run a folder of its own" in capsys.readouterr().err
+    assert {path.name for path in run.iterdir()} <= {"policy.json", ".lock"}
 
 
 def test_the_same_seed_trains_the_same_weights(recipe):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextvars import Context
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from repvitok.data.lerobot_format import EpisodeInfo
 from repvitok.data.shards import LatentShards
 from repvitok.data.transforms import prepare_frames
 from repvitok.data.video import write_video
+from repvitok.decoding import decode_shards
 from repvitok.encoding import encode_dataset
 from repvitok.encoding_plan import make_plan, share_of_episodes
 from repvitok.errors import UserError
@@ -293,3 +295,34 @@ def test_shards_know_the_columns_of_their_data_set(tmp_path, tok):
     assert shards.provenance["columns"] == {"observation.state": ["frame"], "actions": ["frame", "episode"]}
     assert "action: [{column: actions, names: [frame, episode]}]" in without_actions(shards)
     assert shards.meta.instruction_source == "tasks"
+
+
+def test_a_second_encoding_of_one_folder_is_refused_and_the_first_goes_on(tmp_path, tok):
+    class Slow(Recording):
+        """While the first run reads, the same command is given again, as by another process."""
+
+        def frames(self, *arguments):
+            if not refused:
+                refused.append(True)
+                with pytest.raises(UserError, match="another process is writing here"):
+                    Context().run(encode, tok, tmp_path / "out")
+            return super().frames(*arguments)
+
+    refused: list[bool] = []
+    out = encode(tok, tmp_path / "out", Slow())
+    assert refused
+    assert sorted(path.name for path in out.root.iterdir()) == ["latents-000000.tar", "meta.json"]
+    assert out.paths[0].read_bytes() == encode(tok, tmp_path / "alone").paths[0].read_bytes()
+
+
+@pytest.mark.parametrize("name", ["my-latents-backup.tar", "latents-000000.tar", "meta/info.json", "notes.txt"])
+def test_nothing_is_written_beside_or_over_what_is_anothers(tmp_path, tok, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("a user's")
+    with pytest.raises(UserError, match="is not empty and holds no unfinished latents but"):
+        encode(tok, tmp_path)
+    assert [(path.name, path.is_file()) for path in tmp_path.iterdir()] == [(name.split("/")[0], "/" not in name)]
+    assert (tmp_path / name).read_text() == "a user's"
+    latents = encode(tok, tmp_path / "latents").root
+    with pytest.raises(UserError, match="is not empty and holds no decoded videos but"):
+        decode_shards(tok, latents, tmp_path)

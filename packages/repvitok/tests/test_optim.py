@@ -190,3 +190,12 @@ def test_ema_state_must_be_the_models_own():
     del other["average"]["bias"]
     with pytest.raises(ValueError, match="differ at parameter 'bias'"):
         ema.load_state_dict(other)
+
+
+def test_building_an_optimizer_changes_no_weight_that_is_computed():
+    """Every look at a weight under `spectral_norm` moves its power iteration on, and a resumed run looked once more."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)), nn.Linear(8, 8))
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    build_optimizer(module)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())

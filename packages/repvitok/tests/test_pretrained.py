@@ -16,6 +16,7 @@ import repvitok.pretrained as pretrained
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from repvitok import PretrainedModel, RepViTok
+from repvitok.errors import UserError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -82,6 +83,23 @@ def test_saving_again_replaces_the_model_and_keeps_other_files(tok: RepViTok, fo
     tok.save_pretrained(str(folder))
     assert RepViTok.from_pretrained(str(folder)).digest() == tok.digest()
     assert (folder / "README.md").read_text() == "a model card"
+
+
+def test_a_folder_of_anything_else_is_left_alone(tok: RepViTok, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="tokenizer holds a repvitok model; name another folder"):
+        OtherModel(OtherConfig()).save_pretrained(folder)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds no repvitok model but a repvitok model \(notes\.txt\)"):
+        tok.save_pretrained(folder)
+    (tmp_path / "data" / "meta").mkdir(parents=True)
+    (tmp_path / "data" / "meta" / "info.json").touch()
+    with pytest.raises(UserError, match="holds no repvitok model but a LeRobot data set"):
+        tok.save_pretrained(tmp_path / "data")
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange" / "config.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"strange holds a config\.json of something else"):
+        tok.save_pretrained(tmp_path / "strange")
+    assert RepViTok.from_pretrained(folder).digest() == tok.digest()
 
 
 def test_a_failed_save_leaves_the_last_good_model(tok: RepViTok, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,6 +189,19 @@ def test_truncated_weights_are_refused(folder: Path, kept: int) -> None:
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(ValueError, match=r"model.safetensors is no complete safetensors file"):
         RepViTok.from_pretrained(folder)
+
+
+def test_a_changed_bit_of_the_weights_is_refused(tok: RepViTok, folder: Path) -> None:
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    for place in (-1, -7, len(content) // 2):
+        damaged = bytearray(content)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="is damaged: its weights are not those that were saved"):
+            RepViTok.from_pretrained(folder)
+    path.write_bytes(content)
+    assert RepViTok.from_pretrained(folder).digest() == tok.digest()
 
 
 def test_weights_of_another_shape_are_refused(folder: Path) -> None:

@@ -89,6 +89,17 @@ class At(Callback):
             self.action()
 
 
+class AtValidation(Callback):
+    """Does something in the validation after a step."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_validation_batch_start(self, trainer, *_):
+        if trainer.global_step == self.step:
+            self.action()
+
+
 def test_it_learns_and_exports_its_average(videos, tmp_path):
     run = trainer(tmp_path, 60, SaveLast(), val_check_interval=60)
     run.fit(module(), data(videos))
@@ -112,29 +123,65 @@ def test_it_learns_and_exports_its_average(videos, tmp_path):
     ] == pytest.approx(curves["val/psnr"][-1, 1], abs=1e-3)
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_and_resumed_equals_straight(videos, tmp_path, signal_number):
-    straight = module()
-    trainer(tmp_path / "straight", 6, log_every_n_steps=1).fit(straight, data(videos))
-    handler = signal.getsignal(signal_number)
+ADVERSARIAL = LossWeights(l1=1.0, perceptual=0.0, gan=0.1, align=0.0)
+ADVERSARY = AdversarySettings(start_step=1, width=4, layers=2, warmup_steps=1)
 
-    stopper = At(2, lambda: os.kill(os.getpid(), signal_number))
-    with pytest.raises(TrainingInterrupted, match="at step 3"):
-        trainer(tmp_path / "stopped", 6, SaveLast(), stopper, log_every_n_steps=1).fit(module(), data(videos))
-    assert signal.getsignal(signal_number) is handler
 
-    resumed = module()
+def run_adversarial(videos: Path, root: Path, *callbacks: Callback, **more) -> Trainer:
+    """Six steps with an adversary, means over four, three validations."""
+    run = trainer(root, 6, SaveLast(every_n_steps=2), *callbacks, log_every_n_steps=4, val_check_interval=2)
+    run.fit(module(ADVERSARIAL, adversary=ADVERSARY, pictures_every_n_validations=2), data(videos), **more)
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(videos, tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("undisturbed")
+    run_adversarial(videos, root)
+    return root
+
+
+def assert_same(found: object, expected: object, where: str = "") -> None:
+    """Two checkpoints hold the same, bit for bit, but for the record of when batches were handed out."""
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected), where
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key in expected.keys() - {"loops", "callbacks"}:
+            assert_same(found[key], expected[key], f"{where}/{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), where
+        for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+            assert_same(one, other, f"{where}/{number}")
+    else:
+        assert found == expected, where
+
+
+@pytest.mark.parametrize("where", ["training", "validation"])
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "error"])
+def test_a_stopped_run_goes_on_as_if_it_had_not(videos, undisturbed, tmp_path, where, how):
+    def stop():
+        if how == "error":  # as a kill: nothing is saved on the way out
+            raise RuntimeError("broken")
+        os.kill(os.getpid(), getattr(signal, how))
+
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    stopper = At(3, stop) if where == "training" else AtValidation(4, stop)
+    with pytest.raises(RuntimeError if how == "error" else TrainingInterrupted, match=r"broken|at step 4") as stopped:
+        run_adversarial(videos, tmp_path, stopper)
+    if how != "error":
+        assert str(stopped.value).endswith("last.ckpt holds step 4")
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
     torch.manual_seed(99)
-    ckpt = str(tmp_path / "stopped" / "last.ckpt")
-    trainer(tmp_path / "stopped", 6, log_every_n_steps=1).fit(resumed, data(videos), ckpt_path=ckpt, weights_only=True)
-    assert resumed.global_step == 6
-    whole, mended = read_curves(tmp_path / "straight"), read_curves(tmp_path / "stopped")
-    for name in (name for name in whole if name.startswith("train/")):
-        assert mended[name].tolist() == whole[name].tolist(), name
-    for name, value in straight.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
-    for name, value in straight.ema.average.items():
-        assert torch.equal(value, resumed.ema.average[name]), name
+    saved = tmp_path / "last.ckpt"
+    assert read_checkpoint(saved)["global_step"] == (2 if (where, how) == ("training", "error") else 4)
+    run_adversarial(videos, tmp_path, ckpt_path=str(saved), weights_only=True)
+    assert_same(read_checkpoint(saved), read_checkpoint(undisturbed / "last.ckpt"))
+    assert (tmp_path / "metrics.csv").read_text() == (undisturbed / "metrics.csv").read_text()
+    drawn = [{path.name: path.read_bytes() for path in root.glob("*/*.png")} for root in (tmp_path, undisturbed)]
+    assert len(drawn[0]) == 2
+    assert drawn[0] == drawn[1]
 
 
 def test_an_error_does_not_overwrite_the_last_good_state(videos, tmp_path):

@@ -246,7 +246,7 @@ def _require_whole(path: Path) -> int:
             except (zipfile.BadZipFile, EOFError) as error:
                 raise UserError(f"not a whole checkpoint: {error}") from error
         if wrong is not None:
-            raise UserError(f"the bytes of {wrong} do not fit their checksum")
+            raise UserError(f"the bytes of its {wrong.partition('/')[2]} do not fit their checksum")
     return int(checkpoint.get("global_step", 0))
 
 

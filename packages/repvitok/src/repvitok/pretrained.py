@@ -81,12 +81,12 @@ class PretrainedModel(nn.Module):
     def write_into(self, folder: Path) -> None:
         """Write config.json and model.safetensors into a folder that nobody reads yet.
 
-        The weights carry the config's hash, so that files of two models are refused on loading.
+        The weights carry the config's hash and their own, so that files of two models, or damaged ones, are refused.
         """
         config = self.describe()
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        metadata = {"format": "pt", "config_sha256": config_sha256(config)}
-        save_file(tensors, folder / WEIGHTS_FILE, metadata=metadata)
+        hashes = {"config_sha256": config_sha256(config), "weights_sha256": _add_weights(hashlib.sha256(), tensors)}
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt", **hashes})
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -130,12 +130,16 @@ class PretrainedModel(nn.Module):
         compute the same function from the same files. What a model made carries this, and a mismatch is an
         error.
         """
-        sha = hashlib.sha256(config_sha256(self.describe()).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            flat = tensor.detach().cpu().contiguous()
-            sha.update(f"{name} {flat.dtype} {tuple(flat.shape)}".encode())
-            sha.update(flat.reshape(-1).view(torch.uint8).numpy().data)
-        return sha.hexdigest()
+        return _add_weights(hashlib.sha256(config_sha256(self.describe()).encode()), self.state_dict())
+
+
+def _add_weights(sha: Any, tensors: Mapping[str, Tensor]) -> str:
+    """The hex digest of what `sha` has taken in already and of all tensors by name, dtype, shape and bytes."""
+    for name, tensor in sorted(tensors.items()):
+        flat = tensor.detach().cpu().contiguous()
+        sha.update(f"{name} {flat.dtype} {tuple(flat.shape)}".encode())
+        sha.update(flat.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
 
 
 def config_sha256(config: Mapping[str, Any]) -> str:
@@ -200,22 +204,24 @@ def read_weights(path: Path, expected: Mapping[str, Tensor], config_hash: str | 
             if it does.
 
     Raises:
-        ValueError: unreadable or truncated, of another config, or a tensor is missing, unexpected or of
+        ValueError: unreadable, truncated or damaged, of another config, or a tensor is missing, unexpected or of
             another shape.
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            stored_hash = (file.metadata() or {}).get("config_sha256")
+            hashes = file.metadata() or {}
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             _require_same_tensors(path, shapes, {name: tuple(tensor.shape) for name, tensor in expected.items()})
             tensors = {name: file.get_tensor(name) for name in shapes}
     except SafetensorError as error:
         raise UserError(f"{path} is no complete safetensors file ({error}); copy or download it again") from error
-    if config_hash is not None and stored_hash is not None and stored_hash != config_hash:
+    if config_hash not in (None, hashes.get("config_sha256", config_hash)):
         raise UserError(
             f"{path} was saved with another {CONFIG_FILE} than the one beside it; a save was interrupted or a file "
             "was edited: save the model again"
         )
+    if "weights_sha256" in hashes and hashes["weights_sha256"] != _add_weights(hashlib.sha256(), tensors):
+        raise UserError(f"{path} is damaged: its weights are not those that were saved; copy or download it again")
     return tensors
 
 

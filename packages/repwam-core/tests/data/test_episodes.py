@@ -1,6 +1,8 @@
 """Segments: fixed by (seed, index), scaled as stored, fair at episode borders, padded without cost."""
 
 import dataclasses
+import errno
+import os
 import time
 
 import numpy as np
@@ -104,6 +106,24 @@ def test_instructions_are_embedded_once_and_kept_beside_the_shards(tmp_path, wri
     batch = store.batch(np.array([0, 1]), np.array([0, 0]), 2)
     assert tasks[0] != tasks[1]
     assert not torch.equal(batch.text[0], batch.text[1])
+
+
+def test_latents_that_cannot_be_written_are_read(tmp_path, write_shards, monkeypatch, caplog):
+    shards = write_shards(tmp_path / "latents", episodes=2)
+    text_cache(shards, "minilm").unlink()  # not of the real model
+    stored = EpisodeStore(shards).text
+    text_cache(shards, "minilm").unlink()
+    before, open_ = sorted(shards.iterdir()), os.open
+
+    def read_only(path, flags, *more, **options):
+        if flags & os.O_CREAT:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return open_(path, flags, *more, **options)
+
+    monkeypatch.setattr(os, "open", read_only)
+    assert torch.equal(EpisodeStore(shards).text, stored)
+    assert "Read-only file system" in caplog.text
+    assert sorted(shards.iterdir()) == before
 
 
 def test_offsets_of_one_recording_are_held_out_together(tmp_path, write_shards, write_text_cache):

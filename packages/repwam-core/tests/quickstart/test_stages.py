@@ -5,7 +5,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from concurrent.futures import ThreadPoolExecutor
+from contextvars import Context
 
 import pytest
 from repvitok.errors import UserError
@@ -70,7 +70,7 @@ def test_fresh_removes_stages_and_nothing_else(tmp_path):
 
 def test_a_foreign_folder_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match=r"holds no run of repwam quickstart but thesis\.tex"):
+    with pytest.raises(UserError, match=r"holds no run of repwam quickstart but thesis\.tex; name another folder"):
         StageRunner(tmp_path, fresh=True)
     assert (tmp_path / "thesis.tex").exists()
 
@@ -85,12 +85,8 @@ def test_no_disk_space_is_one_clear_error_and_loses_nothing(tmp_path):
 
 def test_a_second_run_on_the_same_folder_is_refused(tmp_path):
     runner = StageRunner(tmp_path / "run")
-    with (
-        runner.lock(),
-        ThreadPoolExecutor(1) as another,
-        pytest.raises(UserError, match="another quickstart is running"),
-    ):
-        another.submit(StageRunner, tmp_path / "run").result()
+    with runner.lock(), pytest.raises(UserError, match="another quickstart is running"):
+        Context().run(StageRunner, tmp_path / "run")  # as another process would
 
 
 def test_kill_in_the_middle_leaves_the_stage_undone_and_resumable(tmp_path):
@@ -134,6 +130,19 @@ def test_time_adds_up_over_interrupted_runs(tmp_path):
         StageRunner(tmp_path / "run").run("a", slow, settings={}, inputs={})
     result = StageRunner(tmp_path / "run").run("a", slow, settings={}, inputs={})
     assert result.seconds >= 0.4
+
+
+@pytest.mark.parametrize("content", ["", "1.", "nan?", "\0\0\0"])
+@pytest.mark.parametrize("name", [".seconds", "stage.json"])
+def test_a_small_file_that_a_full_disk_cut_does_not_end_the_run(tmp_path, name, content):
+    calls = []
+    first = StageRunner(tmp_path / "run").run("a", lambda f: _count(f, calls), settings={}, inputs={})
+    (first.folder / "stage.json").unlink()
+    (first.folder / name).write_text(content)
+    again = StageRunner(tmp_path / "run").run("a", lambda f: _count(f, calls), settings={}, inputs={})
+    assert len(calls) == 2
+    assert again.summary == {"calls": 2}
+    assert StageRunner(tmp_path / "run").run("a", lambda f: _count(f, calls), settings={}, inputs={}).cached
 
 
 def test_digests(tmp_path):

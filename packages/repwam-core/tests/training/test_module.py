@@ -1,6 +1,8 @@
 """Training: exactly resumable, learns what can be learned, keeps what was pretrained, stops on bad numbers."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -35,6 +37,31 @@ def test_six_steps_are_three_and_three_more(fit, tmp_path):
     assert all(torch.equal(average[name], resumed[name]) for name in average)
     curve = read_curves(tmp_path / "whole")["train/loss"]
     np.testing.assert_array_equal(curve, read_curves(tmp_path / "halves")["train/loss"])
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "a second Ctrl-C"])
+def test_a_run_stopped_in_a_validation_goes_on_with_the_weights_it_trains(fit, tmp_path, monkeypatch, how):
+    """In a validation the model holds averages; none of them may be saved as the weights that are trained."""
+    options = ("--trainer.val_check_interval=2", "--trainer.log_every_n_steps=4", "--checkpoint.every_n_steps=3")
+    whole, validate = read_checkpoint(fit(tmp_path / "whole", *options)), WAMTraining.validation_step
+
+    def stopped(self, batch, batch_idx):
+        if self.global_step == 4:
+            if how != "SIGTERM":
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGTERM)
+        return validate(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WAMTraining, "validation_step", stopped)
+        saved = read_checkpoint(fit(tmp_path / "run", *options, expect=143 if how == "SIGTERM" else 130))
+    assert saved["global_step"] == (4 if how == "SIGTERM" else 3)
+    average = saved[CHECKPOINT_KEY]["ema"]["average"]
+    assert any(not torch.equal(saved["state_dict"][f"wam.{name}"], value) for name, value in average.items())
+    resumed = read_checkpoint(fit(tmp_path / "run", *options, "--ckpt_path=last"))
+    for name, weight in whole["state_dict"].items():
+        assert torch.equal(weight, resumed["state_dict"][name]), name
+    assert (tmp_path / "run" / "metrics.csv").read_text() == (tmp_path / "whole" / "metrics.csv").read_text()
 
 
 def test_it_learns_actions_and_video(fit, tmp_path, capsys):

@@ -2,18 +2,20 @@
 
 import multiprocessing
 import runpy
+import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from repvitok.checkpointing import is_sharded, read_checkpoint
+from repvitok.checkpointing import find_checkpoint, read_checkpoint
 from repvitok.curves import read_curves
 from repwam_core.export import read_trained
 from repwam_core.model.config import ActionSpace, WAMConfig
 from repwam_core.model.initial import initial_draws, initialise
 from repwam_core.model.wam import WorldActionModel
+from repwam_core.training.distributed_checkpoint import _publish, read_whole
 
 RANK = Path(__file__).with_name("rank.py")
 PACKED = (
@@ -101,24 +103,71 @@ def test_four_ranks_in_two_copies_equal_one_process_and_go_on_as_two(ranks, alon
     assert loader["packer"]["packed"] == 5 * 4 + 2
 
 
-@pytest.mark.slow
-def test_a_kill_while_writing_leaves_the_last_whole_checkpoint(ranks, tmp_path):
-    breaks = """
-import os, signal
-from repwam_core.training import distributed_checkpoint as target
-publish = target._publish
-def _publish(partial, folder, path):
-    if path.exists():
-        os.kill(os.getpid(), signal.SIGKILL)
-    publish(partial, folder, path)
-target._publish = _publish
+KILLED = """
+import os, signal, sys
+seen = 0
+def hook(event, arguments):
+    global seen
+    if event == {event!r} and {name!r} in str(arguments[{argument}]) and os.environ["RANK"] == {rank!r}:
+        if event != "open" or (arguments[2] or 0) & os.O_CREAT:
+            seen += 1
+            if seen == {number}:
+                os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(hook)
 """
-    assert ranks(tmp_path, 1, *PACKED, "--checkpoint.every_n_steps=2", before=breaks) == [-9]
-    assert is_sharded(tmp_path / "last.ckpt")
-    assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 2
-    assert ranks(tmp_path, 1, *PACKED, "--ckpt_path=last") == [0]
-    assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 5
-    assert sorted(path.name for path in tmp_path.glob("*last.ckpt*")) == ["last.ckpt", "last.ckpt-000005"]
+
+
+@pytest.mark.slow
+def test_kills_while_ranks_save_lose_nothing_and_more_ranks_go_on(ranks, tmp_path):
+    saving = (*PACKED, "--checkpoint.every_n_steps=1")
+    whole = tmp_path / "whole"
+    assert ranks(whole, 2, *saving, "--checkpoint.generations=9") == [0, 0]
+
+    def holds(step: int) -> None:
+        found = find_checkpoint(tmp_path / "run")
+        assert found is not None
+        assert found.step == step
+        undisturbed = read_whole(whole / f"last.ckpt-{step:06d}")
+        for part in ("state_dict", "ema_average"):
+            for name, value in read_whole(found.path)[part].items():
+                assert torch.equal(value, undisturbed[part][name]), (part, name)
+
+    # The second rank is killed as it opens its part of the third save.
+    in_a_part = KILLED.format(event="open", name="__1_", argument=0, rank="1", number=3)
+    codes = ranks(tmp_path / "run", 2, *saving, before=in_a_part)
+    assert codes[1] == -signal.SIGKILL
+    assert codes[0] != 0
+    holds(2)
+    # The first one, as the link is about to lead to the fourth save, whose folder is whole.
+    in_the_end = KILLED.format(event="os.rename", name="last.ckpt.link", argument=0, rank="0", number=2)
+    assert ranks(tmp_path / "run", 2, *saving, "--ckpt_path=last", before=in_the_end)[0] == -signal.SIGKILL
+    holds(3)
+    (tmp_path / "run" / "last.ckpt-best").mkdir()
+    (tmp_path / "run" / "last.ckpt-best" / "meta.pt").touch()
+    assert ranks(tmp_path / "run", 4, *saving, "--ckpt_path=last", shard_size=2) == [0] * 4
+    names = sorted(path.name for path in (tmp_path / "run").glob("*last.ckpt*"))
+    assert names == ["last.ckpt", "last.ckpt-000004-1", "last.ckpt-000005", "last.ckpt-best"]
+    assert read_checkpoint(tmp_path / "run" / "last.ckpt")["global_step"] == 5
+
+
+def test_a_save_is_published_beside_what_else_is_there(tmp_path):
+    path, partial = tmp_path / "last.ckpt", tmp_path / ".last.ckpt.partial"
+    path.symlink_to("last.ckpt-000099")  # somebody has moved it
+    (tmp_path / "last.ckpt-best").mkdir()
+    torch.save({"global_step": 0}, tmp_path / "last.ckpt-best" / "meta.pt")
+    for step in (1, 2, 2, 3):
+        partial.mkdir()
+        torch.save({"global_step": step}, partial / "meta.pt")
+        _publish(partial, path, 2)
+        found = find_checkpoint(tmp_path)
+        assert found is not None
+        assert (found.path, found.step, found.damaged) == (path, step, {})
+    names = sorted(entry.name for entry in tmp_path.iterdir())
+    assert names == ["last.ckpt", "last.ckpt-000002-1", "last.ckpt-000003", "last.ckpt-best"]
+    (tmp_path / "last.ckpt-000003" / "meta.pt").write_bytes(b"cut")
+    found = find_checkpoint(tmp_path)
+    assert found is not None
+    assert (found.path.name, found.step) == ("last.ckpt-000002-1", 2)
 
 
 @pytest.mark.slow

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import glob
 import io
-import itertools
 import os
 import pickle
 import shutil
@@ -212,9 +211,10 @@ def _check_names(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def _publish(partial: Path, path: Path, generations: int) -> None:
     """Give the folder a name that was never used, let the link lead to it, and remove the oldest generations."""
     step = read_checkpoint(partial, mmap=True)["global_step"]
-    again = itertools.chain([""], (f"-{number}" for number in itertools.count(1)))
-    names = (f"{path.name}-{step:06d}{suffix}" for suffix in again)
-    folder = next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
+    folder, again = path.with_name(f"{path.name}-{step:06d}"), 0
+    while os.path.lexists(folder):
+        again += 1
+        folder = path.with_name(f"{path.name}-{step:06d}-{again}")
     before = Path(os.readlink(path)).name if path.is_symlink() else None
     os.replace(partial, folder)
     sync_folder(path.parent)

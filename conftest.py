@@ -12,9 +12,12 @@ install_import_hook(["repvitok", "latent_action", "repwam_core"], "beartype.bear
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The tests marked `lerobot` install LeRobot, so they are asked for."""
+    """The tests marked `lerobot` install LeRobot, so they are asked for; how many faults `tests/faults` tries."""
     told = "run the tests against LeRobot as published, in an environment with this Python (3.12)"
     parser.addoption("--lerobot", nargs="?", const="3.12", default=None, metavar="PYTHON", help=told)
+    group = parser.getgroup("faults")
+    group.addoption("--faults", type=int, default=6, help="faults that tests/faults tries (default: 6)")
+    group.addoption("--faults-seed", type=int, default=0, help="which faults are drawn (default: 0)")
 
 
 def pytest_configure() -> None:

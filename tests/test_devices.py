@@ -93,7 +93,8 @@ def test_the_world_model_stage_runs_on_the_gpu(noise_latents, tmp_path):
     fields = ", ".join(f"{name}: {value}" for name, value in SIZES.items())
     data = (f"--data.latents={noise_latents}", "--data.transitions=2", "--data.batch_size=2", "--data.held_out=0.2")
     model = ("--model.init_from=null", f"--model.wam={{{fields}}}", "--data.text_encoder=minilm")
-    _stage(main, ("3_repwam/tiny_adapt.yaml",), tmp_path, *data, *model)
+    attention = "--model.scale.attention=blocked"  # FlexAttention wants a real GPU
+    _stage(main, ("3_repwam/tiny_adapt.yaml",), tmp_path, *data, *model, attention)
 
 
 def _training(latents, space, packed, **wam):

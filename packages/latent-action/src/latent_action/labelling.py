@@ -84,7 +84,7 @@ def label_shards(
             _label_episode(lat, shards, index, parts)
         if shard is not None:
             return None
-        return _write_shards(shards, parts, out, digest)
+        return _write_shards(shards, parts, out, digest, within)
 
 
 @torch.no_grad()
@@ -170,11 +170,11 @@ def _open_parts(out: Path, shards: LatentShards, digest: str) -> Path:
     return parts
 
 
-def _write_shards(shards: LatentShards, parts: Path, out: Path, digest: str) -> LatentMeta:
+def _write_shards(shards: LatentShards, parts: Path, out: Path, digest: str, within: str) -> LatentMeta:
     require_disk_space(out, sum(path.stat().st_size for path in shards.paths), "labelled latent shards")
     meta = dataclasses.replace(shards.meta, lat_digest=digest, latent_action_mean=None, latent_action_std=None)
-    writer = LatentShardWriter(out, meta, measure=False, dtype=shards.dtype, provenance=shards.provenance)
-    with writer:
+    made = {"dtype": shards.dtype, "provenance": shards.provenance}
+    with LatentShardWriter(out, meta, measure=False, beside=(within,), **made) as writer:
         for episode in _labelled(shards, parts):
             writer.add(episode)
     remove_work(out)

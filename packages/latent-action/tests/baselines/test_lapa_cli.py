@@ -12,6 +12,7 @@ from latent_action.cli import main
 from latent_action.config import LatentActionConfig
 from latent_action.model import LatentActionTokenizer
 from PIL import Image
+from repvitok.checkpointing import read_checkpoint
 from repvitok.curves import read_curves
 from repvitok.data.shards import LatentShards
 from repvitok.data.video import VideoFile
@@ -62,6 +63,20 @@ def test_training_logs_the_loss_beside_copying(run):
     curves = read_curves(run)
     assert {"val/loss", "val/copy_loss", "val/codes_used"} <= set(curves)
     assert 1 <= curves["val/codes_used"][-1, 1] <= 8
+
+
+def test_resuming_equals_not_stopping(squares, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    more = ["--trainer.max_steps=6", "--trainer.log_every_n_steps=1", "--trainer.val_check_interval=6"]
+    first_half = ["--trainer.limit_train_batches=3", "--trainer.max_epochs=1", "--trainer.val_check_interval=3"]
+    for folder, options in ((whole, []), (parts, first_half), (parts, ["--ckpt_path=last"])):
+        assert main(["lapa", "fit", *_options(*squares, folder), *more, *options]) == 0
+    one, other = (read_checkpoint(folder / "last.ckpt") for folder in (whole, parts))
+    assert one["global_step"] == other["global_step"] == 6
+    for name, value in one["state_dict"].items():
+        assert torch.equal(other["state_dict"][name], value), name
+    losses = [read_curves(folder)["train/loss"].tolist() for folder in (whole, parts)]
+    assert losses[0] == losses[1]
 
 
 def test_export_and_features(exported, squares):

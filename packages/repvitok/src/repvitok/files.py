@@ -74,8 +74,9 @@ def atomic_file(path: str | Path, durable: bool = True) -> Iterator[Path]:
                 if durable:
                     sync_file(partial)
                 os.replace(partial, target)
-            finally:
+            except BaseException:  # only then: once it is renamed, the name is the next writer's
                 partial.unlink(missing_ok=True)
+                raise
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:

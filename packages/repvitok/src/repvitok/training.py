@@ -295,6 +295,7 @@ class RepViTokTraining(LightningModule):
             "ema": self.ema.state_dict(),
             "sums": dict(self._sums),
             "summed": self._summed,
+            "validations": self._validations,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -309,6 +310,7 @@ class RepViTokTraining(LightningModule):
             if (shared := state.pop(f"lecam.{name}", None)) is not None:
                 state |= {f"lecam.{number}.{name}": shared.clone() for number in range(len(self.lecam))}
         self._sums, self._summed = dict(stored.get("sums", {})), stored.get("summed", 0)
+        self._validations = stored.get("validations", 0)
 
 
 class _FrozenNetworks:

@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from repvitok import files
 from repvitok.cli import main
-from repvitok.data import atomic
 from repvitok.data.lerobot import LeRobotReader
 from repvitok.data.shards import LatentShards
 from repvitok.encoding import encode_dataset
@@ -68,7 +68,7 @@ def test_a_killed_relabelling_has_changed_nothing(made, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(atomic.os, "replace", killed)
+        patched.setattr(files.os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             relabel_latents(latents, dataset)
     assert (latents / "meta.json").read_bytes() == before

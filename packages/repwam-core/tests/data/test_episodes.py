@@ -179,7 +179,7 @@ def test_an_episode_without_the_actions_asked_for_is_named(tmp_path, shards):
             writer.add(dataclasses.replace(episode, latent_actions=None) if number == 2 else episode)
     for limit in (0.0, 8.0):
         with pytest.raises(
-            ValueError, match=f"episode {source.keys[2]} has no latent actions; run `latent-action label"
+            ValueError, match=f"episode {source.keys[2]} has no latent actions; make them with `latent-action label"
         ):
             EpisodeStore(tmp_path / "some", space="latent", memory_limit_gb=limit)
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from repvitok.errors import UserError
@@ -69,7 +70,7 @@ def test_fresh_removes_stages_and_nothing_else(tmp_path):
 
 def test_a_foreign_folder_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="not made by repwam quickstart"):
+    with pytest.raises(UserError, match=r"holds no run of repwam quickstart but thesis\.tex"):
         StageRunner(tmp_path, fresh=True)
     assert (tmp_path / "thesis.tex").exists()
 
@@ -84,8 +85,12 @@ def test_no_disk_space_is_one_clear_error_and_loses_nothing(tmp_path):
 
 def test_a_second_run_on_the_same_folder_is_refused(tmp_path):
     runner = StageRunner(tmp_path / "run")
-    with runner.lock(), pytest.raises(UserError, match="another quickstart is running"):
-        StageRunner(tmp_path / "run")
+    with (
+        runner.lock(),
+        ThreadPoolExecutor(1) as another,
+        pytest.raises(UserError, match="another quickstart is running"),
+    ):
+        another.submit(StageRunner, tmp_path / "run").result()
 
 
 def test_kill_in_the_middle_leaves_the_stage_undone_and_resumable(tmp_path):

@@ -103,7 +103,7 @@ def test_other_settings_and_other_folders_are_refused(collected, tmp_path):
     with pytest.raises(UserError, match="holds a collection with noise"):
         collect(collected, TASKS, episodes_per_task=3, seed=7, settings=SMALL, noise=NOISE_MODES["pushes"])
     (tmp_path / "thesis.txt").write_text("chapter 1")
-    with pytest.raises(UserError, match="was not made by `repwam collect`"):
+    with pytest.raises(UserError, match="holds no data set made by `repwam collect`"):
         collect(tmp_path, TASKS, episodes_per_task=1)
     with pytest.raises(UserError, match="was not made by `repwam collect`"):
         read_plan(tmp_path)

@@ -161,10 +161,16 @@ class LapaQuantizer(PretrainedModel):
         return x_t + image if self.config.residual else image
 
     def forward(
-        self, x_t: Float[Tensor, "b 3 h w"], x_next: Float[Tensor, "b 3 h w"]
+        self,
+        x_t: Float[Tensor, "b 3 h w"],
+        x_next: Float[Tensor, "b 3 h w"],
+        generator: torch.Generator | None = None,
     ) -> tuple[Float[Tensor, ""], Int[Tensor, "b code_tokens"]]:
-        """The loss |x_hat_{t+1} - x_{t+1}|^2, mean over pixels, and the codes that were used."""
-        codes, index = self.quantize(self.encode(x_t, x_next))
+        """The loss |x_hat_{t+1} - x_{t+1}|^2, mean over pixels, and the codes that were used.
+
+        In training the quantiser's noise is drawn from `generator`.
+        """
+        codes, index = self.quantize(self.encode(x_t, x_next), generator)
         return F.mse_loss(self.decode(x_t, codes), x_next), index
 
     def _patches(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n width"]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from repvitok.checkpointing import read_checkpoint
 from repvitok.errors import UserError
@@ -30,9 +31,10 @@ class LapaTraining(L.LightningModule):
         gradient_clip: largest norm of the gradient; null for none.
         replace_every: steps between two looks for unused codes.
         replace_share: codes are replaced in this first share of training only, so that the rest can settle.
+        seed: of the quantiser's noise, which follows from it and the step, so that a resumed run draws the same.
 
     Raises:
-        ValueError: `replace_every` is below 1 or `replace_share` outside of [0, 1].
+        ValueError: `replace_every` is below 1, `replace_share` outside of [0, 1], or `seed` negative.
     """
 
     used: Tensor
@@ -44,23 +46,26 @@ class LapaTraining(L.LightningModule):
         gradient_clip: float | None = 1.0,
         replace_every: int = 20,
         replace_share: float = 0.5,
+        seed: int = 0,
     ) -> None:
         super().__init__()
-        if replace_every < 1 or not 0 <= replace_share <= 1:
+        if replace_every < 1 or not 0 <= replace_share <= 1 or seed < 0:
             raise UserError(
-                f"replace_every = {replace_every} must be at least 1, replace_share = {replace_share} in [0, 1]."
+                f"replace_every = {replace_every} must be at least 1, replace_share = {replace_share} in [0, 1], "
+                f"seed = {seed} not negative."
             )
         self.lapa = LapaQuantizer(lapa)
         self.optimizer_settings = optimizer
         self.gradient_clip = gradient_clip
         self.replace_every = replace_every
         self.replace_share = replace_share
+        self.seed = seed
         self.register_buffer("used", torch.zeros(lapa.codes, dtype=torch.long))
         self._seen = torch.zeros(lapa.codes, dtype=torch.long)
 
-    def training_step(self, batch: FramePair) -> Tensor:
+    def training_step(self, batch: FramePair, batch_idx: int) -> Tensor:
         """The loss; counts the codes."""
-        loss, index = self.lapa(*batch)
+        loss, index = self.lapa(*batch, self._generator(self.global_step, self.global_rank, batch_idx))
         self.used += code_usage(index, self.lapa.config.codes)
         self.log("train/loss", loss)
         return loss
@@ -71,8 +76,12 @@ class LapaTraining(L.LightningModule):
         step = self.trainer.global_step + 1  # counted after this hook
         if step % self.replace_every == 0:
             if step <= self.replace_share * self.trainer.max_steps:
-                self.lapa.quantize.replace_unused(self.used)
+                self.lapa.quantize.replace_unused(self.used, self._generator(step, 2**31))
             self.used.zero_()
+
+    def _generator(self, *key: int) -> torch.Generator:
+        seed = int(np.random.SeedSequence((self.seed, *key)).generate_state(1, np.uint64)[0] >> 1)
+        return torch.Generator(self.device).manual_seed(seed)
 
     def validation_step(self, batch: FramePair) -> None:
         """Held-out loss beside that of copying x_t."""

@@ -26,27 +26,31 @@ class NoiseSubstitution(nn.Module):
         index = index.reshape(x.shape[:-1])
         return self.codebook[index], index
 
-    def forward(self, x: Float[Tensor, "*batch dim"]) -> tuple[Float[Tensor, "*batch dim"], Int[Tensor, " *batch"]]:
+    def forward(
+        self, x: Float[Tensor, "*batch dim"], generator: torch.Generator | None = None
+    ) -> tuple[Float[Tensor, "*batch dim"], Int[Tensor, " *batch"]]:
         """Quantised vectors, by noise substitution in training, and the indices of their codes."""
         codes, index = self.nearest(x)
         if not self.training:
             return codes, index
-        noise = torch.randn_like(x)
+        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
         length = (x - codes).norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True).clamp(min=1e-6)
         return x + length * noise, index
 
     @torch.no_grad()
-    def replace_unused(self, used: Int[Tensor, " codes"]) -> int:
+    def replace_unused(self, used: Int[Tensor, " codes"], generator: torch.Generator | None = None) -> int:
         """Move codes that nothing chose beside codes in use, drawn by how often those were; returns how many.
 
         Args:
             used: how often each code was chosen since the last call.
+            generator: of all draws.
         """
         idle = (used == 0).nonzero()[:, 0]
         if len(idle) and len(idle) < len(used):
-            source = torch.multinomial(used.float(), len(idle), replacement=True)
-            spread = self.codebook.std() * 1e-2
-            self.codebook[idle] = self.codebook[source] + spread * torch.randn_like(self.codebook[source])
+            source = torch.multinomial(used.float(), len(idle), replacement=True, generator=generator)
+            chosen, spread = self.codebook[source], self.codebook.std() * 1e-2
+            noise = torch.randn(chosen.shape, generator=generator, dtype=chosen.dtype, device=chosen.device)
+            self.codebook[idle] = chosen + spread * noise
         return len(idle)
 
 

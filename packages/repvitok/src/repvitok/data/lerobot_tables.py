@@ -124,7 +124,7 @@ class EpisodeTables:
             feature = self._metadata.features[key]
             values[key] = to_numpy(table, key, feature, path, self._where(path))
             if values[key].dtype.kind == "f":
-                finite = np.isfinite(values[key].reshape(len(table), -1)).all(axis=1)
+                finite = np.isfinite(values[key]).all(axis=tuple(range(1, values[key].ndim)))
                 not_finite[key] = np.flatnonzero(~finite)
         return _Columns(values, not_finite)
 

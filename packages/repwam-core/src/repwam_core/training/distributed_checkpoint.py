@@ -212,7 +212,8 @@ def _check_names(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def _publish(partial: Path, path: Path, generations: int) -> None:
     """Give the folder a name that was never used, let the link lead to it, and remove the oldest generations."""
     step = read_checkpoint(partial, mmap=True)["global_step"]
-    names = (f"{path.name}-{step:06d}{again}" for again in ("", *(f"-{number}" for number in itertools.count(1))))
+    again = itertools.chain([""], (f"-{number}" for number in itertools.count(1)))
+    names = (f"{path.name}-{step:06d}{suffix}" for suffix in again)
     folder = next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
     before = Path(os.readlink(path)).name if path.is_symlink() else None
     os.replace(partial, folder)

@@ -1,0 +1,188 @@
+"""Kills, full disks, damaged files, two at once, at every verb: the next run ends as an undisturbed one or says why.
+
+`pytest tests/faults` does a few of each kind, drawn by `--faults-seed`; `--faults 400` does so many, and the closing
+table says how many held. docs/reliability.md has the last long run.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from faults.chain import VERBS, Chain, Ended, Verb, contents, difference, run, start
+
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+# Of these nothing tells a changed bit from a recorded one: videos decode, tables' numbers have no digests.
+UNCHECKED = (".mp4", ".parquet", ".csv")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault to try: its kind, the verb it meets, and a seed for the rest."""
+
+    kind: str
+    verb: str
+    seed: int
+
+
+def faults(count: int, seed: int) -> list[Fault]:
+    """`count` faults of all kinds over all verbs, the same for the same seed."""
+    drawn = random.Random(seed)
+    fits = [name for name in VERBS if name.endswith("-fit")]
+    pairs = [("kill", name) for name in VERBS]
+    pairs += [("full disk", name) for name in VERBS if name not in fits]
+    pairs += [("damage", name) for name, verb in VERBS.items() if verb.reads]
+    pairs += [("two at once", name) for name in VERBS]
+    drawn.shuffle(pairs)
+    return [Fault(*pairs[number % len(pairs)], drawn.randrange(2**32)) for number in range(count)]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test per fault."""
+    if "fault" in metafunc.fixturenames:
+        chosen = faults(metafunc.config.getoption("--faults"), metafunc.config.getoption("--faults-seed"))
+        marks = {True: [pytest.mark.sim], False: []}
+        metafunc.parametrize(
+            "fault",
+            [
+                pytest.param(f, id=f"{f.kind.replace(' ', '-')}-{f.verb}-{n}", marks=marks[VERBS[f.verb].sim])
+                for n, f in enumerate(chosen)
+            ],
+        )
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory: pytest.TempPathFactory, shared_video_dataset: Path) -> Chain:
+    """Undisturbed runs of all verbs."""
+    root = tmp_path_factory.mktemp("chain")
+    shutil.copytree(shared_video_dataset, root / "dataset")
+    return Chain(root)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("faults")  # one process: they share the undisturbed runs
+def test_a_fault_loses_nothing(fault: Fault, chain: Chain, tmp_path: Path, record_property) -> None:
+    record_property("fault", f"{fault.kind}\t{fault.verb}")
+    kinds = {"kill": _kill, "full disk": _full_disk, "damage": _damage, "two at once": _two_at_once}
+    kinds[fault.kind](chain, VERBS[fault.verb], tmp_path, random.Random(fault.seed))
+
+
+def _kill(chain: Chain, verb: Verb, folder: Path, drawn: random.Random) -> None:
+    """One to three kills at random moments, then the same command to its end: the undisturbed run's files."""
+    out = folder / verb.name
+    chain.reference(verb.name)
+    for _ in range(drawn.randint(1, 3)):
+        number, moment_s = drawn.choice(SIGNALS), drawn.uniform(0, 1.05) * chain.seconds[verb.name]
+        process = start(verb, chain.root, out, folder / "said")
+        process.join(moment_s)
+        if process.is_alive():
+            os.kill(process.pid, number)
+        process.join(60)
+        assert not process.is_alive(), f"signal {number} after {moment_s:.2f} s did not end {verb.name} in a minute"
+    _must_end_whole(verb, chain, out)
+
+
+def _two_at_once(chain: Chain, verb: Verb, folder: Path, drawn: random.Random) -> None:
+    """The same command twice, a moment apart: one ends whole, the other too or is refused in one line."""
+    out = folder / verb.name
+    chain.reference(verb.name)
+    first = start(verb, chain.root, out, folder / "first")
+    time.sleep(drawn.uniform(0, 0.8) * chain.seconds[verb.name])
+    second = start(verb, chain.root, out, folder / "second")
+    for process in (first, second):
+        process.join(300)
+    codes = sorted([first.exitcode, second.exitcode])
+    assert codes in ([0, 0], [0, 2]), (codes, (folder / "first").read_text(), (folder / "second").read_text())
+    for name, process in (("first", first), ("second", second)):
+        if process.exitcode == 2:
+            _require_one_line(Ended(2, (folder / name).read_text(errors="replace"), 0))
+    found = difference(contents(out), chain.left[verb.name])
+    assert not found, f"two {verb.name} at once, exit codes {codes}: {found}"
+
+
+def _full_disk(chain: Chain, verb: Verb, folder: Path, drawn: random.Random) -> None:
+    """An output disk smaller than the output, then space: one clear line, then the undisturbed run's files."""
+    reference = chain.reference(verb.name)
+    needed = sum(path.stat().st_size for path in reference.rglob("*") if path.is_file())
+    with _small_disk(folder / "disk", int(drawn.uniform(0.15, 1.05) * needed) + 8192) as disk:
+        ended = run(verb, chain.root, disk / verb.name)
+        assert ended.code in (0, 2), f"{verb.name} on a full disk: exit code {ended.code}\n{ended.said[-2000:]}"
+        if ended.code == 2:
+            _require_one_line(ended)
+        subprocess.run(["mount", "-o", f"remount,size={8 * needed + 2**26}", str(disk)], check=True)
+        _must_end_whole(verb, chain, disk / verb.name)
+
+
+@contextmanager
+def _small_disk(place: Path, size_bytes: int) -> Iterator[Path]:
+    """A tmpfs of some bytes for the length of a block; skips where it cannot be mounted."""
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("cannot mount a small tmpfs here: needs root")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def _damage(chain: Chain, verb: Verb, folder: Path, drawn: random.Random) -> None:
+    """One input file damaged: refused in one line, or, where it does not matter, the undisturbed run's files."""
+    root, out = folder / "inputs", folder / verb.name
+    chain.reference(verb.name)
+    root.mkdir()
+    for name in verb.reads:
+        shutil.copytree(chain.reference(name), root / name)
+    files = [p for p in sorted(root.rglob("*")) if p.is_file() and p.suffix not in UNCHECKED and p.stat().st_size]
+    path = drawn.choice(files)
+    how = _damaged(path, drawn)
+    ended = run(verb, root, out)
+    what = f"{verb.name} with {path.relative_to(root)} {how}"
+    assert ended.code in (0, 2), f"{what}: exit code {ended.code}\n{ended.said[-3000:]}"
+    if ended.code == 2:
+        _require_one_line(ended)
+    else:
+        found = difference(contents(out), chain.left[verb.name])
+        assert not found, f"{what} was not noticed: {found}"
+
+
+def _damaged(path: Path, drawn: random.Random) -> str:
+    """Damage a file in one of the ways files get damaged; returns which."""
+    data = bytearray(path.read_bytes())
+    how = drawn.choice(["cut short", "emptied", "removed", "with a bit flipped", "overwritten"])
+    if how == "removed":
+        path.unlink()
+        return how
+    if how == "cut short":
+        data = data[: drawn.randrange(len(data))]
+    elif how == "emptied":
+        data = bytearray()
+    elif how == "with a bit flipped":
+        data[drawn.randrange(len(data))] ^= 1 << drawn.randrange(8)
+    else:
+        start = drawn.randrange(len(data))
+        data[start : start + 64] = drawn.randbytes(len(data[start : start + 64]))
+    path.write_bytes(data)
+    return how
+
+
+def _must_end_whole(verb: Verb, chain: Chain, out: Path) -> None:
+    ended = run(verb, chain.root, out)
+    assert ended.code == 0, f"{verb.name} does not go on: exit code {ended.code}\n{ended.said[-3000:]}"
+    found = difference(contents(out), chain.left[verb.name])
+    assert not found, f"{verb.name} after the fault: {found}"
+
+
+def _require_one_line(ended: Ended) -> None:
+    errors = [line for line in ended.said.splitlines() if line.startswith(("error:", "usage:"))]
+    assert errors, f"no line that says what is wrong:\n{ended.said[-3000:]}"
+    assert "Traceback" not in ended.said, ended.said[-3000:]

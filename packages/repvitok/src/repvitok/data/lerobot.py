@@ -19,7 +19,7 @@ from repvitok.data.latents import InstructionSource
 from repvitok.data.lerobot_clock import pair_rows, row_times_s
 from repvitok.data.lerobot_format import EpisodeInfo, flat_names, number_ranges
 from repvitok.data.lerobot_instructions import Instructions, RecordedEpisode
-from repvitok.data.lerobot_metadata import EpisodeRow, read_metadata
+from repvitok.data.lerobot_metadata import NEVER_RECORDED, EpisodeRow, read_metadata
 from repvitok.data.lerobot_pictures import PictureColumn
 from repvitok.data.lerobot_tables import EpisodeTables
 from repvitok.data.pictures import HOW_TO_ASK, DepthRange, checked_range, depth_codes, is_depth_feature
@@ -177,7 +177,10 @@ class LeRobotReader(Sequence[dict[str, Any]]):
             rows = self._frames_of_rows.get_or_make((episode, camera), lambda: self._picture_rows(episode, camera))
             return pictures.read([rows[frame] for frame in wanted])
         path = self.video_path(episode, camera)
-        video = self._videos.get_or_make(path, lambda: VideoFile(path))
+        try:
+            video = self._videos.get_or_make(path, lambda: VideoFile(path))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}; {NEVER_RECORDED}") from error
         rows = self._frames_of_rows.get_or_make((episode, camera), lambda: self._pair_rows(video, episode, camera))
         is_depth = camera in self.depth_keys
         codes = depth_codes(self.features[camera], f"{self.root / 'meta/info.json'}, {camera}") if is_depth else None
@@ -255,5 +258,7 @@ class LeRobotReader(Sequence[dict[str, Any]]):
 
     def _read_pictures(self, path: Path, camera: str) -> PictureColumn:
         is_depth = camera in self.depth_keys
-        column = self._tables.read(path, [camera])[camera]
-        return PictureColumn(column, self.root, f"{path}, {camera}", self.depth_range, is_depth)
+        table = self._tables.read(path, [camera], optional=frozenset({camera}))
+        if camera not in table.column_names:
+            raise UserError(f"{path}: no column {camera!r}, though info.json lists it; {NEVER_RECORDED}")
+        return PictureColumn(table[camera], self.root, f"{path}, {camera}", self.depth_range, is_depth)

@@ -32,6 +32,7 @@ from repvitok.errors import UserError
 log = logging.getLogger(__name__)
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
+NEVER_RECORDED = "if this camera was never recorded, leave it out (--cameras, `cameras` in a recipe)"
 _DTYPE_ALIASES = {"float": "float32", "double": "float64"}  # as the `datasets` library reads them
 _Count = Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
 _Index = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
@@ -171,7 +172,7 @@ class Metadata:
         return template.fill(values)
 
     def _unsaid(self, episode: int, column: str) -> UserError:
-        hint = "; was this camera never recorded? Leave it out" if column.startswith("videos/") else ""
+        hint = f"; {NEVER_RECORDED}" if column.startswith("videos/") else ""
         path = self.root / "meta/episodes"
         return UserError(f"{path}: expected a number in column {column!r} for episode {episode}, got none{hint}")
 

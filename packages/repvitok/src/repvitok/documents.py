@@ -99,6 +99,8 @@ def parse(document: Any, kind: type[Document], source: str, *, unknown: bool = F
         return msgspec.convert(document, type=kind, strict=True)
     except msgspec.ValidationError as error:
         raise UserError(f"{source}: {_explained(str(error), document)}") from error
+    except UnicodeEncodeError as error:  # JSON's \ud800 alone is half a character
+        raise UserError(f"{source}: expected text in Unicode, got {error.object[:60]!a}") from error
     except RecursionError as error:
         raise UserError(f"{source}: nested too deeply for a document of this kind") from error
 

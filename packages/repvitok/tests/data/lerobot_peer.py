@@ -77,9 +77,12 @@ def convert(root: Path) -> None:
     """Takes a data set of version 2.1 to 3.0 in place, by LeRobot's own converter."""
     try:
         from lerobot.scripts.convert_dataset_v21_to_v30 import convert_dataset
-    except ImportError:  # until 0.4.x
+    except ImportError:  # 0.4: `root` is the folder of all data sets there
         from lerobot.datasets.v30.convert_dataset_v21_to_v30 import convert_dataset
-    convert_dataset("local/peer", root=root, push_to_hub=False)
+
+        convert_dataset(root.name, root=root.parent, push_to_hub=False)
+    else:
+        convert_dataset("local/peer", root=root, push_to_hub=False)
 
 
 def version() -> None:

@@ -6,6 +6,7 @@ import shutil
 import pyarrow.parquet as pq
 import pytest
 from repvitok.data.contents import columns_like, describe_contents, missing_actions, number_columns, suggest_layout
+from repvitok.data.folders import split_folder
 from repvitok.data.lerobot import LeRobotReader
 from repvitok.errors import UserError
 
@@ -114,6 +115,11 @@ def test_a_camera_that_was_never_recorded_is_named_with_the_option_that_leaves_i
     with pytest.raises(UserError, match="there is no other camera"):
         described(data_set, ("ego",))
     assert len(described(data_set).lines()) == 1
+    with pytest.raises(UserError, match=rf"the camera ego, but it was never recorded .*--cameras {TOP} {WRIST}"):
+        split_folder(str(data_set))
+    assert len(split_folder(str(data_set), cameras=[TOP]).train) == 1
+    with pytest.raises((UserError, FileNotFoundError), match=r"ego.*if this camera was never recorded, .*--cameras"):
+        LeRobotReader(data_set)[0]
 
 
 def test_episodes_without_a_camera_or_a_table_are_named(data_sets, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -102,6 +103,25 @@ def test_numbers_that_the_table_lacks(plain, version, caplog):
     assert "in 1 of 3 episodes task_index names no task" in unknown
     assert "episode 0: 'open it'" in unknown
     assert "1 of 3 episodes have no instruction: 2" in none
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint64", "int8", "float16", "float64", "dictionary", "list"])
+def test_numbers_of_tasks_in_every_width(plain, kind):
+    column = pa.array([0, 0, 1, 1])
+    if kind == "dictionary":
+        column = column.dictionary_encode()
+    elif kind == "list":
+        column = pa.array([[0], [0], [1], [1]])
+    else:
+        column = pa.array(np.array([0, 0, 1, 1], kind))
+    data = plain("v2.1", {0: 4})
+    write_tasks(data, {0: "open it", 1: "close it"})
+    data.set_column("task_index", column)
+    assert told(LeRobotReader(data.root)) == {0: "open it; close it"}
+    if kind in ("uint8", "uint64", "dictionary"):  # and one of them missing
+        say(data, {0: ["my own words"]})
+        data.set_column("task_index", pa.array([0, None, 1, 1], column.type))
+        assert told(LeRobotReader(data.root)) == {0: "my own words"}
 
 
 def test_rows_without_a_number(plain):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from repvitok.data.contents import require_recorded
 from repvitok.data.lerobot import LeRobotReader
 from repvitok.data.pictures import DepthRange
 from repvitok.data.sources import (
@@ -100,6 +101,8 @@ def split_folder(
         what = "images" if still else "videos"
     position = {number: place for place, number in enumerate(numbers)}
     known = choose_episodes(episodes, numbers, folder)
+    if found == "lerobot":
+        require_recorded(reader, cameras or reader.camera_keys, known)
     takes = {} if still else {n: [f(sources[0].frame_rate_hz(position[n])) for f in needed] for n in known}
     lengths = {number: sources[0].num_frames(position[number]) for number in known}
     short = [number for number in known if takes.get(number) and lengths[number] < min(takes[number])]

@@ -19,7 +19,7 @@ from repvitok.data.latents import InstructionSource
 from repvitok.data.lerobot_clock import pair_rows, row_times_s
 from repvitok.data.lerobot_format import EpisodeInfo, flat_names, number_ranges
 from repvitok.data.lerobot_instructions import Instructions, RecordedEpisode
-from repvitok.data.lerobot_metadata import EpisodeRow, read_metadata
+from repvitok.data.lerobot_metadata import NEVER_RECORDED, EpisodeRow, read_metadata
 from repvitok.data.lerobot_pictures import PictureColumn
 from repvitok.data.lerobot_tables import EpisodeTables
 from repvitok.data.pictures import HOW_TO_ASK, DepthRange, checked_range, depth_codes, is_depth_feature
@@ -174,10 +174,13 @@ class LeRobotReader(Sequence[dict[str, Any]]):
         self.require_camera(camera)
         if self.features[camera]["dtype"] == "image":
             pictures = self._picture_column(episode, camera)
-            first = self._tables.rows(episode).first
-            return pictures.read([first + frame for frame in wanted])
+            rows = self._frames_of_rows.get_or_make((episode, camera), lambda: self._picture_rows(episode, camera))
+            return pictures.read([rows[frame] for frame in wanted])
         path = self.video_path(episode, camera)
-        video = self._videos.get_or_make(path, lambda: VideoFile(path))
+        try:
+            video = self._videos.get_or_make(path, lambda: VideoFile(path))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}; {NEVER_RECORDED}") from error
         rows = self._frames_of_rows.get_or_make((episode, camera), lambda: self._pair_rows(video, episode, camera))
         is_depth = camera in self.depth_keys
         codes = depth_codes(self.features[camera], f"{self.root / 'meta/info.json'}, {camera}") if is_depth else None
@@ -205,18 +208,29 @@ class LeRobotReader(Sequence[dict[str, Any]]):
 
     def _pair_rows(self, video: VideoFile, episode: int, camera: str) -> range | np.ndarray:
         """Which frame of the video each row of an episode shows."""
-        path, length = self.metadata.table_of(episode), self._row(episode).length
-        read = self._tables.read
-        table = self._clocks.get_or_make(path, lambda: read(path, ["timestamp"], optional=frozenset({"timestamp"})))
-        source, timestamps = f"{path}, episode {episode}, {camera}", None
-        if "timestamp" in table.column_names:
-            timestamps = table["timestamp"].slice(self._tables.rows(episode).first, length)
-        times_s = row_times_s(timestamps, length, self.fps, source)
-        frames = pair_rows(video, times_s, self.fps, *self.metadata.video_span_s(episode, camera), source)
+        source = f"{self.metadata.table_of(episode)}, episode {episode}, {camera}"
+        span_s = self.metadata.video_span_s(episode, camera)
+        frames = pair_rows(video, self._row_times_s(episode, source), self.fps, *span_s, source)
         if camera not in self._shared and (np.diff(frames) == 0).any():
             self._shared.add(camera)
             log.warning("%s: shows %.4g frames a second for %.4g rows, which share them", source, video.fps, self.fps)
         return frames
+
+    def _picture_rows(self, episode: int, camera: str) -> range:
+        """Which rows of its table an episode's pictures stand in: its own, whose clock is checked all the same."""
+        self._row_times_s(episode, f"{self.metadata.table_of(episode)}, episode {episode}, {camera}")
+        rows = self._tables.rows(episode)
+        return range(rows.first, rows.last)
+
+    def _row_times_s(self, episode: int, source: str) -> np.ndarray:
+        """When each row of an episode was recorded."""
+        path, length = self.metadata.table_of(episode), self._row(episode).length
+        read = self._tables.read
+        table = self._clocks.get_or_make(path, lambda: read(path, ["timestamp"], optional=frozenset({"timestamp"})))
+        timestamps = None
+        if "timestamp" in table.column_names:
+            timestamps = table["timestamp"].slice(self._tables.rows(episode).first, length)
+        return row_times_s(timestamps, length, self.fps, source)
 
     def _is_depth(self, camera: str) -> bool:
         """Whether info.json says so or, where it says one channel only, the first picture does."""
@@ -244,5 +258,7 @@ class LeRobotReader(Sequence[dict[str, Any]]):
 
     def _read_pictures(self, path: Path, camera: str) -> PictureColumn:
         is_depth = camera in self.depth_keys
-        column = self._tables.read(path, [camera])[camera]
-        return PictureColumn(column, self.root, f"{path}, {camera}", self.depth_range, is_depth)
+        table = self._tables.read(path, [camera], optional=frozenset({camera}))
+        if camera not in table.column_names:
+            raise UserError(f"{path}: no column {camera!r}, though info.json lists it; {NEVER_RECORDED}")
+        return PictureColumn(table[camera], self.root, f"{path}, {camera}", self.depth_range, is_depth)

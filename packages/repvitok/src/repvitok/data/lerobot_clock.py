@@ -16,6 +16,10 @@ from jaxtyping import Float64, Int64
 from repvitok.data.video import VideoFile
 from repvitok.errors import UserError
 
+RATE_TOLERANCE = 0.15
+"""How far the rows' own rate may be from info.json's, and by one row more: clocks drift and are rounded, but 25 rows a
+second are not 30."""
+
 
 def row_times_s(timestamps: pa.ChunkedArray | None, rows: int, fps: float, source: str) -> Float64[np.ndarray, " rows"]:
     """When each row of an episode was recorded, in seconds from the episode's start.
@@ -27,7 +31,8 @@ def row_times_s(timestamps: pa.ChunkedArray | None, rows: int, fps: float, sourc
         source: what an error should call the episode.
 
     Raises:
-        UserError: not one number a row, a number that is missing or not finite, or one not later than the row's before.
+        UserError: not one number a row, a number that is missing or not finite, one not later than the row's before, or
+            another rate than `fps`.
     """
     if timestamps is None:
         with np.errstate(all="ignore"):
@@ -54,6 +59,14 @@ def row_times_s(timestamps: pa.ChunkedArray | None, rows: int, fps: float, sourc
             f"{source}, row {row}: timestamps must grow from row to row, got {times[row]:.6g} s after "
             f"{times[row - 1]:.6g} s"
         )
+    if len(times) > 1:
+        # Rows that were dropped widen the mean, times that were rounded shift the median: another rate shows in both.
+        steps = np.array([np.median(np.diff(times)), (times[-1] - times[0]) / (len(times) - 1)])
+        if (np.abs(steps * fps - 1) > RATE_TOLERANCE + 1 / (len(times) - 1)).all():
+            raise UserError(
+                f"{source}: its rows are {steps[0]:.4g} s apart by their timestamps, {1 / steps[0]:.4g} a second, and "
+                f"info.json's fps says {fps:.4g}: correct the one that is wrong"
+            )
     return times
 
 

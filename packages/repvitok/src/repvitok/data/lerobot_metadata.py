@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import logging
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from repvitok.errors import UserError
 log = logging.getLogger(__name__)
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
+NEVER_RECORDED = "if this camera was never recorded, leave it out (--cameras, `cameras` in a recipe)"
 _DTYPE_ALIASES = {"float": "float32", "double": "float64"}  # as the `datasets` library reads them
 _Count = Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
 _Index = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
@@ -170,7 +172,7 @@ class Metadata:
         return template.fill(values)
 
     def _unsaid(self, episode: int, column: str) -> UserError:
-        hint = "; was this camera never recorded? Leave it out" if column.startswith("videos/") else ""
+        hint = f"; {NEVER_RECORDED}" if column.startswith("videos/") else ""
         path = self.root / "meta/episodes"
         return UserError(f"{path}: expected a number in column {column!r} for episode {episode}, got none{hint}")
 
@@ -250,7 +252,8 @@ def read_parquet(path: Path, wanted: Callable[[str], bool] = bool) -> pa.Table:
     except UserError:
         raise
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: not a readable parquet file ({error}); is it truncated?") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not a readable parquet file ({reason}); is it truncated?") from error
 
 
 def column_values(table: pa.Table, name: str, path: Path) -> list[Any]:
@@ -262,7 +265,8 @@ def column_values(table: pa.Table, name: str, path: Path) -> list[Any]:
     try:
         return table[name].to_pylist()
     except (pa.ArrowException, ValueError, OverflowError) as error:
-        raise UserError(f"{path}: column {name!r} cannot be read ({error}); is the file damaged?") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: column {name!r} cannot be read ({reason}); is the file damaged?") from error
 
 
 @dataclass(frozen=True)
@@ -409,7 +413,7 @@ def _own_tasks(value: Any, source: str) -> tuple[str | int, ...]:
 
 def _tasks(path: Path) -> dict[int, str]:
     """The task table; an empty text is no task. A data set without the table has only its episodes' own words."""
-    if not path.is_file():
+    if not os.path.lexists(path):  # a link that leads nowhere is a table that was not copied
         return {}
     tasks: dict[int, str] = {}
     for source, raw in load_json_lines(path) if path.suffix == ".jsonl" else _task_rows(path):

@@ -260,11 +260,11 @@ def _task_column(table: pa.Table, path: Path) -> np.ndarray:
     """`task_index`, -1 where a row has none."""
     if "task_index" not in table.column_names or pa.types.is_null(table["task_index"].type):
         return np.full(len(table), _NO_TASK)
-    column = table["task_index"]
-    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
-        column = column.fill_null(_NO_TASK)
-    if pa.types.is_floating(column.type):  # pandas makes floats of whole numbers once one is missing
-        numbers = column.to_numpy()
-        column = pa.chunked_array([np.where(np.isfinite(numbers), numbers, _NO_TASK)])
-    position = table.column_names.index("task_index")
-    return _index_column(table.set_column(position, "task_index", column), "task_index", path)
+    column = table.select(["task_index"])
+    # pandas makes floats of whole numbers once one is missing, and NaN of the one that is.
+    has_task = ~column["task_index"].is_null(nan_is_null=True).to_numpy()
+    numbers = np.full(len(table), _NO_TASK)
+    numbers[has_task] = _index_column(
+        column if has_task.all() else column.filter(pa.array(has_task)), "task_index", path
+    )
+    return numbers

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 from repvitok.data import LeRobotReader
+from repvitok.data.contents import require_recorded
 from repvitok.data.lerobot_format import arrow_type, huggingface_metadata, number_feature
 from repvitok.data.lerobot_metadata import read_parquet
 from repvitok.data.lerobot_stats import column_statistics, pooled_statistics
@@ -161,8 +162,10 @@ def prepare(source: Path, out: Path, layout: DatasetLayout) -> Embodiment:
 def _info(reader: LeRobotReader, layout: DatasetLayout) -> dict[str, Any]:
     """info.json of the prepared data set; complains of what the source lacks."""
     source, features = reader.root, reader.features
+    colours = [camera for camera in layout.cameras if camera in reader.camera_keys]
     if missing := [camera for camera in layout.cameras if camera not in _pictured(reader)]:
         raise UserError(f"{source}: no cameras {missing}; there are {_pictured(reader)}")
+    require_recorded(reader, colours, [episode.index for episode in reader.episodes])
     for part in (*layout.action, *layout.state):
         if part.column not in features:
             raise UserError(f"{source}: no column {part.column!r}; there are {sorted(features)}")

@@ -169,7 +169,7 @@ def test_other_settings_never_mix(tmp_path, tok):
         ({"stride": 0}, "stride must be 1 or more"),
         ({"offsets": ()}, "offsets must be different numbers"),
         ({"offsets": (0, 0)}, "offsets must be different numbers"),
-        ({"offsets": (0, 9)}, "episode 1 has 9 frames, none after offset 9"),
+        ({"offsets": (0, 9)}, "no episode has a frame at offset 9, the longest has 9"),
         ({"cameras": ["left"]}, r"no camera 'left'; there are \['camera_0', 'camera_1'\]"),
         ({"dtype": "int8"}, 'dtype must be "float32" or "float16"'),
         ({"workers": 0}, "workers must be 1 or more"),

@@ -70,6 +70,9 @@ def test_the_choice_never_changes():
 def test_a_list_names_the_episodes_itself():
     assert split_episodes(range(5), [3, 1]) == ([0, 2, 4], [1, 3])
     assert split_episodes([2, 5, 9, 40], [9, 40], usable=[2, 9]) == ([2], [9])
+    assert split_episodes([2, 5, 9, 40], ["9", 40]) == ([2, 5], [9, 40])
+    assert split_episodes(range(9), "0-2,7") == ([3, 4, 5, 6, 8], [0, 1, 2, 7])
+    assert split_episodes([2, 5], []) == ([2, 5], [])
 
 
 def test_the_choice_is_spread_over_interleaved_tasks():
@@ -87,7 +90,9 @@ def test_a_single_episode_is_trained_on():
     ("episodes", "held_out", "message"),
     [
         (range(20), 1.0, r"fraction in \[0, 1\)"),
-        (range(20), [20], r"\[20\] do not exist: there are 0-19"),
+        (range(20), [20], "held_out: no episodes 20; there are 0-19"),
+        (range(20), "18-25", "held_out: no episodes 20 and 5 more up to 25; there are 0-19"),
+        (range(20), ["first"], "expected numbers and ranges like 0-9,12, got 'first'"),
         (range(3), [0, 1, 2], "none to train on"),
         ([], 0.5, "none of 0 episodes"),
     ],

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from repvitok.data import LatentShards, LatentShardWriter
+from repvitok.data.split import split_latents
 from repwam_core.data.episode_arrays import MappedEpisodes, StackedEpisodes, count_statistics, suggested_kind
 from repwam_core.data.episodes import EpisodeStore, SegmentSampler, text_cache
 from repwam_core.model.wam import WorldActionModel
@@ -165,9 +166,10 @@ def test_episodes_left_on_disk_give_the_same_batches(shards, space):
 
 def test_statistics_of_many_episodes_are_counted_on_some_of_them(shards):
     source = LatentShards(shards)
-    everything = count_statistics(source, range(len(source)), "robot")
-    assert count_statistics(source, range(len(source)), "robot", most=10**6) == everything
-    fewer = count_statistics(source, range(len(source)), "robot", most=20)
+    parts, _ = split_latents(source, 0)
+    everything = count_statistics(source, parts, "robot")
+    assert count_statistics(source, parts, "robot", most=10**6) == everything
+    fewer = count_statistics(source, parts, "robot", most=20)
     assert 0 < fewer.actions.count < everything.actions.count / 2
 
 
@@ -179,7 +181,7 @@ def test_an_episode_without_the_actions_asked_for_is_named(tmp_path, shards):
             writer.add(dataclasses.replace(episode, latent_actions=None) if number == 2 else episode)
     for limit in (0.0, 8.0):
         with pytest.raises(
-            ValueError, match=f"episode {source.keys[2]} has no latent actions; run `latent-action label"
+            ValueError, match=f"episode {source.keys[2]} has no latent actions; make them with `latent-action label"
         ):
             EpisodeStore(tmp_path / "some", space="latent", memory_limit_gb=limit)
 
@@ -219,7 +221,7 @@ def test_changes_over_chunks_of_every_length_are_in_the_counted_range(drifting, 
     folder, recorded = drifting(far)
     store = EpisodeStore(folder, kind="from_state", chunk_frames=longest, memory_limit_gb=8.0 * (seed % 2))
     actions = store.statistics.actions
-    assert store.statistics.targets == count_statistics(store.shards, range(4), "robot").actions
+    assert store.statistics.targets == count_statistics(store.shards, store.parts, "robot").actions
     low, high = actions.normalise(np.array([actions.min, actions.max]))
     episode = np.array([seed % 4])
     for size in range(1, longest + 1):
@@ -300,7 +302,7 @@ def test_a_number_that_is_none_is_named(tmp_path, write_text_cache, shards, what
                 array[place] = np.inf
             writer.add(dataclasses.replace(episode, **{what: array}))
     write_text_cache(tmp_path / "bad")
-    known = count_statistics(source, range(4), "robot")
+    known = count_statistics(source, split_latents(source, 0)[0][:4], "robot")
     with pytest.raises(ValueError, match=said):
         EpisodeStore(tmp_path / "bad", memory_limit_gb=limit_gb)
     if limit_gb:
@@ -314,7 +316,7 @@ def test_a_number_that_is_none_is_named(tmp_path, write_text_cache, shards, what
 
 def test_targets_that_follow_the_state_are_best_learned_from_it(tmp_path, shards, followers):
     source, rng = LatentShards(shards), np.random.default_rng(0)
-    everything = range(len(source))
+    everything, _ = split_latents(source, 0)
     assert suggested_kind(source, everything) == "absolute", "no state has an action's name"
     assert suggested_kind(LatentShards(followers), everything) == "absolute", "nor has the state of each"
     for name, near, expected in (("near", 0.1, "from_state"), ("far", 3.0, "absolute")):

@@ -20,7 +20,7 @@ from repvitok.data.sources import (
     VideoSource,
     lerobot_sources,
 )
-from repvitok.data.split import EpisodeNumbers, choose_episodes, held_out_tail, left_out, split_episodes
+from repvitok.data.split import EpisodeNumbers, HeldOut, choose_episodes, held_out_tail, left_out, split_episodes
 from repvitok.data.tars import TarShards, is_shards
 from repvitok.errors import UserError
 
@@ -62,7 +62,7 @@ def split_folder(
     *,
     cameras: Sequence[str] | None = None,
     episodes: EpisodeNumbers | None = None,
-    held_out: float | Sequence[int] = 0.0,
+    held_out: HeldOut = 0.0,
     needed: Sequence[Callable[[float | None], float]] = (),
     max_bad_fraction: float = 0.0,
     cache_folder: str | None = None,
@@ -127,7 +127,7 @@ def _split_frames(
     sources: Sequence[VideoSource],
     video: int,
     name: str,
-    held_out: float | Sequence[int],
+    held_out: HeldOut,
     takes: Sequence[float],
     still: bool,
 ) -> FolderSplit:

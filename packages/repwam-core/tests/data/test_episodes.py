@@ -334,3 +334,75 @@ def test_kinds_do_not_change_what_is_learned_of_latent_actions(followers):
     plain, asked = (EpisodeStore(followers, space="latent", kind=kind) for kind in ("absolute", "from_state"))
     assert plain.statistics == asked.statistics
     assert asked.batch(np.array([0]), np.array([0]), 3).reference is None
+
+
+def rewritten(source, folder, write_text_cache, lengths, **changed):
+    """Shards of the first episodes of others, cut to some numbers of latent frames."""
+    with LatentShardWriter(folder, dataclasses.replace(source.meta, **changed)) as writer:
+        for episode, frames in zip(source, lengths, strict=False):
+            arrays = {"latents": episode.latents[:frames], "state": episode.state[:frames]}
+            arrays |= {name: getattr(episode, name)[: frames - 1] for name in ("actions", "latent_actions")}
+            writer.add(dataclasses.replace(episode, **arrays))
+    write_text_cache(folder)
+    return folder
+
+
+@pytest.mark.parametrize("limit_gb", [0.0, 8.0])
+@pytest.mark.parametrize("space", ["robot", "latent"])
+def test_episodes_without_a_transition_are_left_out_with_a_count(
+    tmp_path, write_text_cache, shards, caplog, space, limit_gb
+):
+    source = LatentShards(shards)
+    folder = rewritten(source, tmp_path / "some", write_text_cache, [1, 5, 1, 4, 3])
+    store = EpisodeStore(folder, space=space, memory_limit_gb=limit_gb)
+    assert "left out 2 of 5 episodes, too short with a length of 1: 2 latent frames are needed" in caplog.text
+    assert [info.episode_index for info in store.infos] == [1, 3, 4]
+    assert store.lengths.tolist() == [5, 4, 3]
+    assert store.tasks == [source[number].task for number in (1, 3, 4)]
+    latents = store.batch(np.array([2]), np.array([0]), 2).latents[0].numpy() * store.meta.std + store.meta.mean
+    np.testing.assert_allclose(latents, source[4].latents[:3], atol=1e-5)
+    with pytest.raises(ValueError, match="no episode has 2 latent frames, the longest 1: encode longer episodes"):
+        EpisodeStore(rewritten(source, tmp_path / "none", write_text_cache, [1, 1]))
+
+
+@pytest.mark.parametrize("limit_gb", [0.0, 8.0])
+@pytest.mark.parametrize("space", ["robot", "latent"])
+def test_an_only_episode_is_trained_on_and_its_end_held_out(
+    tmp_path, write_text_cache, write_shards, caplog, space, limit_gb
+):
+    source = LatentShards(write_shards(tmp_path / "long", episodes=1, frames=(20, 21)))
+    folder = rewritten(source, tmp_path / "one", write_text_cache, [20])
+    store = EpisodeStore(folder, space=space, held_out=0.2, memory_limit_gb=limit_gb)
+    assert store.lengths.tolist() == [16, 4]
+    assert (store.train_episodes.tolist(), store.val_episodes.tolist()) == ([0], [1])
+    assert "episode 0 alone: held out from its frame 61 on" in caplog.text  # of 77, 4 to a latent
+    sampler = SegmentSampler(store, 5, seed=1)
+    assert {sampler.draw(index)[0] for index in range(50)} == {0}
+    stored = source[0]
+    for row, first, length in ((0, 0, 16), (1, 16, 4)):
+        batch = store.batch(np.array([row]), np.array([0]), length + 1)
+        latents = batch.latents[0].numpy() * store.meta.std + store.meta.mean
+        np.testing.assert_allclose(latents[:length], stored.latents[first : first + length], atol=1e-5)
+        np.testing.assert_allclose(latents[length:], stored.latents[[first + length - 1] * 2], atol=1e-5)
+        assert batch.valid[0].tolist() == [True] * (length - 1) + [False] * 2
+        assert not batch.actions[0, length - 1 :].any()
+        assert store.batch(np.array([row]), np.array([1]), 1).start.tolist() == [first + 1]
+    raw = (stored.actions if space == "robot" else stored.latent_actions)[:15]
+    counted = store.statistics.actions
+    np.testing.assert_allclose(counted.mean, raw.reshape(-1, raw.shape[-1]).mean(0), atol=1e-6)
+    assert counted.count == 15 * store.vectors_per_transition
+
+
+def test_too_short_to_be_shared_an_only_episode_is_trained_on_whole(tmp_path, write_text_cache, shards, caplog):
+    folder = rewritten(LatentShards(shards), tmp_path / "one", write_text_cache, [1, 3])
+    store = EpisodeStore(folder, held_out=0.2)
+    assert (store.lengths.tolist(), store.val_episodes.tolist()) == ([3], [])
+    assert "nothing is held out: there is episode 1 alone, of 3 latent frames" in caplog.text
+
+
+def test_episodes_are_held_out_by_their_numbers(shards):
+    for chosen in ([3, 7], "3,7", ["3", 7]):
+        store = EpisodeStore(shards, held_out=chosen)
+        assert [store.infos[row].episode_index for row in store.val_episodes] == [3, 7]
+    with pytest.raises(ValueError, match="held_out: no episodes 12; there are 0-11"):
+        EpisodeStore(shards, held_out=[12])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from repvitok.checkpointing import read_checkpoint
 from repvitok.errors import UserError
@@ -58,8 +59,14 @@ class LapaTraining(L.LightningModule):
         self.register_buffer("used", torch.zeros(lapa.codes, dtype=torch.long))
         self._seen = torch.zeros(lapa.codes, dtype=torch.long)
 
-    def training_step(self, batch: FramePair) -> Tensor:
+    def on_train_start(self) -> None:
+        """Note the run's seed: every step's noise is drawn from it and the step alone, so that resuming is exact."""
+        self._seed = torch.initial_seed()
+
+    def training_step(self, batch: FramePair, batch_idx: int) -> Tensor:
         """The loss; counts the codes."""
+        key = (self._seed, self.trainer.global_step, batch_idx, self.global_rank)
+        torch.manual_seed(int(np.random.default_rng(key).integers(2**63)))
         loss, index = self.lapa(*batch)
         self.used += code_usage(index, self.lapa.config.codes)
         self.log("train/loss", loss)

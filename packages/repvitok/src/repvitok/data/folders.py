@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from repvitok.data.contents import require_recorded
 from repvitok.data.lerobot import LeRobotReader
 from repvitok.data.pictures import DepthRange
 from repvitok.data.sources import (
@@ -84,12 +85,13 @@ def split_folder(
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it holds nothing of the kind, or too much that cannot be read, or no such episode.
+        ValueError: a camera was not recorded; or it holds nothing of the kind, or too much that cannot be read, or no such episode.
     """
     found = folder_kind(folder) if kind == "auto" else kind
     if found == "lerobot":
         reader = LeRobotReader(folder, depth_range=depth_range)
         sources, numbers = lerobot_sources(reader, cameras=cameras), [info.index for info in reader.episodes]
+        require_recorded(reader, cameras or reader.camera_keys, choose_episodes(episodes, numbers, folder))
         still, what = False, "episodes"
     else:
         source = open_videos(

@@ -163,6 +163,7 @@ class LeRobotReader(Sequence[dict[str, Any]]):
             (n, H, W, 3) uint8 RGB.
 
         Raises:
+            FileNotFoundError: the camera was not recorded in this episode.
             ValueError: no such episode, camera or frame, or the video or a picture is damaged.
         """
         length = self._row(episode).length
@@ -177,7 +178,13 @@ class LeRobotReader(Sequence[dict[str, Any]]):
             first = self._tables.rows(episode).first
             return pictures.read([first + frame for frame in wanted])
         path = self.video_path(episode, camera)
-        video = self._videos.get_or_make(path, lambda: VideoFile(path))
+        try:
+            video = self._videos.get_or_make(path, lambda: VideoFile(path))
+        except FileNotFoundError as error:
+            advice = (
+                f"leave out the camera {camera} (--cameras, `cameras` in a recipe) or episode {episode} (--episodes)"
+            )
+            raise FileNotFoundError(f"{error}; {advice}") from error
         rows = self._frames_of_rows.get_or_make((episode, camera), lambda: self._pair_rows(video, episode, camera))
         is_depth = camera in self.depth_keys
         codes = depth_codes(self.features[camera], f"{self.root / 'meta/info.json'}, {camera}") if is_depth else None

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 EpisodeNumbers = int | str | Sequence[int | str]
 """Episodes by their numbers in the data set, never by position: 3, "0-9,12", [0, 1, 12], ["0-9", "12"]."""
-HeldOut = float | Sequence[int | str] | str
+HeldOut = float | int | Sequence[int | str] | str
 """A share of the episodes, or their numbers as in `EpisodeNumbers`: 0.1, "0-9,12", [3, 7]."""
 
 # Of the first 12,000 salts the one whose held-out counts stay nearest to fraction * n for data sets numbered from 0:

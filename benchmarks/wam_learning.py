@@ -252,7 +252,10 @@ def _one(root: Path, pattern: str) -> Path:
 def _plan(options: argparse.Namespace) -> Plan:
     """The quickstart's plan, on the hard tasks unless a run gives others, with the asked number of steps."""
     tasks = None if options.run else list(HARD_TASKS)
-    given = argparse.Namespace(tasks=tasks, episodes=options.demonstrations, eval_episodes=None, size=None, budget=1.0)
+    demonstrations = None if options.demonstrations is None else [str(options.demonstrations)]
+    given = argparse.Namespace(
+        tasks=tasks, episodes=demonstrations, eval_episodes=None, size=None, budget=1.0, dataset=None
+    )
     plan = load_plan(RECIPES / "sim.yaml", given)
     if options.steps is None:
         return plan

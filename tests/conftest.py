@@ -3,15 +3,37 @@
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 
 @pytest.fixture(scope="session")
-def shared_video_dataset(tmp_path_factory):
+def shared_video_dataset(tmp_path_factory, write_squares):
     """A LeRobot v2.1 data set: 6 episodes of a bright square that its actions move about, 40 Hz, 48 x 72 pixels."""
+    return write_squares(tmp_path_factory.mktemp("squares") / "dataset", dict.fromkeys(range(6), 45))
+
+
+@pytest.fixture(scope="session")
+def gapped_video_dataset(tmp_path_factory, write_squares):
+    """The same square in episodes 2, 5, 9 and 40, as deleting some leaves it; of a camera "side" there is no video."""
+    root = write_squares(tmp_path_factory.mktemp("gapped") / "dataset", {2: 45, 5: 30, 9: 40, 40: 35})
+    info = json.loads((root / "meta/info.json").read_text())
+    features = info["features"]
+    info["features"] = {"observation.images.side": features["observation.images.top"], **features}
+    (root / "meta/info.json").write_text(json.dumps(info))
+    return root
+
+
+@pytest.fixture(scope="session")
+def write_squares():
+    """Write a data set of a moving square, with episodes by number and length, into a folder and return that."""
+    return _write_squares
+
+
+def _write_squares(root, lengths):
     from repvitok.data import LeRobotWriter
 
-    root = tmp_path_factory.mktemp("squares") / "dataset"
     writer = LeRobotWriter(
         root,
         fps=40,
@@ -20,12 +42,12 @@ def shared_video_dataset(tmp_path_factory):
         action_names=["x", "y", "grip"],
         robot_type="square",
     )
-    for index in range(6):
+    for index, length in enumerate(lengths.values()):
         rng = np.random.default_rng(index)
-        action = np.zeros((45, 3), np.float32)
-        action[:, :2] = rng.uniform(-1, 1, (9, 2)).repeat(5, axis=0)
+        action = np.zeros((length, 3), np.float32)
+        action[:, :2] = rng.uniform(-1, 1, (-(-length // 5), 2)).repeat(5, axis=0)[:length]
         place = np.clip(np.cumsum(action[:, :2], axis=0) + np.array([36, 24]), 6, 40).astype(int)
-        frames = np.full((45, 48, 72, 3), 40, np.uint8)
+        frames = np.full((length, 48, 72, 3), 40, np.uint8)
         for frame, (x, y) in zip(frames, place, strict=True):
             frame[y - 5 : y + 5, x - 5 : x + 5] = (220, 60, 30)
         writer.add_episode(
@@ -36,7 +58,24 @@ def shared_video_dataset(tmp_path_factory):
             task="move the square",
         )
     writer.finalize()
+    _renumber(root, list(lengths))
     return root
+
+
+def _renumber(root, numbers):
+    """Give the episodes 0, 1, ... of a v2.1 data set other numbers, larger ones."""
+    for place, number in reversed(list(enumerate(numbers))):
+        for path in sorted(root.rglob(f"episode_{place:06d}.*")):
+            path.rename(path.with_stem(f"episode_{number:06d}"))
+        for path in root.glob(f"data/*/episode_{number:06d}.parquet"):
+            table = pq.read_table(path)
+            column = table.column_names.index("episode_index")
+            values = pa.array(np.full(len(table), number))
+            pq.write_table(table.set_column(column, table.schema.field(column), values), path)
+    for path in root.glob("meta/episodes*.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        changed = [row | {"episode_index": numbers[row["episode_index"]]} for row in rows]
+        path.write_text("".join(json.dumps(row) + "\n" for row in changed))
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """The quickstart end to end: a short run must beat a replayed demonstration, on data sets it must end in a report."""
 
+import html
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import sys
 import time
 
 import pytest
+import yaml
 from repwam_core.cli import main
 from repwam_core.quickstart.controls import CONTROLS
 from repwam_core.quickstart.stages import StageRunner
@@ -56,14 +58,24 @@ def test_controls_train_every_arm_and_stand_in_the_report(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_data_set_run_ends_in_a_report_and_a_second_run_reuses_it(tmp_path, shared_video_dataset, capsys):
+def test_data_set_run_ends_in_a_report_and_a_second_run_reuses_it(tmp_path, gapped_video_dataset, capsys):
+    """Of episodes 2, 5, 9 and 40 three, and of two cameras the one that was recorded."""
     out = tmp_path / "run"
-    command = ["quickstart", "--dataset", str(shared_video_dataset), "--out", str(out), "--size", "32", "48"]
-    command += ["--budget", "0.005"]
+    command = ["quickstart", "--dataset", str(gapped_video_dataset), "--out", str(out), "--size", "32", "48"]
+    command += ["--budget", "0.005", "--cameras", "observation.images.top", "--episodes", "2", "5,40"]
     assert main(command) == 0
     page = (out / "report.html").read_text()
-    for said in ("grip", "move the square", "Open loop"):
+    for said in ("grip", "move the square", "Open loop", "episode 40: move the square", "1 held-out episodes"):
         assert said in page
+    assert "observation.images.side" not in page
+    chosen = {"cameras": ["observation.images.top"], "episodes": ["2", "5,40"]}
+    for stage in ("tokenizer", "encode"):
+        settings = json.loads(next(out.glob(f"{stage}-*/stage.json")).read_text())["settings"]
+        assert {name: settings[name] for name in chosen} == chosen
+    assert yaml.safe_load(html.unescape(page.split("# plan\n")[1].split("# tokenizer")[0]))["data"] == {
+        "dataset": str(gapped_video_dataset),
+        **chosen,
+    }
     capsys.readouterr()
     started_s = time.monotonic()
     assert main(command) == 0
@@ -137,6 +149,8 @@ def _wait_for(condition, child, limit_s=300):
         (["--size", "60", "64"], "multiples of 16"),
         (["--budget", "0"], "--budget"),
         (["--episodes", "1"], "--episodes"),
+        (["--episodes", "0-9"], "--episodes must be one number"),
+        (["--cameras", "corner"], "--cameras chooses those of a data set"),
     ],
 )
 def test_bad_options_are_one_line_and_exit_code_2(arguments, told, tmp_path, capfd):
@@ -145,6 +159,37 @@ def test_bad_options_are_one_line_and_exit_code_2(arguments, told, tmp_path, cap
     (line,) = capfd.readouterr().err.strip().splitlines()
     assert line.startswith("error: ")
     assert told in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "declares the camera observation.images.side, but it was never recorded"),
+        ([], "leave it out: --cameras observation.images.top"),
+        (["--cameras", "observation.images.back"], "no camera 'observation.images.back'"),
+        (["--cameras", "observation.images.top", "--episodes", "3"], "no episodes 3; there are 2,5,9,40"),
+        (["--cameras", "observation.images.top", "--episodes", "a"], "numbers and ranges like 0-9,12, got 'a'"),
+    ],
+)
+def test_what_a_data_set_lacks_is_said_before_the_first_stage(arguments, told, tmp_path, gapped_video_dataset, capfd):
+    options = ["--dataset", str(gapped_video_dataset), "--out", str(tmp_path / "run"), *arguments]
+    assert main(["quickstart", *options]) == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert told in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_without_actions_or_of_short_episodes_are_refused_before_the_first_stage(tmp_path, write_squares, capfd):
+    root = write_squares(tmp_path / "short", {3: 8, 4: 5})
+    assert main(["quickstart", "--dataset", str(root), "--out", str(tmp_path / "run")]) == 2
+    assert "learned from episodes of 9 frames or more, the longest has 8" in capfd.readouterr().err
+    info = root / "meta/info.json"
+    info.write_text(info.read_text().replace('"action"', '"actions"'))
+    assert main(["quickstart", "--dataset", str(root), "--out", str(tmp_path / "run")]) == 2
+    told = capfd.readouterr().err
+    assert 'has no column "action". `repwam prepare' in told
+    assert "column: actions" in told
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_full_disk_stops_before_the_stage_and_keeps_what_is_done(tmp_path, monkeypatch, capfd, shared_video_dataset):

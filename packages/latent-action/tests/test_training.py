@@ -252,3 +252,16 @@ def test_muon_takes_the_inner_matrices_only():
     muon = [p for group in groups if group["kind"] == "muon" for p in group["params"]]
     assert {tuple(p.shape) for p in muon} == {(16, 16)}
     assert len(muon) == 2 * 3
+
+
+def test_epochs_of_a_few_batches_have_new_ones_and_resume_exactly(blobs, tmp_path):
+    """limit_train_batches ends an epoch early; its batches are not those of the last one, also after a resume."""
+    few, curves = "--trainer.limit_train_batches=2", {}
+    for name, runs in {"whole": [()], "epochs": [(few,)], "resumed": [(few, "--trainer.max_epochs=2"), (few,)]}.items():
+        for number, more in enumerate(runs):
+            resume = ("--ckpt_path=last",) if number else ()
+            assert fit(tmp_path / name, blobs, 6, "--trainer.log_every_n_steps=1", *more, *resume) == 0
+        curves[name] = read_curves(tmp_path / name)["train/loss"][:, 1]
+    assert len(set(curves["whole"])) == 6
+    for name in ("epochs", "resumed"):
+        np.testing.assert_array_equal(curves[name], curves["whole"])

@@ -133,7 +133,7 @@ def test_the_first_transition_of_a_clip_is_left_out_unless_asked_for(tmp_path):
 def test_clips_of_first_transitions_only_are_refused(tmp_path):
     with LatentShardWriter(tmp_path / "latents", META) as writer:
         writer.add(episode(0, 2))
-    with pytest.raises(ValueError, match="three latent frames"):
+    with pytest.raises(ValueError, match="no episode has 3 latent frames, the longest 2"):
         LatentActionData(str(tmp_path / "latents"), held_out=0.0).setup()
 
 

@@ -21,6 +21,7 @@ from repvitok.decoding import decode_shards
 from repvitok.encoding import encode_dataset
 from repvitok.encoding_plan import make_plan, share_of_episodes
 from repvitok.errors import UserError
+from repvitok.merging import merge_latents
 
 LENGTHS = (23, 9, 40, 12)
 
@@ -171,7 +172,7 @@ def test_other_settings_never_mix(tmp_path, tok):
         ({"stride": 0}, "stride must be 1 or more"),
         ({"offsets": ()}, "offsets must be different numbers"),
         ({"offsets": (0, 0)}, "offsets must be different numbers"),
-        ({"offsets": (0, 9)}, "episode 1 has 9 frames, none after offset 9"),
+        ({"offsets": (0, 99)}, f"no episode has a frame at offset 99, the longest has {max(LENGTHS)}"),
         ({"cameras": ["left"]}, r"no camera 'left'; there are \['camera_0', 'camera_1'\]"),
         ({"dtype": "int8"}, 'dtype must be "float32" or "float16"'),
         ({"workers": 0}, "workers must be 1 or more"),
@@ -326,3 +327,17 @@ def test_nothing_is_written_beside_or_over_what_is_anothers(tmp_path, tok, name)
     latents = encode(tok, tmp_path / "latents").root
     with pytest.raises(UserError, match="is not empty and holds no decoded videos but"):
         decode_shards(tok, latents, tmp_path)
+
+
+def test_episodes_without_a_frame_at_an_offset_are_left_out_with_a_count(tmp_path, tok, caplog):
+    """And they still count as episodes of the data set: which ones a later stage holds out does not change."""
+    shards = encode(tok, tmp_path / "a", Recording([3, 12, 2, 9]), offsets=(0, 3))
+    assert [info.episode_index for info in shards.infos] == [1, 1, 3, 3]
+    assert shards.recorded == [0, 1, 2, 3]
+    told = "recording: left out 2 of 4 episodes, too short with a length of 2 to 3: offset 3 takes 4 frames"
+    assert caplog.messages == [told]
+    for job in (0, 1):
+        encode_dataset(tok, Recording([3, 12, 2, 9]), tmp_path / "b", size=(32, 32), offsets=(0, 3), shard=(job, 2))
+    assert caplog.messages == [told] * 2, "one of the jobs says it"
+    merge_latents(tmp_path / "b")
+    assert LatentShards(tmp_path / "b").recorded == [0, 1, 2, 3]

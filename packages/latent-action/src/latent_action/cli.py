@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from repvitok.commands import Command, RawCommand, TrainingStage, parse_share, run_commands, training_commands
+from repvitok.commands import (
+    Command,
+    RawCommand,
+    TrainingStage,
+    parse_held_out,
+    parse_share,
+    run_commands,
+    training_commands,
+)
 from repvitok.errors import UserError, run_cli
 
 STAGE = TrainingStage(
@@ -52,7 +60,8 @@ def _label(arguments: argparse.Namespace) -> int:
 def _probe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lat", type=Path, required=True, help="folder of the latent action tokenizer")
     parser.add_argument("--latents", type=Path, required=True, help="folder of latent shards with robot actions")
-    parser.add_argument("--held-out", type=float, default=0.25, help="share of episodes (default: %(default)s)")
+    held_out_help = "share of the episodes, or their numbers like 2,5-7 (default: %(default)s)"
+    parser.add_argument("--held-out", type=parse_held_out, default=0.25, metavar="SHARE", help=held_out_help)
     parser.add_argument(
         "--target",
         choices=("actions", "motion"),
@@ -116,7 +125,7 @@ def _visualize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--latents", type=Path, required=True, help="folder of latent shards")
     parser.add_argument("--dataset", type=Path, required=True, help="the LeRobot data set they were made from")
     parser.add_argument("--out", type=Path, required=True, help="file to write: .png, or .mp4 for a film")
-    parser.add_argument("--episode", type=int, default=0, help="episode index (default: %(default)s)")
+    parser.add_argument("--episode", type=int, help="its number in the data set (default: the latents' first)")
     parser.add_argument("--transitions", type=int, default=12, help="most to draw in a PNG (default: %(default)s)")
     parser.add_argument("--lapa", type=Path, help="folder of a LAPA quantiser, drawn beside")
 

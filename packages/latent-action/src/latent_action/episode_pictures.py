@@ -12,6 +12,7 @@ from PIL import Image
 from repvitok.data.latents import LatentEpisode
 from repvitok.data.lerobot import LeRobotReader
 from repvitok.data.shards import LatentShards
+from repvitok.data.split import format_episodes
 from repvitok.data.transforms import prepare_frames
 from repvitok.data.video import write_video
 from repvitok.errors import UserError
@@ -33,7 +34,7 @@ def write_episode_picture(
     latents: str | Path,
     dataset: str | Path,
     out: str | Path,
-    episode: int = 0,
+    episode: int | None = None,
     transitions: int = 12,
     columns: int = 4,
     lapa: LapaQuantizer | None = None,
@@ -47,7 +48,7 @@ def write_episode_picture(
         latents: folder of latent shards.
         dataset: the LeRobot data set the latents were made from.
         out: file to write, .png or .mp4; the film runs at the speed of the recording.
-        episode: episode index in the data set.
+        episode: its number in the data set; None for the first of the latents.
         transitions: most transitions to draw in a PNG.
         columns: pictures per row of a PNG.
         lapa: LAPA's quantiser; its map is drawn to the right of ours.
@@ -65,7 +66,7 @@ def write_episode_picture(
         raise UserError(f"{dataset} has no cameras {missing}, which {latents} were made from: give that data set.")
     chosen = find_episode(shards, episode)
     film = out.suffix.lower() == ".mp4"
-    index = _evenly(len(chosen.latents) - 1, len(chosen.latents) if film else transitions, episode)
+    index = _evenly(len(chosen.latents) - 1, len(chosen.latents) if film else transitions, chosen.episode_index)
     per_latent = shards.meta.frames_per_latent
     ends = sorted({*index, *(i + 1 for i in index)})
     raw = dict(zip(ends, _views(reader, chosen, shards.meta.cameras, per_latent, ends), strict=True))
@@ -93,18 +94,16 @@ def transition_layers(
     return [(acting_map(lat, z[i], actions[i], grid), transport_arrows(lat, z[i], actions[i], grid)) for i in index]
 
 
-def find_episode(shards: LatentShards, episode: int) -> LatentEpisode:
-    """The first entry of an episode (it may have been encoded at several offsets).
+def find_episode(shards: LatentShards, episode: int | None) -> LatentEpisode:
+    """The first entry of an episode (it may have been encoded at several offsets); of None, the first of all.
 
     Raises:
         ValueError: there is none.
     """
-    known = set()
-    for candidate in shards:
-        if candidate.episode_index == episode:
-            return candidate
-        known.add(candidate.episode_index)
-    raise UserError(f"{shards.root} holds no episode {episode}; it holds {sorted(known)[:20]}.")
+    numbers = [info.episode_index for info in shards.infos]
+    if episode is not None and episode not in numbers:
+        raise UserError(f"{shards.root} holds no episode {episode}; it holds {format_episodes(numbers)}.")
+    return shards[0 if episode is None else numbers.index(episode)]
 
 
 def _evenly(available: int, wanted: int, episode: int) -> list[int]:

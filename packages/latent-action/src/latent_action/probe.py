@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from repvitok.data.contents import without_actions
 from repvitok.data.shards import LatentShards
-from repvitok.data.split import split_latents
+from repvitok.data.split import HeldOut, split_latents
 from repvitok.errors import UserError
 from repvitok.optim import warmup_cosine_schedule
 from torch import Tensor, nn
@@ -99,7 +99,7 @@ def probe_shards(
     latents: str | Path,
     *,
     target: Target = "actions",
-    held_out: float | Sequence[int] = 0.25,
+    held_out: HeldOut = 0.25,
     head_steps: int = 600,
     frames_steps: int = 300,
     seed: int = 0,

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from latent_action.baselines.frame_pairs import load_frame_table
@@ -140,3 +141,16 @@ def test_probe_has_rows_of_lapa(exported, fitted_lat, blobs, tmp_path, capsys, m
     assert main([*arguments, *quick, "--target", "motion"]) == 0
     assert set(json.loads(out.read_text())["baselines"]) == {"LAPA", "LAPA before quantisation"}
     assert "LAPA before quantisation" in capsys.readouterr().out
+
+
+def test_epochs_of_a_few_batches_have_new_ones_and_resume_exactly(squares, tmp_path):
+    few, curves = "--trainer.limit_train_batches=2", {}
+    for name, runs in {"whole": [()], "epochs": [(few,)], "resumed": [(few, "--trainer.max_epochs=2"), (few,)]}.items():
+        for number, more in enumerate(runs):
+            options = [*_options(*squares, tmp_path / name), "--trainer.max_steps=6", "--trainer.log_every_n_steps=1"]
+            options += ["--trainer.val_check_interval=null", *more, *(["--ckpt_path=last"] if number else [])]
+            assert main(["lapa", "fit", *options]) == 0
+        curves[name] = read_curves(tmp_path / name)["train/loss"][:, 1]
+    assert len(set(curves["whole"])) == 6
+    for name in ("epochs", "resumed"):
+        np.testing.assert_array_equal(curves[name], curves["whole"])

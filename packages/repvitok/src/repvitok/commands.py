@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -148,6 +149,24 @@ def parse_share(text: str) -> tuple[int, int]:
     if not (index.isdecimal() and shares.isdecimal() and int(index) < int(shares)):
         raise argparse.ArgumentTypeError(f"expected I/N with 0 <= I < N, for example 0/8, got {text!r}")
     return int(index), int(shares)
+
+
+def parse_held_out(text: str) -> float | str:
+    """The argument type of `--held-out`: a share below 1, or numbers of episodes; "0" is none of them, "0-0" episode 0.
+
+    Raises:
+        argparse.ArgumentTypeError: neither; argparse adds the option's name.
+    """
+    from repvitok.data.split import parse_episodes
+
+    with suppress(ValueError):
+        if (share := float(text)) < 1:
+            return share
+    try:
+        parse_episodes(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(f"expected a share below 1 or numbers like 2,5-7, got {text!r}") from error
+    return text
 
 
 EPISODES: dict[str, Any] = {

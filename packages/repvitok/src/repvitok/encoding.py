@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import time
 from collections import deque
@@ -34,7 +35,7 @@ from repvitok.data.shards import (
     remove_work,
     write_episode_file,
 )
-from repvitok.data.split import EpisodeNumbers
+from repvitok.data.split import EpisodeNumbers, left_out
 from repvitok.data.transforms import resize_frames, to_unit
 from repvitok.encoding_plan import (
     EncodingPlan,
@@ -43,6 +44,7 @@ from repvitok.encoding_plan import (
     describe_latents,
     infos_of,
     instruction_source,
+    long_enough,
     make_plan,
     share_of_episodes,
 )
@@ -52,6 +54,8 @@ from repvitok.interface import VideoTokenizer
 from repvitok.merging import part_folder
 from repvitok.progress import progress as progress_bar
 from repvitok.relabelling import relabel
+
+log = logging.getLogger(__name__)
 
 CLIP_FRAMES = 17  # "clips per second" counts so many frames of one camera
 _DECODE_BLOCK = 64  # raw frames decoded at full size at a time
@@ -80,7 +84,8 @@ def encode_dataset(
 
     Episodes are streamed with the bounded window `tok.config.episode_window`, as the policy streams them while it
     drives. Episodes of like length, all offsets and all cameras run side by side; the next ones are decoded meanwhile.
-    A killed run continues where it stopped, episode by episode; a finished one returns at once.
+    A killed run continues where it stopped, episode by episode; a finished one returns at once. Episodes that have no
+    frame at an offset are left out, with a word.
 
     Args:
         tok: the tokenizer, on the device to encode on.
@@ -105,7 +110,7 @@ def encode_dataset(
         The meta of the finished shards, or of the finished share; mean and std over all latents written.
 
     Raises:
-        ValueError: a size, stride, offset, camera or episode does not fit, an episode is too short for an offset, a
+        ValueError: a size, stride, offset, camera or episode does not fit, every episode is too short for an offset, a
             video is missing or damaged, `out` holds latents made otherwise or anything else, or another process is
             writing it.
     """
@@ -113,9 +118,14 @@ def encode_dataset(
     if workers < 1:
         raise UserError(f"workers must be 1 or more, got {workers}")
     plan = make_plan(tok, reader, size, stride, offsets, cameras, dtype, episodes)
-    everything = infos_of(reader, episodes)
+    asked = infos_of(reader, episodes)
+    everything = long_enough(asked, plan.offsets)
     infos = share_of_episodes(everything, shard)
     target = out if shard is None else part_folder(out, shard)
+    short = [info.length for info in asked if info.length <= max(plan.offsets)]
+    if short and (shard is None or shard[0] == 0):
+        needed = f"offset {max(plan.offsets)} takes {max(plan.offsets) + 1} frames"
+        log.warning("%s: %s", reader.root, left_out(short, len(asked), needed))
 
     def finished() -> LatentMeta | None:
         """The meta of finished latents, if they are of this plan; what a kill after their last file left is removed."""

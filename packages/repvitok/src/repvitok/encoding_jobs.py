@@ -63,8 +63,7 @@ class EncodingJob:
         """
         episodes = share_of_episodes(infos_of(reader, self.settings.get("episodes")), shard)
         cameras = choose_cameras(reader, self.settings.get("cameras"))
-        for line in describe_contents(reader, cameras, episodes).lines():
-            print(line, file=sys.stderr)
+        describe_contents(reader, cameras, episodes).announce()
 
 
 def run_job(job: EncodingJob, *, shard: Share | None = None, processes: int = 1) -> None:

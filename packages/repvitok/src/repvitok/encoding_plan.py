@@ -49,6 +49,7 @@ class EncodingPlan:
         tokenizer_digest: `RepViTok.digest()`.
         source: the data set's folder name.
         num_episodes, num_frames: of the episodes that are encoded.
+        left_out: numbers of those that were to be and have no frame at an offset; None for none.
         size: (H, W) the frames are resized to.
         stride: every stride-th raw frame is encoded.
         offsets: each episode is encoded once per offset, without its first `offset` raw frames.
@@ -71,6 +72,7 @@ class EncodingPlan:
     dtype: str
     depth_range: tuple[float, float] | None = None
     episodes: str | None = None
+    left_out: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON gives it back: tuples as lists."""
@@ -98,23 +100,23 @@ def make_plan(
     """The plan of an encoding.
 
     Raises:
-        ValueError: a size, stride, offset, camera, dtype or episode does not fit, or an episode is too short for an
+        ValueError: a size, stride, offset, camera, dtype or episode does not fit, or every episode is too short for an
             offset.
     """
     tok.grid(*size)
     chosen = choose_cameras(reader, cameras)
-    infos = infos_of(reader, episodes)
+    asked = infos_of(reader, episodes)
     if dtype not in ("float32", "float16"):
         raise UserError(f'dtype must be "float32" or "float16", got {dtype!r}')
     if stride < 1:
         raise UserError(f"stride must be 1 or more, got {stride}")
     if not offsets or min(offsets) < 0 or len(set(offsets)) != len(offsets):
         raise UserError(f"offsets must be different numbers of raw frames, 0 or more, got {list(offsets)}")
-    for info in infos:
-        if info.length <= max(offsets):
-            raise UserError(
-                f"{reader.root}: episode {info.index} has {info.length} frames, none after offset {max(offsets)}"
-            )
+    infos = long_enough(asked, offsets)
+    if not infos:
+        longest = max((info.length for info in asked), default=0)
+        raise UserError(f"{reader.root}: no episode has a frame at offset {max(offsets)}, the longest has {longest}")
+    kept = {info.index for info in infos}
     return EncodingPlan(
         tokenizer_digest=tok.digest(),
         source=reader.root.name,
@@ -127,8 +129,14 @@ def make_plan(
         window=tok.config.episode_window,
         dtype=dtype,
         depth_range=reader.depth_range,
-        episodes=None if len(infos) == len(reader.episodes) else format_episodes(info.index for info in infos),
+        episodes=None if len(asked) == len(reader.episodes) else format_episodes(info.index for info in asked),
+        left_out=format_episodes({info.index for info in asked} - kept) if len(infos) < len(asked) else None,
     )
+
+
+def long_enough(episodes: Sequence[EpisodeInfo], offsets: Sequence[int]) -> list[EpisodeInfo]:
+    """The episodes that have a frame at every offset."""
+    return [info for info in episodes if info.length > max(offsets)]
 
 
 def choose_cameras(reader: EpisodeReader, cameras: Sequence[str] | None) -> tuple[str, ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from repvitok.data.datamodule import ClipDataModule, ClipKind
+from repvitok.data.lerobot import LeRobotReader
 from repvitok.data.video import write_video
 
 MIXTURE = [
@@ -185,7 +188,20 @@ def test_episodes_are_chosen_and_held_out_by_their_numbers(gapped):
     assert train_and_held_out(module(str(gapped), held_out=[9], episodes=[2, 9, 40])) == [train, held_out]
     with pytest.raises(ValueError, match="no episodes 3; there are 2,5,9,40"):
         module(str(gapped), episodes=[3])
-    with pytest.raises(ValueError, match=r"held-out episodes \[40\] do not exist: there are 2,5"):
+    with pytest.raises(ValueError, match="held_out: no episodes 40; there are 2,5"):
         module(str(gapped), episodes=[2, 5], held_out=[40])
     with pytest.raises(ValueError, match="numbers of episodes are those of one folder, got 2 folders"):
         ClipDataModule(["a", "b"], (16, 16), held_out=[1])
+
+
+def test_a_camera_that_was_never_recorded_is_named_before_training(gapped, tmp_path):
+    root = shutil.copytree(gapped, tmp_path / "data")
+    info = json.loads((root / "meta/info.json").read_text())
+    camera = next(key for key, feature in info["features"].items() if feature["dtype"] == "video")
+    info["features"]["observation.images.egoview"] = info["features"][camera]
+    (root / "meta/info.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match=r"egoview, but it was never recorded .* leave it out: --cameras"):
+        module(str(root))
+    with pytest.raises(FileNotFoundError, match="no such video file; if this camera was never recorded, leave it out"):
+        LeRobotReader(root)[0]
+    assert len(train_and_held_out(module(str(root), cameras=[camera]))) == 2

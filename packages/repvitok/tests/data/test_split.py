@@ -1,15 +1,19 @@
 """One split for all stages: an episode's side depends on its number alone, whatever a stage leaves out."""
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from repvitok.data.split import (
+    LatentSpan,
     choose_episodes,
     format_episodes,
     held_out_tail,
     left_out,
     parse_episodes,
     split_episodes,
+    split_latents,
 )
 from repvitok.errors import UserError
 
@@ -70,6 +74,9 @@ def test_the_choice_never_changes():
 def test_a_list_names_the_episodes_itself():
     assert split_episodes(range(5), [3, 1]) == ([0, 2, 4], [1, 3])
     assert split_episodes([2, 5, 9, 40], [9, 40], usable=[2, 9]) == ([2], [9])
+    assert split_episodes([2, 5, 9, 40], ["9", 40]) == ([2, 5], [9, 40])
+    assert split_episodes(range(9), "0-2,7") == ([3, 4, 5, 6, 8], [0, 1, 2, 7])
+    assert split_episodes([2, 5], []) == ([2, 5], [])
 
 
 def test_the_choice_is_spread_over_interleaved_tasks():
@@ -87,7 +94,9 @@ def test_a_single_episode_is_trained_on():
     ("episodes", "held_out", "message"),
     [
         (range(20), 1.0, r"fraction in \[0, 1\)"),
-        (range(20), [20], r"\[20\] do not exist: there are 0-19"),
+        (range(20), [20], "held_out: no episodes 20; there are 0-19"),
+        (range(20), "18-25", "held_out: no episodes 20 and 5 more up to 25; there are 0-19"),
+        (range(20), ["first"], "expected numbers and ranges like 0-9,12, got 'first'"),
         (range(3), [0, 1, 2], "none to train on"),
         ([], 0.5, "none of 0 episodes"),
     ],
@@ -145,3 +154,59 @@ def test_numbers_and_ranges_name_episodes_whatever_gaps_there_are(there, data):
 def test_what_is_no_episode_is_refused_by_its_number(chosen, message):
     with pytest.raises(UserError, match=message):
         choose_episodes(chosen, [0, 1, 2, 3, 4, 6], "set")
+
+
+ENTRIES = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 30)), min_size=1, max_size=4, unique_by=lambda e: e[0])
+
+
+def latent_shards(entries: dict[int, list[tuple[int, int]]], per_latent: int) -> SimpleNamespace:
+    """Shards of episodes, each with (offset, latent frames) of its entries."""
+    infos = [
+        SimpleNamespace(episode_index=number, offset=offset, frames=frames)
+        for number, encoded in sorted(entries.items())
+        for offset, frames in encoded
+    ]
+    meta = SimpleNamespace(frames_per_latent=per_latent)
+    return SimpleNamespace(infos=infos, meta=meta, recorded=sorted(entries), root="latents")
+
+
+def raw_frames(shards: SimpleNamespace, spans: list[LatentSpan]) -> set[int]:
+    """The raw frames that the latents of some spans stand for: the first of an entry for one, the others for p each."""
+    seen: set[int] = set()
+    for span in spans:
+        offset, per = shards.infos[span.number].offset, shards.meta.frames_per_latent
+        seen.update(range(max(offset, offset + per * (span.first - 1) + 1), offset + per * (span.last - 1) + 1))
+    return seen
+
+
+@given(ENTRIES, st.integers(1, 8), st.floats(0.01, 0.9), st.integers(2, 3))
+def test_no_raw_frame_of_an_only_episode_is_on_both_sides(entries, per_latent, fraction, shortest):
+    shards = latent_shards({7: entries}, per_latent)
+    longest = max(frames for _, frames in entries)
+    if longest < shortest:
+        with pytest.raises(UserError, match=f"no episode has {shortest} latent frames, the longest {longest}"):
+            split_latents(shards, fraction, shortest)
+        return
+    train, kept = split_latents(shards, fraction, shortest)
+    assert train
+    assert all(span.first >= 0 and span.last <= shards.infos[span.number].frames for span in [*train, *kept])
+    assert min(span.last - span.first for span in train) >= shortest
+    assert all(span.last - span.first >= 2 for span in kept)
+    assert bool(kept) == bool(held_out_tail(longest, fraction, 2, shortest))
+    assert not raw_frames(shards, train) & raw_frames(shards, kept)
+
+
+@given(st.dictionaries(st.integers(0, 99), st.integers(1, 12), min_size=2, max_size=20), FRACTIONS)
+def test_latents_too_short_for_a_stage_move_no_other_episode(lengths, fraction):
+    shards = latent_shards({number: [(0, frames), (2, frames)] for number, frames in lengths.items()}, 4)
+    whole = split_episodes(lengths, fraction)
+    for shortest in (2, 3, 6):
+        usable = {number for number, frames in lengths.items() if frames >= shortest}
+        if len(usable) < 2:
+            continue
+        sides = split_latents(shards, fraction, shortest)
+        found = [[shards.infos[span.number].episode_index for span in side] for side in sides]
+        expected = split_episodes(lengths, fraction, usable)
+        assert found == [sorted([*side, *side]) for side in expected]
+        if usable & set(whole[0]):
+            assert [set(side) & usable for side in whole] == [set(side) for side in expected]

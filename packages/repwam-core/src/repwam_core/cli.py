@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from repvitok.commands import EPISODES, Command, TrainingStage, run_commands, training_commands
+from repvitok.commands import EPISODES, Command, TrainingStage, parse_held_out, run_commands, training_commands
 from repvitok.errors import UserError, run_cli
 
 from repwam_core.policy.serving.command import add_serve_arguments, serve
@@ -199,7 +199,8 @@ def _prepare(options: argparse.Namespace) -> None:
 def _stats_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--latents", type=Path, required=True, help="folder of latent shards")
     parser.add_argument("--out", type=Path, required=True, help="statistics.json to write")
-    parser.add_argument("--held-out", type=float, default=0.0, help="share of episodes left out (default: 0)")
+    held_out_help = "share of the episodes that is left out, or their numbers like 2,5-7 (default: 0)"
+    parser.add_argument("--held-out", type=parse_held_out, default=0.0, metavar="SHARE", help=held_out_help)
     parser.add_argument(
         "--kind",
         choices=("absolute", "relative", "from_state"),
@@ -217,11 +218,12 @@ def _stats_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _stats(options: argparse.Namespace) -> None:
     from repvitok.data import LatentShards
+    from repvitok.data.split import split_latents
 
-    from repwam_core.data.episode_arrays import count_statistics, split_rows
+    from repwam_core.data.episode_arrays import count_statistics
 
     shards = LatentShards(options.latents)
-    training, _ = split_rows(shards, options.held_out)
+    training, _ = split_latents(shards, options.held_out)
     statistics = count_statistics(
         shards, training, "robot", options.units, options.kind, chunk_frames=options.chunk_frames
     )

@@ -4,6 +4,8 @@ import pytest
 import torch
 from repwam_core.data.datamodule import SegmentLoader, WAMDataModule
 from repwam_core.data.episodes import SegmentSampler
+from repwam_core.data.mixture import DataSetSettings
+from repwam_core.data.packing import PackingSettings
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +45,21 @@ def test_held_out_segments_are_of_held_out_episodes_and_thinned(data):
 def test_a_size_that_is_not_positive_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"data\.batch_size: expected at least 1, got 0"):
         WAMDataModule(tmp_path, batch_size=0)
+
+
+def test_with_nothing_held_out_there_is_no_validation_and_no_test(data):
+    alone = WAMDataModule(data.data_sets[0].latents, held_out=0)
+    assert alone.val_dataloader() == []
+    with pytest.raises(ValueError, match=r"data\.held_out: nothing is held out"):
+        alone.test_dataloader()
+
+
+def test_numbers_of_episodes_are_those_of_one_data_set(data):
+    folder = data.data_sets[0].latents
+    named = WAMDataModule(folder, held_out=[3, 7])
+    episodes = {int(row) for batch in named.test_dataloader() for row in batch.episode}
+    assert episodes == {3, 7}
+    with pytest.raises(ValueError, match="numbers of episodes are those of one data set, got 2"):
+        WAMDataModule(
+            data_sets=[DataSetSettings(latents=folder)] * 2, packing=PackingSettings(token_budget=99), held_out="3,7"
+        )

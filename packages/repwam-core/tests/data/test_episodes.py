@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from repvitok.data import LatentShards, LatentShardWriter
+from repvitok.data.split import split_latents
 from repwam_core.data.episode_arrays import MappedEpisodes, StackedEpisodes, count_statistics, suggested_kind
 from repwam_core.data.episodes import EpisodeStore, SegmentSampler, text_cache
 from repwam_core.model.wam import WorldActionModel
@@ -185,9 +186,10 @@ def test_episodes_left_on_disk_give_the_same_batches(shards, space):
 
 def test_statistics_of_many_episodes_are_counted_on_some_of_them(shards):
     source = LatentShards(shards)
-    everything = count_statistics(source, range(len(source)), "robot")
-    assert count_statistics(source, range(len(source)), "robot", most=10**6) == everything
-    fewer = count_statistics(source, range(len(source)), "robot", most=20)
+    parts, _ = split_latents(source, 0)
+    everything = count_statistics(source, parts, "robot")
+    assert count_statistics(source, parts, "robot", most=10**6) == everything
+    fewer = count_statistics(source, parts, "robot", most=20)
     assert 0 < fewer.actions.count < everything.actions.count / 2
 
 
@@ -239,7 +241,7 @@ def test_changes_over_chunks_of_every_length_are_in_the_counted_range(drifting, 
     folder, recorded = drifting(far)
     store = EpisodeStore(folder, kind="from_state", chunk_frames=longest, memory_limit_gb=8.0 * (seed % 2))
     actions = store.statistics.actions
-    assert store.statistics.targets == count_statistics(store.shards, range(4), "robot").actions
+    assert store.statistics.targets == count_statistics(store.shards, store.parts, "robot").actions
     low, high = actions.normalise(np.array([actions.min, actions.max]))
     episode = np.array([seed % 4])
     for size in range(1, longest + 1):
@@ -320,7 +322,7 @@ def test_a_number_that_is_none_is_named(tmp_path, write_text_cache, shards, what
                 array[place] = np.inf
             writer.add(dataclasses.replace(episode, **{what: array}))
     write_text_cache(tmp_path / "bad")
-    known = count_statistics(source, range(4), "robot")
+    known = count_statistics(source, split_latents(source, 0)[0][:4], "robot")
     with pytest.raises(ValueError, match=said):
         EpisodeStore(tmp_path / "bad", memory_limit_gb=limit_gb)
     if limit_gb:
@@ -334,7 +336,7 @@ def test_a_number_that_is_none_is_named(tmp_path, write_text_cache, shards, what
 
 def test_targets_that_follow_the_state_are_best_learned_from_it(tmp_path, shards, followers):
     source, rng = LatentShards(shards), np.random.default_rng(0)
-    everything = range(len(source))
+    everything, _ = split_latents(source, 0)
     assert suggested_kind(source, everything) == "absolute", "no state has an action's name"
     assert suggested_kind(LatentShards(followers), everything) == "absolute", "nor has the state of each"
     for name, near, expected in (("near", 0.1, "from_state"), ("far", 3.0, "absolute")):
@@ -352,3 +354,75 @@ def test_kinds_do_not_change_what_is_learned_of_latent_actions(followers):
     plain, asked = (EpisodeStore(followers, space="latent", kind=kind) for kind in ("absolute", "from_state"))
     assert plain.statistics == asked.statistics
     assert asked.batch(np.array([0]), np.array([0]), 3).reference is None
+
+
+def rewritten(source, folder, write_text_cache, lengths, **changed):
+    """Shards of the first episodes of others, cut to some numbers of latent frames."""
+    with LatentShardWriter(folder, dataclasses.replace(source.meta, **changed)) as writer:
+        for episode, frames in zip(source, lengths, strict=False):
+            arrays = {"latents": episode.latents[:frames], "state": episode.state[:frames]}
+            arrays |= {name: getattr(episode, name)[: frames - 1] for name in ("actions", "latent_actions")}
+            writer.add(dataclasses.replace(episode, **arrays))
+    write_text_cache(folder)
+    return folder
+
+
+@pytest.mark.parametrize("limit_gb", [0.0, 8.0])
+@pytest.mark.parametrize("space", ["robot", "latent"])
+def test_episodes_without_a_transition_are_left_out_with_a_count(
+    tmp_path, write_text_cache, shards, caplog, space, limit_gb
+):
+    source = LatentShards(shards)
+    folder = rewritten(source, tmp_path / "some", write_text_cache, [1, 5, 1, 4, 3])
+    store = EpisodeStore(folder, space=space, memory_limit_gb=limit_gb)
+    assert "left out 2 of 5 episodes, too short with a length of 1: 2 latent frames are needed" in caplog.text
+    assert [info.episode_index for info in store.infos] == [1, 3, 4]
+    assert store.lengths.tolist() == [5, 4, 3]
+    assert store.tasks == [source[number].task for number in (1, 3, 4)]
+    latents = store.batch(np.array([2]), np.array([0]), 2).latents[0].numpy() * store.meta.std + store.meta.mean
+    np.testing.assert_allclose(latents, source[4].latents[:3], atol=1e-5)
+    with pytest.raises(ValueError, match="no episode has 2 latent frames, the longest 1: encode longer episodes"):
+        EpisodeStore(rewritten(source, tmp_path / "none", write_text_cache, [1, 1]))
+
+
+@pytest.mark.parametrize("limit_gb", [0.0, 8.0])
+@pytest.mark.parametrize("space", ["robot", "latent"])
+def test_an_only_episode_is_trained_on_and_its_end_held_out(
+    tmp_path, write_text_cache, write_shards, caplog, space, limit_gb
+):
+    source = LatentShards(write_shards(tmp_path / "long", episodes=1, frames=(20, 21)))
+    folder = rewritten(source, tmp_path / "one", write_text_cache, [20])
+    store = EpisodeStore(folder, space=space, held_out=0.2, memory_limit_gb=limit_gb)
+    assert store.lengths.tolist() == [16, 4]
+    assert (store.train_episodes.tolist(), store.val_episodes.tolist()) == ([0], [1])
+    assert "episode 0 alone: held out from its frame 61 on" in caplog.text  # of 77, 4 to a latent
+    sampler = SegmentSampler(store, 5, seed=1)
+    assert {sampler.draw(index)[0] for index in range(50)} == {0}
+    stored = source[0]
+    for row, first, length in ((0, 0, 16), (1, 16, 4)):
+        batch = store.batch(np.array([row]), np.array([0]), length + 1)
+        latents = batch.latents[0].numpy() * store.meta.std + store.meta.mean
+        np.testing.assert_allclose(latents[:length], stored.latents[first : first + length], atol=1e-5)
+        np.testing.assert_allclose(latents[length:], stored.latents[[first + length - 1] * 2], atol=1e-5)
+        assert batch.valid[0].tolist() == [True] * (length - 1) + [False] * 2
+        assert not batch.actions[0, length - 1 :].any()
+        assert store.batch(np.array([row]), np.array([1]), 1).start.tolist() == [first + 1]
+    raw = (stored.actions if space == "robot" else stored.latent_actions)[:15]
+    counted = store.statistics.actions
+    np.testing.assert_allclose(counted.mean, raw.reshape(-1, raw.shape[-1]).mean(0), atol=1e-6)
+    assert counted.count == 15 * store.vectors_per_transition
+
+
+def test_too_short_to_be_shared_an_only_episode_is_trained_on_whole(tmp_path, write_text_cache, shards, caplog):
+    folder = rewritten(LatentShards(shards), tmp_path / "one", write_text_cache, [1, 3])
+    store = EpisodeStore(folder, held_out=0.2)
+    assert (store.lengths.tolist(), store.val_episodes.tolist()) == ([3], [])
+    assert "nothing is held out: there is episode 1 alone, of 3 latent frames" in caplog.text
+
+
+def test_episodes_are_held_out_by_their_numbers(shards):
+    for chosen in ([3, 7], "3,7", ["3", 7]):
+        store = EpisodeStore(shards, held_out=chosen)
+        assert [store.infos[row].episode_index for row in store.val_episodes] == [3, 7]
+    with pytest.raises(ValueError, match="held_out: no episodes 12; there are 0-11"):
+        EpisodeStore(shards, held_out=[12])

@@ -8,7 +8,7 @@ from repwam_core.quickstart.plan import RECIPES, load_plan, shaped_like
 
 
 def _options(**given):
-    options = {"tasks": None, "episodes": None, "eval_episodes": None, "size": None, "budget": 1.0}
+    options = {"tasks": None, "episodes": None, "eval_episodes": None, "size": None, "budget": 1.0, "dataset": None}
     return argparse.Namespace(**(options | given))
 
 
@@ -20,7 +20,7 @@ def test_recipes_are_plans(recipe):
 
 
 def test_options_overlay_the_recipe():
-    plan = load_plan(RECIPES / "sim.yaml", _options(tasks=["door-open"], episodes=3, budget=0.5, size=[32, 48]))
+    plan = load_plan(RECIPES / "sim.yaml", _options(tasks=["door-open"], episodes=["3"], budget=0.5, size=[32, 48]))
     whole = load_plan(RECIPES / "sim.yaml", _options())
     assert plan.all_tasks == ("door-open",)
     assert (plan.episodes, plan.size) == (3, (32, 48))
@@ -34,7 +34,9 @@ def test_options_overlay_the_recipe():
         ({"size": [0, 64]}, "multiples of 16"),
         ({"budget": 0.0}, "--budget"),
         ({"budget": float("nan")}, "--budget"),
-        ({"episodes": 1}, "--episodes"),
+        ({"episodes": ["1"]}, "--episodes"),
+        ({"episodes": ["0-9"]}, "--episodes must be one number"),
+        ({"episodes": ["3", "4"]}, "--episodes must be one number"),
         ({"eval_episodes": 0}, "--eval-episodes"),
     ],
 )

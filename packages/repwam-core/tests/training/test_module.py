@@ -209,3 +209,40 @@ def test_joint_prediction_has_no_actions_to_predict(fit, recipe, tmp_path, capsy
     fit(tmp_path, "--trainer.max_steps=1", *joint)
     assert main(["predict", "-c", str(recipe), f"--trainer.default_root_dir={tmp_path}", *joint]) == 2
     assert "joint prediction has no action tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_epochs_of_a_few_batches_have_new_ones_and_resume_exactly(fit, tmp_path, monkeypatch, packed):
+    """limit_train_batches ends an epoch early; its batches are not those of the last one, also after a resume."""
+    seen, step = [], WAMTraining.training_step
+
+    def training_step(self, batch, batch_idx):
+        parts = [document.segment for document in batch.documents] if packed else [batch]
+        seen.append([(part.episode.tolist(), part.start.tolist()) for part in parts])
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(WAMTraining, "training_step", training_step)
+    options = ("--data.held_out=0", *(("--data.packing.token_budget=256",) if packed else ()))
+    few, batches, losses = "--trainer.limit_train_batches=2", {}, {}
+    for name, runs in {"whole": [()], "epochs": [(few,)], "resumed": [(few, "--trainer.max_epochs=2"), (few,)]}.items():
+        for number, more in enumerate(runs):
+            checkpoint = fit(tmp_path / name, *options, *more, *(("--ckpt_path=last",) if number else ()))
+        assert read_checkpoint(checkpoint)["global_step"] == 6
+        batches[name], seen = seen, []
+        losses[name] = read_curves(tmp_path / name)["train/loss"][:, 1].tolist()
+    assert batches["resumed"] == batches["epochs"] == batches["whole"]
+    assert len({str(batch) for batch in batches["whole"]}) == 6
+    assert losses["resumed"] == losses["epochs"]
+
+
+def test_one_episode_is_enough_to_train_on(fit, tmp_path, write_shards, caplog, capsys):
+    for frames, name in ((20, "long"), (3, "short")):
+        latents = write_shards(tmp_path / name / "latents", episodes=1, frames=(frames, frames + 1))
+        run = tmp_path / name / "run"
+        caplog.clear()
+        fit(run, f"--data.latents={latents}", "--trainer.max_steps=2", "--trainer.val_check_interval=1")
+        assert ("val/action_mae" in read_curves(run)) == (frames == 20)
+        assert ("nothing is held out: there is episode 0 alone" in caplog.text) == (frames == 3)
+    capsys.readouterr()
+    assert main(["test", "-c", str(run / "config.yaml"), f"--ckpt_path={run / 'last.ckpt'}"]) == 2
+    assert "nothing is held out of these episodes" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,18 @@ class DataContents:
         )
         missed = self._missed()
         return [found, f"{self.root}: later stages will find {missed}"] if missed else [found]
+
+    def announce(self, *, needs_actions: bool = False) -> None:
+        """Says the lines on stderr, before hours are spent on the data.
+
+        Raises:
+            UserError: robot actions will be learned, and there are none.
+        """
+        if needs_actions and ACTION not in self.columns:
+            told = missing_actions(str(self.root), self.columns if self.recording else None, self.cameras)
+            raise UserError(f"robot actions are to be learned, and there are none: {told}")
+        for line in self.lines():
+            print(line, file=sys.stderr)
 
     def _missed(self) -> str:
         absent = [name for name in (ACTION, STATE) if name not in self.columns]

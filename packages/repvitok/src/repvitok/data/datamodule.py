@@ -107,7 +107,7 @@ class ClipDataModule(LightningDataModule):
         super().__init__()
         if not folders:
             raise UserError("expected at least one folder of data (data.folders), got none")
-        if isinstance(held_out, list) and len(folders) > 1:
+        if not isinstance(held_out, float | int) and len(folders) > 1:
             raise UserError(f"data.held_out: numbers of episodes are those of one folder, got {len(folders)} folders")
         for name, value in (("batch_size", batch_size), ("val_clips", val_clips), ("frames", frames)):
             if value < 1:

@@ -21,7 +21,7 @@ from repvitok.data.sources import (
     VideoSource,
     lerobot_sources,
 )
-from repvitok.data.split import EpisodeNumbers, choose_episodes, held_out_tail, left_out, split_episodes
+from repvitok.data.split import EpisodeNumbers, HeldOut, choose_episodes, held_out_tail, left_out, split_episodes
 from repvitok.data.tars import TarShards, is_shards
 from repvitok.errors import UserError
 
@@ -63,7 +63,7 @@ def split_folder(
     *,
     cameras: Sequence[str] | None = None,
     episodes: EpisodeNumbers | None = None,
-    held_out: float | Sequence[int] = 0.0,
+    held_out: HeldOut = 0.0,
     needed: Sequence[Callable[[float | None], float]] = (),
     max_bad_fraction: float = 0.0,
     cache_folder: str | None = None,
@@ -85,7 +85,8 @@ def split_folder(
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it holds nothing of the kind, or too much that cannot be read, or no such episode.
+        ValueError: it holds nothing of the kind, too much that cannot be read, a camera without recordings, or no such
+            episode.
     """
     found = folder_kind(folder) if kind == "auto" else kind
     if found == "lerobot":
@@ -130,7 +131,7 @@ def _split_frames(
     sources: Sequence[VideoSource],
     video: int,
     name: str,
-    held_out: float | Sequence[int],
+    held_out: HeldOut,
     takes: Sequence[float],
     still: bool,
 ) -> FolderSplit:

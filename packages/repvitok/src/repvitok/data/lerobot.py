@@ -163,6 +163,7 @@ class LeRobotReader(Sequence[dict[str, Any]]):
             (n, H, W, 3) uint8 RGB.
 
         Raises:
+            FileNotFoundError: the camera was not recorded in this episode.
             ValueError: no such episode, camera or frame, or the video or a picture is damaged.
         """
         length = self._row(episode).length

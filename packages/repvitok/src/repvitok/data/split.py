@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 
 EpisodeNumbers = int | str | Sequence[int | str]
 """Episodes by their numbers in the data set, never by position: 3, "0-9,12", [0, 1, 12], ["0-9", "12"]."""
-HeldOut = float | list[int]
-"""A share of the episodes, or their numbers."""
+HeldOut = float | int | Sequence[int | str] | str
+"""A share of the episodes, or their numbers as in `EpisodeNumbers`: 0.1, "0-9,12", [3, 7]."""
 
 # Of the first 12,000 salts the one whose held-out counts stay nearest to fraction * n for data sets numbered from 0:
 # within 2 episodes for every n up to 60.
@@ -27,7 +27,7 @@ _SALT = 1486
 
 
 def split_episodes(
-    episodes: Iterable[int], held_out: float | Sequence[int], usable: Iterable[int] | None = None
+    episodes: Iterable[int], held_out: HeldOut, usable: Iterable[int] | None = None
 ) -> tuple[list[int], list[int]]:
     """(train, held out) episode numbers, both sorted.
 
@@ -49,9 +49,10 @@ def split_episodes(
         ValueError: the fraction is out of range, a number is no episode, or none would be left to train on.
     """
     known = sorted(set(episodes))
-    chosen = _choose(known, held_out) if isinstance(held_out, float | int) else set(held_out)
-    if outside := sorted(chosen - set(known)):
-        raise UserError(f"held-out episodes {outside} do not exist: there are {format_episodes(known)}")
+    if isinstance(held_out, float | int):
+        chosen = _choose(known, held_out)
+    else:
+        chosen = set(choose_episodes(held_out, known, "held_out")) if held_out else set()
     left = known if usable is None else sorted(set(known) & set(usable))
     if not left:
         raise UserError(f"none of {len(known)} episodes can be trained on")
@@ -75,7 +76,7 @@ class LatentSpan(NamedTuple):
 
 
 def split_latents(
-    shards: LatentShards, held_out: float | Sequence[int], shortest: int = 2
+    shards: LatentShards, held_out: HeldOut, shortest: int = 2
 ) -> tuple[list[LatentSpan], list[LatentSpan]]:
     """(train, held out) parts of latent shards: whole episodes at all their offsets, in the shards' order.
 
@@ -116,7 +117,7 @@ def split_latents(
 
 
 def _split_frames(
-    shards: LatentShards, episode: int, held_out: float | Sequence[int], shortest: int
+    shards: LatentShards, episode: int, held_out: HeldOut, shortest: int
 ) -> tuple[list[LatentSpan], list[LatentSpan]]:
     """The beginning and the end of an only episode, at all its offsets.
 
@@ -145,7 +146,7 @@ def _split_frames(
     return train, kept
 
 
-def held_out_tail(length: int, held_out: float | Sequence[int], shortest: int, shortest_train: int) -> int:
+def held_out_tail(length: int, held_out: HeldOut, shortest: int, shortest_train: int) -> int:
     """How much of the end of an only episode is held out, of which no part overlaps what is trained on.
 
     max(fraction * length, shortest), or 0 where less than as much, or than `shortest_train`, would be left to train on:

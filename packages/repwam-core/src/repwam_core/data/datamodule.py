@@ -6,12 +6,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
+from repvitok.data.batches import EndlessLoader
 from repvitok.data.contents import without_actions
+from repvitok.data.split import HeldOut
 from repvitok.errors import UserError
 
 from repwam_core.data.encoding import EncodingSettings, LatentsOnDemand, has_latents
@@ -24,8 +27,8 @@ from repwam_core.statistics import ActionKind
 from repwam_core.text import EMBEDDED
 
 
-class SegmentLoader:
-    """Endless training batches cut into epochs of `batches`, with a position that is saved and restored.
+class SegmentLoader(EndlessLoader[SegmentBatch]):
+    """Endless training batches cut into epochs of `batches`, which keep their place.
 
     Batch number p of rank r holds the items (p * world_size + r) * batch_size and on, so every rank sees other
     segments and all have the same number of batches.
@@ -34,27 +37,15 @@ class SegmentLoader:
     def __init__(
         self, sampler: SegmentSampler, batch_size: int, batches: int, rank: int = 0, world_size: int = 1
     ) -> None:
-        self.sampler, self.batch_size, self.batches = sampler, batch_size, batches
+        super().__init__(length=batches)
+        self.sampler, self.batch_size = sampler, batch_size
         self.rank, self.world_size = rank, world_size
-        self.position = 0
 
-    def __len__(self) -> int:
-        return self.batches
-
-    def __iter__(self) -> Iterator[SegmentBatch]:
-        end = (self.position // self.batches + 1) * self.batches
-        while self.position < end:
-            first = (self.position * self.world_size + self.rank) * self.batch_size
-            self.position += 1
+    def batches_from(self, number: int) -> Iterator[SegmentBatch]:
+        """Batch `number` and those after it."""
+        for place in count(number):
+            first = (place * self.world_size + self.rank) * self.batch_size
             yield self.sampler.batch(range(first, first + self.batch_size))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Number of batches handed out so far; Lightning stores it in the checkpoint."""
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the last batch that was handed out."""
-        self.position = int(state["position"])
 
 
 class HeldOutLoader:
@@ -92,7 +83,8 @@ class WAMDataModule(L.LightningDataModule):
         transitions: latent transitions per segment, F; a segment has F + 1 latent frames.
         batch_size: segments per batch and rank.
         seed: seed of the segments' draw.
-        held_out: share of the recorded episodes held out, evenly spaced over the data set.
+        held_out: share of the recorded episodes held out, or their numbers; 0 for no validation. Which ones a share
+            takes is the same in every stage; of an only episode it takes the end, see `repvitok.data.split`.
         val_segments: at most this many held-out segments are used.
         text_encoder: "minilm", a Hugging Face name, or a folder.
         steps_per_epoch: batches that make an epoch.
@@ -118,7 +110,7 @@ class WAMDataModule(L.LightningDataModule):
         transitions: int = 8,
         batch_size: int = 8,
         seed: int = 0,
-        held_out: float = 0.05,
+        held_out: HeldOut = 0.05,
         val_segments: int = 32,
         text_encoder: str = EMBEDDED,
         steps_per_epoch: int = 1000,
@@ -145,6 +137,9 @@ class WAMDataModule(L.LightningDataModule):
             raise UserError("data: expected either data.latents or data.data_sets, got both or neither")
         if data_sets and packing is None:
             raise UserError("data.data_sets: several data sets are mixed in packed sequences; set data.packing")
+        if not isinstance(held_out, float | int) and data_sets and len(data_sets) > 1:
+            told = f"numbers of episodes are those of one data set, got {len(data_sets)}; give a share"
+            raise UserError(f"data.held_out: {told}")
         if encoding is not None and encoding.lat is None and space == LATENT_SPACE:
             raise UserError(
                 "data.encoding.lat: latent actions are learned, so name the latent action tokenizer's folder"
@@ -217,14 +212,20 @@ class WAMDataModule(L.LightningDataModule):
         return SegmentLoader(sampler, self.batch_size, self.steps_per_epoch, *self._rank())
 
     def val_dataloader(self) -> HeldOutLoader | list[HeldOutLoader]:
-        """Held-out segments, evenly thinned to `val_segments`; no loader at all without held-out episodes."""
+        """Held-out segments, evenly thinned to `val_segments`; no loader at all where nothing is held out."""
         parts = [(store, self._thinned(rows)) for store, rows in self._held_out_rows()]
         if not any(len(rows) for _, rows in parts):
             return []
         return HeldOutLoader(parts, self.batch_size, self.transitions, *self._rank())
 
     def test_dataloader(self) -> HeldOutLoader:
-        """Every held-out segment."""
+        """Every held-out segment.
+
+        Raises:
+            ValueError: there is none; Lightning would end without a word.
+        """
+        if not any(len(store.val_episodes) for store in self.mixture.stores):
+            raise UserError("data.held_out: nothing is held out of these episodes, so there is nothing to test on")
         return HeldOutLoader(self._held_out_rows(), self.batch_size, self.transitions, *self._rank())
 
     def predict_dataloader(self) -> HeldOutLoader:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +13,10 @@ import torch
 from latent_action import LatentActionTokenizer
 from latent_action.labelling import label_shards
 from repvitok.baselines import load_tokenizer
-from repvitok.data.contents import ACTION, describe_contents, missing_actions
+from repvitok.data.contents import describe_contents
 from repvitok.data.episodes import open_episodes
 from repvitok.encoding import encode_dataset
 from repvitok.encoding_plan import choose_cameras, infos_of
-from repvitok.errors import UserError
 from repvitok.files import sole_writer
 
 
@@ -82,12 +80,7 @@ class LatentsOnDemand:
         """
         reader = open_episodes(str(dataset))
         cameras, infos = choose_cameras(reader, self.settings.cameras), infos_of(reader, self.settings.episodes)
-        contents = describe_contents(reader, cameras, infos)
-        if needs_actions and ACTION not in contents.columns:
-            told = missing_actions(str(dataset), contents.columns if contents.recording else None, cameras)
-            raise UserError(f"robot actions are to be learned, and there are none: {told}")
-        for line in contents.lines():
-            print(line, file=sys.stderr)
+        describe_contents(reader, cameras, infos).announce(needs_actions=needs_actions)
 
     def make(self, dataset: str | Path, device: torch.device | str = "cpu") -> Path:
         """Encode `dataset`, and label it where a latent action tokenizer is given; resumes, and returns when done.

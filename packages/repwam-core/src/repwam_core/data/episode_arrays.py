@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from repvitok.data import LatentMeta, LatentShards
 from repvitok.data.contents import without_actions
-from repvitok.data.split import split_episodes
+from repvitok.data.split import LatentSpan
 from repvitok.errors import UserError
 from torch import Tensor
 
@@ -40,12 +40,12 @@ class Rows(NamedTuple):
 
 
 class EpisodeArrays(Protocol):
-    """Where the frames of episodes are found."""
+    """Where the frames of episodes, or of parts of them, are found."""
 
     vectors: int
 
-    def rows(self, episode: Int[np.ndarray, " b"], frame: Int[np.ndarray, "b frames"]) -> Rows:
-        """Return frames of episodes by number; after the last transition actions are zero."""
+    def rows(self, part: Int[np.ndarray, " b"], frame: Int[np.ndarray, "b frames"]) -> Rows:
+        """Return frames, counted from each part's first; after a part's last transition actions are zero."""
         ...
 
 
@@ -119,25 +119,26 @@ class Scaling:
 
 
 class StackedEpisodes:
-    """Every episode in memory, one after the other; drawing a batch is indexing alone.
+    """Every part in memory, one after the other; drawing a batch is indexing alone.
 
-    Transition k of an episode lies in the row of its frame k; the row of its last frame is zero.
+    Transition k of a part lies in the row of its frame k; the row of its last frame is zero.
     """
 
-    def __init__(self, shards: LatentShards, scaling: Scaling) -> None:
-        lengths = np.array([info.frames for info in shards.infos])
+    def __init__(self, shards: LatentShards, scaling: Scaling, parts: Sequence[LatentSpan]) -> None:
+        lengths = np.array([part.last - part.first for part in parts])
         self._first = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-        self.vectors = vectors_per_transition(shards, scaling.space)
+        self.vectors = vectors_per_transition(shards, scaling.space, parts[0].number)
         total, (tokens, d) = int(lengths.sum()), (shards.meta.tokens, shards.meta.latent_dim)
         self.latents = torch.empty(total, tokens, d)
         self.actions = torch.zeros(total, self.vectors, len(scaling.action_channels))
         self.state = torch.zeros(total, len(scaling.state_channels)) if scaling.state_channels else None
         self.reference = torch.zeros(total, len(scaling.action_channels)) if scaling.from_state else None
-        for number, (first, length) in enumerate(zip(self._first, lengths, strict=True)):
-            require_finite(shards, number, scaling.space)
-            arrays = shards.mapped(number)
-            self.latents[first : first + length] = scaling.latents(arrays["latents"])
-            raw, state_si = read_actions(shards, number, scaling.space), arrays.get("state")
+        for part, first, length in zip(parts, self._first, lengths, strict=True):
+            require_finite(shards, part.number, scaling.space, np.arange(part.first, part.last))
+            arrays, frames = shards.mapped(part.number), slice(part.first, part.last)
+            self.latents[first : first + length] = scaling.latents(arrays["latents"][frames])
+            raw = read_actions(shards, part.number, scaling.space)[part.first : part.last - 1]
+            state_si = arrays["state"][frames] if "state" in arrays else None
             before = None if state_si is None else state_si[:-1]
             self.actions[first : first + length - 1] = scaling.actions(raw, before)
             if self.reference is not None:
@@ -146,9 +147,9 @@ class StackedEpisodes:
             if self.state is not None and state is not None:
                 self.state[first : first + length] = state
 
-    def rows(self, episode: Int[np.ndarray, " b"], frame: Int[np.ndarray, "b frames"]) -> Rows:
+    def rows(self, part: Int[np.ndarray, " b"], frame: Int[np.ndarray, "b frames"]) -> Rows:
         """See `EpisodeArrays`."""
-        rows = torch.from_numpy(self._first[episode][:, None] + frame)
+        rows = torch.from_numpy(self._first[part][:, None] + frame)
         before = rows[:, :-1]
         return Rows(
             latents=self.latents[rows],
@@ -165,25 +166,26 @@ class MappedEpisodes:
     than the memory, and larger than what one rank ever reads.
     """
 
-    def __init__(self, shards: LatentShards, scaling: Scaling) -> None:
-        self._shards, self._scaling = shards, scaling
-        self.vectors = vectors_per_transition(shards, scaling.space)
+    def __init__(self, shards: LatentShards, scaling: Scaling, parts: Sequence[LatentSpan]) -> None:
+        self._shards, self._scaling, self._parts = shards, scaling, parts
+        self.vectors = vectors_per_transition(shards, scaling.space, parts[0].number)
 
-    def rows(self, episode: Int[np.ndarray, " b"], frame: Int[np.ndarray, "b frames"]) -> Rows:
+    def rows(self, part: Int[np.ndarray, " b"], frame: Int[np.ndarray, "b frames"]) -> Rows:
         """See `EpisodeArrays`."""
-        read = [self._read(int(number), frames) for number, frames in zip(episode, frame, strict=True)]
+        read = [self._read(self._parts[row], frames) for row, frames in zip(part, frame, strict=True)]
         latents, actions, states, references = zip(*read, strict=True)
         return Rows(torch.stack(latents), torch.stack(actions), _stacked(states), _stacked(references))
 
     def _read(
-        self, number: int, frames: Int[np.ndarray, " frames"]
+        self, part: LatentSpan, frames: Int[np.ndarray, " frames"]
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """What `Rows` holds, of one episode."""
+        """What `Rows` holds, of one part."""
+        number, frames = part.number, part.first + frames
         arrays, scaling = self._shards.mapped(number), self._scaling
         require_finite(self._shards, number, scaling.space, frames)
         state_si = np.asarray(arrays["state"][frames]) if "state" in arrays else None
         raw = read_actions(self._shards, number, scaling.space)
-        real = frames[:-1] < len(raw)
+        real = frames[:-1] < part.last - 1
         actions = torch.zeros(len(real), self.vectors, len(scaling.action_channels))
         if real.any():
             before = None if state_si is None else state_si[:-1][real]
@@ -242,36 +244,29 @@ def require_finite(
         )
 
 
-def vectors_per_transition(shards: LatentShards, space: str) -> int:
-    """Action vectors of a latent transition, a; 1 for latent actions."""
-    raw = read_actions(shards, 0, space)
+def vectors_per_transition(shards: LatentShards, space: str, number: int) -> int:
+    """Action vectors of a latent transition, a; 1 for latent actions; read off entry `number` of the shards."""
+    raw = read_actions(shards, number, space)
     return 1 if space == LATENT_SPACE else raw.shape[1]
-
-
-def split_rows(shards: LatentShards, held_out: float) -> tuple[Int[np.ndarray, " t"], Int[np.ndarray, " v"]]:
-    """Numbers of the episodes to train on and of those held out; all offsets of a recorded episode stay together."""
-    recorded = [info.episode_index for info in shards.infos]
-    is_val = np.isin(recorded, split_episodes(recorded, held_out)[1])
-    return np.flatnonzero(~is_val), np.flatnonzero(is_val)
 
 
 def count_statistics(
     shards: LatentShards,
-    episodes: Sequence[int] | np.ndarray,
+    parts: Sequence[LatentSpan],
     space: str,
     units: Sequence[str] | None = None,
     kind: ActionKind = "absolute",
     most: int = COUNTED_TRANSITIONS,
     chunk_frames: int = 1,
 ) -> Statistics:
-    """Count action and state statistics over `episodes`; each action vector of a transition counts.
+    """Count action and state statistics over episodes or parts of them; each action vector of a transition counts.
 
     Actions of kind "from_state" are counted as they are learned: measured from the state at every frame from which a
     chunk of at most `chunk_frames` could reach them.
 
     Args:
         shards: the latent shards.
-        episodes: numbers of the episodes.
+        parts: of the shards, of at least two latent frames each, see `repvitok.data.split.split_latents`.
         space: "latent" for latent actions.
         units: of the action channels.
         kind: what recorded actions are and what is learned of them.
@@ -281,17 +276,17 @@ def count_statistics(
     Raises:
         ValueError: an action or state is not finite, or no state has an action's name where one is needed.
     """
-    infos, meta = shards.infos, shards.meta
+    meta = shards.meta
     reach = chunk_frames if kind == "from_state" and space != LATENT_SPACE else 1
-    transitions = reach * sum(infos[number].frames - 1 for number in episodes)
-    counted = [int(number) for number in list(episodes)[:: max(1, -(-transitions // most))]]
-    for number in counted:
-        require_finite(shards, number, space)
-    state = None
-    if meta.state_names and all("state" in shards.mapped(number) for number in counted):
-        states = [shards.mapped(number)["state"] for number in counted]
-        state = StateStatistics.from_values(np.concatenate(states), meta.state_names)
-    actions = [read_actions(shards, number, space) for number in counted]
+    transitions = reach * sum(part.last - part.first - 1 for part in parts)
+    counted = parts[:: max(1, -(-transitions // most))]
+    for part in counted:
+        require_finite(shards, part.number, space, np.arange(part.first, part.last))
+    states: list[np.ndarray] = []
+    if meta.state_names and all("state" in shards.mapped(part.number) for part in counted):
+        states = [shards.mapped(part.number)["state"][part.first : part.last] for part in counted]
+    state = StateStatistics.from_values(np.concatenate(states), meta.state_names) if states else None
+    actions = [read_actions(shards, part.number, space)[part.first : part.last - 1] for part in counted]
     values = np.concatenate([array.reshape(-1, array.shape[-1]) for array in actions])
     if space == LATENT_SPACE:
         latent = tuple(f"latent_action_{channel}" for channel in range(values.shape[-1]))
@@ -301,16 +296,16 @@ def count_statistics(
     ours, theirs = shared_channels(meta.action_names, state.channels if state else ())
     learned = []
     for offset in range(reach):
-        for number, array in zip(counted, actions, strict=True):
+        for array, before in zip(actions, states, strict=True):
             changes = np.array(array[offset:])
-            changes[..., ours] -= shards.mapped(number)["state"][: len(changes), None, theirs]
+            changes[..., ours] -= before[: len(changes), None, theirs]
             learned.append(changes.reshape(-1, changes.shape[-1]))
     recorded = ActionStatistics.from_values(values, meta.action_names, units)
     learned = ActionStatistics.from_values(np.concatenate(learned), meta.action_names, units, kind)
     return Statistics(learned, state, recorded)
 
 
-def suggested_kind(shards: LatentShards, episodes: Sequence[int] | np.ndarray) -> ActionKind:
+def suggested_kind(shards: LatentShards, parts: Sequence[LatentSpan]) -> ActionKind:
     """How recorded actions are best learned: "from_state" where they are targets close to the robot's state.
 
     That is where every action channel has a state of its name and most lie in a range under half as wide when measured
@@ -318,7 +313,7 @@ def suggested_kind(shards: LatentShards, episodes: Sequence[int] | np.ndarray) -
     """
     if not set(shards.meta.action_names) <= set(shards.meta.state_names):
         return "absolute"
-    statistics = count_statistics(shards, episodes, "robot", kind="from_state")
+    statistics = count_statistics(shards, parts, "robot", kind="from_state")
     ranges = [np.subtract(counted.q99, counted.q01) for counted in (statistics.actions, statistics.targets)]
     return "from_state" if np.mean(ranges[0] < ranges[1] / 2) > 0.5 else "absolute"
 

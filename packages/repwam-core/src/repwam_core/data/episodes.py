@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from repvitok.data import LatentMeta, LatentShards
+from repvitok.data.split import HeldOut, split_latents
 from repvitok.errors import UserError
 from repvitok.files import WriteError
 from torch import Tensor
@@ -25,7 +26,6 @@ from repwam_core.data.episode_arrays import (
     Scaling,
     StackedEpisodes,
     count_statistics,
-    split_rows,
 )
 from repwam_core.statistics import ActionKind, Statistics
 from repwam_core.text import EMBEDDED, TextEncoder
@@ -48,7 +48,7 @@ class SegmentBatch:
         text_mask: which of them are real tokens, (b, s).
         valid: which transitions are real; padding of a short episode is False and costs nothing, (b, frames - 1).
         channel_mask: which action channels the embodiment has, (b, c).
-        episode: position of each segment's episode in the store, (b,).
+        episode: the row of the store that each segment is from, (b,).
         start: first latent frame of each segment in its episode, (b,).
         data_set: which of the run's data sets the segments are from.
         reference: what each transition's actions are measured from, in their scale, (b, frames - 1, c): the state at
@@ -82,6 +82,9 @@ class SegmentBatch:
 class EpisodeStore:
     """All episodes of some latent shards, ready to train on.
 
+    Each is a row of the store, at every offset that it was encoded at; episodes of a single latent frame, which have no
+    transition, are left out. Of an only episode the end is held out, as a row of its own (`split_latents`).
+
     `action_channels` and `state_channels` name what actions and states hold, in order; `channel_mask` says which of the
     action channels these episodes have. A channel they lack is zero.
 
@@ -89,7 +92,7 @@ class EpisodeStore:
         shards: the shards, or their folder.
         space: "latent" for latent actions, any other name for the recorded robot actions.
         text_encoder: name of the text encoder, see `TextEncoder`.
-        held_out: share of the recorded episodes held out, see `repvitok.data.split`.
+        held_out: share of the recorded episodes held out, or their numbers, see `repvitok.data.split`.
         statistics: scaling to use instead of one counted on the training episodes (fine-tuning keeps its policy's).
         expect_digest: digest of the tokenizer that must have made the latents.
         units: unit of each action channel, for the statistics; "1" when None.
@@ -100,8 +103,15 @@ class EpisodeStore:
         memory_limit_gb: latents that take more than this in memory are read from disk as they are needed.
         chunk_frames: latent frames of the longest chunk that is learned, see `count_statistics`.
 
+    Attributes:
+        parts: what each row is of the shards.
+        infos: of the shards' entry that each row is of.
+        keys, tasks: their names and instructions.
+        lengths: latent frames of each row.
+        train_episodes, val_episodes: which rows are trained on, and which are held out.
+
     Raises:
-        ValueError: no episodes, episodes of a single latent frame, or without the actions of `space`.
+        ValueError: no episode has a transition, or one lacks the actions of `space`.
     """
 
     def __init__(
@@ -109,7 +119,7 @@ class EpisodeStore:
         shards: LatentShards | str | Path,
         space: str = "robot",
         text_encoder: str = EMBEDDED,
-        held_out: float = 0.0,
+        held_out: HeldOut = 0.0,
         statistics: Statistics | None = None,
         expect_digest: str | None = None,
         units: Sequence[str] | None = None,
@@ -123,15 +133,16 @@ class EpisodeStore:
         self.shards = shards if isinstance(shards, LatentShards) else LatentShards(shards, expect_digest=expect_digest)
         self.meta: LatentMeta = self.shards.meta
         self.space, self.text_encoder, self.number = space, text_encoder, number
-        infos = self.shards.infos
-        _require(self.shards)
-        self.train_episodes, self.val_episodes = split_rows(self.shards, held_out)
-        self.keys = [info.key for info in infos]
-        self.tasks = [info.task for info in infos]
-        self.lengths = np.array([info.frames for info in infos])
-        statistics = statistics or count_statistics(
-            self.shards, self.train_episodes, space, units, kind, chunk_frames=chunk_frames
-        )
+        train, kept = split_latents(self.shards, held_out)
+        self.parts, apart = sorted([*train, *kept]), set(kept)
+        is_kept = np.array([part in apart for part in self.parts])
+        self.train_episodes, self.val_episodes = np.flatnonzero(~is_kept), np.flatnonzero(is_kept)
+        self.infos = [self.shards.infos[part.number] for part in self.parts]
+        self.keys = [info.key for info in self.infos]
+        self.tasks = [info.task for info in self.infos]
+        self._first = np.array([part.first for part in self.parts])
+        self.lengths = np.array([part.last for part in self.parts]) - self._first
+        statistics = statistics or count_statistics(self.shards, train, space, units, kind, chunk_frames=chunk_frames)
         state = statistics.state
         self.action_channels = tuple(statistics.actions.channels if layout is None else layout)
         self.state_channels = tuple((state.channels if state else ()) if state_layout is None else state_layout)
@@ -145,7 +156,7 @@ class EpisodeStore:
         self.statistics = statistics
         scaling = Scaling(self.meta, statistics, self.space, self.action_channels, self.state_channels)
         kind = StackedEpisodes if self._in_memory else MappedEpisodes
-        self.arrays: EpisodeArrays = kind(self.shards, scaling)
+        self.arrays: EpisodeArrays = kind(self.shards, scaling, self.parts)
 
     @property
     def vectors_per_transition(self) -> int:
@@ -181,7 +192,7 @@ class EpisodeStore:
             valid=torch.from_numpy(frame[:, :-1] < last),
             channel_mask=self.channel_mask.expand(len(episode), -1),
             episode=torch.from_numpy(episode.astype(np.int64)),
-            start=torch.from_numpy(start.astype(np.int64)),
+            start=torch.from_numpy((self._first[episode] + start).astype(np.int64)),
             data_set=self.number,
             reference=rows.reference,
         )
@@ -239,11 +250,3 @@ def text_cache(shards: Path, text_encoder: str) -> Path:
     """File beside the shards that holds their embedded instructions."""
     name = "".join(letter if letter.isalnum() else "-" for letter in text_encoder)
     return shards / f"text-{name}.safetensors"
-
-
-def _require(shards: LatentShards) -> None:
-    if not len(shards):
-        raise UserError(f"{shards.root}: the latent shards hold no episodes")
-    for info in shards.infos:
-        if info.frames < 2:
-            raise UserError(f"{shards.root}: episode {info.key} has one latent frame; a transition needs two")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from repvitok.data import LatentMeta, LatentShards
+from repvitok.data.split import HeldOut
 from repvitok.errors import UserError
 
 from repwam_core.data.episodes import MEMORY_LIMIT_GB, EpisodeStore
@@ -50,7 +51,7 @@ class Mixture:
         settings: the data sets.
         space: "latent" for latent actions, any other name for robot actions.
         text_encoder: name of the text encoder.
-        held_out: share of each data set's episodes that is held out.
+        held_out: share of each data set's episodes that is held out; or numbers of an only data set's.
         tokenizer_digest: of the tokenizer that must have made all latents.
         memory_limit_gb: of each data set, see `EpisodeStore`.
         chunk_frames: latent frames of the longest chunk that is learned, see `count_statistics`.
@@ -65,7 +66,7 @@ class Mixture:
         settings: Sequence[DataSetSettings],
         space: str = "robot",
         text_encoder: str = EMBEDDED,
-        held_out: float = 0.0,
+        held_out: HeldOut = 0.0,
         tokenizer_digest: str | None = None,
         memory_limit_gb: float | int = MEMORY_LIMIT_GB,
         chunk_frames: int = 1,

@@ -64,11 +64,15 @@ class RecordedEpisodes(L.Callback):
         if self.dataset is None:
             return
         store = _store(trainer)
-        if not len(store.val_episodes):
-            raise UserError("recorded: the run holds out no episodes; set data.held_out above 0")
+        held_out = _held_out(store)
+        if self.episodes == "held_out" and not held_out:
+            raise UserError(
+                "recorded: the run holds out no whole episodes; hold some out (data.held_out), or name those to plan "
+                "along (--recorded.episodes)"
+            )
         self._network = named_clip_features(self.clip_features)
         self._reader = LeRobotReader(self.dataset)
-        self._chosen = {"held_out": _held_out(store), "all": None}.get(str(self.episodes), self.episodes)
+        self._chosen = {"held_out": held_out, "all": None}.get(str(self.episodes), self.episodes)
         cameras = choose_cameras(self._reader, self.cameras or store.meta.cameras)
         require_recorded(self._reader, cameras, [info.index for info in infos_of(self._reader, self._chosen)])
 
@@ -102,8 +106,10 @@ def _store(trainer: L.Trainer) -> EpisodeStore:
 
 
 def _held_out(store: EpisodeStore) -> list[int]:
-    """Recorded episodes that training has not seen."""
-    return sorted({store.shards.infos[row].episode_index for row in store.val_episodes})
+    """Recorded episodes of which training has seen nothing: not an only one, whose end is held out."""
+    sides = (store.val_episodes, store.train_episodes)
+    kept, trained = ({store.infos[row].episode_index for row in rows} for rows in sides)
+    return sorted(kept - trained)
 
 
 def _numbers(part: OpenLoopResult, network: ClipFeatures | None) -> dict[str, float]:

@@ -25,7 +25,14 @@ def add_quickstart_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TASK",
         help="Meta-World tasks (default: the recipe's three and its pair)",
     )
-    parser.add_argument("--episodes", type=int, help="demonstrations per task (default: the recipe's)")
+    parser.add_argument(
+        "--episodes",
+        nargs="+",
+        metavar="N",
+        help="demonstrations per task (default: the recipe's); with --dataset the numbers of the episodes to use, and "
+        "ranges of them: 0-9,12 (default: all)",
+    )
+    parser.add_argument("--cameras", nargs="+", help="with --dataset: cameras to use (default: all)")
     parser.add_argument(
         "--eval-episodes", type=int, help="unseen seeds per task in closed loop (default: the recipe's)"
     )

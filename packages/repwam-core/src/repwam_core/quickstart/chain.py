@@ -42,11 +42,19 @@ class DataSet:
         folder: a LeRobot data set.
         digest: its identity.
         action_units: of the action channels where they are known; a LeRobot data set does not hold them.
+        cameras: those that are used; None for all.
+        episodes: numbers of those that are used; None for all.
     """
 
     folder: Path
     digest: str
     action_units: tuple[str, ...] = ()
+    cameras: tuple[str, ...] | None = None
+    episodes: tuple[str, ...] | None = None
+
+    def read(self) -> dict[str, Any]:
+        """What the stages that read it are given."""
+        return {"dataset": self.folder, "cameras": self.cameras, "episodes": self.episodes}
 
 
 @dataclass(frozen=True)
@@ -90,13 +98,15 @@ def train(this: Run, data: DataSet) -> Trained:
     plan = this.plan
     tokenizer = this.stage(
         "tokenizer",
-        partial(training.train_tokenizer, plan=plan, seed=this.seed, dataset=data.folder),
+        partial(training.train_tokenizer, plan=plan, seed=this.seed, **data.read()),
         inputs={"dataset": data.digest, "recipe": recipe("repvitok.yaml")},
         steps=plan.steps.repvitok,
         seed=this.seed,
         size=plan.size,
         stride=plan.stride,
         held_out=plan.held_out,
+        cameras=data.cameras,
+        episodes=data.episodes,
     )
     return train_on_latents(this, data, tokenizer)
 
@@ -116,11 +126,13 @@ def train_on_latents(
     plan, common = this.plan, {"seed": this.seed, "held_out": this.plan.held_out}
     encoded = this.stage(
         f"{prefix}encode",
-        partial(training.encode, plan=plan, dataset=data.folder, tokenizer=tokenizer.folder / "tokenizer"),
+        partial(training.encode, plan=plan, **data.read(), tokenizer=tokenizer.folder / "tokenizer"),
         inputs={"dataset": data.digest, "tokenizer": tokenizer},
         size=plan.size,
         stride=plan.stride,
         offsets=plan.offsets,
+        cameras=data.cameras,
+        episodes=data.episodes,
     )
     latents = encoded.folder / "latents"
     lat = this.stage(

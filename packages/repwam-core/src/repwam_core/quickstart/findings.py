@@ -11,7 +11,8 @@ from repwam_core.sim.intervals import difference_interval
 
 def findings(data: ReportData) -> list[str]:
     """One sentence per claim that the run's own numbers support or refute."""
-    told = [_closed_loop(data), *_controls(data), *_language(data), _open_loop(data), _tokenizer(data)]
+    told = [_closed_loop(data), *_controls(data), *_language(data)]
+    told += [MEASURED_IN_TRAINING if data.measured == "training" else "", _open_loop(data), _tokenizer(data)]
     told += [*_latent_actions(data), _imagination(data), TEACHER]
     return [sentence for sentence in told if sentence]
 
@@ -19,6 +20,10 @@ def findings(data: ReportData) -> list[str]:
 TEACHER = (
     "The alignment teacher here is a stand-in (histograms of oriented gradients), so nothing here tests the paper's "
     "claims about semantic latents."
+)
+MEASURED_IN_TRAINING = (
+    "No whole episode could be held out: reconstructions, planned actions and imagined video are of episodes that were "
+    "trained on, and show what was remembered, not what carries over to new ones."
 )
 NOT_SHOWN = (
     "Not shown by this run: whether latent actions, the video objective or a trained tokenizer help the policy; that "
@@ -95,8 +100,8 @@ def _open_loop(data: ReportData) -> str:
         return ""
     won = sum(c.error < min(c.baselines.values()) for c in channels)
     return (
-        f"In open loop on held-out episodes its action error is below both baselines (the mean action, the last action "
-        f"repeated) on {won} of {len(channels)} channels."
+        f"In open loop on {data.measured} episodes its action error is below both baselines (the mean action, the last "
+        f"action repeated) on {won} of {len(channels)} channels."
     )
 
 
@@ -105,14 +110,14 @@ def _tokenizer(data: ReportData) -> str:
         return ""
     best = max((values[0], name) for name, values in data.reconstruction.baselines.items())
     return (
-        f"The tokenizer reconstructs held-out episodes at {data.reconstruction.psnr_db:.1f} dB PSNR; the best trivial "
-        f"baseline ({best[1]}) has {best[0]:.1f} dB."
+        f"The tokenizer reconstructs {data.measured} episodes at {data.reconstruction.psnr_db:.1f} dB PSNR; the best "
+        f"trivial baseline ({best[1]}) has {best[0]:.1f} dB."
     )
 
 
 def _latent_actions(data: ReportData) -> list[str]:
     found = data.latent_actions
-    if found is None or found.copy_loss is None or found.zero_action_loss is None:
+    if found is None or found.forward_loss is None or found.copy_loss is None or found.zero_action_loss is None:
         return []
     gain = 1 - found.forward_loss / found.zero_action_loss
     sentences = [
@@ -125,7 +130,7 @@ def _latent_actions(data: ReportData) -> list[str]:
         ours, theirs = _mean(found.probe_r2), _mean(untrained)
         verdict = "carry" if ours > max(theirs, 0) + 0.05 else "carry not measurably"
         sentences.append(
-            f"A small head reads robot actions from latent actions with R^2 {ours:.2f} on held-out episodes, "
+            f"A small head reads robot actions from latent actions with R^2 {ours:.2f} on what was held out, "
             f"{theirs:.2f} from those of an untrained model: training makes them {verdict} more of its motion."
         )
     return sentences

@@ -50,17 +50,20 @@ def report_data(this: Run, trained: Trained, outcome: dict[str, StageResult]) ->
         trained: the training stages.
         outcome: the closed-loop stages by name; empty for a data set run, which gets an open-loop evaluation.
     """
-    open_loop = pictures.open_loop(this, trained)
+    episodes, held_out = pictures.measured_episodes(this, trained)
+    measured = "held-out" if held_out else "training"
+    open_loop = pictures.open_loop(this, trained, episodes, measured)
     data = ReportData(
         run=_run_info(this, trained),
         success=_success(this, outcome) if outcome else (),
         language=_language(outcome) if "language" in outcome else (),
         rollouts=_rollouts(outcome) if outcome else (),
         open_loop=open_loop.actions,
-        reconstruction=pictures.reconstruction(this, trained),
-        latent_actions=pictures.latent_actions(this, trained),
+        reconstruction=pictures.reconstruction(this, trained, episodes),
+        latent_actions=pictures.latent_actions(this, trained, episodes),
         imagination=open_loop.imagination,
         curves=_curves(trained),
+        measured=measured,
     )
     return ReportData(**{**vars(data), "findings": findings(data)})
 
@@ -98,8 +101,9 @@ def _key_result(summary: dict[str, Any]) -> str:
 
 
 def _configuration(this: Run, trained: Trained) -> str:
-    """The plan, then the resolved configuration of every training stage."""
-    parts = [f"# plan\n{yaml.safe_dump(json.loads(json.dumps(this.plan.to_dict())), sort_keys=False)}"]
+    """The plan and its data, then the resolved configuration of every training stage."""
+    plan = json.loads(json.dumps({**this.plan.to_dict(), "data": trained.prepared.data.read()}, default=str))
+    parts = [f"# plan\n{yaml.safe_dump(plan, sort_keys=False)}"]
     for stage in (trained.prepared.tokenizer, trained.prepared.lat, trained.pretrained, trained.adapted):
         parts.append(f"# {stage.name}\n{(stage.folder / FIT / 'config.yaml').read_text()}")
     return "\n".join(parts)

@@ -12,7 +12,7 @@ from latent_action import LatentActionTokenizer
 from latent_action.visualize import acting_map, draw_transition, transport_arrows
 from repvitok import RepViTok
 from repvitok.data import LatentEpisode, LatentMeta, LatentShards, LeRobotReader, prepare_frames
-from repvitok.data.split import split_episodes
+from repvitok.data.split import split_latents
 from repvitok.data.transforms import to_frames
 from repvitok.metrics import psnr, ssim
 from torch import Tensor
@@ -41,29 +41,36 @@ TRACED_CHANNELS = 6
 
 @dataclass(frozen=True)
 class OpenLoopFindings:
-    """Actions and imagined video of held-out episodes."""
+    """Actions and imagined video of some episodes."""
 
     actions: OpenLoop
     imagination: Imagination | None
 
 
-def held_out(this: Run, trained: Trained) -> tuple[LeRobotReader, list[int]]:
-    """The data set and the episodes that no training stage saw, at most ``MEASURED_EPISODES``."""
+def measured_episodes(this: Run, trained: Trained) -> tuple[list[int], bool]:
+    """Numbers of the episodes to show and measure, at most ``MEASURED_EPISODES``, and whether they are held out.
+
+    They are those that no training stage saw and that every stage could use. Where there are none, because only one
+    episode is long enough, they are those that were trained on: the end of an only one, which is held out of it, is too
+    short to be driven along.
+    """
+    shards = LatentShards(trained.prepared.latents)
+    sides = split_latents(shards, this.plan.held_out, shortest=3)
+    train, kept = ({shards.infos[part.number].episode_index for part in side} for side in sides)
+    held_out = sorted(kept - train)
+    return (held_out or sorted(train))[:MEASURED_EPISODES], bool(held_out)
+
+
+def reconstruction(this: Run, trained: Trained, episodes: Sequence[int]) -> Reconstruction:
+    """Episodes through the tokenizer's stream and back, beside two trivial baselines."""
     reader = LeRobotReader(trained.prepared.data.folder)
-    indices = [info.index for info in reader.episodes]
-    return reader, split_episodes(indices, this.plan.held_out)[1][:MEASURED_EPISODES]
-
-
-def reconstruction(this: Run, trained: Trained) -> Reconstruction:
-    """Held-out episodes through the tokenizer's stream and back, beside two trivial baselines."""
-    reader, episodes = held_out(this, trained)
+    lengths = {info.index: info.length for info in reader.episodes}
     tokenizer = RepViTok.from_pretrained(trained.prepared.tokenizer_folder)
-    camera, size = reader.camera_keys[0], this.plan.size
+    camera, size = LatentShards(trained.prepared.latents).meta.cameras[0], this.plan.size
     per_latent = tokenizer.config.tubelet_frames * this.plan.stride
     clips, baselines = [], []
     for index in episodes:
-        length = reader.episodes[index].length
-        frames = range(0, 1 + (length - 1) // per_latent * per_latent, this.plan.stride)
+        frames = range(0, 1 + (lengths[index] - 1) // per_latent * per_latent, this.plan.stride)
         video = prepare_frames(reader.frames(index, camera, frames), size)[None]
         with torch.no_grad():
             stream = tokenizer.stream(window=tokenizer.config.episode_window)
@@ -94,32 +101,30 @@ def _quality(video_hat: Tensor, video: Tensor) -> tuple[float, float]:
     return float(psnr(video_hat, video).mean()), float(ssim(video_hat, video).mean())
 
 
-def latent_actions(this: Run, trained: Trained) -> LatentActions:
-    """Where latent actions of held-out episodes act, and how much of the next latents they explain."""
-    reader, episodes = held_out(this, trained)
+def latent_actions(this: Run, trained: Trained, episodes: Sequence[int]) -> LatentActions:
+    """Where latent actions of some episodes act, and how much of the next latents they explain."""
+    reader = LeRobotReader(trained.prepared.data.folder)
     lat = LatentActionTokenizer.from_pretrained(trained.prepared.lat_folder)
     shards = LatentShards(trained.prepared.latents)
     by_index = {e.episode_index: e for e in shards if e.offset == 0 and e.episode_index in episodes}
     pictures = [_transition(this, reader, lat, by_index[index], shards.meta) for index in episodes if index in by_index]
-    probe = json.loads((trained.prepared.labelled.folder / "probe.json").read_text())
-    summary = trained.prepared.lat.summary
-    r2 = {name: dict(zip(probe["channels"], probe[name]["r2"], strict=True)) for name in ("latent_action", "untrained")}
-    r2["frames"] = dict(zip(probe["channels"], probe["frames"]["r2"], strict=True))
-    varying = {name: {c: v for c, v in values.items() if v is not None} for name, values in r2.items()}
-    return LatentActions(
-        pictures[:SHOWN],
-        summary["val/forward_loss"],
-        summary["val/copy_loss"],
-        summary["val/zero_action_loss"],
-        varying["latent_action"],
-        {"untrained latent action": varying["untrained"], "head on both latents": varying["frames"]},
-    )
+    losses = [trained.prepared.lat.summary.get(f"val/{name}_loss") for name in ("forward", "copy", "zero_action")]
+    path = trained.prepared.labelled.folder / "probe.json"
+    if not path.exists():  # the data allow of none, see `training.label`
+        return LatentActions(pictures[:SHOWN], *losses)
+    probe = json.loads(path.read_text())
+    r2 = {
+        name: {c: v for c, v in zip(probe["channels"], probe[name]["r2"], strict=True) if v is not None}
+        for name in ("latent_action", "untrained", "frames")
+    }
+    controls = {"untrained latent action": r2["untrained"], "head on both latents": r2["frames"]}
+    return LatentActions(pictures[:SHOWN], *losses, r2["latent_action"], controls)
 
 
 def _transition(
     this: Run, reader: LeRobotReader, lat: LatentActionTokenizer, episode: LatentEpisode, meta: LatentMeta
 ) -> TransitionPicture:
-    """The held-out episode's transition that changes the latents most, drawn on its frame (first camera)."""
+    """The episode's transition that changes the latents most, drawn on its frame (first camera)."""
     z = lat.standardise(torch.from_numpy(episode.latents)[None])
     with torch.no_grad():
         actions = lat.encode(z, meta.grid)[0]
@@ -127,7 +132,7 @@ def _transition(
         heat = acting_map(lat, z[0, step], actions[step], meta.grid)[:1]
         arrows = transport_arrows(lat, z[0, step], actions[step], meta.grid)[:1]
     at = [step * meta.frames_per_latent, (step + 1) * meta.frames_per_latent]
-    raw = reader.frames(episode.episode_index, reader.camera_keys[0], at)
+    raw = reader.frames(episode.episode_index, meta.cameras[0], at)
     frame, following = to_frames(prepare_frames(raw, this.plan.size))
     drawn = draw_transition(frame, heat, arrows)
     return TransitionPicture(
@@ -139,9 +144,9 @@ def _transition(
     )
 
 
-def open_loop(this: Run, trained: Trained) -> OpenLoopFindings:
-    """The policy's actions and imagined video along held-out episodes."""
-    reader, episodes = held_out(this, trained)
+def open_loop(this: Run, trained: Trained, episodes: Sequence[int], measured: str = "held-out") -> OpenLoopFindings:
+    """The policy's actions and imagined video along some episodes, ``measured`` ones: held-out or training."""
+    reader = LeRobotReader(trained.prepared.data.folder)
     policy = BatchedPolicy.from_pretrained(trained.policy, video="imagine")
     result = evaluate_open_loop(policy, reader, episodes, seed=this.seed)
     errors = result.errors()
@@ -150,7 +155,7 @@ def open_loop(this: Run, trained: Trained) -> OpenLoopFindings:
         ChannelError(name, unit, errors["policy"][name], {b: values[name] for b, values in baselines.items()})
         for name, unit in zip(result.channels, result.units, strict=True)
     ]
-    note = f"{len(result.episodes)} held-out episodes, each chunk planned after the recorded frames and actions."
+    note = f"{len(result.episodes)} {measured} episodes, each chunk planned after the recorded frames and actions."
     return OpenLoopFindings(OpenLoop(channels, _traces(result), note), _imagination(result))
 
 

@@ -6,7 +6,6 @@ import argparse
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 from repvitok.errors import UserError
 
@@ -26,11 +25,12 @@ def run(arguments: argparse.Namespace, repwam: training.Main) -> int:
     recipe = "sim.yaml" if arguments.dataset is None else "dataset.yaml"
     plan = load_plan(RECIPES / recipe, arguments)
     plan = _checked(arguments, plan)
+    data = None if arguments.dataset is None else _chosen(arguments)
     runner = StageRunner(arguments.out, fresh=arguments.fresh)
     command = "repwam " + " ".join(sys.argv[1:])
     this = Run(plan, arguments.seed, arguments.workers, runner, command, started_s, repwam, code_digest())
     with runner.lock():
-        trained, outcome = _from_dataset(this, arguments.dataset) if arguments.dataset else _from_simulator(this)
+        trained, outcome = (train(this, data), {}) if data is not None else _from_simulator(this)
         if arguments.controls:
             outcome |= run_controls(this, trained)
         report = arguments.out / "report.html"
@@ -42,6 +42,8 @@ def run(arguments: argparse.Namespace, repwam: training.Main) -> int:
 def _checked(arguments: argparse.Namespace, plan: Plan) -> Plan:
     """Find what would stop a later stage before the first one starts; fit the frame size to a data set's camera."""
     if arguments.dataset is None:
+        if arguments.cameras:
+            raise UserError("--cameras chooses those of a data set, so it needs --dataset")
         from repwam_core.sim.metaworld import canonical_names
         from repwam_core.sim.rendering import import_mujoco
 
@@ -50,19 +52,22 @@ def _checked(arguments: argparse.Namespace, plan: Plan) -> Plan:
         return plan
     if arguments.controls:
         raise UserError("--controls compares success in closed loop, which a recorded data set cannot give; drop it")
+    from repvitok import RepViTokConfig
     from repvitok.data import LeRobotReader
-    from repvitok.data.contents import missing_actions, number_columns, require_recorded
+    from repvitok.data.contents import describe_contents
+    from repvitok.encoding_plan import choose_cameras, infos_of
 
     reader = LeRobotReader(arguments.dataset)
-    if not reader.camera_keys:
-        raise UserError(f"{arguments.dataset}: the data set has no camera, and video is what we learn from")
-    if "action" not in reader.features:
-        told = missing_actions(str(arguments.dataset), number_columns(reader), reader.camera_keys)
-        raise UserError(f"there are no actions to adapt to: {told}")
-    require_recorded(reader, reader.camera_keys, [info.index for info in reader.episodes])
-    if arguments.size is not None:
-        return plan
-    return shaped_like(plan, *reader.frame_size(reader.camera_keys[0]))
+    cameras, infos = choose_cameras(reader, arguments.cameras), infos_of(reader, arguments.episodes)
+    describe_contents(reader, cameras, infos).announce(needs_actions=True)
+    per_latent = RepViTokConfig().tubelet_frames * plan.stride
+    needed, longest = min(plan.offsets) + 2 * per_latent + 1, max(info.length for info in infos)
+    if longest < needed:
+        raise UserError(
+            f"{arguments.dataset}: latent actions are learned from episodes of {needed} frames or more, the longest "
+            f"has {longest}"
+        )
+    return plan if arguments.size is not None else shaped_like(plan, *reader.frame_size(cameras[0]))
 
 
 def _from_simulator(this: Run) -> tuple[Trained, dict[str, StageResult]]:
@@ -107,5 +112,7 @@ def _from_simulator(this: Run) -> tuple[Trained, dict[str, StageResult]]:
     return trained, outcome
 
 
-def _from_dataset(this: Run, dataset: Path) -> tuple[Trained, dict[str, StageResult]]:
-    return train(this, DataSet(dataset, folder_digest(dataset))), {}
+def _chosen(arguments: argparse.Namespace) -> DataSet:
+    """The data set of the command line, and what of it."""
+    cameras, episodes = (chosen and tuple(chosen) for chosen in (arguments.cameras, arguments.episodes))
+    return DataSet(arguments.dataset, folder_digest(arguments.dataset), cameras=cameras, episodes=episodes)

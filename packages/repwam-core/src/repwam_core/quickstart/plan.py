@@ -87,8 +87,8 @@ def load_plan(path: Path, arguments: argparse.Namespace) -> Plan:
 def _with_options(plan: Plan, arguments: argparse.Namespace) -> Plan:
     if arguments.tasks:
         plan = replace(plan, tasks=tuple(arguments.tasks), same_scene=())
-    if arguments.episodes is not None:
-        plan = replace(plan, episodes=_positive("--episodes", arguments.episodes, at_least=2))
+    if arguments.episodes is not None and arguments.dataset is None:
+        plan = replace(plan, episodes=_positive("--episodes", _count("--episodes", arguments.episodes), at_least=2))
     if arguments.eval_episodes is not None:
         plan = replace(plan, eval_episodes=_positive("--eval-episodes", arguments.eval_episodes))
     if arguments.size is not None:
@@ -106,6 +106,15 @@ def shaped_like(plan: Plan, height: int, width: int) -> Plan:
     short = min(plan.size)
     long = 16 * max(1, round(short * max(height, width) / min(height, width) / 16))
     return replace(plan, size=(short, long) if width >= height else (long, short))
+
+
+def _count(option: str, words: list[str]) -> int:
+    try:
+        (word,) = words
+        return int(word)
+    except ValueError as error:
+        told = f"{option} must be one number, of demonstrations per task, without --dataset; got {' '.join(words)}"
+        raise UserError(told) from error
 
 
 def _positive(option: str, value: int, at_least: int = 1) -> int:

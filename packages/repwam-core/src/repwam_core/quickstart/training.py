@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,15 @@ def call(main: Main, *arguments: object) -> None:
         raise StageFailed(code)
 
 
-def train_tokenizer(folder: Path, *, plan: Plan, seed: int, dataset: Path) -> dict[str, Any]:
+def train_tokenizer(
+    folder: Path,
+    *,
+    plan: Plan,
+    seed: int,
+    dataset: Path,
+    cameras: Sequence[str] | None = None,
+    episodes: Sequence[str] | None = None,
+) -> dict[str, Any]:
     """Train RepViTok on the data set's video and export it to ``folder/tokenizer``."""
     _fit(
         repvitok,
@@ -44,22 +54,34 @@ def train_tokenizer(folder: Path, *, plan: Plan, seed: int, dataset: Path) -> di
         folder,
         plan.steps.repvitok,
         seed,
-        f"--data.folders=[{dataset}]",
+        f"--data.folders={json.dumps([str(dataset)])}",
         f"--data.size=[{plan.size[0]},{plan.size[1]}]",
         f"--data.stride={plan.stride}",
         f"--data.held_out={plan.held_out}",
+        *((f"--data.cameras={json.dumps(list(cameras))}",) if cameras else ()),
+        *((f"--data.episodes={','.join(episodes)}",) if episodes else ()),
     )
     call(repvitok, "export", "--ckpt", folder / FIT / LAST, "--out", folder / "tokenizer")
     return last_values(folder / FIT, "val/psnr", "val/ssim")
 
 
-def encode(folder: Path, *, plan: Plan, dataset: Path, tokenizer: Path) -> dict[str, Any]:
+def encode(
+    folder: Path,
+    *,
+    plan: Plan,
+    dataset: Path,
+    tokenizer: Path,
+    cameras: Sequence[str] | None = None,
+    episodes: Sequence[str] | None = None,
+) -> dict[str, Any]:
     """Encode the data set's video into latent shards."""
     call(
         repvitok,
         "encode",
         *("--tokenizer", tokenizer, "--dataset", dataset, "--out", folder / "latents"),
         *("--size", f"{plan.size[0]}x{plan.size[1]}", "--stride", plan.stride, "--offsets", *plan.offsets),
+        *(("--cameras", *cameras) if cameras else ()),
+        *(("--episodes", *episodes) if episodes else ()),
     )
     return {}
 
@@ -80,9 +102,18 @@ def train_latent_actions(folder: Path, *, plan: Plan, seed: int, latents: Path) 
 
 
 def label(folder: Path, *, lat: Path, latents: Path) -> dict[str, Any]:
-    """Label the latents with latent actions, and probe what these hold of the robot's actions."""
+    """Label the latents with latent actions, and probe what these hold of the robot's actions.
+
+    No later stage needs the probe, so data that allow of none (too little of it, or still) do not end the run.
+    """
     call(latent_action, "label", "--lat", lat, "--latents", latents, "--out", folder / "latents")
-    call(latent_action, "probe", "--lat", lat, "--latents", latents, "--out", folder / "probe.json")
+    try:
+        call(latent_action, "probe", "--lat", lat, "--latents", latents, "--out", folder / "probe.json")
+    except StageFailed as failed:
+        if failed.code != 2:
+            raise
+        print("the run goes on without the probe", file=sys.stderr)
+        return {"probe": "none"}
     return {}
 
 
@@ -153,11 +184,12 @@ def last_values(folder: Path, *names: str) -> dict[str, float]:
 
 def _action_kind(latents: Path) -> str:
     from repvitok.data import LatentShards
+    from repvitok.data.split import split_latents
 
     from repwam_core.data.episode_arrays import suggested_kind
 
     shards = LatentShards(latents)
-    return suggested_kind(shards, range(len(shards)))
+    return suggested_kind(shards, split_latents(shards, 0.0)[0])
 
 
 def _fit(main: Main, recipe: str, folder: Path, steps: int, seed: int, *overrides: str) -> None:

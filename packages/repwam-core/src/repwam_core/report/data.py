@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from repvitok.errors import UserError
@@ -111,7 +111,7 @@ class LatentActions:
     """What a latent action does, and what of the next latents it explains (mean squared errors, held-out)."""
 
     pictures: Sequence[TransitionPicture]
-    forward_loss: Number
+    forward_loss: Number | None = None  #: None where nothing was held out
     copy_loss: Number | None = None  #: the next latents taken equal to the current ones
     zero_action_loss: Number | None = None  #: the same forward model fed a zero action
     probe_r2: Mapping[str, Number] = field(default_factory=dict)  #: robot action channel -> R^2
@@ -248,7 +248,7 @@ class ActionTrace:
 
 @dataclass(frozen=True)
 class OpenLoop:
-    """Predicted against recorded actions on held-out episodes."""
+    """Predicted against recorded actions on the measured episodes."""
 
     channels: Sequence[ChannelError]
     traces: Sequence[ActionTrace] = ()
@@ -271,6 +271,8 @@ class ReportData:
     #: stage -> metric -> curve. "train/loss" and "val/loss" share a chart named "loss"; names that end in "_db" or
     #: "psnr" are in dB
     curves: Mapping[str, Curves] = field(default_factory=dict)
+    #: which episodes were reconstructed, planned along and imagined: training ones where none could be held out
+    measured: Literal["held-out", "training"] = "held-out"
 
 
 def require_frames(frames: np.ndarray, what: str) -> None:

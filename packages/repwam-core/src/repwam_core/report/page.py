@@ -55,7 +55,7 @@ def key_numbers(data: ReportData) -> Markup:
         wins = [c for c in data.open_loop.channels if c.baselines and c.error < min(c.baselines.values())]
         facts.append((f"{len(wins)} of {len(data.open_loop.channels)}", "action channels", "below every baseline"))
     if data.reconstruction:
-        facts.append((decibel(data.reconstruction.psnr_db), "reconstruction", "PSNR on held-out clips"))
+        facts.append((decibel(data.reconstruction.psnr_db), "reconstruction", f"PSNR on {data.measured} clips"))
     if data.imagination:
         facts.append((decibel(data.imagination.psnr_db), "imagination", "PSNR of imagined video"))
     if data.run.wall_seconds is not None:
@@ -136,7 +136,9 @@ def sections(data: ReportData) -> list[tuple[str, str, Markup | str]]:
         (
             "reconstruction",
             "Visual tokenizer",
-            reconstruction_section(data.reconstruction) if data.reconstruction else "No reconstructions were measured.",
+            reconstruction_section(data.reconstruction, data.measured)
+            if data.reconstruction
+            else "No reconstructions were measured.",
         ),
         (
             "latent-actions",
@@ -146,7 +148,7 @@ def sections(data: ReportData) -> list[tuple[str, str, Markup | str]]:
         (
             "imagination",
             "Imagined futures",
-            imagination_section(data.imagination) if data.imagination else "No video was imagined.",
+            imagination_section(data.imagination, data.measured) if data.imagination else "No video was imagined.",
         ),
         ("curves", "Training curves", curves_section(data.curves) if data.curves else "No curves were recorded."),
         ("run", "The run", run_section(data)),

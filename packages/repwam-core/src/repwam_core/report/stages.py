@@ -29,11 +29,11 @@ def clip_title(name: str, *facts: str | None) -> Markup:
     return el("h3", name, el("small", " · ".join(f for f in facts if f)))
 
 
-def mean_over(count: int | None) -> str:
-    return f"Mean over {count} held-out clips. " if count else ""
+def mean_over(count: int | None, measured: str) -> str:
+    return f"Mean over {count} {measured} clips. " if count else ""
 
 
-def reconstruction_section(data: Reconstruction) -> Markup:
+def reconstruction_section(data: Reconstruction, measured: str = "held-out") -> Markup:
     """Original against reconstructed frames, and what trivial predictions reach."""
     rows = {"RepViTok": (data.psnr_db, data.ssim), **data.baselines}
     head = el("tr", el("th"), el("th", "PSNR (dB)"), el("th", "SSIM"))
@@ -53,7 +53,7 @@ def reconstruction_section(data: Reconstruction) -> Markup:
         ssim = f"SSIM {clip.ssim:.3f}" if clip.ssim is not None else None
         pictures = strips([("original", clip.original), ("reconstructed", clip.reconstructed)], clip.name)
         clips.append(join(clip_title(clip.name, decibel(clip.psnr_db), ssim), pictures))
-    note = mean_over(data.num_clips) + "Higher is better. Numbers under the strips are frame indices."
+    note = mean_over(data.num_clips, measured) + "Higher is better. Numbers under the strips are frame indices."
     return join(table, *clips, el("p", note, class_="caption"))
 
 
@@ -83,7 +83,7 @@ def probe_table(data: LatentActions) -> Markup:
         body.append(el("tr", el("th", name, scope="row"), *cells, class_="ours" if index == 0 else None))
     table = el("table", el("thead", head), el("tbody", *body), class_="numbers")
     note = (
-        "R² of robot actions decoded from frozen latent actions on held-out episodes. 1 is exact, 0 is no better than "
+        "R² of robot actions decoded from frozen latent actions on what was held out. 1 is exact, 0 is no better than "
         "the mean action."
     )
     return join(
@@ -111,13 +111,13 @@ def latent_actions_section(data: LatentActions) -> Markup:
         pictures if data.pictures else None,
         el("p", heat, class_="caption") if data.pictures else None,
         el("h3", "Error of the predicted next latents", el("small", "mean squared, held-out")),
-        bars(known),
-        el("p", note, class_="caption"),
+        bars(known) if known else el("p", "Nothing was held out to measure it on.", class_="absent"),
+        el("p", note, class_="caption") if known else None,
         probe_table(data) if data.probe_r2 else None,
     )
 
 
-def imagination_section(data: Imagination) -> Markup:
+def imagination_section(data: Imagination, measured: str = "held-out") -> Markup:
     """Imagined against real future frames."""
     told = {"imagined": float(data.psnr_db)}
     if data.copy_psnr_db is not None:
@@ -132,7 +132,7 @@ def imagination_section(data: Imagination) -> Markup:
     if data.by_horizon:
         chart = line_chart(data.by_horizon, "frames ahead", "PSNR (dB)")
         horizon = el("div", el("figure", el("figcaption", "PSNR by horizon"), chart), class_="charts horizon")
-    note = mean_over(data.num_clips) + "PSNR over the imagined frames; higher is better."
+    note = mean_over(data.num_clips, measured) + "PSNR over the imagined frames; higher is better."
     return join(bars(told, "dB"), *clips, horizon, el("p", note, class_="caption"))
 
 

@@ -249,7 +249,7 @@ class WAMTraining(L.LightningModule):
         if self.space != LATENT_SPACE:
             scaling = store.statistics.actions.widened(store.action_channels)
             actions = torch.from_numpy(scaling.denormalise(actions.float().cpu().numpy()))
-        numbers = [store.shards.infos[row].episode_index for row in batch.episode.tolist()]
+        numbers = [store.infos[row].episode_index for row in batch.episode.tolist()]
         return {
             "actions": actions,
             "latents": latents,

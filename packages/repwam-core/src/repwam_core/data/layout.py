@@ -21,13 +21,12 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 from repvitok.data import LeRobotReader
 from repvitok.data.lerobot_format import arrow_type, huggingface_metadata, number_feature
 from repvitok.data.lerobot_metadata import read_parquet
 from repvitok.data.lerobot_stats import column_statistics, pooled_statistics
 from repvitok.data.lerobot_tables import to_numpy
-from repvitok.documents import load_json, load_json_lines, parse
+from repvitok.documents import load_json, load_json_lines, load_yaml, parse
 from repvitok.errors import UserError
 from repvitok.files import sole_writer
 from repvitok.progress import progress
@@ -82,13 +81,7 @@ class DatasetLayout:
         path = LAYOUTS / f"{name}.yaml" if "/" not in str(name) and not str(name).endswith(".yaml") else Path(name)
         if not path.is_file():
             raise UserError(f"no layout {str(name)!r}: expected a YAML file or one of {known_layouts()}")
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-            raise UserError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from error
-        if not isinstance(values, dict) or set(values) != {"embodiment", "action", "state", "cameras"}:
-            raise UserError(f"{path}: expected the keys action, cameras, embodiment, state")
-        entry = parse(values, _LayoutEntry, str(path))
+        entry = parse(load_yaml(path), _LayoutEntry, str(path))
         action, state = (tuple(_part(path, part) for part in parts) for parts in (entry.action, entry.state))
         if twice := {name for names in (_names(state), entry.cameras) for name in names if names.count(name) > 1}:
             raise UserError(f"{path}: expected distinct names of states and cameras, got {sorted(twice)} twice")

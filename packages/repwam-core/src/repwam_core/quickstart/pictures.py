@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from repvitok import RepViTok
 from repvitok.data import LatentEpisode, LatentMeta, LatentShards, LeRobotReader, prepare_frames
 from repvitok.data.split import split_episodes
 from repvitok.data.transforms import to_frames
+from repvitok.documents import read_json
 from repvitok.metrics import psnr, ssim
 from torch import Tensor
 
@@ -101,7 +101,7 @@ def latent_actions(this: Run, trained: Trained) -> LatentActions:
     shards = LatentShards(trained.prepared.latents)
     by_index = {e.episode_index: e for e in shards if e.offset == 0 and e.episode_index in episodes}
     pictures = [_transition(this, reader, lat, by_index[index], shards.meta) for index in episodes if index in by_index]
-    probe = json.loads((trained.prepared.labelled.folder / "probe.json").read_text())
+    probe = read_json(trained.prepared.labelled.folder / "probe.json", dict[str, Any])
     summary = trained.prepared.lat.summary
     r2 = {name: dict(zip(probe["channels"], probe[name]["r2"], strict=True)) for name in ("latent_action", "untrained")}
     r2["frames"] = dict(zip(probe["channels"], probe["frames"]["r2"], strict=True))

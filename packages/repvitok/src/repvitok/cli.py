@@ -61,7 +61,7 @@ def _encode_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cameras", type=text_argument, nargs="+", default=None, help="camera keys (default: all)")
     add(
         "--depth-range",
-        type=number(-1e9, 1e9),
+        type=number(0, 1e9),
         nargs=2,
         default=None,
         metavar=("MIN", "MAX"),
@@ -128,8 +128,21 @@ def _merge(options: argparse.Namespace) -> None:
 
 def _relabel_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--latents", nargs="+", required=True, metavar="FOLDER", help="latent shards, labelled or not; several folders")
-    add("--dataset", required=True, metavar="DATA", help="the LeRobot data set that they were made from")
+    add(
+        "--latents",
+        type=path_argument,
+        nargs="+",
+        required=True,
+        metavar="FOLDER",
+        help="latent shards, labelled or not; several folders",
+    )
+    add(
+        "--dataset",
+        type=path_argument,
+        required=True,
+        metavar="DATA",
+        help="the LeRobot data set that they were made from",
+    )
 
 
 def _relabel(options: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from repvitok.data.split import parse_episodes
 from repvitok.errors import UserError
 
 
@@ -224,7 +225,21 @@ def parse_size(text: str) -> tuple[int, int]:
     return height, width
 
 
+def episodes_argument(text: str) -> str:
+    """The argument type of one of `--episodes`: numbers and ranges of them, which only a data set can look up.
+
+    Raises:
+        argparse.ArgumentTypeError: something else.
+    """
+    try:
+        parse_episodes(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
 EPISODES: dict[str, Any] = {
+    "type": episodes_argument,
     "nargs": "+",
     "metavar": "N",
     "help": "their numbers in the data set, and ranges of them: 0-9,12 (default: all)",

@@ -45,6 +45,7 @@ MAX_YAML_DEPTH = 100
 MAX_YAML_NODES = 100_000
 """Values of a YAML document with its anchors written out: the largest recipe has a few hundred."""
 
+_YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _TOO_DEEP = "nested too deeply for a document of this kind"
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _FIELD = re.compile(r"^(?P<problem>.*?)(?: - at `(?P<kind>key in )?\$(?P<field>.*)`)?$", re.DOTALL)
@@ -105,9 +106,9 @@ def load_yaml(path: str | Path) -> Any:
     text = _read_text(Path(path))
     refuse_yaml_bomb(text, str(path))
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=_YAML_LOADER)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a YAML document ({error})") from error
+        raise UserError(f"{path}: not a YAML document ({' '.join(str(error).split())})") from error
 
 
 def refuse_yaml_bomb(text: str, source: str) -> None:
@@ -123,7 +124,7 @@ def refuse_yaml_bomb(text: str, source: str) -> None:
     still_open: list[tuple[str | None, int]] = []
     nodes = 0
     try:
-        for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        for event in yaml.parse(text, Loader=_YAML_LOADER):
             if isinstance(event, yaml.AliasEvent):
                 if any(anchor == event.anchor for anchor, _ in still_open):
                     raise UserError(f"{source}: the YAML anchor {event.anchor!r} contains itself")
@@ -183,6 +184,8 @@ def _parsed(document: Any, kind: Any, source: str, unknown: bool, required: set[
     for place, value in _leaves(document, ""):
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{source}: {_named(place)}expected a finite number, got {value}")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise UserError(f"{source}: {_named(place)}expected a whole number below 2**63, got {_short(value)}")
         if isinstance(value, str) and not value.isascii() and _is_no_text(value):
             raise UserError(f"{source}: {_named(place)}expected text, got half a character ({value[:40]!r})")
     extra = [] if unknown else list(_strays(document, kind, ""))
@@ -270,9 +273,9 @@ def _loads(text: str, source: str, expected: str = "a whole JSON document") -> A
         raise UserError(f"{source}: not {expected} ({error})") from error
 
 
-def _leaves(value: Any, place: str) -> Iterator[tuple[str, float | str]]:
-    """Every float and string in a document, with the path of its field; of a dictionary its keys, too."""
-    if isinstance(value, float | str):
+def _leaves(value: Any, place: str) -> Iterator[tuple[str, int | float | str]]:
+    """Every number and string in a document, with the path of its field; of a dictionary its keys, too."""
+    if isinstance(value, int | float | str):
         yield place, value
     elif isinstance(value, Mapping):
         for key, item in value.items():
@@ -350,6 +353,6 @@ def _named(place: str) -> str:
 def _short(value: Any) -> str:
     try:
         text = json.dumps(value, default=str)
-    except RecursionError:
-        return "deeply nested"
+    except (RecursionError, ValueError):  # ValueError: a whole number of thousands of digits
+        return "nothing that can be shown"
     return text if len(text) <= 60 else text[:57] + "..."

@@ -18,7 +18,7 @@ from repvitok.errors import UserError
 InstructionSource = Literal["task_index", "tasks", "none"]
 """Rows' task_index and the table of tasks; the episode's own list of tasks; no instructions."""
 MAX_TOKENS = 2**20
-"""Of a latent frame, and channels of a latent."""
+"""Of a latent frame; also the most channels of a latent, and frames between two."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,9 @@ class LatentMeta:
         object.__setattr__(self, "grid", tuple(int(n) for n in self.grid))
         if not 1 <= self.latent_dim <= MAX_TOKENS:
             raise UserError(f"latent_dim: expected 1 to {MAX_TOKENS} channels, got {self.latent_dim}")
-        if self.stride < 1 or (self.window is not None and self.window < 1):
-            raise UserError(f"stride and window: expected at least 1, got {self.stride} and {self.window}")
+        for name, value in (("stride", self.stride), ("window", self.window), ("tubelet_frames", self.tubelet_frames)):
+            if value is not None and not 1 <= value <= MAX_TOKENS:
+                raise UserError(f"{name}: expected 1 to {MAX_TOKENS} frames, got {value}")
         if not (math.isfinite(self.frame_rate_hz) and self.frame_rate_hz > 0):
             raise UserError(f"frame_rate_hz: expected a number above 0, got {self.frame_rate_hz}")
         for name, default in (("mean", np.zeros), ("std", np.ones)):
@@ -155,8 +156,6 @@ class LatentMeta:
                 object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=np.float32))
         if len(self.grid) != 3 or min(self.grid) < 1 or self.grid[0] != len(self.cameras):
             raise UserError(f"grid must be (views, h, w) with one view per camera of {self.cameras}, got {self.grid}")
-        if not 1 <= self.tubelet_frames <= 10_000:
-            raise UserError(f"tubelet_frames: expected 1 to 10000, got {self.tubelet_frames}")
         if self.instruction_source not in get_args(InstructionSource):
             raise UserError(
                 f"instruction_source: expected one of {get_args(InstructionSource)}, got {self.instruction_source!r}"
@@ -191,10 +190,15 @@ class LatentMeta:
             UserError: the field, what was expected and what came.
         """
         document = parse(values, _MetaDocument, source, required=_OF_VERSION_1)
-        plain: dict[str, Any] = {field.name: getattr(document, field.name) for field in dataclasses.fields(cls)}
-        plain |= {name: np.array(plain[name], np.float32) for name in _ARRAYS if plain[name] is not None}
+        plain = {name: value for name, value in vars(document).items() if name not in _ARRAYS}
+        found = {name: getattr(document, name) for name in _ARRAYS}
+        arrays = {name: np.array(numbers, np.float32) for name, numbers in found.items() if numbers is not None}
+        for names, expected in ((_ARRAYS[:2], document.latent_dim), (_ARRAYS[2:], len(found[_ARRAYS[2]] or ()))):
+            for name in names:
+                if name in arrays and len(arrays[name]) != expected:
+                    raise UserError(f"{source}: {name}: expected {expected} numbers, got {len(arrays[name])}")
         try:
-            return cls(**plain)
+            return cls(**plain, **arrays)
         except UserError as error:
             raise UserError(f"{source}: {error}") from error
 
@@ -221,6 +225,12 @@ class _Sums:
     count: Count
     sum: list[float]
     sum_of_squares: list[From0]
+
+    def __post_init__(self) -> None:
+        if len(self.sum) != len(self.sum_of_squares):
+            raise UserError(
+                f"expected as many sums as sums of squares, got {len(self.sum)}, {len(self.sum_of_squares)}"
+            )
 
 
 class ChannelStatistics:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,8 @@ class CollectionPlan:
             raise UserError("expected at least one task, got none")
         if not 1 <= self.episodes_per_task <= MAX_EPISODES_PER_TASK:
             raise UserError(f"episodes per task must lie in 1 .. {MAX_EPISODES_PER_TASK}, got {self.episodes_per_task}")
-        if self.extra_steps < 0:
-            raise UserError(f"extra_steps must not be negative, got {self.extra_steps}")
+        if not 0 <= self.extra_steps <= 500:
+            raise UserError(f"extra_steps must lie in 0 .. 500, got {self.extra_steps}")
         if not 0 <= self.crf <= 51:
             raise UserError(f"crf must lie in 0 (best) .. 51, got {self.crf}")
         collection_seed(self.seed, 0)
@@ -85,7 +85,10 @@ class CollectionPlan:
     @classmethod
     def from_dict(cls, values: Any, source: str = "the collection's plan") -> CollectionPlan:
         """Invert ``to_dict``; another format, a wrong, missing or unknown field is a UserError."""
-        return parse(require_format(values, FORMAT, FORMAT_VERSION, source), cls, source)
+        values = require_format(values, FORMAT, FORMAT_VERSION, source)
+        plan = parse(values, cls, source)
+        settings, noise = MetaWorldSettings.from_dict(values["settings"]), Noise.from_dict(values["noise"])
+        return replace(plan, settings=settings, noise=noise)  # these two must be complete
 
 
 @dataclass(frozen=True)

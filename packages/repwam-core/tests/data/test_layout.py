@@ -297,10 +297,10 @@ def test_numbers_that_cannot_be_written_are_named(source, tmp_path, values, mess
 
 def test_a_broken_layout_is_one_line(tmp_path, capsys):
     for text, said in (
-        ("a: [", "not a YAML file"),
+        ("a: [", "not a YAML document"),
         ("embodiment: 3\naction: []\nstate: []\ncameras: []", "expected str"),
         ("embodiment: x\naction: [{column: a, names: [1]}]\nstate: []\ncameras: []", "names[0]"),
-        ("embodiment: x\naction: [7]\nstate: []\ncameras: []", "expected a part"),
+        ("embodiment: x\naction: [7]\nstate: []\ncameras: []", "action[0]"),
         ("embodiment: x\naction: [{column: a, names: [y]}]\nstate: []\ncameras: [c, c]", "twice"),
     ):
         (path := tmp_path / "layout.yaml").write_text(text)

@@ -228,9 +228,7 @@ class _Sums:
 
     def __post_init__(self) -> None:
         if len(self.sum) != len(self.sum_of_squares):
-            raise UserError(
-                f"expected as many sums as sums of squares, got {len(self.sum)}, {len(self.sum_of_squares)}"
-            )
+            raise UserError(f"{len(self.sum)} sums, but {len(self.sum_of_squares)} sums of squares")
 
 
 class ChannelStatistics:

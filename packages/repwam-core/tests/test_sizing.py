@@ -223,10 +223,10 @@ def test_the_command_prints_the_plan(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--gpu h21", "--gpu: expected one of"),
+        ("--gpu h21", "--gpu: invalid choice: 'h21'"),
         ("--tokens many", "expected a number of tokens"),
         ("--gpus 10", "--shard-size: expected a divisor of --gpus 10, got 8"),
-        ("--mfu 2", "--mfu: expected a share"),
+        ("--mfu 2", "--mfu: expected a number above 0 to 1"),
         ("--tokens 100", "not even one chunk"),
     ],
 )

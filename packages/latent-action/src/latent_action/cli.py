@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from repvitok.commands import (
+    SEEDS,
     Command,
     RawCommand,
     TrainingStage,
     parse_held_out,
     parse_share,
+    path_argument,
     run_commands,
+    text_argument,
     training_commands,
+    whole_number,
 )
 from repvitok.errors import UserError, run_cli
 
@@ -32,16 +35,18 @@ DESCRIPTION = "Learn latent actions from video latents, label data with them, an
 
 
 def _label_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--lat", type=Path, required=True, help="folder of the latent action tokenizer")
-    parser.add_argument("--latents", type=Path, required=True, help="folder of latent shards (repvitok encode)")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the labelled shards")
+    parser.add_argument("--lat", type=path_argument, required=True, help="folder of the latent action tokenizer")
+    parser.add_argument(
+        "--latents", type=path_argument, required=True, help="folder of latent shards (repvitok encode)"
+    )
+    parser.add_argument("--out", type=path_argument, required=True, help="folder for the labelled shards")
     parser.add_argument(
         "--shard",
         type=parse_share,
         metavar="I/N",
         help="label every N-th episode from I only (a job array); a last call without it writes the shards",
     )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
+    parser.add_argument("--device", type=text_argument, default="cpu", help="cpu, cuda, ... (default: %(default)s)")
 
 
 def _label(arguments: argparse.Namespace) -> int:
@@ -58,8 +63,10 @@ def _label(arguments: argparse.Namespace) -> int:
 
 
 def _probe_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--lat", type=Path, required=True, help="folder of the latent action tokenizer")
-    parser.add_argument("--latents", type=Path, required=True, help="folder of latent shards with robot actions")
+    parser.add_argument("--lat", type=path_argument, required=True, help="folder of the latent action tokenizer")
+    parser.add_argument(
+        "--latents", type=path_argument, required=True, help="folder of latent shards with robot actions"
+    )
     held_out_help = "share of the episodes, or their numbers like 2,5-7 (default: %(default)s)"
     parser.add_argument("--held-out", type=parse_held_out, default=0.25, metavar="SHARE", help=held_out_help)
     parser.add_argument(
@@ -69,14 +76,18 @@ def _probe_arguments(parser: argparse.ArgumentParser) -> None:
         help="robot actions, or the change of the robot's state: for actions that are absolute positions "
         "(default: %(default)s)",
     )
-    parser.add_argument("--lapa", type=Path, help="folder of a LAPA quantiser, for one more row; needs --dataset")
-    parser.add_argument("--dataset", type=Path, help="the LeRobot data set the latents were made from")
-    parser.add_argument("--seed", type=int, default=0, help="of the heads (default: %(default)s)")
-    parser.add_argument("--head-steps", type=int, default=600, help="training steps of the heads (default: 600)")
     parser.add_argument(
-        "--frames-steps", type=int, default=300, help="training steps of the head on latents (default: 300)"
+        "--lapa", type=path_argument, help="folder of a LAPA quantiser, for one more row; needs --dataset"
     )
-    parser.add_argument("--out", type=Path, help="also write the report to this JSON file")
+    parser.add_argument("--dataset", type=path_argument, help="the LeRobot data set the latents were made from")
+    parser.add_argument("--seed", type=whole_number(0, SEEDS), default=0, help="of the heads (default: %(default)s)")
+    parser.add_argument(
+        "--head-steps", type=whole_number(1), default=600, help="training steps of the heads (default: 600)"
+    )
+    parser.add_argument(
+        "--frames-steps", type=whole_number(1), default=300, help="training steps of the head on latents (default: 300)"
+    )
+    parser.add_argument("--out", type=path_argument, help="also write the report to this JSON file")
 
 
 def _probe(arguments: argparse.Namespace) -> int:
@@ -121,13 +132,17 @@ def _lapa_rows(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _visualize_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--lat", type=Path, required=True, help="folder of the latent action tokenizer")
-    parser.add_argument("--latents", type=Path, required=True, help="folder of latent shards")
-    parser.add_argument("--dataset", type=Path, required=True, help="the LeRobot data set they were made from")
-    parser.add_argument("--out", type=Path, required=True, help="file to write: .png, or .mp4 for a film")
-    parser.add_argument("--episode", type=int, help="its number in the data set (default: the latents' first)")
-    parser.add_argument("--transitions", type=int, default=12, help="most to draw in a PNG (default: %(default)s)")
-    parser.add_argument("--lapa", type=Path, help="folder of a LAPA quantiser, drawn beside")
+    parser.add_argument("--lat", type=path_argument, required=True, help="folder of the latent action tokenizer")
+    parser.add_argument("--latents", type=path_argument, required=True, help="folder of latent shards")
+    parser.add_argument("--dataset", type=path_argument, required=True, help="the LeRobot data set they were made from")
+    parser.add_argument("--out", type=path_argument, required=True, help="file to write: .png, or .mp4 for a film")
+    parser.add_argument(
+        "--episode", type=whole_number(), help="its number in the data set (default: the latents' first)"
+    )
+    parser.add_argument(
+        "--transitions", type=whole_number(1, 10_000), default=12, help="most to draw in a PNG (default: %(default)s)"
+    )
+    parser.add_argument("--lapa", type=path_argument, help="folder of a LAPA quantiser, drawn beside")
 
 
 def _visualize(arguments: argparse.Namespace) -> int:
@@ -149,8 +164,10 @@ def _visualize(arguments: argparse.Namespace) -> int:
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint written by fit, or a run's folder")
-    parser.add_argument("--out", type=Path, required=True, help="folder for config.json and model.safetensors")
+    parser.add_argument(
+        "--ckpt", type=path_argument, required=True, help="checkpoint written by fit, or a run's folder"
+    )
+    parser.add_argument("--out", type=path_argument, required=True, help="folder for config.json and model.safetensors")
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -173,14 +190,16 @@ def _export_lapa(arguments: argparse.Namespace) -> int:
     return 0
 
 
+LAPA_COMMANDS = (
+    *training_commands(LAPA_STAGE),
+    Command("export", "from a training checkpoint to a model folder", _export_lapa, _export_arguments),
+)
+
+
 def _lapa(argv: list[str]) -> int:
     """The verbs of the LAPA baseline."""
     description = "LAPA's latent action quantisation, trained on the same transitions in pixels, as a baseline."
-    commands = (
-        *training_commands(LAPA_STAGE),
-        Command("export", "from a training checkpoint to a model folder", _export_lapa, _export_arguments),
-    )
-    return run_commands("latent-action lapa", "latent-action", description, commands, argv)
+    return run_commands("latent-action lapa", "latent-action", description, LAPA_COMMANDS, argv)
 
 
 COMMANDS = (

@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 from repvitok.data.latents import LatentMeta
+from repvitok.documents import MAX_PARAMETERS, Above0, Size, check_fields, parse
 from repvitok.errors import UserError
 
 POOLINGS = ("attention", "mean")
+Few = Annotated[int, msgspec.Meta(ge=1, le=1024)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,27 +40,28 @@ class LatentActionConfig:
         ValueError: a size is not positive, the pooling is unknown, or the statistics do not fit latent_dim.
     """
 
-    latent_dim: int = 96
-    action_dim: int = 4
-    hidden: int = 256
-    layers: int = 4
+    latent_dim: Size = 96
+    action_dim: Few = 4
+    hidden: Size = 256
+    layers: Annotated[int, msgspec.Meta(ge=2, le=1024)] = 4
     pooling: str = "attention"
     antisymmetric: bool = True
-    transport_rank: int = 4
-    position_frequencies: int = 4
-    max_views: int = 4
+    transport_rank: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 4
+    position_frequencies: Annotated[int, msgspec.Meta(ge=0, le=64)] = 4
+    max_views: Few = 4
     tokenizer_digest: str | None = None
     latent_mean: tuple[float, ...] | None = None
-    latent_std: tuple[float, ...] | None = None
+    latent_std: tuple[Above0, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("latent_dim", "action_dim", "hidden", "max_views"):
-            _require_at_least(name, getattr(self, name), 1)
-        _require_at_least("layers", self.layers, 2)
-        _require_at_least("transport_rank", self.transport_rank, 0)
-        _require_at_least("position_frequencies", self.position_frequencies, 0)
+        check_fields(self)
         if self.pooling not in POOLINGS:
             raise UserError(f"pooling: expected one of {POOLINGS}, got {self.pooling!r}.")
+        parameters = 2 * self.layers * self.hidden * max(self.hidden, self.latent_dim)
+        if parameters > MAX_PARAMETERS:
+            raise UserError(
+                f"layers {self.layers} of hidden {self.hidden}: {parameters:.0e} parameters, more than any model"
+            )
         self._check_statistics()
 
     def _check_statistics(self) -> None:
@@ -70,8 +74,6 @@ class LatentActionConfig:
                     f"{name}: expected latent_dim = {self.latent_dim} numbers, got {len(values)}. "
                     "Use the statistics stored with the latents this model is for."
                 )
-        if self.latent_std is not None and min(self.latent_std) <= 0:
-            raise UserError(f"latent_std: expected positive numbers, got a minimum of {min(self.latent_std)}.")
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as JSON can hold it."""
@@ -84,11 +86,7 @@ class LatentActionConfig:
         Raises:
             ValueError: a key is missing or unknown.
         """
-        expected = {field.name for field in fields(cls)}
-        if missing := sorted(expected - set(values)):
-            raise UserError(f"LatentActionConfig: missing {missing}. Was this file written by another version?")
-        if unknown := sorted(set(values) - expected):
-            raise UserError(f"LatentActionConfig: unknown {unknown}; expected only {sorted(expected)}.")
+        parse(values, cls, cls.__name__, required=[field.name for field in fields(cls)])
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**plain)
 
@@ -127,8 +125,3 @@ class LatentActionConfig:
                     f"The checkpoint was trained with another {field.name}{told}. Use the recipe and the latents "
                     "it was trained on."
                 )
-
-
-def _require_at_least(name: str, value: int, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise UserError(f"{name}: expected an integer of at least {minimum}, got {value!r}.")

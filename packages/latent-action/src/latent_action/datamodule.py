@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from repvitok.data.batches import EndlessLoader
 from repvitok.data.latents import LatentMeta
 from repvitok.data.shards import LatentShards
@@ -41,15 +41,29 @@ class TrainingBatches(EndlessLoader[TransitionBatch]):
         self.seed = seed
         self.rank = rank
 
-    def batch(self, number: int) -> TransitionBatch:
-        """Batch `number`, drawn with replacement from all transitions."""
+    def draw(self, number: int) -> Int[Tensor, " b"]:
+        """The transitions of batch `number`, drawn with replacement from all."""
         random = np.random.default_rng([self.seed, number, self.rank])
-        index = torch.from_numpy(random.integers(len(self.table), size=self.batch_size))
-        return TransitionBatch(*self.table.pairs(index))
+        return torch.from_numpy(random.integers(len(self.table), size=self.batch_size))
+
+    def batch(self, number: int) -> TransitionBatch:
+        """Batch `number`."""
+        return TransitionBatch(*self.table.pairs(self.draw(number)))
 
     def batches_from(self, number: int) -> Iterator[TransitionBatch]:
         """Batch `number` and those after it."""
         return map(self.batch, count(number))
+
+
+def which_episodes(trainer: L.Trainer, batch: Sequence[Tensor]) -> str:
+    """The episodes of a training batch, for a message: found by drawing the batches about this step again."""
+    batches: Any = trainer.train_dataloader
+    step = trainer.global_step * trainer.accumulate_grad_batches
+    for number in range(max(0, step - 2), step + trainer.accumulate_grad_batches + 2):
+        drawn = zip(batches.batch(number), batch, strict=True)
+        if all(torch.equal(mine.nan_to_num(), theirs.cpu().nan_to_num()) for mine, theirs in drawn):
+            return f"episodes {sorted(set(batches.table.episode[batches.draw(number)].tolist()))}"
+    return "a batch of other episodes than the loader's"
 
 
 class EvaluationBatches:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from repvitok.checkpointing import read_checkpoint
+from repvitok.checkpointing import load_trained, read_checkpoint, read_section
 from repvitok.errors import UserError
 
 from latent_action.config import LatentActionConfig
@@ -30,30 +30,21 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path) -> LatentActionTo
         ValueError: it is damaged or of another stage.
     """
     loaded = read_checkpoint(checkpoint)
-    lat = read_tokenizer(loaded)
-    lat.save_pretrained(out, readme=model_card(lat, int(loaded.get("global_step", 0))))
+    lat = read_tokenizer(loaded, str(checkpoint))
+    lat.save_pretrained(out, readme=model_card(lat, int(loaded.get("global_step") or 0)))
     return lat
 
 
-def read_tokenizer(checkpoint: dict[str, Any]) -> LatentActionTokenizer:
+def read_tokenizer(checkpoint: dict[str, Any], where: str = "the checkpoint") -> LatentActionTokenizer:
     """The LAT in a loaded checkpoint.
 
     Raises:
         ValueError: the checkpoint is of another stage, or its weights do not fit its config.
     """
     stored = read_stored(checkpoint)
-    lat = LatentActionTokenizer(LatentActionConfig.from_dict(stored["config"]))
-    weights = {
-        name.removeprefix(_PREFIX): value
-        for name, value in checkpoint["state_dict"].items()
-        if name.startswith(_PREFIX)
-    }
-    if stored["ema"] is not None:
-        weights |= stored["ema"]["average"]
-    try:
-        lat.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        raise UserError(f"The checkpoint's weights do not fit its config: {error}") from error
+    lat = LatentActionTokenizer(LatentActionConfig.from_dict(read_section(stored, where, "config")))
+    average = read_section(stored, where, "ema", "average") if stored["ema"] is not None else None
+    load_trained(lat, read_section(checkpoint, where, "state_dict"), _PREFIX, average, where)
     return lat.eval()
 
 
@@ -68,7 +59,10 @@ def read_stored(checkpoint: dict[str, Any]) -> dict[str, Any]:
             "This is no checkpoint of `latent-action fit`: it holds no latent action tokenizer. Give that run's "
             "last.ckpt."
         )
-    return checkpoint[CHECKPOINT_KEY]
+    stored = read_section(checkpoint, "the checkpoint", CHECKPOINT_KEY)
+    if "config" not in stored or "ema" not in stored:
+        raise UserError(f"the checkpoint is damaged: expected config and ema in {CHECKPOINT_KEY}, got {sorted(stored)}")
+    return dict(stored)
 
 
 def model_card(lat: LatentActionTokenizer, steps: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,8 @@ from repvitok.data.shards import (
     remove_work,
     replace_instructions,
 )
+from repvitok.devices import find_device
+from repvitok.documents import load_json
 from repvitok.errors import UserError, require_disk_space
 from repvitok.files import atomic_file, is_held, sole_writer, write_json_atomic
 from repvitok.progress import progress
@@ -75,11 +76,13 @@ def label_shards(
     within = os.path.relpath(Path(source).resolve(), out.resolve()).split(os.sep)[0]
     refuse_foreign_tars(out, within)  # the latents themselves may lie in `out`
     mine = range(len(shards)) if shard is None else _share(len(shards), shard)
+    if shard is None:
+        require_disk_space(out, sum(path.stat().st_size for path in shards.paths), "labelled latent shards")
     with _sole_labeller(out, shard):
         if (out / "meta.json").exists():  # another process has made them meanwhile
             return _require_finished(out, shards, digest)
         parts = _open_parts(out, shards, digest)
-        lat = lat.to(device).eval()
+        lat = lat.to(find_device(device)).eval()
         for index in progress(mine, desc="label", unit="episode", force=force_progress):
             _label_episode(lat, shards, index, parts)
         if shard is not None:
@@ -162,7 +165,7 @@ def _open_parts(out: Path, shards: LatentShards, digest: str) -> Path:
     known = parts / "claim.json"
     if not known.exists():
         write_json_atomic(known, claim)
-    if (found := json.loads(known.read_text())) != claim:
+    if (found := load_json(known)) != claim:
         raise UserError(
             f"{out} holds unfinished labels of other latents or another LAT ({found}, expected {claim}): "
             "remove the folder, or choose another."
@@ -183,7 +186,13 @@ def _write_shards(shards: LatentShards, parts: Path, out: Path, digest: str, wit
 
 def _labelled(shards: LatentShards, parts: Path) -> Iterator[LatentEpisode]:
     for episode in shards:
-        actions = np.load(parts / f"{episode.key}.npy", allow_pickle=False)
+        path, expected = parts / f"{episode.key}.npy", len(episode.latents) - 1
+        try:
+            actions = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise UserError(f"{path} is damaged ({error}); remove it, the same command makes it again") from error
+        if actions.dtype != np.float32 or actions.ndim != 2 or len(actions) != expected:
+            raise UserError(f"{path} is damaged: expected {expected} latent actions; remove it and label again")
         yield dataclasses.replace(episode, latent_actions=actions)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from math import inf
 from typing import Any
 
 import lightning as L
@@ -10,11 +11,12 @@ import torch
 from repvitok.data.latents import LatentMeta
 from repvitok.ema import ExponentialMovingAverage
 from repvitok.errors import UserError
+from repvitok.finite import FiniteCheck, clip_gradients, require_clip, require_finite_weights
 from repvitok.optim import OptimizerSettings
-from torch import Tensor, nn
+from torch import Tensor
 
 from latent_action.config import LatentActionConfig
-from latent_action.datamodule import TransitionBatch
+from latent_action.datamodule import TransitionBatch, which_episodes
 from latent_action.dynamics import ForwardDynamics
 from latent_action.export import CHECKPOINT_KEY, read_stored
 from latent_action.grid import Grid
@@ -56,7 +58,8 @@ class LatentActionTraining(L.LightningModule):
         ema_decay: float | None = None,
     ) -> None:
         super().__init__()
-        if min(forward_weight, consistency_weight) < 0 or forward_weight + consistency_weight == 0:
+        require_clip(gradient_clip)
+        if not (min(forward_weight, consistency_weight) >= 0 and 0 < forward_weight + consistency_weight < inf):
             raise UserError(
                 f"The weights of L_fwd and L_cons must not be negative, nor both 0; got {forward_weight} and "
                 f"{consistency_weight}."
@@ -67,6 +70,7 @@ class LatentActionTraining(L.LightningModule):
         self.consistency_weight = consistency_weight
         self.optimizer_settings = optimizer
         self.gradient_clip = gradient_clip
+        self._finite = FiniteCheck()
         self.ema = None if ema_decay is None else ExponentialMovingAverage(self.lat, ema_decay)
         self.grid: Grid | None = None
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -84,12 +88,13 @@ class LatentActionTraining(L.LightningModule):
         self.log("train/loss", loss)
         self.log("train/forward_loss", losses.forward)
         self.log("train/consistency_loss", losses.consistency)
-        if self.control is None:
-            return loss
-        zero_action = self._control_loss(batch)
-        self.log("train/zero_action_loss", zero_action)
-        # The two share no parameter, so the sum trains each on its own loss.
-        return loss + zero_action
+        found = {"forward": losses.forward, "consistency": losses.consistency}
+        if self.control is not None:
+            found["zero_action"] = zero_action = self._control_loss(batch)
+            self.log("train/zero_action_loss", zero_action)
+            loss = loss + zero_action  # the two share no parameter, so the sum trains each on its own loss
+        self._finite.note(found, lambda: which_episodes(self.trainer, batch))
+        return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then move the average: callbacks that save at the end of a batch must find both done."""
@@ -134,13 +139,13 @@ class LatentActionTraining(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
-        """Clip the LAT's gradient by itself, so that the control cannot change how it trains."""
-        if self.gradient_clip is not None:
-            for module in filter(None, (self.lat, self.control)):
-                nn.utils.clip_grad_norm_(module.parameters(), self.gradient_clip)
+        """Clip the LAT's gradient by itself, so that the control cannot change how it trains; stop at no numbers."""
+        trained = filter(None, (self.lat, self.control))
+        self._finite.check(self, *[clip_gradients(module.parameters(), self.gradient_clip) for module in trained])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what makes the weights usable without this run's recipe."""
+        require_finite_weights(self)
         ema = None if self.ema is None else self.ema.state_dict()
         checkpoint[CHECKPOINT_KEY] = {"config": self.lat.config.to_dict(), "ema": ema}
 

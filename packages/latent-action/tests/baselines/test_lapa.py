@@ -85,7 +85,7 @@ def test_storage_round_trip(lapa, tmp_path):
         ({"size": (17, 24)}, "multiples of patch"),
         ({"code_tokens": 3}, "square"),
         ({"heads": 5}, "multiple of heads"),
-        ({"codes": 0}, "at least 1"),
+        ({"codes": 0}, "codes: expected int >= 1"),
         ({"code_tokens": 64}, "too few"),
     ],
 )
@@ -101,7 +101,7 @@ def test_bad_frames_are_refused(lapa):
             lapa.encode(bad, bad)
     with pytest.raises((ValueError, TypeCheckError), match="x_next"):
         lapa.encode(good, torch.zeros(1, 3, 24, 16))
-    with pytest.raises(ValueError, match="keys"):
+    with pytest.raises(ValueError, match="missing fields"):
         LapaConfig.from_dict({"size": [16, 16]})
 
 

@@ -14,9 +14,12 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from repvitok.documents import load_json
 from repvitok.errors import UserError
+from repvitok.finite import first_not_finite
 from repvitok.interface import VideoTokenizer, Window
 from repvitok.model import RepViTok
+from repvitok.pretrained import HUB, hub_id
 from repvitok.shapes import num_latent_frames, token_grid
 
 WAN_CLASS = "AutoencoderKLWan"
@@ -103,16 +106,23 @@ class WanVae(nn.Module):
             FileNotFoundError: neither a folder nor obtainable from the hub.
         """
         model = _diffusers().AutoencoderKLWan
+        name = hub_id(source)
+        if name is None and not Path(source).is_dir():
+            raise FileNotFoundError(
+                f"{source} does not exist; expected a folder, or a model of the hub, {HUB}owner/name"
+            )
         top_level = (Path(source) / "config.json").is_file()
-        options = {"use_safetensors": True, "torch_dtype": torch.float32}
+        options = {"use_safetensors": True, "torch_dtype": torch.float32, "local_files_only": name is None}
         try:
             vae = model.from_pretrained(
-                str(source), subfolder=None if top_level else "vae", revision=revision, **options
+                name or str(source), subfolder=None if top_level else "vae", revision=revision, **options
             )
         except OSError as error:
             raise FileNotFoundError(
                 f"{source}: no Wan VAE here and none by that name on the hub ({str(error).splitlines()[0]})"
             ) from error
+        if (bad := first_not_finite(vae.state_dict())) is not None:
+            raise UserError(f"{source}: weight {bad} is not finite; the file is damaged")
         return cls(vae).eval()
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -218,10 +228,10 @@ def load_tokenizer(source: str | Path) -> VideoTokenizer:
     folder = Path(source)
     for config in (folder / "config.json", folder / "vae" / "config.json"):
         if config.is_file():
-            found = json.loads(config.read_text(encoding="utf-8"))
+            found = load_json(config)
             if isinstance(found, dict) and found.get("_class_name") == WAN_CLASS:
                 return WanVae.from_pretrained(source)
-    if not folder.exists() and str(source).startswith("Wan-AI/"):
+    if (hub_id(source) or "").startswith("Wan-AI/"):
         return WanVae.from_pretrained(source)
     return RepViTok.from_pretrained(source)
 

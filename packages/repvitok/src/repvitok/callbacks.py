@@ -104,7 +104,7 @@ class SaveLast(Callback):
             generations: how many states are kept. Each takes the disk space of one, and one more while it is written.
         """
         for name, value in (("every_seconds", every_seconds), ("every_n_steps", every_n_steps)):
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:
                 raise UserError(f"expected {name} to be positive or null, got {value}")
         if generations < 1:
             raise UserError(f"expected checkpoint.generations of 1 or more, got {generations}")
@@ -344,6 +344,8 @@ class StageProgress(Callback):
 
     def __init__(self, stage: str = "train", refresh_every_n_steps: int = 10, force: bool = False) -> None:
         """Shows `stage` beside the bar; `force` draws it even where stderr is no terminal."""
+        if refresh_every_n_steps < 1:
+            raise UserError(f"expected progress.refresh_every_n_steps of 1 or more, got {refresh_every_n_steps}")
         self.stage = stage
         self.refresh_every_n_steps = refresh_every_n_steps
         self.force = force

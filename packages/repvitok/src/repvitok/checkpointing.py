@@ -11,15 +11,17 @@ import pickle
 import re
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from repvitok.errors import UserError
 from repvitok.files import atomic_file, is_running, sync_file, sync_folder
+from repvitok.pretrained import fitted_weights, load_weights
 
 LAST = "last.ckpt"
 SHARDED_META = "meta.pt"
@@ -159,6 +161,43 @@ def resolve_checkpoint(path: str | Path) -> Path:
     if found is None:
         raise FileNotFoundError(f"no readable checkpoint in {path}: expected the folder of a training run")
     return found
+
+
+def read_section(checkpoint: Mapping[str, Any], where: str, *names: str) -> Mapping[str, Any]:
+    """A part of a checkpoint by the names that lead to it.
+
+    Raises:
+        UserError: it is missing, or no mapping.
+    """
+    found: Any = checkpoint
+    for name in names:
+        found = found.get(name) if isinstance(found, Mapping) else None
+    if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
+        raise UserError(f"{where} is damaged: expected a section {'.'.join(names)}, got {type(found).__name__}")
+    return found
+
+
+def load_trained(
+    model: nn.Module, state: Mapping[str, Any], prefix: str, average: Mapping[str, Any] | None, where: str
+) -> None:
+    """Gives a model its trained weights, and over them their average: each checked as a whole, see `load_weights`.
+
+    Args:
+        model: built from the checkpoint's config.
+        state: the section "state_dict" of the training module.
+        prefix: of the model's own weights in it, such as "wam.".
+        average: of the parameters, by the model's names; None for the weights of the last step.
+        where: the file, for messages.
+
+    Raises:
+        UserError: names what is missing, unexpected, of another shape or type, or not finite.
+    """
+    weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    load_weights(model, weights, where)
+    if average is not None:
+        expected = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        averaged = fitted_weights(average, expected, f"{where}, averaged weights")
+        model.load_state_dict(model.state_dict() | averaged, strict=True, assign=True)
 
 
 def is_sharded(path: str | Path) -> bool:

@@ -5,8 +5,20 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from repvitok.commands import EPISODES, Command, TrainingStage, parse_share, run_commands, training_commands
-from repvitok.errors import run_cli
+from repvitok.commands import (
+    EPISODES,
+    Command,
+    TrainingStage,
+    number,
+    parse_share,
+    parse_size,
+    path_argument,
+    run_commands,
+    text_argument,
+    training_commands,
+    whole_number,
+)
+from repvitok.errors import MOST_PROCESSES, run_cli
 
 STAGE = TrainingStage(
     name="repvitok",
@@ -16,40 +28,73 @@ STAGE = TrainingStage(
     parallel_strategy="ddp_find_unused_parameters_true",
 )
 
-
-@run_cli
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line and returns its exit code: 0 done, 2 a mistake in what was given, 130 Ctrl-C."""
-    commands = [
-        *training_commands(STAGE),
-        Command("encode", "a data set to latent shards", _encode, _encode_arguments),
-        Command("merge", "the parts of a job array of encode to one folder of shards", _merge, _merge_arguments),
-        Command("relabel", "a data set's corrected instructions to its latents", _relabel, _relabel_arguments),
-        Command("decode", "latent shards back to video files", _decode, _decode_arguments),
-        Command("export", "a checkpoint to the folder that from_pretrained loads", _export, _export_arguments),
-    ]
-    return run_commands("repvitok", "repvitok", __doc__ or "", commands, argv)
+MAX_STRIDE = 10_000
+"""Raw frames between two encoded ones: minutes of video."""
 
 
 def _encode_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--tokenizer", required=True, metavar="FOLDER", help="exported tokenizer, or a hub id (Wan2.2's VAE too)")
-    add("--dataset", required=True, metavar="DATA", help="LeRobot data set, folder of videos or images, or tar shards")
-    add("--out", required=True, metavar="FOLDER", help="where the shards go; an interrupted run resumes")
-    add("--size", type=_size, required=True, metavar="H[xW]", help="pixels frames are resized to")
-    add("--stride", type=int, default=1, help="take every n-th frame (default 1)")
-    add("--offsets", type=int, nargs="+", default=[0], help="first raw frames to start from (default 0)")
-    add("--cameras", nargs="+", default=None, help="camera keys (default: all)")
-    range_help = "read depth maps, too: from MIN black to MAX white, in the numbers they store"
-    add("--depth-range", type=float, nargs=2, default=None, metavar=("MIN", "MAX"), help=range_help)
+    add(
+        "--tokenizer",
+        type=text_argument,
+        required=True,
+        metavar="FOLDER",
+        help="exported tokenizer, or a hub id (Wan2.2's VAE too)",
+    )
+    add(
+        "--dataset",
+        type=text_argument,
+        required=True,
+        metavar="DATA",
+        help="LeRobot data set, folder of videos or images, or tar shards",
+    )
+    add(
+        "--out",
+        type=text_argument,
+        required=True,
+        metavar="FOLDER",
+        help="where the shards go; an interrupted run resumes",
+    )
+    add("--size", type=parse_size, required=True, metavar="H[xW]", help="pixels frames are resized to")
+    add("--stride", type=whole_number(1, MAX_STRIDE), default=1, help="take every n-th frame (default 1)")
+    add("--offsets", type=whole_number(), nargs="+", default=[0], help="first raw frames to start from (default 0)")
+    add("--cameras", type=text_argument, nargs="+", default=None, help="camera keys (default: all)")
+    add(
+        "--depth-range",
+        type=number(0, 1e9),
+        nargs=2,
+        default=None,
+        metavar=("MIN", "MAX"),
+        help="read depth maps, too: from MIN black to MAX white, in the numbers they store",
+    )
     add("--episodes", **EPISODES)
     add("--dtype", choices=["float32", "float16"], default="float32", help="type on disk")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    add("--batch-size", type=int, default=8, metavar="B", help="videos encoded side by side (default 8)")
-    add("--workers", type=int, default=1, metavar="W", help="decoding threads (default 1)")
-    add("--processes", type=int, default=1, metavar="P", help="processes on this machine, spread over its GPUs")
+    add(
+        "--device", type=text_argument, default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)"
+    )
+    add(
+        "--batch-size",
+        type=whole_number(1, 65_536),
+        default=8,
+        metavar="B",
+        help="videos encoded side by side (default 8)",
+    )
+    add("--workers", type=whole_number(1, MOST_PROCESSES), default=1, metavar="W", help="decoding threads (default 1)")
+    add(
+        "--processes",
+        type=whole_number(1, MOST_PROCESSES),
+        default=1,
+        metavar="P",
+        help="processes on this machine, spread over its GPUs",
+    )
     add("--shard", type=parse_share, metavar="I/N", help="encode one of N shares (a job array); `merge` joins them")
-    add("--cache-folder", default=None, metavar="FOLDER", help="for tar shards: their indices and local copies")
+    add(
+        "--cache-folder",
+        type=text_argument,
+        default=None,
+        metavar="FOLDER",
+        help="for tar shards: their indices and local copies",
+    )
 
 
 def _encode(options: argparse.Namespace) -> None:
@@ -69,7 +114,9 @@ def _encode(options: argparse.Namespace) -> None:
 
 
 def _merge_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder given to encode --shard")
+    parser.add_argument(
+        "--out", type=text_argument, required=True, metavar="FOLDER", help="the folder given to encode --shard"
+    )
 
 
 def _merge(options: argparse.Namespace) -> None:
@@ -81,8 +128,21 @@ def _merge(options: argparse.Namespace) -> None:
 
 def _relabel_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--latents", nargs="+", required=True, metavar="FOLDER", help="latent shards, labelled or not; several folders")
-    add("--dataset", required=True, metavar="DATA", help="the LeRobot data set that they were made from")
+    add(
+        "--latents",
+        type=path_argument,
+        nargs="+",
+        required=True,
+        metavar="FOLDER",
+        help="latent shards, labelled or not; several folders",
+    )
+    add(
+        "--dataset",
+        type=path_argument,
+        required=True,
+        metavar="DATA",
+        help="the LeRobot data set that they were made from",
+    )
 
 
 def _relabel(options: argparse.Namespace) -> None:
@@ -94,9 +154,13 @@ def _relabel(options: argparse.Namespace) -> None:
 
 
 def _decode_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokenizer", required=True, metavar="FOLDER", help="the tokenizer that made the latents")
-    parser.add_argument("--latents", required=True, metavar="FOLDER", help="latent shards written by encode")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="where the .mp4 files go")
+    parser.add_argument(
+        "--tokenizer", type=text_argument, required=True, metavar="FOLDER", help="the tokenizer that made the latents"
+    )
+    parser.add_argument(
+        "--latents", type=path_argument, required=True, metavar="FOLDER", help="latent shards written by encode"
+    )
+    parser.add_argument("--out", type=path_argument, required=True, metavar="FOLDER", help="where the .mp4 files go")
     parser.add_argument("--episodes", **EPISODES)
 
 
@@ -108,8 +172,12 @@ def _decode(options: argparse.Namespace) -> None:
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint written by fit, or a run's folder")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="where config, weights and model card go")
+    parser.add_argument(
+        "--ckpt", type=path_argument, required=True, metavar="FILE", help="checkpoint written by fit, or a run's folder"
+    )
+    parser.add_argument(
+        "--out", type=path_argument, required=True, metavar="FOLDER", help="where config, weights and model card go"
+    )
     parser.add_argument("--raw", action="store_true", help="the last step's weights, not their moving average")
 
 
@@ -121,9 +189,16 @@ def _export(options: argparse.Namespace) -> None:
     print(f"{options.out}: RepViTok {tokenizer.digest()[:16]}")
 
 
-def _size(text: str) -> tuple[int, int]:
-    """ "64" -> (64, 64), "96x128" -> (96, 128)."""
-    parts = text.lower().split("x")
-    if not all(part.isdigit() for part in parts) or len(parts) > 2:
-        raise argparse.ArgumentTypeError(f"expected a size like 64 or 96x128 (height x width), got {text!r}")
-    return int(parts[0]), int(parts[-1])
+COMMANDS = (
+    *training_commands(STAGE),
+    Command("encode", "a data set to latent shards", _encode, _encode_arguments),
+    Command("merge", "the parts of a job array of encode to one folder of shards", _merge, _merge_arguments),
+    Command("decode", "latent shards back to video files", _decode, _decode_arguments),
+    Command("export", "a checkpoint to the folder that from_pretrained loads", _export, _export_arguments),
+)
+
+
+@run_cli
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns its exit code: 0 done, 2 a mistake in what was given, 130 Ctrl-C."""
+    return run_commands("repvitok", "repvitok", __doc__ or "", COMMANDS, argv)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+from repvitok.data.split import parse_episodes
 from repvitok.errors import UserError
 
 
@@ -110,7 +113,7 @@ def run_commands(
     raw = {command.name: command for command in commands if isinstance(command, RawCommand)}
     if arguments and arguments[0] in raw:
         return raw[arguments[0]].run(arguments[1:]) or 0
-    parser = _parser(program, distribution, description, commands)
+    parser = command_parser(program, distribution, description, commands)
     parsed = parser.parse_args(arguments)
     if parsed.verb is None:
         parser.print_help()
@@ -125,10 +128,12 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
-def _parser(
+def command_parser(
     program: str, distribution: str, description: str, commands: Sequence[Command | RawCommand]
 ) -> argparse.ArgumentParser:
-    parser = _Parser(prog=program, description=description)
+    """The parser of a command line: a subparser for each verb, with the verb's options."""
+    epilog = "--debug, with any verb: the traceback of an error, above its one line"
+    parser = _Parser(prog=program, description=description, epilog=epilog)
     parser.add_argument("--version", action="version", version=f"{program} {version(distribution)}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
     for command in commands:
@@ -139,6 +144,60 @@ def _parser(
     return parser
 
 
+MANY = 10**9
+"""The largest number that an option takes where no smaller bound is due: what is counted here is never more."""
+MAX_SIDE = 8192
+"""Pixels of a picture's side."""
+SEEDS = 2**63 - 1
+"""The largest seed that all generators take."""
+
+
+def whole_number(least: int = 0, most: int = MANY) -> Callable[[str], int]:
+    """The argument type of a whole number from `least` to `most`."""
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most}, got {value}")
+        return value
+
+    return convert
+
+
+def number(
+    least: float | int, most: float | int, *, above: bool = False, below: bool = False
+) -> Callable[[str], float]:
+    """The argument type of a number from `least` to `most`; `above` and `below` leave the ends themselves out."""
+
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+        inside = (least < value if above else least <= value) and (value < most if below else value <= most)
+        if not (math.isfinite(value) and inside):
+            ends = f"{'above' if above else 'from'} {least:g} {'and below' if below else 'to'} {most:g}"
+            raise argparse.ArgumentTypeError(f"expected a number {ends}, got {text}")
+        return value
+
+    return convert
+
+
+def text_argument(text: str) -> str:
+    """The argument type of a name that must say something: not empty, no blanks alone."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected a name, got nothing; an unset variable of the shell?")
+    return text
+
+
+def path_argument(text: str) -> Path:
+    """The argument type of a file or folder: an empty one would be the current folder, which nobody means by it."""
+    return Path(text_argument(text))
+
+
 def parse_share(text: str) -> tuple[int, int]:
     """The argument type of `--shard i/n`: "2/8" -> (2, 8), the third of eight shares.
 
@@ -146,7 +205,8 @@ def parse_share(text: str) -> tuple[int, int]:
         argparse.ArgumentTypeError: not two whole numbers with i below n; argparse adds the option's name.
     """
     index, _, shares = text.partition("/")
-    if not (index.isdecimal() and shares.isdecimal() and int(index) < int(shares)):
+    both = index.isascii() and index.isdecimal() and shares.isascii() and shares.isdecimal()
+    if not (both and len(text) <= 16 and int(index) < int(shares)):
         raise argparse.ArgumentTypeError(f"expected I/N with 0 <= I < N, for example 0/8, got {text!r}")
     return int(index), int(shares)
 
@@ -157,10 +217,8 @@ def parse_held_out(text: str) -> float | str:
     Raises:
         argparse.ArgumentTypeError: neither; argparse adds the option's name.
     """
-    from repvitok.data.split import parse_episodes
-
     with suppress(ValueError):
-        if (share := float(text)) < 1:
+        if 0 <= (share := float(text)) < 1:
             return share
     try:
         parse_episodes(text)
@@ -169,7 +227,36 @@ def parse_held_out(text: str) -> float | str:
     return text
 
 
+def parse_size(text: str) -> tuple[int, int]:
+    """The argument type of `--size`: "64" -> (64, 64), "96x128" -> (96, 128), height and width in pixels.
+
+    Raises:
+        argparse.ArgumentTypeError: something else, or a side that no picture has.
+    """
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isascii() and part.isdecimal() and len(part) <= 5 for part in parts):
+        raise argparse.ArgumentTypeError(f"expected a size like 64 or 96x128 (height x width), got {text!r}")
+    height, width = int(parts[0]), int(parts[-1])
+    if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
+        raise argparse.ArgumentTypeError(f"expected sides of 1 to {MAX_SIDE} pixels, got {text!r}")
+    return height, width
+
+
+def episodes_argument(text: str) -> str:
+    """The argument type of one of `--episodes`: numbers and ranges of them, which only a data set can look up.
+
+    Raises:
+        argparse.ArgumentTypeError: something else.
+    """
+    try:
+        parse_episodes(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
 EPISODES: dict[str, Any] = {
+    "type": episodes_argument,
     "nargs": "+",
     "metavar": "N",
     "help": "their numbers in the data set, and ranges of them: 0-9,12 (default: all)",

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
+
+from repvitok.documents import MAX_PARAMETERS, Above0, Layers, Size, check_fields, parse
 from repvitok.errors import UserError
 
 
@@ -31,16 +34,16 @@ class RepViTokConfig:
             language models' 10,000 would leave most pairs unturned over the 16 to 32 tokens of an axis.
     """
 
-    patch_size: int = 16
-    tubelet_frames: int = 4
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    mlp_ratio: float = 4.0
-    latent_dim: int = 96
-    window: int | None = None
-    episode_window: int = 5
-    rope_base: float = 100.0
+    patch_size: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 16
+    tubelet_frames: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 4
+    width: Size = 768
+    depth: Layers = 12
+    heads: Size = 12
+    mlp_ratio: Above0 = 4.0
+    latent_dim: Size = 96
+    window: Size | None = None
+    episode_window: Size = 5
+    rope_base: Annotated[float, msgspec.Meta(gt=1)] = 100.0
 
     def __post_init__(self) -> None:
         """Reject what no model can be built from.
@@ -48,19 +51,16 @@ class RepViTokConfig:
         Raises:
             ValueError: a field is out of its range; says the range and what came.
         """
-        positive = ("patch_size", "tubelet_frames", "width", "depth", "heads", "latent_dim", "episode_window")
-        for name in positive:
-            _require_positive_int(name, getattr(self, name))
-        if self.window is not None:
-            _require_positive_int("window", self.window)
-        if not self.mlp_ratio > 0:
-            raise UserError(f"mlp_ratio must be positive, got {self.mlp_ratio!r}")
-        if not self.rope_base > 1:
-            raise UserError(f"rope_base must be greater than 1, got {self.rope_base!r}")
+        check_fields(self)
         if self.width % self.heads or self.head_dim % 2 or self.head_dim < 6:
             raise UserError(
                 f"width / heads must be even and at least 6 (rotary pairs on three axes), got width {self.width} and "
                 f"heads {self.heads}; for example width 128 with heads 4"
+            )
+        parameters = 2 * self.depth * self.width**2 * (4 + 2 * self.mlp_ratio)
+        if parameters > MAX_PARAMETERS:
+            raise UserError(
+                f"depth {self.depth} of width {self.width}: {parameters:.0e} parameters, more than any model"
             )
 
     @property
@@ -84,24 +84,5 @@ class RepViTokConfig:
         Raises:
             ValueError: a key is unknown or missing, or a value is out of its range.
         """
-        return cls(**require_exact_keys(values, {field.name for field in fields(cls)}, "RepViTokConfig"))
-
-
-def require_exact_keys(values: Mapping[str, Any], expected: set[str], what: str) -> dict[str, Any]:
-    """`values` as a dict, if its keys are exactly `expected`.
-
-    Raises:
-        ValueError: names the unknown and the missing keys.
-    """
-    unknown, missing = sorted(set(values) - expected), sorted(expected - set(values))
-    if unknown or missing:
-        raise UserError(
-            f"{what}: unknown keys {unknown}, missing keys {missing}; expected exactly {sorted(expected)}. "
-            "Was it written by another version?"
-        )
-    return dict(values)
-
-
-def _require_positive_int(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{name} must be a whole number of at least 1, got {value!r}")
+        parse(values, cls, cls.__name__, required=[field.name for field in fields(cls)])
+        return cls(**values)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
+import msgspec
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
+
+from repvitok.documents import Above0, Count, Decay, From0, check_fields
 
 
 @dataclass(frozen=True)
@@ -17,13 +21,16 @@ class AdversarySettings:
     The paper gives only the weight of L_gan. `start_step` lets the tokenizer learn coarse frames first.
     """
 
-    start_step: int = 10_000
-    width: int = 64
-    layers: int = 3
-    lecam: float = 1e-3
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.5, 0.9)
-    warmup_steps: int = 1000
+    start_step: Count = 10_000
+    width: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 64
+    layers: Annotated[int, msgspec.Meta(ge=1, le=16)] = 3
+    lecam: From0 = 1e-3
+    lr: Above0 = 1e-4
+    betas: tuple[Decay, Decay] = (0.5, 0.9)
+    warmup_steps: Count = 1000
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 class VideoPatchDiscriminator(nn.Module):

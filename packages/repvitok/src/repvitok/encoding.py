@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import time
@@ -37,6 +36,7 @@ from repvitok.data.shards import (
 )
 from repvitok.data.split import EpisodeNumbers, left_out
 from repvitok.data.transforms import resize_frames, to_unit
+from repvitok.documents import read_json
 from repvitok.encoding_plan import (
     EncodingPlan,
     EpisodeReader,
@@ -115,8 +115,9 @@ def encode_dataset(
             writing it.
     """
     out = Path(out)
-    if workers < 1:
-        raise UserError(f"workers must be 1 or more, got {workers}")
+    for name, value in (("workers", workers), ("batch_size", batch_size)):
+        if value < 1:
+            raise UserError(f"{name} must be 1 or more, got {value}")
     plan = make_plan(tok, reader, size, stride, offsets, cameras, dtype, episodes)
     asked = infos_of(reader, episodes)
     everything = long_enough(asked, plan.offsets)
@@ -239,7 +240,7 @@ def _open_work_folder(target: Path, plan: EncodingPlan) -> Path:
     work = target / ".work"
     path = work / "plan.json"
     if path.is_file():
-        plan.require_same(json.loads(path.read_text(encoding="utf-8")), target)
+        plan.require_same(read_json(path, dict[str, Any]), target)
     else:
         write_json_atomic(path, plan.to_dict())
     return work

@@ -14,9 +14,10 @@ import torch
 from repvitok.baselines import load_tokenizer
 from repvitok.data.contents import describe_contents
 from repvitok.data.episodes import open_episodes
+from repvitok.devices import find_device
 from repvitok.encoding import encode_dataset
 from repvitok.encoding_plan import EpisodeReader, Share, choose_cameras, infos_of, share_of_episodes
-from repvitok.errors import UserError, run_cli
+from repvitok.errors import MOST_PROCESSES, UserError, run_cli
 from repvitok.merging import merge_latents
 
 
@@ -52,7 +53,7 @@ class EncodingJob:
         if announce:
             self.announce(reader, shard)
         tokenizer: Any = load_tokenizer(self.tokenizer)
-        tokenizer.to(_device(self.device, process))
+        tokenizer.to(find_device(self.device, process))
         encode_dataset(tokenizer, reader, self.out, shard=shard, report=print, **self.settings)
 
     def announce(self, reader: EpisodeReader, shard: Share | None = None) -> None:
@@ -73,8 +74,8 @@ def run_job(job: EncodingJob, *, shard: Share | None = None, processes: int = 1)
     Raises:
         UserError: the number of processes is not positive, or one of them failed; it has said why.
     """
-    if processes < 1:
-        raise UserError(f"--processes: expected 1 or more, got {processes}")
+    if not 1 <= processes <= MOST_PROCESSES:
+        raise UserError(f"--processes: expected 1 to {MOST_PROCESSES} on this machine, got {processes}")
     if processes == 1:
         job.run(shard)
         return
@@ -106,22 +107,3 @@ def _run_share(job: EncodingJob, shard: Share, number: int, processes: int) -> N
     """One process: its part of the cores, errors in one line."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     sys.exit(run_cli(lambda _: job.run(shard, number, announce=False))([]))
-
-
-def _device(name: str, process: int) -> torch.device:
-    """The device for a process: "auto" and "cuda" are spread over the GPUs.
-
-    Raises:
-        UserError: no such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device: expected cpu, cuda, cuda:1, ..., got {name!r}") from error
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(f"--device {name}: this machine has no CUDA device; use cpu")
-        return torch.device("cuda", process % torch.cuda.device_count() if device.index is None else device.index)
-    return device

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import errno
 import functools
-import logging
+import os
+import re
 import shutil
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-
-log = logging.getLogger(__name__)
 
 CommandMain = Callable[[Sequence[str] | None], int]
 
-_PATH_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+_DEBUG: ContextVar[bool] = ContextVar("debug", default=False)
+"""Whether a user's errors show their traceback, too: `--debug`, for a command and all commands that it calls."""
+
+MOST_PROCESSES = max(64, 8 * (os.cpu_count() or 1))
+"""As many processes or threads as may be asked for; more than a few per core only wait for each other."""
+
+_IN_A_WORKER = re.compile(r"^Caught \w+ in .*? process \S+\s.*^(?:[\w.]+\.)?\w+: (.*)$", re.DOTALL | re.MULTILINE)
 
 
 class UserError(ValueError):
@@ -57,19 +63,24 @@ def run_cli(main: Callable[[Sequence[str] | None], int | None]) -> CommandMain:
 
     The wrapped function returns the exit code and never raises for what a user can cause, so that it can be
     both a console script and a function called many times in one process. Exit codes: what `main` returned
-    (None is 0); 2 for `ValueError` (hence `UserError`), for a path that is missing or of the wrong kind, and
-    for a full disk; 130 for Ctrl-C and 143 for SIGTERM, after cleaning up; argparse's own code where argparse ended
-    the command. Any other exception is a bug and keeps its traceback.
+    (None is 0); 2 for `UserError` and for whatever the operating system refuses (`OSError`: files, disks, ports,
+    hosts); 130 for Ctrl-C and 143 for SIGTERM, after cleaning up; argparse's own code where argparse ended the
+    command. Any other exception is a bug and keeps its traceback, a plain `ValueError` too. `--debug` among the
+    arguments shows the traceback of every error.
 
     Args:
-        main: the command, taking the arguments without the program's name (None: `sys.argv[1:]`).
+        main: the command, taking the arguments without the program's name (None: `sys.argv[1:]`) and `--debug`.
     """
 
     @functools.wraps(main)
     def command(argv: Sequence[str] | None = None) -> int:
+        given = list(sys.argv[1:] if argv is None else argv)
+        arguments = [argument for argument in given if argument != "--debug"]
+        debug = _DEBUG.set(_DEBUG.get() or len(arguments) < len(given))
         try:
+            _require_text(arguments)
             with sigterm_raises():
-                return main(argv) or 0
+                return main(arguments) or 0
         except SystemExit as ended:
             return _exit_code(ended)
         except Terminated:
@@ -78,21 +89,36 @@ def run_cli(main: Callable[[Sequence[str] | None], int | None]) -> CommandMain:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
-        except (ValueError, *_PATH_ERRORS) as error:
-            return _report(error)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
+        except (UserError, OSError) as error:
+            return _report(error, str(error))
+        except UnicodeEncodeError as error:
+            if not any("\udc80" <= letter <= "\udcff" for letter in error.object[error.start : error.end]):
                 raise
-            return _report(error)
+            return _report(error, f"the name of a file is not UTF-8 text: {error.object!r}; rename it")
+        finally:
+            _DEBUG.reset(debug)
 
     return command
 
 
-def _report(error: BaseException) -> int:
-    """Print `error` on one line of stderr and return exit code 2; its traceback goes to the debug log."""
-    log.debug("the command failed", exc_info=error)
-    message = " ".join(str(error).split()) or type(error).__name__
-    print(f"error: {message}", file=sys.stderr)
+def _require_text(arguments: Sequence[str]) -> None:
+    """Refuses arguments with bytes that are no text: neither JSON nor the libraries below take them as file names."""
+    for argument in arguments:
+        if "\0" in argument or any("\ud800" <= letter <= "\udfff" for letter in argument):
+            raise UserError(f"expected arguments of UTF-8 text, got {argument!r}; rename the file")
+
+
+def one_line(message: str) -> str:
+    """A message without line breaks; of an error that a worker process passed on, what the worker said itself."""
+    passed_on = _IN_A_WORKER.match(message)
+    return " ".join((passed_on.group(1) if passed_on else message).split())
+
+
+def _report(error: BaseException, message: str) -> int:
+    """Print an error on one line of stderr, its traceback above it with `--debug`, and return exit code 2."""
+    if _DEBUG.get():
+        traceback.print_exception(error)
+    print(f"error: {one_line(message) or type(error).__name__}", file=sys.stderr)
     return 2
 
 
@@ -123,6 +149,14 @@ def require_disk_space(path: str | Path, size_bytes: int, what: str) -> None:
     free = shutil.disk_usage(place).free
     if free < size_bytes:
         raise UserError(
-            f"{what}: about {size_bytes / 1e9:.2f} GB are needed in {path}, and {free / 1e9:.2f} GB are free on "
+            f"{what}: about {told_bytes(size_bytes)} are needed in {path}, and {told_bytes(free)} are free on "
             f"the disk of {place}; free some space or choose another output folder"
         )
+
+
+def told_bytes(size_bytes: float | int) -> str:
+    """A size for a message, in the unit that fits it: "812 bytes", "4.1 MB"."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size_bytes >= size:
+            return f"{size_bytes / size:.1f} {unit}"
+    return f"{size_bytes:.0f} bytes"

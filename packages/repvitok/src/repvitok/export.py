@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from repvitok.checkpointing import read_checkpoint
+from repvitok.checkpointing import load_trained, read_checkpoint, read_section
 from repvitok.config import RepViTokConfig
-from repvitok.ema import ExponentialMovingAverage
 from repvitok.errors import UserError
 from repvitok.model import RepViTok
 
@@ -31,23 +29,19 @@ def tokenizer_from_checkpoint(path: str | Path, averaged: bool = True) -> RepViT
         raise UserError(
             f"{path} was not written by `repvitok fit`: it holds no RepViTok (keys {sorted(checkpoint)[:8]})"
         )
-    stored: dict[str, Any] = checkpoint[CHECKPOINT_KEY]
+    where = str(path)
+    config = RepViTokConfig.from_dict(dict(read_section(checkpoint, where, CHECKPOINT_KEY, "config")))
     with torch.device("meta"):
-        tokenizer = RepViTok(RepViTokConfig.from_dict(stored["config"]))
-    prefix = "tokenizer."
-    weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    tokenizer.load_state_dict(weights, strict=True, assign=True)
-    if averaged:
-        average = ExponentialMovingAverage(tokenizer)
-        average.load_state_dict(stored["ema"])
-        average.copy_to(tokenizer)
+        tokenizer = RepViTok(config)
+    average = read_section(checkpoint, where, CHECKPOINT_KEY, "ema", "average") if averaged else None
+    load_trained(tokenizer, read_section(checkpoint, where, "state_dict"), "tokenizer.", average, where)
     return tokenizer.eval()
 
 
 def export_checkpoint(path: str | Path, out: str | Path, averaged: bool = True) -> RepViTok:
     """Writes config.json, model.safetensors and a model card README.md into `out`; returns the tokenizer."""
     tokenizer = tokenizer_from_checkpoint(path, averaged)
-    steps = int(read_checkpoint(path, mmap=True).get("global_step", 0))
+    steps = int(read_checkpoint(path, mmap=True).get("global_step") or 0)
     tokenizer.save_pretrained(out, readme=model_card(tokenizer, steps, averaged))
     return tokenizer
 

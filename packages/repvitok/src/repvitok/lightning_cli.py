@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import signal
@@ -14,7 +15,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from jsonargparse import ArgumentError
+import yaml
+from jsonargparse import ArgumentError, get_loader, set_loader
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -24,9 +26,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from repvitok.callbacks import AtomicCheckpointIO, CurveLogger, SaveLast, StageProgress, TrainingInterrupted
-from repvitok.checkpointing import Found, find_checkpoint, read_checkpoint, warn_of_damaged
+from repvitok.checkpointing import Found, find_checkpoint, is_sharded, read_checkpoint, warn_of_damaged
 from repvitok.commands import TrainingStage, import_object
-from repvitok.errors import UserError
+from repvitok.documents import refuse_yaml_bomb
+from repvitok.errors import UserError, one_line
 from repvitok.files import write_text_atomic
 from repvitok.predictions import PredictionFiles
 
@@ -44,6 +47,23 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 """Trainer arguments of every stage: checkpoints and progress are our callbacks, data modules split over ranks."""
 
+_PRECISIONS = ("32-true", "32", 32, "16-mixed", "16", 16, "bf16-mixed", "bf16")
+"""Weights are float32 in all of them: averages, Muon's moments and what is exported are made for that."""
+_LEAST: dict[str, float] = {
+    "accumulate_grad_batches": 1,
+    "check_val_every_n_epoch": 1,
+    "gradient_clip_val": 0,
+    "limit_predict_batches": 0,
+    "limit_test_batches": 0,
+    "limit_train_batches": 0,
+    "limit_val_batches": 0,
+    "log_every_n_steps": 1,
+    "num_nodes": 1,
+    "reload_dataloaders_every_n_epochs": 0,
+}
+"""Smallest values of Trainer arguments, where Lightning checks none."""
+_RESUMED = ("global_step", "loops", "lr_schedulers", "optimizer_states", "state_dict")
+"""Sections of a checkpoint without which a run would start anew or on other terms, and Lightning say nothing."""
 _ENVIRONMENT = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
 _LOGGERS = ("lightning.pytorch", "lightning.fabric", "lightning", "pytorch_lightning")
 
@@ -63,20 +83,33 @@ def run_lightning(verb: str, argv: list[str], stage: TrainingStage) -> int:
         SIGUSR1.
 
     Raises:
-        UserError: for a configuration that cannot be parsed or built, and any ValueError of the run.
+        UserError: for a configuration that cannot be parsed or built, and what Lightning refuses.
         KeyboardInterrupt: when Ctrl-C ended training after its state was saved.
     """
     with isolate_rng(), _quiet(), _environment_kept():
         try:
             _stage_cli(verb, stage)(argv)
-        except (ArgumentError, MisconfigurationException, ValueError) as error:
-            raise UserError(_one_line(error)) from error
         except TrainingInterrupted as error:
             if rank_zero_only.rank == 0:
                 print(error, file=sys.stderr)
             if error.signal_number == signal.SIGINT:
                 raise KeyboardInterrupt(str(error)) from error
             return 128 + error.signal_number
+        except UserError:
+            raise
+        except (
+            ArgumentError,
+            MisconfigurationException,
+            RuntimeError,
+            ValueError,
+            TypeError,
+            LookupError,
+            AttributeError,
+        ) as error:
+            told = _told(error)
+            if told is None:
+                raise
+            raise UserError(told) from error
         except SystemExit as ended:
             if isinstance(ended.__context__, KeyboardInterrupt):  # how Lightning ends on Ctrl-C outside of a step
                 raise type(ended.__context__) from ended
@@ -106,7 +139,17 @@ def parse_recipe(verb: str, recipes: list[str], stage: TrainingStage, overrides:
         except _Parsed as parsed:
             return parsed.config[verb]
         except (ArgumentError, MisconfigurationException) as error:
-            raise UserError(_one_line(error)) from error
+            raise UserError(_component(error)) from error
+
+
+def _load_yaml(text: str) -> Any:
+    """jsonargparse's own loader, behind a look at the anchors; its refusals are jsonargparse's."""
+    refuse_yaml_bomb(text, "recipe")
+    return get_loader("yaml")(text)
+
+
+_YAML = "bounded_yaml"
+set_loader(_YAML, _load_yaml, exceptions=(yaml.YAMLError,))
 
 
 class WholeConfig(SaveConfigCallback):
@@ -128,6 +171,7 @@ class StageCLI(LightningCLI):
     def __init__(self, argv: list[str]) -> None:
         """Parses `argv` (without the verb), builds everything and runs the verb."""
         trainer_defaults = TRAINER_DEFAULTS | {"default_root_dir": str(Path("runs") / self.stage.name)}
+        options = {"parser_mode": _YAML, "exit_on_error": False}
         super().__init__(
             import_object(self.stage.module),
             import_object(self.stage.data) if self.stage.data else None,
@@ -135,7 +179,7 @@ class StageCLI(LightningCLI):
             save_config_kwargs={"save_to_log_dir": False},
             trainer_defaults=trainer_defaults | self.stage.trainer_defaults,
             seed_everything_default=0,
-            parser_kwargs={"exit_on_error": False, self.verb: {"exit_on_error": False}},
+            parser_kwargs={"parser_mode": _YAML, "exit_on_error": False, self.verb: options},
             subclass_mode_data=self.stage.subclass_data,
             auto_configure_optimizers=False,
             args=[self.verb, *argv],
@@ -172,8 +216,21 @@ class StageCLI(LightningCLI):
                 self._tell(folder, found)
             self.damaged = found.damaged if found else {}
             options["ckpt_path"] = str(found.path) if found else None
-        elif wanted is not None:
-            read_checkpoint(wanted, mmap=True)
+        if options.get("ckpt_path") is not None:
+            self._check_sections(options["ckpt_path"])
+
+    def _check_sections(self, path: str) -> None:
+        """Refuses a checkpoint that lacks what this verb takes from it; Lightning passes over most of it in silence."""
+        checkpoint = read_checkpoint(path, mmap=True)
+        needed = _RESUMED if self.verb == "fit" else ("state_dict",)
+        if is_sharded(path):
+            needed = [name for name in needed if name not in ("state_dict", "optimizer_states")]
+        lacking = [name for name in needed if checkpoint.get(name) is None]
+        if lacking:
+            raise UserError(
+                f"{path} is damaged or of another program: it lacks {', '.join(lacking)}; give another checkpoint, or "
+                "start anew without --ckpt_path"
+            )
 
     def _tell(self, folder: Path, found: Found | None) -> None:
         """Says on stderr where a run begins."""
@@ -205,7 +262,12 @@ class StageCLI(LightningCLI):
             kwargs["plugins"].append(SLURMEnvironment(auto_requeue=False))
         if configured.get("logger") is None:
             kwargs["logger"] = CurveLogger(configured.default_root_dir)
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except UserError:
+            raise
+        except (MisconfigurationException, ValueError, TypeError, RuntimeError, LookupError, ArithmeticError) as error:
+            raise UserError(f"trainer: {one_line(str(error))}") from error
         for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
             if isinstance(callback, SaveLast) and self.verb == "fit":
                 callback.damaged = dict(self.damaged)
@@ -214,7 +276,8 @@ class StageCLI(LightningCLI):
         return trainer
 
     def before_instantiate_classes(self) -> None:
-        """Predictions are on disk, so they need not pile up in memory."""
+        """Checks the trainer's numbers before anything is built; predictions are on disk and need no memory."""
+        _check_trainer(self.config[self.verb].trainer)
         if self.verb == "predict":
             self.config[self.verb]["return_predictions"] = False
 
@@ -242,12 +305,52 @@ def _stage_cli(verb: str, stage: TrainingStage, base: type[StageCLI] = StageCLI)
     return type("StageCLI", (base,), {"verb": verb, "stage": stage, "subcommands": staticmethod(lambda: only)})
 
 
-def _one_line(error: BaseException) -> str:
+def _check_trainer(options: Any) -> None:
+    """Refuses Trainer arguments that Lightning would divide by, take for something else, or never stop at."""
+    for name, least in _LEAST.items():
+        value = options.get(name)
+        if isinstance(value, int | float) and not (math.isfinite(value) and value >= least):
+            raise UserError(f"trainer.{name}: expected a number of at least {least:g}, got {value}")
+    interval = options.get("val_check_interval")
+    if isinstance(interval, int | float) and not (math.isfinite(interval) and interval > 0):
+        raise UserError(f"trainer.val_check_interval: expected a number above 0, got {interval}")
+    if options.get("precision") is not None and options.get("precision") not in _PRECISIONS:
+        raise UserError(
+            f"trainer.precision: expected 32-true, 16-mixed or bf16-mixed, got {options.get('precision')}: weights, "
+            "their averages and Muon's moments are kept in float32"
+        )
+
+
+def _told(error: BaseException) -> str | None:
+    """What an error of Lightning or jsonargparse says of the configuration or checkpoint; None for a bug of ours."""
+    if isinstance(error, ArgumentError | MisconfigurationException):
+        return _component(error)
+    modules = _modules(error)
+    if "lightning.pytorch.trainer.connectors.checkpoint_connector" in modules:
+        reason = f"{type(error).__name__}: {one_line(str(error))[:200]}"
+        return (
+            f"the checkpoint is damaged, or not of this recipe ({reason}); give another one, or the run's config.yaml"
+        )
+    if isinstance(error, ValueError | TypeError) and modules[-1].partition(".")[0] in ("jsonargparse", "lightning"):
+        return _component(error)
+    return None
+
+
+def _modules(error: BaseException) -> list[str]:
+    """Names of the modules that an error came through, where it arose last."""
+    frames, trace = [], error.__traceback__
+    while trace is not None:
+        frames.append(trace.tb_frame.f_globals.get("__name__", ""))
+        trace = trace.tb_next
+    return frames
+
+
+def _component(error: BaseException) -> str:
     """The message on one line; of an optional component that could not be built, only its own error.
 
     jsonargparse reports `PerceptualLoss | None` as "... Errors: - what PerceptualLoss said - Expected a NoneType ...".
     """
-    text = " ".join(str(error).split())
+    text = one_line(str(error))
     component = re.search(r"Errors: - (.+?) - Expected a <class 'NoneType'>", text)
     return component.group(1) if component else text
 

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
+from repvitok.documents import From0, check_fields
 from repvitok.errors import UserError
 
 LPIPS_BACKBONE_FILES = {
@@ -25,18 +26,16 @@ LPIPS_BACKBONE_FILES = {
 class LossWeights:
     """Weights of the losses; a loss with weight 0 is not computed. Defaults: RepWAM Eq. 1-2."""
 
-    l1: float = 1.0
-    l2: float = 0.0
-    gradient: float = 0.0
-    perceptual: float = 1.0
-    gan: float = 0.1
-    align: float = 1.0
+    l1: From0 = 1.0
+    l2: From0 = 0.0
+    gradient: From0 = 0.0
+    perceptual: From0 = 1.0
+    gan: From0 = 0.1
+    align: From0 = 1.0
 
     def __post_init__(self) -> None:
         """Refuses negative weights, and a training without any reconstruction loss."""
-        for name, value in vars(self).items():
-            if value < 0:
-                raise UserError(f"expected loss weights >= 0, got {name}={value}")
+        check_fields(self)
         if self.l1 + self.l2 == 0:
             raise UserError("expected l1 or l2 above 0: without a reconstruction loss there is no tokenizer")
 

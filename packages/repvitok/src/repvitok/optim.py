@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR
 
+from repvitok.documents import Above0, Count, Decay, From0, Share, check_fields
 from repvitok.errors import UserError
 from repvitok.sharded import DTensor, local, orthogonalize_rows, row_group
 
@@ -248,15 +249,18 @@ class OptimizerSettings:
     """What a recipe says about optimisation; fields as in `build_optimizer` and `warmup_cosine`."""
 
     name: OptimizerName = "muon"
-    lr: float = 1e-2
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    muon_momentum: float = 0.95
-    adamw_lr: float | None = 1e-3
+    lr: Above0 = 1e-2
+    weight_decay: From0 = 0.01
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    eps: Above0 = 1e-8
+    muon_momentum: Decay = 0.95
+    adamw_lr: Above0 | None = 1e-3
     newton_schulz_dtype: NewtonSchulzDtype = "bfloat16"
-    warmup_steps: int = 1000
-    lr_floor: float = 0.0
+    warmup_steps: Count = 1000
+    lr_floor: Share = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def build(self, module: nn.Module, total_steps: int) -> tuple[MuonAdamW, LambdaLR]:
         """The optimizer of a module's trainable parameters, and its schedule over `total_steps` steps."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import shutil
 from collections.abc import Mapping
@@ -21,14 +22,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from repvitok.documents import load_json
 from repvitok.errors import UserError
 from repvitok.files import atomic_folder, kind_in_words, kind_of, readable, refuse_foreign
+from repvitok.finite import first_not_finite
+
+log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 README_FILE = "README.md"
 MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, README_FILE)
 """All that a model folder holds."""
+HUB = "hf://"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 Model = TypeVar("Model", bound="PretrainedModel")  # beartype cannot check typing.Self on a lone method
@@ -71,6 +77,10 @@ class PretrainedModel(nn.Module):
             UserError: the folder holds something else, another process is writing it, or it cannot be written.
         """
         folder = Path(folder)
+        if (bad := first_not_finite(self.state_dict())) is not None:
+            raise UserError(
+                f"{folder}: weight {bad} is not finite; training has diverged: export an earlier checkpoint"
+            )
         refuse_another_model(folder, self.format)
         with atomic_folder(folder, (CONFIG_FILE, WEIGHTS_FILE)) as fresh:
             self.write_into(fresh)
@@ -94,8 +104,8 @@ class PretrainedModel(nn.Module):
         """The model stored in a folder, or under a Hugging Face hub id, on the CPU, in evaluation mode.
 
         Args:
-            source: a folder, or a string "owner/name" where no such folder exists. A `Path` never asks the
-                hub.
+            source: a folder, or a string that names a model on the hub, see `hub_id`. A `Path` never asks
+                the hub.
             revision: branch, tag or commit on the hub.
 
         Raises:
@@ -107,7 +117,7 @@ class PretrainedModel(nn.Module):
         stored = read_config(folder, cls.format, cls.format_version)
         try:
             config = cls.config_class.from_dict(stored["config"])
-        except (TypeError, ValueError) as error:
+        except UserError as error:
             raise UserError(f"{folder / CONFIG_FILE}: {error}") from error
         with torch.device("meta"):
             model = cls(config)
@@ -147,19 +157,38 @@ def config_sha256(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
+def hub_id(source: str | Path) -> str | None:
+    """The "owner/name" that a string names on the Hugging Face hub; None for a path of this machine.
+
+    "hf://owner/name" always is one. A bare "owner/name" is one only where no folder "owner" exists here: a typing
+    mistake in a local path, "runs/tokenzier", is never asked of the hub, where a stranger could own that name. Longer
+    paths, and those that begin with a dot, a slash or a tilde, never are.
+
+    Raises:
+        UserError: "hf://" with something else behind it.
+    """
+    if not isinstance(source, str):
+        return None
+    if source.startswith(HUB):
+        if not _HUB_ID.fullmatch(name := source.removeprefix(HUB)):
+            raise UserError(f"expected {HUB}owner/name, got {source!r}")
+        return name
+    return source if _HUB_ID.fullmatch(source) and not Path(source).parent.exists() else None
+
+
 def find_folder(source: str | Path, files: tuple[str, ...], revision: str | None = None) -> Path:
-    """The local folder of a stored model; a string "owner/name" that is no folder is fetched from the hub.
+    """The local folder of a stored model; what `hub_id` takes for a name on the hub is fetched from there.
 
     Raises:
         FileNotFoundError: neither a folder nor obtainable from the hub, or a file is missing in it.
     """
     folder = Path(source)
-    if not folder.exists() and isinstance(source, str) and _HUB_ID.fullmatch(source):
-        folder = _download(source, files, revision)
+    if (name := hub_id(source)) is not None:
+        folder = _download(name, files, revision)
     if not folder.is_dir():
         kind = "is a file" if folder.exists() else "does not exist"
         raise FileNotFoundError(
-            f"{source} {kind}; expected a folder with {' and '.join(files)}, or a hub id owner/name"
+            f"{source} {kind}; expected a folder with {' and '.join(files)}, or a model of the hub, {HUB}owner/name"
         )
     folder = readable(folder)
     for name in files:
@@ -176,10 +205,7 @@ def read_config(folder: Path, expected_format: str, expected_version: int) -> di
             version.
     """
     path = folder / CONFIG_FILE
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
+    stored = load_json(path)
     if not isinstance(stored, dict) or "format" not in stored:
         raise UserError(f'{path}: expected a JSON object with "format": "{expected_format}"; it names no format')
     if stored["format"] != expected_format:
@@ -194,8 +220,44 @@ def read_config(folder: Path, expected_format: str, expected_version: int) -> di
     return stored
 
 
+def load_weights(model: nn.Module, tensors: Mapping[str, Any], where: str) -> None:
+    """Gives a model its weights: names and shapes exactly the model's, every number finite.
+
+    Args:
+        model: on any device, also "meta"; its parameters become these tensors.
+        tensors: by name. Of another floating type they are converted, which is logged; whole numbers are refused.
+        where: the file, for messages.
+
+    Raises:
+        UserError: names what is missing, unexpected, of another shape or type, or not finite.
+    """
+    model.load_state_dict(fitted_weights(tensors, model.state_dict(), where), strict=True, assign=True)
+
+
+def fitted_weights(tensors: Mapping[str, Any], expected: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The tensors in the types of `expected`; arguments and errors as of `load_weights`."""
+    if strange := [str(name) for name, value in tensors.items() if not isinstance(value, Tensor)]:
+        raise UserError(f"{where}: expected tensors, got something else under {_some(strange)}")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    _require_same_tensors(where, shapes, {name: tuple(tensor.shape) for name, tensor in expected.items()})
+    other = [name for name, tensor in tensors.items() if tensor.dtype != expected[name].dtype]
+    if wrong := [
+        name for name in other if not (tensors[name].is_floating_point() and expected[name].is_floating_point())
+    ]:
+        first = wrong[0]
+        raise UserError(
+            f"{where}: {first} is of {tensors[first].dtype}, expected {expected[first].dtype} ({_some(wrong)})"
+        )
+    if other:
+        log.warning("%s: %d tensors converted to %s", where, len(other), expected[other[0]].dtype)
+    fitted = {name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()}
+    if (bad := first_not_finite(fitted)) is not None:
+        raise UserError(f"{where}: weight {bad} is not finite; training has diverged, or the file is damaged")
+    return fitted
+
+
 def read_weights(path: Path, expected: Mapping[str, Tensor], config_hash: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, if their names and shapes are exactly those of `expected`.
+    """The tensors of a safetensors file, if they are `fitted_weights` of `expected`.
 
     Args:
         path: the file.
@@ -204,14 +266,13 @@ def read_weights(path: Path, expected: Mapping[str, Tensor], config_hash: str | 
             if it does.
 
     Raises:
-        ValueError: unreadable, truncated or damaged, of another config, or a tensor is missing, unexpected or of
-            another shape.
+        UserError: unreadable, truncated or damaged, of another config, or not the weights expected.
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             hashes = file.metadata() or {}
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            _require_same_tensors(path, shapes, {name: tuple(tensor.shape) for name, tensor in expected.items()})
+            _require_same_tensors(str(path), shapes, {name: tuple(tensor.shape) for name, tensor in expected.items()})
             tensors = {name: file.get_tensor(name) for name in shapes}
     except SafetensorError as error:
         raise UserError(f"{path} is no complete safetensors file ({error}); copy or download it again") from error
@@ -222,7 +283,7 @@ def read_weights(path: Path, expected: Mapping[str, Tensor], config_hash: str | 
         )
     if "weights_sha256" in hashes and hashes["weights_sha256"] != _add_weights(hashlib.sha256(), tensors):
         raise UserError(f"{path} is damaged: its weights are not those that were saved; copy or download it again")
-    return tensors
+    return fitted_weights(tensors, expected, str(path))
 
 
 def refuse_another_model(folder: Path, kind: str) -> None:
@@ -246,18 +307,18 @@ def copy_model(source: Path, target: Path) -> None:
 
 
 def _require_same_tensors(
-    path: Path, stored: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+    where: str, stored: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
     missing, unexpected = sorted(set(expected) - set(stored)), sorted(set(stored) - set(expected))
     if missing or unexpected:
         raise UserError(
-            f"{path} does not hold this model's weights: {len(missing)} tensors missing ({_some(missing)}), "
+            f"{where} does not hold this model's weights: {len(missing)} tensors missing ({_some(missing)}), "
             f"{len(unexpected)} unexpected ({_some(unexpected)})"
         )
     wrong = [f"{name} is {stored[name]}, not {expected[name]}" for name in expected if stored[name] != expected[name]]
     if wrong:
         raise UserError(
-            f"{path} does not fit its {CONFIG_FILE}: {len(wrong)} tensors of another shape ({_some(wrong)})"
+            f"{where} does not fit its {CONFIG_FILE}: {len(wrong)} tensors of another shape ({_some(wrong)})"
         )
 
 

@@ -20,6 +20,7 @@ from repvitok.evaluation import Evaluation, report
 from repvitok.export import CHECKPOINT_KEY
 from repvitok.features import FeatureNetwork
 from repvitok.files import atomic_file
+from repvitok.finite import FiniteCheck, clip_gradients, require_clip, require_finite_weights
 from repvitok.losses import (
     LeCam,
     LossWeights,
@@ -85,6 +86,9 @@ class RepViTokTraining(LightningModule):
             ValueError: if a loss lacks the network it needs, or `init_from` has another architecture.
         """
         super().__init__()
+        require_clip(gradient_clip)
+        if pictures_every_n_validations < 0:
+            raise UserError(f"pictures_every_n_validations: expected 0 or more, got {pictures_every_n_validations}")
         self.automatic_optimization = False
         self.weights = weights
         self.optimizer_settings = optimizer
@@ -98,6 +102,7 @@ class RepViTokTraining(LightningModule):
         self.metrics = ReconstructionMetrics()
         self._evaluation = Evaluation(perceptual, test_features or ())
         self._frozen = _FrozenNetworks(teacher, _needed(perceptual, weights.perceptual, "perceptual"))
+        self._finite = FiniteCheck()
         self._sums: dict[str, Tensor] = {}
         self._summed = 0
         self._validations = 0
@@ -155,9 +160,9 @@ class RepViTokTraining(LightningModule):
         optimizer.zero_grad()
         self.manual_backward(loss)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, self.gradient_clip or float("inf"))
-        if not torch.isfinite(norm):
-            self._stop_on_nan(video, losses, norm)
+        norm = clip_gradients(parameters, self.gradient_clip)
+        self._finite.note({"loss": loss, **losses}, lambda: self._saved(video, losses))
+        self._finite.check(self, norm)
         optimizer.step()
         self._schedulers()[0].step()
         self.ema.update(self.tokenizer)
@@ -177,24 +182,21 @@ class RepViTokTraining(LightningModule):
                 losses.append(self.adversary_settings.lecam * self.lecam[number](real, fake))
         loss = torch.stack(losses).sum()
         self.manual_backward(loss)
-        norm = nn.utils.clip_grad_norm_(self.discriminator.parameters(), self.gradient_clip or float("inf"))
-        if not torch.isfinite(norm):
-            self._stop_on_nan(video, {"discriminator": loss}, norm)
+        norm = clip_gradients(self.discriminator.parameters(), self.gradient_clip)
+        self._finite.note({"discriminator": loss}, lambda: self._saved(video, {"discriminator": loss}))
+        self._finite.check(self, norm)
         optimizer.step()
         self._schedulers()[1].step()
         return loss
 
-    def _stop_on_nan(self, video: Tensor, losses: dict[str, Tensor], norm: Tensor) -> None:
+    def _saved(self, video: Tensor, losses: dict[str, Tensor]) -> str:
+        """Saves the clips of a step that went wrong, and says where."""
         rank = f"_rank_{self.global_rank}" if self.trainer.world_size > 1 else ""
         path = Path(self.trainer.default_root_dir) / f"nan_batch_step_{self.global_step}{rank}.pt"
         values = {name: value.detach().item() for name, value in losses.items()}
         with atomic_file(path) as partial:
             torch.save({"video": video.detach().cpu(), "step": self.global_step, "losses": values}, partial)
-        raise UserError(
-            f"the gradient is not finite at step {self.global_step} (norm {norm.item()}, losses {values}); the "
-            f"batch is saved in {path}. Lower the learning rate, lengthen the warmup or look at the batch; resume "
-            "with --ckpt_path last"
-        )
+        return f"the clips that are saved in {path}"
 
     def configure_optimizers(self) -> Any:
         """The tokenizer's optimizer with the alignment head's parameters in it, and the discriminator's."""
@@ -290,6 +292,7 @@ class RepViTokTraining(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the config and the averaged weights, from which `export` makes a folder, and the means under way."""
+        require_finite_weights(self)
         checkpoint[CHECKPOINT_KEY] = {
             "config": self.tokenizer.config.to_dict(),
             "ema": self.ema.state_dict(),

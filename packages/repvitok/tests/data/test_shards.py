@@ -209,7 +209,7 @@ def test_another_tokenizer_or_format_is_refused(tmp_path):
         LatentShards(tmp_path)
     document["meta"].pop("window")
     (tmp_path / "meta.json").write_text(json.dumps(document))
-    with pytest.raises(ValueError, match=r"missing \['window'\]"):
+    with pytest.raises(ValueError, match=r"missing fields \['window'\]"):
         LatentShards(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such folder; expected latent shards"):
         LatentShards(tmp_path / "nowhere")

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from repvitok.commands import EPISODES, Command, TrainingStage, parse_held_out, run_commands, training_commands
-from repvitok.errors import UserError, run_cli
+from repvitok.commands import (
+    EPISODES,
+    MAX_SIDE,
+    SEEDS,
+    Command,
+    TrainingStage,
+    parse_held_out,
+    path_argument,
+    run_commands,
+    text_argument,
+    training_commands,
+    whole_number,
+)
+from repvitok.errors import MOST_PROCESSES, UserError, run_cli
 
 from repwam_core.policy.serving.command import add_serve_arguments, serve
 from repwam_core.quickstart.arguments import add_quickstart_arguments
@@ -25,24 +36,6 @@ NOISE_MODES = ("none", "pushes", "gaussian", "pushes+gaussian")
 BASELINES = ("expert", "random", "replay")
 
 
-@run_cli
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line and return its exit code: 0 done, 2 a mistake in what was given, 130 Ctrl-C."""
-    commands = [
-        Command("quickstart", "the whole pipeline, to a report", _quickstart, add_quickstart_arguments),
-        Command("collect", "expert demonstrations to a LeRobot data set", _collect, _collect_arguments),
-        Command("prepare", "a data set's own columns to named channels", _prepare, _prepare_arguments),
-        *training_commands(STAGE),
-        Command("stats", "action and state statistics of latent shards", _stats, _stats_arguments),
-        Command("export", "a checkpoint to a policy folder, or a model folder", _export, _export_arguments),
-        Command("rollout", "a policy in closed loop on unseen seeds", _rollout, _rollout_arguments),
-        Command("plan", "what training on so many devices would take", run_plan, plan_arguments),
-        Command("openloop", "a policy against recorded episodes", _openloop, _openloop_arguments),
-        Command("serve", "a policy behind a websocket, for robots and openpi's client", serve, add_serve_arguments),
-    ]
-    return run_commands("repwam", "repwam-core", __doc__ or "", commands, argv)
-
-
 def _quickstart(options: argparse.Namespace) -> int:
     from repwam_core.quickstart.pipeline import run
 
@@ -53,20 +46,33 @@ def _quickstart(options: argparse.Namespace) -> int:
 
 
 def _simulator_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="Meta-World tasks")
+    parser.add_argument(
+        "--tasks", type=text_argument, nargs="+", required=True, metavar="TASK", help="Meta-World tasks"
+    )
     parser.add_argument(
         "--same-scene",
+        type=text_argument,
         nargs="+",
         action="append",
         default=[],
         metavar="TASK",
         help="tasks told apart by the instruction alone: they share layouts and hide their goal markers",
     )
-    parser.add_argument("--cameras", nargs="+", default=["corner2"], help="camera names (default: corner2)")
-    parser.add_argument("--size", type=int, nargs=2, default=[64, 64], metavar=("H", "W"), help="pixels (64 64)")
-    parser.add_argument("--act-repeat", type=int, default=2, help="environment steps (80 Hz) per action (default: 2)")
-    parser.add_argument("--max-env-steps", type=int, default=200, help="environment steps per episode (default: 200)")
-    parser.add_argument("--workers", type=int, help="simulator processes (default: one per core)")
+    parser.add_argument(
+        "--cameras", type=text_argument, nargs="+", default=["corner2"], help="camera names (default: corner2)"
+    )
+    parser.add_argument(
+        "--size", type=whole_number(16, MAX_SIDE), nargs=2, default=[64, 64], metavar=("H", "W"), help="pixels (64 64)"
+    )
+    parser.add_argument(
+        "--act-repeat", type=whole_number(1, 500), default=2, help="environment steps (80 Hz) per action (default: 2)"
+    )
+    parser.add_argument(
+        "--max-env-steps", type=whole_number(1, 500), default=200, help="environment steps per episode (default: 200)"
+    )
+    parser.add_argument(
+        "--workers", type=whole_number(1, MOST_PROCESSES), help="simulator processes (default: one per core)"
+    )
 
 
 def _settings(options: argparse.Namespace):
@@ -83,9 +89,15 @@ def _settings(options: argparse.Namespace):
 
 def _collect_arguments(parser: argparse.ArgumentParser) -> None:
     _simulator_arguments(parser)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the data set; an interrupted run resumes")
-    parser.add_argument("--episodes", type=int, default=30, help="demonstrations per task (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the data set, 0 to 99 (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=path_argument, required=True, help="folder of the data set; an interrupted run resumes"
+    )
+    parser.add_argument(
+        "--episodes", type=whole_number(1, 1000), default=30, help="demonstrations per task (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=whole_number(0, 99), default=0, help="of the data set, 0 to 99 (default: %(default)s)"
+    )
     parser.add_argument("--noise", choices=NOISE_MODES, default="none", help="how the expert is disturbed")
     parser.add_argument("--format", choices=["v2.1", "v3.0"], default="v2.1", help="LeRobot version (default: v2.1)")
     parser.add_argument(
@@ -94,7 +106,9 @@ def _collect_arguments(parser: argparse.ArgumentParser) -> None:
         default="yuv444p",
         help="video colour: whole (default), or halved, which every player shows",
     )
-    parser.add_argument("--crf", type=int, default=10, help="video quality, 0 (best) to 51 (default: %(default)s)")
+    parser.add_argument(
+        "--crf", type=whole_number(0, 51), default=10, help="video quality, 0 (best) to 51 (default: %(default)s)"
+    )
 
 
 def _collect(options: argparse.Namespace) -> None:
@@ -120,14 +134,24 @@ def _collect(options: argparse.Namespace) -> None:
 def _rollout_arguments(parser: argparse.ArgumentParser) -> None:
     _simulator_arguments(parser)
     driver = parser.add_mutually_exclusive_group(required=True)
-    driver.add_argument("--policy", type=Path, help="policy folder, from `repwam export`")
+    driver.add_argument("--policy", type=path_argument, help="policy folder, from `repwam export`")
     driver.add_argument("--baseline", choices=BASELINES, help="who drives instead of a policy")
-    parser.add_argument("--demonstrations", type=Path, help="data set of `repwam collect`, for --baseline replay")
-    parser.add_argument("--episodes", type=int, default=20, help="unseen seeds per task (default: %(default)s)")
+    parser.add_argument(
+        "--demonstrations", type=path_argument, help="data set of `repwam collect`, for --baseline replay"
+    )
+    parser.add_argument(
+        "--episodes", type=whole_number(1, 100_000), default=20, help="unseen seeds per task (default: %(default)s)"
+    )
     parser.add_argument("--instruction", help="what the policy is told in every episode; '' for nothing")
-    parser.add_argument("--execute", type=int, help="actions carried out before planning again (default: the chunk)")
-    parser.add_argument("--film", type=int, default=0, metavar="N", help="keep the frames of N episodes per task")
-    parser.add_argument("--out", type=Path, required=True, help="folder for results.json and films.npz")
+    parser.add_argument(
+        "--execute",
+        type=whole_number(1, 100_000),
+        help="actions carried out before planning again (default: the chunk)",
+    )
+    parser.add_argument(
+        "--film", type=whole_number(0, 100_000), default=0, metavar="N", help="keep the frames of N episodes per task"
+    )
+    parser.add_argument("--out", type=path_argument, required=True, help="folder for results.json and films.npz")
 
 
 def _rollout(options: argparse.Namespace) -> None:
@@ -184,9 +208,13 @@ def _drive(options: argparse.Namespace, seeds: list[int]):
 
 
 def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dataset", type=Path, required=True, help="LeRobot data set, v2.0, v2.1 or v3.0")
-    parser.add_argument("--layout", required=True, help="agibot, robocoin, ... (docs/datasets.md), or a YAML file")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; videos are linked, not copied")
+    parser.add_argument("--dataset", type=path_argument, required=True, help="LeRobot data set, v2.0, v2.1 or v3.0")
+    parser.add_argument(
+        "--layout", type=text_argument, required=True, help="agibot, robocoin, ... (docs/datasets.md), or a YAML file"
+    )
+    parser.add_argument(
+        "--out", type=path_argument, required=True, help="folder to write; videos are linked, not copied"
+    )
 
 
 def _prepare(options: argparse.Namespace) -> None:
@@ -197,8 +225,8 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _stats_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--latents", type=Path, required=True, help="folder of latent shards")
-    parser.add_argument("--out", type=Path, required=True, help="statistics.json to write")
+    parser.add_argument("--latents", type=path_argument, required=True, help="folder of latent shards")
+    parser.add_argument("--out", type=path_argument, required=True, help="statistics.json to write")
     held_out_help = "share of the episodes that is left out, or their numbers like 2,5-7 (default: 0)"
     parser.add_argument("--held-out", type=parse_held_out, default=0.0, metavar="SHARE", help=held_out_help)
     parser.add_argument(
@@ -209,11 +237,11 @@ def _stats_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--chunk-frames",
-        type=int,
+        type=whole_number(1, 1000),
         default=4,
         help="latent frames of the longest chunk (model.chunk_sizes) that from_state measures over (default: 4)",
     )
-    parser.add_argument("--units", nargs="+", help='unit of each action channel (default: "1")')
+    parser.add_argument("--units", type=text_argument, nargs="+", help='unit of each action channel (default: "1")')
 
 
 def _stats(options: argparse.Namespace) -> None:
@@ -236,15 +264,22 @@ def _stats(options: argparse.Namespace) -> None:
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint written by fit, or a run's folder")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--wam-only", action="store_true", help="the model alone, for model.init_from")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer folder that made the latents")
-    parser.add_argument("--lat", type=Path, help="latent action tokenizer folder, copied along")
-    parser.add_argument("--latents", type=Path, help="latent shards trained on; their embedded instructions are kept")
-    parser.add_argument("--name", help="the robot's name (default: the data set's)")
     parser.add_argument(
-        "--data-set", type=int, default=0, help="which of the run's data sets the robot is from, from 0"
+        "--ckpt", type=path_argument, required=True, help="checkpoint written by fit, or a run's folder"
+    )
+    parser.add_argument("--out", type=path_argument, required=True, help="folder to write")
+    parser.add_argument("--wam-only", action="store_true", help="the model alone, for model.init_from")
+    parser.add_argument("--tokenizer", type=path_argument, help="tokenizer folder that made the latents")
+    parser.add_argument("--lat", type=path_argument, help="latent action tokenizer folder, copied along")
+    parser.add_argument(
+        "--latents", type=path_argument, help="latent shards trained on; their embedded instructions are kept"
+    )
+    parser.add_argument("--name", type=text_argument, help="the robot's name (default: the data set's)")
+    parser.add_argument(
+        "--data-set",
+        type=whole_number(0, 10_000),
+        default=0,
+        help="which of the run's data sets the robot is from, from 0",
     )
 
 
@@ -272,23 +307,27 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _openloop_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--policy", type=Path, required=True, help="policy folder, from `repwam export`")
-    parser.add_argument("--dataset", type=Path, required=True, help="LeRobot data set of the same robot")
+    parser.add_argument("--policy", type=path_argument, required=True, help="policy folder, from `repwam export`")
+    parser.add_argument("--dataset", type=path_argument, required=True, help="LeRobot data set of the same robot")
     parser.add_argument("--episodes", **EPISODES)
     parser.add_argument(
         "--cameras",
+        type=text_argument,
         nargs="+",
         help="the data set's cameras that stand for the policy's, in its order (default: named so)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the policy's draws (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=whole_number(0, SEEDS), default=0, help="of the policy's draws (default: %(default)s)"
+    )
     parser.add_argument(
         "--clip-features",
+        type=text_argument,
         nargs="+",
         metavar=("NETWORK", "FILE"),
         help="Frechet distance of imagined clips: 'hog' (a stand-in), or gFVD by I3D: tfhub-kinetics400 FILE, or "
         "pytorch-i3d FILE",
     )
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--out", type=path_argument, required=True, help="JSON file to write")
 
 
 def _openloop(options: argparse.Namespace) -> None:
@@ -319,3 +358,23 @@ def _openloop(options: argparse.Namespace) -> None:
 
 def _short(value: float | int | str) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+COMMANDS = (
+    Command("quickstart", "the whole pipeline, to a report", _quickstart, add_quickstart_arguments),
+    Command("collect", "expert demonstrations to a LeRobot data set", _collect, _collect_arguments),
+    Command("prepare", "a data set's own columns to named channels", _prepare, _prepare_arguments),
+    *training_commands(STAGE),
+    Command("stats", "action and state statistics of latent shards", _stats, _stats_arguments),
+    Command("export", "a checkpoint to a policy folder, or a model folder", _export, _export_arguments),
+    Command("rollout", "a policy in closed loop on unseen seeds", _rollout, _rollout_arguments),
+    Command("plan", "what training on so many devices would take", run_plan, plan_arguments),
+    Command("openloop", "a policy against recorded episodes", _openloop, _openloop_arguments),
+    Command("serve", "a policy behind a websocket, for robots and openpi's client", serve, add_serve_arguments),
+)
+
+
+@run_cli
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code: 0 done, 2 a mistake in what was given, 130 Ctrl-C."""
+    return run_commands("repwam", "repwam-core", __doc__ or "", COMMANDS, argv)

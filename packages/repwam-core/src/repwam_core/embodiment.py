@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from repvitok.documents import parse
 from repvitok.errors import UserError
 
 
@@ -84,11 +85,8 @@ class Embodiment:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Embodiment:
-        """Invert `to_dict`; a missing or unknown key is a ValueError."""
-        check_keys("embodiment", values, cls.__dataclass_fields__)
-        channels = tuple(ActionChannel(**channel) for channel in values["action_channels"])
-        state, cameras = tuple(values["state_channels"]), tuple(values["cameras"])
-        return cls(values["name"], channels, state, cameras, values["rate_hz"])
+        """Invert `to_dict`; a wrong, missing or unknown field is a UserError."""
+        return parse(values, cls, "embodiment")
 
 
 @dataclass(frozen=True)
@@ -134,9 +132,3 @@ class ChannelLayout:
         if missing:
             raise UserError(f"embodiment {embodiment.name!r} has channels the layout lacks: {missing}")
         return [self.names.index(name) for name in embodiment.action_names]
-
-
-def check_keys(what: str, values: dict[str, Any], expected: Any) -> None:
-    missing, unknown = set(expected) - set(values), set(values) - set(expected)
-    if missing or unknown:
-        raise UserError(f"{what}: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}")

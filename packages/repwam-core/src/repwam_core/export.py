@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from repvitok import RepViTok
-from repvitok.checkpointing import is_sharded, read_checkpoint
+from repvitok.checkpointing import is_sharded, load_trained, read_checkpoint, read_section
 from repvitok.data import LatentMeta, LatentShards
+from repvitok.documents import Digest, Size, load_json, parse, parse_json, require_format
 from repvitok.errors import UserError, require_disk_space
 from repvitok.files import atomic_folder, readable, refuse_foreign
 from repvitok.pretrained import MODEL_FILES, copy_model
@@ -94,21 +95,52 @@ class PolicyManifest:
             raise FileNotFoundError(
                 f"{folder} is no policy folder: it has no policy.json; write one with `repwam export`"
             )
-        values: dict[str, Any] = json.loads(path.read_text())
-        found = (values.pop("format", None), values.pop("format_version", None))
-        if found != (POLICY_FORMAT, FORMAT_VERSION):
-            raise UserError(f"{path}: expected {POLICY_FORMAT} version {FORMAT_VERSION}, got {found[0]} {found[1]}")
-        if set(values) != {field.name for field in fields(cls)}:
-            raise UserError(f"{path}: expected the keys {sorted(f.name for f in fields(cls))}, got {sorted(values)}")
-        return cls(
-            space=values["space"],
-            embodiment=Embodiment.from_dict(values["embodiment"]),
-            size=(values["size"][0], values["size"][1]),
-            latents=LatentMeta.from_dict(values["latents"]),
-            text_encoder=values["text_encoder"],
-            plan=PlanSettings(**values["plan"]),
-            digests=values["digests"],
-        )
+        values = require_format(load_json(path), POLICY_FORMAT, FORMAT_VERSION, str(path))
+        stored = parse(values, _StoredManifest, str(path))
+        latents = LatentMeta.from_dict(stored.latents, f"{path}, field 'latents'")
+        if latents.cameras != stored.embodiment.cameras:
+            raise UserError(
+                f"{path}: the embodiment's cameras {stored.embodiment.cameras} are not the latents' {latents.cameras}"
+            )
+        return cls(**{**vars(stored), "latents": latents})
+
+
+@dataclass(frozen=True)
+class _StoredManifest:
+    """`PolicyManifest` as policy.json has it."""
+
+    space: str
+    embodiment: Embodiment
+    size: tuple[Size, Size]
+    latents: dict[str, Any]
+    text_encoder: str
+    plan: PlanSettings
+    digests: dict[str, Digest]
+
+    def __post_init__(self) -> None:
+        if lacking := {"tokenizer", "wam", "statistics"} - set(self.digests):
+            raise UserError(f"digests: expected those of the parts {sorted(lacking)}, too")
+
+
+@dataclass(frozen=True)
+class _StoredDataSet:
+    """What a checkpoint says of one of its run's data sets."""
+
+    statistics: dict[str, Any]
+    latents: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _StoredRun:
+    """What a checkpoint says of its run, as JSON."""
+
+    config: dict[str, Any]
+    space: str
+    text_encoder: str
+    plan: PlanSettings
+    data_sets: list[dict[str, Any]]
+    channels: list[str]
+    state_channels: list[str]
 
 
 @dataclass(frozen=True)
@@ -134,32 +166,36 @@ def read_trained(checkpoint: str | Path, data_set: int | None = None) -> Trained
     Raises:
         ValueError: when it is no checkpoint of `repwam fit`, or it knows no such data set.
     """
-    content = read_whole(checkpoint) if is_sharded(checkpoint) else read_checkpoint(checkpoint)
+    sharded, where = is_sharded(checkpoint), str(checkpoint)
+    content = read_whole(checkpoint) if sharded else read_checkpoint(checkpoint)
     if CHECKPOINT_KEY not in content:
         raise UserError(f"{checkpoint} was not written by `repwam fit`; give that command's checkpoint")
-    stored = json.loads(content[CHECKPOINT_KEY]["json"])
+    text = read_section(content, where, CHECKPOINT_KEY).get("json")
+    stored = parse(parse_json(text, f"{where}, its JSON"), _StoredRun, where, unknown=True)
+    average = read_section(content, where, *(["ema_average"] if sharded else [CHECKPOINT_KEY, "ema", "average"]))
     with torch.device("meta"):
-        wam = WorldActionModel(WAMConfig.from_dict(stored["config"]))
-    prefix = "wam."
-    weights = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
-    average = content["ema_average"] if "ema_average" in content else content[CHECKPOINT_KEY]["ema"]["average"]
-    wam.load_state_dict(weights | average, strict=True, assign=True)
+        wam = WorldActionModel(WAMConfig.from_dict(stored.config))
+    load_trained(wam, read_section(content, where, "state_dict"), "wam.", average, where)
     number = data_set or 0
-    if not 0 <= number < len(stored["data_sets"]):
-        raise UserError(f"{checkpoint} was trained on {len(stored['data_sets'])} data sets, it has no number {number}")
-    described = stored["data_sets"][number]
-    statistics = Statistics.from_dict(described["statistics"])
+    if not 0 <= number < len(stored.data_sets):
+        raise UserError(f"{checkpoint} was trained on {len(stored.data_sets)} data sets, it has no number {number}")
+    described = parse(stored.data_sets[number], _StoredDataSet, f"{where}, data set {number}", unknown=True)
+    statistics = Statistics.from_dict(described.statistics, f"{where}, statistics")
     if data_set is not None:
         own_states = statistics.state.channels if statistics.state is not None else ()
-        actions = [stored["channels"].index(name) for name in statistics.actions.channels]
-        wam = narrowed(wam, stored["space"], actions, [stored["state_channels"].index(name) for name in own_states])
+        if lacking := set(statistics.actions.channels) - set(stored.channels) | set(own_states) - set(
+            stored.state_channels
+        ):
+            raise UserError(f"{where} is damaged: its layout lacks the channels {sorted(lacking)}")
+        actions = [stored.channels.index(name) for name in statistics.actions.channels]
+        wam = narrowed(wam, stored.space, actions, [stored.state_channels.index(name) for name in own_states])
     return TrainedModel(
         wam=wam.eval(),
-        space=stored["space"],
+        space=stored.space,
         statistics=statistics,
-        latents=LatentMeta.from_dict(described["latents"]),
-        text_encoder=stored["text_encoder"],
-        plan=PlanSettings(**stored["plan"]),
+        latents=LatentMeta.from_dict(described.latents, f"{where}, latents"),
+        text_encoder=stored.text_encoder,
+        plan=stored.plan,
     )
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+import msgspec
+from repvitok.documents import Above0, From0, check_fields
 from repvitok.errors import UserError
+
+Steps = Annotated[int, msgspec.Meta(ge=1, le=10_000)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,27 +26,23 @@ class PlanSettings:
         clip: keep actions inside the range that the data set recorded.
     """
 
-    chunk_frames: int = 2
-    execute_frames: int | None = None
+    chunk_frames: Steps = 2
+    execute_frames: Steps | None = None
     video: Literal["imagine", "skip"] = "imagine"
-    video_steps: int = 5
-    action_steps: int = 10
-    video_shift: float = 1.0
-    action_shift: float = 1.0
-    guidance: float = 1.0
+    video_steps: Steps = 5
+    action_steps: Steps = 10
+    video_shift: Above0 = 1.0
+    action_shift: Above0 = 1.0
+    guidance: From0 = 1.0
     clip: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("chunk_frames", "video_steps", "action_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        check_fields(self)
         if self.execute_frames is not None and not 1 <= self.execute_frames <= self.chunk_frames:
             raise UserError(
                 f"execute_frames: expected 1 to chunk_frames = {self.chunk_frames} latent frames, got "
                 f"{self.execute_frames}"
             )
-        if self.video not in ("imagine", "skip"):
-            raise UserError(f"video: expected 'imagine' or 'skip', got {self.video!r}")
 
     @property
     def executed(self) -> int:

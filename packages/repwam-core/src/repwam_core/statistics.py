@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+from repvitok.documents import Count, From0, load_json, parse, require_format
 from repvitok.errors import UserError
 from repvitok.files import write_text_atomic
-
-from repwam_core.embodiment import check_keys
 
 ActionKind = Literal["absolute", "relative", "from_state"]
 """What recorded actions are, and what is learned of them:
@@ -66,8 +65,8 @@ class ActionStatistics:
     min: tuple[float, ...]
     max: tuple[float, ...]
     mean: tuple[float, ...]
-    std: tuple[float, ...]
-    count: int
+    std: tuple[From0, ...]
+    count: Count
     kind: ActionKind = "absolute"
     centre: tuple[float, ...] | None = None
     scale: tuple[float, ...] | None = None
@@ -217,12 +216,15 @@ class StateStatistics:
 
     channels: tuple[str, ...]
     mean: tuple[float, ...]
-    std: tuple[float, ...]
-    count: int
+    std: tuple[From0, ...]
+    count: Count
     centre: tuple[float, ...] | None = None
     scale: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        if not len(self.channels) == len(self.mean) == len(self.std):
+            sizes = f"{len(self.mean)} means and {len(self.std)} deviations"
+            raise UserError(f"state statistics: expected {len(self.channels)} numbers a field, got {sizes}")
         _check_scaling("state", self.centre, self.scale)
 
     @classmethod
@@ -343,26 +345,17 @@ class Statistics:
             FileNotFoundError: when there is no such file.
             ValueError: when it is no statistics file, or its numbers do not fit its digest.
         """
-        values = json.loads(Path(path).read_text())
-        if values.get("format") != STATISTICS_FORMAT or values.get("format_version") != FORMAT_VERSION:
-            got = f"{values.get('format')!r} version {values.get('format_version')!r}"
-            raise UserError(f"{path}: expected {STATISTICS_FORMAT!r} version {FORMAT_VERSION}, got {got}")
-        optional = {"centre": None, "scale": None}
-        check_keys(str(path), optional | values["actions"], ActionStatistics.__dataclass_fields__)
-        statistics = cls.from_dict(values)
-        if statistics.digest != values["digest"]:
+        values = require_format(load_json(path), STATISTICS_FORMAT, FORMAT_VERSION, str(path))
+        digest = values.pop("digest", None)
+        statistics = cls.from_dict(values, str(path))
+        if statistics.digest != digest:
             raise UserError(f"{path}: the numbers do not fit the stored digest; the file was changed by hand")
         return statistics
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Statistics:
-        """Invert `to_dict`; other keys are not looked at."""
-        state, recorded = values["state"], values.get("recorded")
-        return cls(
-            ActionStatistics(**_tuples(values["actions"])),
-            None if state is None else StateStatistics(**_tuples(state)),
-            None if recorded is None else ActionStatistics(**_tuples(recorded)),
-        )
+    def from_dict(cls, values: dict[str, Any], source: str = "statistics") -> Statistics:
+        """Invert `to_dict`; a wrong, missing or unknown field is a UserError that begins with `source`."""
+        return parse(values, cls, source, required=("actions", "state"))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types and tuples; `from_dict` inverts it."""
@@ -457,7 +450,3 @@ def _fields(statistics: ActionStatistics | StateStatistics) -> dict[str, Any]:
 
 def _floats(values: np.ndarray) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
-
-
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

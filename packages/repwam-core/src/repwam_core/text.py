@@ -7,17 +7,21 @@ works, by name or folder.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
+from repvitok.documents import parse, parse_json
 from repvitok.errors import UserError
 from repvitok.files import atomic_file
-from safetensors import safe_open
+from repvitok.finite import first_not_finite
+from repvitok.pretrained import HUB, hub_id
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -52,22 +56,38 @@ class TextEncoder:
         """Take over the hidden states that `save_cache` wrote, so that known instructions need no text model.
 
         Raises:
-            ValueError: when the file was made by another text encoder.
+            UserError: the file was made by another text encoder, or is damaged.
         """
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("text_encoder") != self.name:
-                raise UserError(f"{path} was made by text encoder {metadata.get('text_encoder')!r}, not {self.name!r}")
-            for row, text in enumerate(json.loads(metadata["instructions"])):
-                self._cache[text] = file.get_tensor(str(row))
+        damaged = (
+            f"{path} is damaged; remove it where it can be made again (beside latents), or export the policy again"
+        )
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                states = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise UserError(f"{damaged} ({error})") from error
+        if metadata.get("text_encoder") != self.name:
+            raise UserError(f"{path} was made by text encoder {metadata.get('text_encoder')!r}, not {self.name!r}")
+        texts: list[str] = parse(parse_json(metadata.get("instructions"), str(path)), list[str], str(path))
+        whole = set(states) == {str(row) for row in range(len(texts))} and all(
+            state.ndim == 2 and state.dtype == torch.float32 and len(state) for state in states.values()
+        )
+        if not whole or len({state.shape[1] for state in states.values()}) > 1 or first_not_finite(states) is not None:
+            raise UserError(damaged)
+        if metadata.get("sha256", digest := _states_digest(metadata, states)) != digest:  # version 0.1 wrote none
+            raise UserError(damaged)
+        self._cache.update({text: states[str(row)] for row, text in enumerate(texts)})
 
     def save_cache(self, path: str | Path, instructions: Sequence[str] | None = None) -> None:
         """Write these instructions, all seen so far when None, to a safetensors file, atomically."""
         path = Path(path)
         texts = sorted(self._cache if instructions is None else instructions)
+        states = {str(row): self._cache[text] for row, text in enumerate(texts)}
         metadata = {"text_encoder": self.name, "instructions": json.dumps(texts)}
+        metadata["sha256"] = _states_digest(metadata, states)
         with atomic_file(path) as partial:
-            partial.write_bytes(save({str(row): self._cache[text] for row, text in enumerate(texts)}, metadata))
+            partial.write_bytes(save(states, metadata))
 
     @property
     def known(self) -> tuple[str, ...]:
@@ -115,12 +135,26 @@ class TextEncoder:
         return self._loaded
 
 
+def _states_digest(metadata: Mapping[str, str], states: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) over whose hidden states these are and every number of them."""
+    sha = hashlib.sha256(f"{metadata['text_encoder']} {metadata['instructions']}".encode())
+    for name, state in sorted(states.items()):
+        sha.update(f"{name} {tuple(state.shape)}".encode())
+        sha.update(state.contiguous().numpy().data)
+    return sha.hexdigest()
+
+
 def _load(name: str, device: str) -> tuple[Any, Any]:
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
 
     local = name == EMBEDDED or Path(name).is_dir()
     source = str(_embedded_folder()) if name == EMBEDDED else name
+    if not local and ("/" in name or name.startswith(("~", "."))):
+        found = hub_id(name)
+        if found is None:
+            raise UserError(f"text encoder {name!r}: no such folder here; give one, or {HUB}owner/name")
+        source = found
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

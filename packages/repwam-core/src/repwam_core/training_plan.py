@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import get_args
 
+from repvitok.commands import number, whole_number
 from repvitok.config import RepViTokConfig
 from repvitok.errors import UserError
 
@@ -22,6 +25,7 @@ from repwam_core.sizing import (
 )
 
 GIB = 2**30
+MOST_TOKENS = 10**18
 FITTING_SHARE = 0.9
 """Of a device's memory: the rest is for what is not counted, and for fragments."""
 ENCODE_FLOPS_PER_TOKEN = 259e9 / 1280
@@ -32,20 +36,20 @@ DECODE_FRAMES_PER_CORE_S = 500.0
 
 
 def tokens_of(text: str) -> int:
-    """A number of tokens: 160000, 160k, 0.2m or 100g.
+    """The argument type of a number of tokens: 160000, 160k, 0.2m or 100g.
 
     Raises:
-        ValueError: something else.
+        argparse.ArgumentTypeError: something else, or not within 1 to `MOST_TOKENS`.
     """
     factors = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
     letter = text[-1:].lower()
-    number = text[:-1] if letter in factors else text
+    digits = text[:-1] if letter in factors else text
     try:
-        value = float(number) * factors.get(letter, 1.0)
+        value = float(digits) * factors.get(letter, 1.0)
     except ValueError:
-        raise UserError(f"expected a number of tokens such as 160k or 100g, got {text!r}") from None
-    if value < 1:
-        raise UserError(f"expected at least one token, got {text!r}")
+        value = math.nan
+    if not 1 <= value <= MOST_TOKENS:
+        raise argparse.ArgumentTypeError(f"expected a number of tokens such as 160k or 100g, got {text!r}")
     return round(value)
 
 
@@ -165,9 +169,9 @@ def packed_counts(config: WAMConfig, request: PlanRequest) -> SequenceCounts:
         tokens = request.grid[0] * request.grid[1] * request.grid[2]
         return document_counts(config, (request.chunk,) * chunks, tokens, request.vectors, copies=copies)
 
-    chunks = max(1, request.transitions // request.chunk)
-    while chunks > 1 and episode(chunks).tokens > request.tokens:
-        chunks -= 1
+    largest = max(1, request.transitions // request.chunk)
+    fitting = bisect_right(range(1, largest + 1), request.tokens, key=lambda chunks: episode(chunks).tokens)
+    chunks = max(1, fitting)
     copies = request.tokens // episode(chunks).tokens
     if not copies:
         raise UserError(f"--tokens: not even one chunk of {episode(1).tokens} tokens fits {request.tokens}")
@@ -215,24 +219,39 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `repwam plan`."""
     default = PlanRequest()
     parser.add_argument("--preset", choices=["tiny", "1.3b", "5b"], default=default.preset, help="model size")
-    parser.add_argument("--gpus", type=int, default=default.gpus, help="devices (default: %(default)s)")
-    parser.add_argument("--tokens", default="160k", help="of a packed sequence, such as 160k")
-    parser.add_argument("--gpu", default=default.gpu, help=f"{', '.join(sorted(DEVICES))} (default: %(default)s)")
-    parser.add_argument("--total-tokens", default="100g", help="of the run (100g)")
-    parser.add_argument("--mfu", type=float, default=default.mfu, help="assumed share of the peak (%(default)s)")
-    parser.add_argument("--shard-size", type=int, default=default.shard_size, help="devices per copy (%(default)s)")
+    parser.add_argument(
+        "--gpus", type=whole_number(1, 10**6), default=default.gpus, help="devices (default: %(default)s)"
+    )
+    parser.add_argument("--tokens", type=tokens_of, default="160k", help="of a packed sequence, such as 160k")
+    parser.add_argument("--gpu", choices=sorted(DEVICES), default=default.gpu, help="device (default: %(default)s)")
+    parser.add_argument("--total-tokens", type=tokens_of, default="100g", help="of the run (100g)")
+    parser.add_argument(
+        "--mfu", type=number(0, 1, above=True), default=default.mfu, help="assumed share of the peak (%(default)s)"
+    )
+    parser.add_argument(
+        "--shard-size", type=whole_number(1, 10**6), default=default.shard_size, help="devices per copy (%(default)s)"
+    )
     parser.add_argument("--recompute", choices=get_args(Recompute), default=default.recompute)
-    parser.add_argument("--grid", type=int, nargs=3, default=default.grid, metavar=("VIEWS", "H", "W"))
-    parser.add_argument("--transitions", type=int, default=default.transitions, help="of an episode (%(default)s)")
-    parser.add_argument("--chunk", type=int, default=default.chunk, help="latent frames (%(default)s)")
-    parser.add_argument("--vectors", type=int, default=default.vectors, help="actions per transition (%(default)s)")
-    parser.add_argument("--passes", type=float, default=default.passes, help="through the data (%(default)s)")
+    parser.add_argument(
+        "--grid", type=whole_number(1, 4096), nargs=3, default=default.grid, metavar=("VIEWS", "H", "W")
+    )
+    parser.add_argument(
+        "--transitions", type=whole_number(1, 100_000), default=default.transitions, help="of an episode (%(default)s)"
+    )
+    parser.add_argument(
+        "--chunk", type=whole_number(1, 1024), default=default.chunk, help="latent frames (%(default)s)"
+    )
+    parser.add_argument(
+        "--vectors", type=whole_number(1, 10_000), default=default.vectors, help="actions per transition (%(default)s)"
+    )
+    parser.add_argument(
+        "--passes", type=number(0, 10**6, above=True), default=default.passes, help="through the data (%(default)s)"
+    )
 
 
 def run_plan(options: argparse.Namespace) -> None:
     """Print a plan."""
     names = PlanRequest.__dataclass_fields__
     values = {name: getattr(options, name) for name in names}
-    values |= {name: tokens_of(values[name]) for name in ("tokens", "total_tokens")}
     request = PlanRequest(**{**values, "grid": tuple(options.grid)})
     print("\n".join(plan_lines(request, make_plan(request))))

@@ -297,10 +297,10 @@ def test_numbers_that_cannot_be_written_are_named(source, tmp_path, values, mess
 
 def test_a_broken_layout_is_one_line(tmp_path, capsys):
     for text, said in (
-        ("a: [", "not a YAML file"),
+        ("a: [", "not a YAML document"),
         ("embodiment: 3\naction: []\nstate: []\ncameras: []", "expected str"),
         ("embodiment: x\naction: [{column: a, names: [1]}]\nstate: []\ncameras: []", "names[0]"),
-        ("embodiment: x\naction: [7]\nstate: []\ncameras: []", "expected a part"),
+        ("embodiment: x\naction: [7]\nstate: []\ncameras: []", "action[0]"),
         ("embodiment: x\naction: [{column: a, names: [y]}]\nstate: []\ncameras: [c, c]", "twice"),
     ):
         (path := tmp_path / "layout.yaml").write_text(text)
@@ -339,8 +339,8 @@ def test_what_the_data_set_lacks_is_named_and_nothing_is_written(source, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"robot": 1}, "expected the keys"),
-        ({"action": [{"column": "a", "names": ["x"], "kind": 1}]}, "expected a part"),
+        ({"robot": 1}, r"unknown fields \['robot'\]"),
+        ({"action": [{"column": "a", "names": ["x"], "kind": 1}]}, r"unknown fields \['action\[0\]\.kind'\]"),
         ({"action": [{"column": "a", "names": ["x"], "units": ["m", "m"]}]}, "as many names as units"),
         ({"action": [{"column": "a", "names": ["x"]}, {"column": "b", "names": ["x"]}]}, "distinct"),
     ],

@@ -48,7 +48,7 @@ def test_state_needs_the_token_and_channels() -> None:
         ({"action_width": 100}, "multiple of the head size 32"),
         ({"coupling": "both"}, "coupling: expected one of"),
         ({"attention": "none"}, "attention: expected one of"),
-        ({"depth": 0}, "depth: expected an integer of at least 1"),
+        ({"depth": 0}, "depth: expected int >= 1"),
         ({"window": 0}, "window"),
         ({"rope_base": 1.0}, "rope_base"),
         ({"spaces": {}}, "at least one action space"),

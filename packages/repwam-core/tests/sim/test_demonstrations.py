@@ -60,12 +60,12 @@ def test_a_share_of_the_episodes_is_disturbed(point_task):
     "values", [{"pushes": -1}, {"action_std": -0.1}, {"share": 1.5}, {"pushes": 7, "push_within_steps": 24}]
 )
 def test_impossible_noise_is_refused(values):
-    with pytest.raises(ValueError, match="must" if "push_within_steps" not in values else "do not fit"):
+    with pytest.raises(ValueError, match="expected (int|float)" if "push_within_steps" not in values else "do not fit"):
         Noise(**values)
 
 
 def test_noise_survives_json():
     noise = NOISE_MODES["pushes"]
     assert Noise.from_dict(noise.to_dict()) == noise
-    with pytest.raises(ValueError, match="keys"):
+    with pytest.raises(ValueError, match="missing fields"):
         Noise.from_dict({"pushes": 1})

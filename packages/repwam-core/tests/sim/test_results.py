@@ -37,5 +37,5 @@ def test_a_crash_is_never_a_success():
 
 def test_another_file_is_refused(tmp_path):
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(ValueError, match="expected a repwam-evaluation file"):
+    with pytest.raises(ValueError, match="expected format 'repwam-evaluation' version 1, got None version None"):
         load_results(tmp_path / "other.json")

@@ -107,10 +107,14 @@ class PairBatches(EndlessLoader[FramePair]):
         self.seed = seed
         self.in_order = in_order
 
-    def batch(self, number: int) -> FramePair:
-        """Random batch `number`, drawn with replacement: the transitions that `TrainingBatches` draws."""
+    def draw(self, number: int) -> Int[Tensor, " b"]:
+        """The transitions of random batch `number`, drawn with replacement: those that `TrainingBatches` draws."""
         index = np.random.default_rng([self.seed, number, 0]).integers(len(self.table), size=self.batch_size)
-        return self.table.pairs(torch.from_numpy(index))
+        return torch.from_numpy(index)
+
+    def batch(self, number: int) -> FramePair:
+        """Random batch `number`."""
+        return self.table.pairs(self.draw(number))
 
     def batches_from(self, number: int) -> Iterator[FramePair]:
         """Random batch `number` and those after it."""

@@ -11,11 +11,13 @@ behind a stop-gradient, attend to the codes and predicts the pixels of x_{t+1}. 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
+import msgspec
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
+from repvitok.documents import Layers, Size, check_fields, parse
 from repvitok.errors import UserError
 from repvitok.pretrained import PretrainedModel
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ from latent_action.baselines.nsvq import NoiseSubstitution
 from latent_action.grid import position_feature_size, position_features
 
 _FREQUENCIES = 4
+Side = Annotated[int, msgspec.Meta(ge=1, le=8192)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,21 +50,19 @@ class LapaConfig:
         ValueError: a size that is not positive or does not divide.
     """
 
-    size: tuple[int, int] = (64, 64)
-    patch: int = 8
-    width: int = 128
-    depth: int = 2
-    heads: int = 4
-    codes: int = 8
-    code_tokens: int = 4
-    code_dim: int = 32
+    size: tuple[Side, Side] = (64, 64)
+    patch: Side = 8
+    width: Side = 128
+    depth: Layers = 2
+    heads: Side = 4
+    codes: Size = 8
+    code_tokens: Side = 4
+    code_dim: Side = 32
     residual: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("patch", "width", "depth", "heads", "codes", "code_tokens", "code_dim"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}: expected at least 1, got {getattr(self, name)}.")
-        if len(self.size) != 2 or min(self.size) < 1 or any(side % self.patch for side in self.size):
+        check_fields(self)
+        if any(side % self.patch for side in self.size):
             raise UserError(f"size: expected (height, width), multiples of patch = {self.patch}, got {self.size}.")
         if self.width % self.heads:
             raise UserError(f"width = {self.width} must be a multiple of heads = {self.heads}.")
@@ -86,9 +87,7 @@ class LapaConfig:
         Raises:
             ValueError: a key is missing or unknown.
         """
-        expected = {field.name for field in fields(cls)}
-        if set(values) != expected:
-            raise UserError(f"LapaConfig: expected the keys {sorted(expected)}, got {sorted(values)}.")
+        parse(values, cls, cls.__name__, required=[field.name for field in fields(cls)])
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**plain)
 

@@ -8,14 +8,16 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from repvitok.checkpointing import read_checkpoint
+from repvitok.checkpointing import load_trained, read_checkpoint, read_section
 from repvitok.errors import UserError
+from repvitok.finite import FiniteCheck, clip_gradients, require_clip, require_finite_weights
 from repvitok.optim import OptimizerSettings
 from torch import Tensor, nn
 
 from latent_action.baselines.frame_pairs import FramePair
 from latent_action.baselines.lapa import LapaConfig, LapaQuantizer
 from latent_action.baselines.nsvq import code_usage
+from latent_action.datamodule import which_episodes
 
 CHECKPOINT_KEY = "lapa"
 _PREFIX = "lapa."
@@ -49,6 +51,7 @@ class LapaTraining(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        require_clip(gradient_clip)
         if replace_every < 1 or not 0 <= replace_share <= 1 or seed < 0:
             raise UserError(
                 f"replace_every = {replace_every} must be at least 1, replace_share = {replace_share} in [0, 1], "
@@ -57,6 +60,7 @@ class LapaTraining(L.LightningModule):
         self.lapa = LapaQuantizer(lapa)
         self.optimizer_settings = optimizer
         self.gradient_clip = gradient_clip
+        self._finite = FiniteCheck()
         self.replace_every = replace_every
         self.replace_share = replace_share
         self.seed = seed
@@ -68,6 +72,7 @@ class LapaTraining(L.LightningModule):
         loss, index = self.lapa(*batch, self._generator(self.global_step, self.global_rank, batch_idx))
         self.used += code_usage(index, self.lapa.config.codes)
         self.log("train/loss", loss)
+        self._finite.note({"loss": loss}, lambda: which_episodes(self.trainer, batch))
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -105,12 +110,12 @@ class LapaTraining(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
-        """Clip the gradient's norm."""
-        if self.gradient_clip is not None:
-            nn.utils.clip_grad_norm_(self.parameters(), self.gradient_clip)
+        """Clip the gradient's norm; stop at no number."""
+        self._finite.check(self, clip_gradients(self.parameters(), self.gradient_clip))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the config beside the weights."""
+        require_finite_weights(self)
         checkpoint[CHECKPOINT_KEY] = {"config": self.lapa.config.to_dict()}
 
 
@@ -124,8 +129,8 @@ def export_lapa(checkpoint: str | Path, out: str | Path) -> LapaQuantizer:
     loaded = read_checkpoint(checkpoint)
     if CHECKPOINT_KEY not in loaded:
         raise UserError(f"{checkpoint} is no checkpoint of `latent-action lapa fit`: give that run's last.ckpt.")
-    lapa = LapaQuantizer(LapaConfig.from_dict(loaded[CHECKPOINT_KEY]["config"]))
-    state = loaded["state_dict"]
-    lapa.load_state_dict({name.removeprefix(_PREFIX): v for name, v in state.items() if name.startswith(_PREFIX)})
+    where = str(checkpoint)
+    lapa = LapaQuantizer(LapaConfig.from_dict(read_section(loaded, where, CHECKPOINT_KEY, "config")))
+    load_trained(lapa, read_section(loaded, where, "state_dict"), _PREFIX, None, where)
     lapa.save_pretrained(out)
     return lapa.eval()

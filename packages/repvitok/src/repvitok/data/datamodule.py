@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from repvitok.data.clips import ClipDataset, frames_needed
 from repvitok.data.folders import FolderKind, FolderSplit, split_folder
 from repvitok.data.pictures import checked_range
 from repvitok.data.split import HeldOut
-from repvitok.errors import UserError
+from repvitok.errors import MOST_PROCESSES, UserError
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,9 @@ class ClipDataModule(LightningDataModule):
         for name, value in (("batch_size", batch_size), ("val_clips", val_clips), ("frames", frames)):
             if value < 1:
                 raise UserError(f"expected {name} of 1 or more, got {value}")
-        if any(k.weight <= 0 for k in mixture or ()):
+        if not 0 <= num_workers <= MOST_PROCESSES:
+            raise UserError(f"expected num_workers of 0 to {MOST_PROCESSES}, got {num_workers}")
+        if not all(0 < k.weight < math.inf for k in mixture or ()):
             raise UserError(f"expected weights above 0 in data.mixture, got {[k.weight for k in mixture or ()]}")
         self.folders = folders
         self.kind: FolderKind = kind

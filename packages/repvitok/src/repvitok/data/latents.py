@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
+import msgspec
 import numpy as np
 from jaxtyping import Float
 
+from repvitok.documents import Count, From0, parse
 from repvitok.errors import UserError
 
 InstructionSource = Literal["task_index", "tasks", "none"]
 """Rows' task_index and the table of tasks; the episode's own list of tasks; no instructions."""
+MAX_TOKENS = 2**20
+"""Of a latent frame; also the most channels of a latent, and frames between two."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +34,10 @@ class EpisodeInfo:
     """
 
     key: str
-    episode_index: int
-    offset: int
+    episode_index: Count
+    offset: Count
     task: str
-    frames: int
+    frames: Annotated[int, msgspec.Meta(ge=1, le=10**9)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,23 +136,32 @@ class LatentMeta:
         for name in ("cameras", "action_names", "state_names"):
             object.__setattr__(self, name, tuple(str(value) for value in getattr(self, name)))
         object.__setattr__(self, "grid", tuple(int(n) for n in self.grid))
+        if not 1 <= self.latent_dim <= MAX_TOKENS:
+            raise UserError(f"latent_dim: expected 1 to {MAX_TOKENS} channels, got {self.latent_dim}")
+        for name, value in (("stride", self.stride), ("window", self.window), ("tubelet_frames", self.tubelet_frames)):
+            if value is not None and not 1 <= value <= MAX_TOKENS:
+                raise UserError(f"{name}: expected 1 to {MAX_TOKENS} frames, got {value}")
+        if not (math.isfinite(self.frame_rate_hz) and self.frame_rate_hz > 0):
+            raise UserError(f"frame_rate_hz: expected a number above 0, got {self.frame_rate_hz}")
         for name, default in (("mean", np.zeros), ("std", np.ones)):
             value = getattr(self, name)
             value = default(self.latent_dim) if value is None else value
             object.__setattr__(self, name, np.asarray(value, dtype=np.float32))
             if getattr(self, name).shape != (self.latent_dim,):
                 raise UserError(f"{name} must have shape ({self.latent_dim},), got {getattr(self, name).shape}")
+        if not (np.isfinite(self.mean).all() and np.isfinite(self.std).all() and (self.std > 0).all()):
+            raise UserError(f"mean and std: expected finite numbers, std above 0; the smallest std is {self.std.min()}")
         for name in ("latent_action_mean", "latent_action_std"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=np.float32))
         if len(self.grid) != 3 or min(self.grid) < 1 or self.grid[0] != len(self.cameras):
             raise UserError(f"grid must be (views, h, w) with one view per camera of {self.cameras}, got {self.grid}")
-        if self.tubelet_frames < 1:
-            raise UserError(f"tubelet_frames must be 1 or more, got {self.tubelet_frames}")
         if self.instruction_source not in get_args(InstructionSource):
             raise UserError(
                 f"instruction_source: expected one of {get_args(InstructionSource)}, got {self.instruction_source!r}"
             )
+        if self.tokens > MAX_TOKENS:
+            raise UserError(f"grid: expected at most {MAX_TOKENS} tokens, got {self.grid}")
 
     @property
     def frames_per_latent(self) -> int:
@@ -169,22 +183,54 @@ class LatentMeta:
         }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> LatentMeta:
-        """The inverse of `to_dict`; strict about its keys, but for those that version 0.1 did not write."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        missing = known - set(values) - {"tubelet_frames", "instruction_source"}  # version 0.1 wrote neither
-        if missing or set(values) - known:
-            raise UserError(
-                f"latent meta: missing {sorted(missing)}, unknown {sorted(set(values) - known)}; "
-                "were the latents written by another version of repvitok?"
-            )
-        arrays = ("mean", "std", "latent_action_mean", "latent_action_std")
-        converted = {
-            name: np.array(value, dtype=np.float32) if name in arrays else tuple(value)
-            for name, value in values.items()
-            if isinstance(value, list)
+    def from_dict(cls, values: dict[str, Any], source: str = "latent meta") -> LatentMeta:
+        """The inverse of `to_dict`; strict about keys and types. `source` is what an error calls it.
+
+        Raises:
+            UserError: the field, what was expected and what came.
+        """
+        document = parse(values, _MetaDocument, source, required=_OF_VERSION_1)
+        plain: dict[str, Any] = {name: value for name, value in vars(document).items() if name not in _ARRAYS}
+        found = {name: getattr(document, name) for name in _ARRAYS}
+        arrays: dict[str, Any] = {
+            name: np.array(numbers, np.float32) for name, numbers in found.items() if numbers is not None
         }
-        return cls(**{**values, **converted})
+        for names, expected in ((_ARRAYS[:2], document.latent_dim), (_ARRAYS[2:], len(found[_ARRAYS[2]] or ()))):
+            for name in names:
+                if name in arrays and len(arrays[name]) != expected:
+                    raise UserError(f"{source}: {name}: expected {expected} numbers, got {len(arrays[name])}")
+        try:
+            return cls(**plain, **arrays)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
+
+
+_ARRAYS = ("mean", "std", "latent_action_mean", "latent_action_std")
+_OF_VERSION_1 = (
+    "action_names", "cameras", "frame_rate_hz", "grid", "lat_digest", "latent_dim", "mean", "source", "state_names",
+    "std", "stride", "tokenizer_digest", "window",
+)  # fmt: skip
+"""Fields that every file has had from the beginning, whether or not they have a default in code."""
+_MetaDocument: Any = dataclasses.make_dataclass(
+    "_MetaDocument",
+    [
+        (field.name, list[float] | None if field.name in _ARRAYS else hint, dataclasses.field(default=field.default))
+        for field in dataclasses.fields(LatentMeta)
+        for hint in [get_type_hints(LatentMeta, include_extras=True)[field.name]]
+    ],
+)
+"""`LatentMeta` as JSON has it: lists in place of arrays."""
+
+
+@dataclass(frozen=True)
+class _Sums:
+    count: Count
+    sum: list[float]
+    sum_of_squares: list[From0]
+
+    def __post_init__(self) -> None:
+        if len(self.sum) != len(self.sum_of_squares):
+            raise UserError(f"{len(self.sum)} sums, but {len(self.sum_of_squares)} sums of squares")
 
 
 class ChannelStatistics:
@@ -213,12 +259,13 @@ class ChannelStatistics:
         return {"count": self.count, "sum": self._sum.tolist(), "sum_of_squares": self._sum_of_squares.tolist()}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ChannelStatistics:
-        """The inverse of `to_dict`."""
+    def from_dict(cls, values: Mapping[str, Any], source: str = "statistics") -> ChannelStatistics:
+        """The inverse of `to_dict`; `source` is what an error calls it."""
+        sums = parse(dict(values), _Sums, source)
         statistics = cls()
-        statistics.count = int(values["count"])
-        statistics._sum = np.array(values["sum"], dtype=np.float64)
-        statistics._sum_of_squares = np.array(values["sum_of_squares"], dtype=np.float64)
+        statistics.count = sums.count
+        statistics._sum = np.array(sums.sum, dtype=np.float64)
+        statistics._sum_of_squares = np.array(sums.sum_of_squares, dtype=np.float64)
         return statistics
 
     def mean_std(self, floor: float = 1e-6) -> tuple[np.ndarray, np.ndarray]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
 import json
 import os
@@ -11,16 +10,20 @@ import shutil
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
 
 from repvitok.data.last_used import LastUsed
 from repvitok.data.latents import ChannelStatistics, EpisodeInfo, InstructionSource, LatentEpisode, LatentMeta
 from repvitok.data.split import parse_episodes
+from repvitok.data.verified import VerifiedFiles, sha256_of
+from repvitok.documents import Count, Digest, load_json, parse, require_format
 from repvitok.errors import UserError
 from repvitok.files import atomic_file, refuse_foreign, write_json_atomic
 
@@ -168,12 +171,46 @@ class LatentShardWriter:
         self._open = None
         writing.close()
         described = [dataclasses.asdict(info) for info in held]
-        entry = {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
+        entry = {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
         self._shards.append({**entry, "keys": [info.key for info in held], "episodes": described})
 
 
-class LatentShards(Sequence[LatentEpisode]):
+@dataclass(frozen=True)
+class _Shard:
+    """What meta.json says of a tar."""
+
+    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][\w.-]*\.tar$")]
+    bytes: Annotated[int, msgspec.Meta(ge=0)]
+    sha256: Digest
+    keys: list[str]
+    episodes: list[EpisodeInfo] = field(default_factory=list)  # files of before 0.1 have none
+
+    def __post_init__(self) -> None:
+        if self.episodes and [info.key for info in self.episodes] != self.keys:
+            raise UserError(f"{self.name}: keys and episodes name other samples")
+
+
+@dataclass(frozen=True)
+class _Document:
+    """What meta.json says."""
+
+    dtype: Literal["float32", "float16"]
+    num_episodes: Count
+    meta: dict[str, Any]
+    shards: list[_Shard]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    statistics: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        keys = [key for shard in self.shards for key in shard.keys]
+        if len(set(keys)) != len(keys) or len(keys) != self.num_episodes:
+            raise UserError(f"num_episodes is {self.num_episodes}, the shards list {len(set(keys))} different keys")
+
+
+class LatentShards(Sequence[Any]):  # of LatentEpisode; type checks at run time would read one of them at each call
     """Random access to a finished folder of latent shards.
+
+    The first time that a shard is touched, its SHA-256 is compared with meta.json, see `VerifiedFiles`.
 
     Args:
         root: folder written by `LatentShardWriter`.
@@ -187,7 +224,7 @@ class LatentShards(Sequence[LatentEpisode]):
     def __init__(self, root: str | os.PathLike[str], *, expect_digest: str | None = None) -> None:
         self.root = Path(root)
         document = _read_document(self.root)
-        self.meta = LatentMeta.from_dict(document["meta"])
+        self.meta = LatentMeta.from_dict(document["meta"], f"{self.root / 'meta.json'}, field 'meta'")
         if expect_digest is not None and expect_digest != self.meta.tokenizer_digest:
             raise UserError(
                 f"{self.root}: these latents were made by tokenizer {self.meta.tokenizer_digest[:16]}, expected "
@@ -202,6 +239,8 @@ class LatentShards(Sequence[LatentEpisode]):
         self._where = [(number, key) for number, shard in enumerate(self._shards) for key in shard["keys"]]
         self._ranges: LastUsed[int, dict[str, tuple[int, int]]] = LastUsed(OPEN_SHARDS)
         self._maps: LastUsed[int, np.memmap] = LastUsed(OPEN_SHARDS)
+        self._touched: set[int] = set()
+        self._verified = VerifiedFiles(self.root, sum(shard["bytes"] for shard in self._shards))
 
     @property
     def keys(self) -> list[str]:
@@ -223,7 +262,7 @@ class LatentShards(Sequence[LatentEpisode]):
         """The sums behind mean and std; ValueError where they were not stored."""
         if self._sums is None:
             raise UserError(f"{self.root}: meta.json has no sums of its latents; encode the data set again")
-        return ChannelStatistics.from_dict(self._sums)
+        return ChannelStatistics.from_dict(self._sums, f"{self.root / 'meta.json'}, field 'statistics'")
 
     def __len__(self) -> int:
         return len(self._where)
@@ -231,19 +270,24 @@ class LatentShards(Sequence[LatentEpisode]):
     @cached_property
     def infos(self) -> list[EpisodeInfo]:
         """What meta.json says of each episode, in order; no tar is opened, unless it is older than this list."""
-        if all("episodes" in shard for shard in self._shards):
+        if all(shard.get("episodes") for shard in self._shards):
             return [EpisodeInfo(**values) for shard in self._shards for values in shard["episodes"]]
         return [episode.info for episode in self]
 
     @cached_property
     def recorded(self) -> list[int]:
         """Numbers of the data set's episodes that were to be encoded, those too short to be among them included."""
-        left_out = self.provenance.get("left_out")
+        left_out = parse(self.provenance.get("left_out"), str | None, f"{self.root / 'meta.json'}, provenance.left_out")
         return sorted({info.episode_index for info in self.infos}.union(*parse_episodes(left_out) if left_out else ()))
 
     def __getitem__(self, index: int) -> LatentEpisode:  # type: ignore[override]  # no slices
         number, key = self._where[index]
         episode = _read_episode(self._path(number), key, self._ranges_of(number))
+        if episode.latents.shape[1:] != (expected := (self.meta.tokens, self.meta.latent_dim)):
+            raise UserError(
+                f"{self._path(number)}: episode {key} has latents {episode.latents.shape}, meta.json says (frames, "
+                f"{expected[0]}, {expected[1]}); encode the data set again"
+            )
         return dataclasses.replace(episode, task=self._tasks.get(key, episode.task))
 
     @cached_property
@@ -261,10 +305,19 @@ class LatentShards(Sequence[LatentEpisode]):
         tar = self._maps.get_or_make(number, lambda: np.memmap(self._path(number), np.uint8, "r"))
         ranges = self._ranges_of(number)
         found = {name: ranges[f"{key}.{name}.npy"] for name in _ARRAYS if f"{key}.{name}.npy" in ranges}
-        return {name: _array_at(tar[start : start + length]) for name, (start, length) in found.items()}
+        where = f"{self._path(number)}: episode {key}"
+        if "latents" not in found:
+            raise UserError(f"{where} has no latents; encode the data set again")
+        return {name: _array_at(tar[start : start + n], f"{where}, {name}") for name, (start, n) in found.items()}
 
     def _path(self, number: int) -> Path:
-        return self.root / self._shards[number]["name"]
+        """A shard's file, whose content was compared with meta.json in this run or before."""
+        shard = self._shards[number]
+        path = self.root / shard["name"]
+        if number not in self._touched:
+            self._verified.require(path, shard["sha256"])
+            self._touched.add(number)
+        return path
 
     def _ranges_of(self, number: int) -> dict[str, tuple[int, int]]:
         return self._ranges.get_or_make(number, lambda: _member_ranges(self._path(number)))
@@ -273,10 +326,11 @@ class LatentShards(Sequence[LatentEpisode]):
         return (self[index] for index in range(len(self)))
 
     def verify(self) -> None:
-        """Compares every shard's SHA-256 with meta.json; ValueError names the first that differs."""
+        """Compares every shard's SHA-256 with meta.json, whenever it was last compared; UserError names the first that
+        differs.
+        """
         for shard, path in zip(self._shards, self.paths, strict=True):
-            if _sha256(path) != shard["sha256"]:
-                raise UserError(f"{path}: its SHA-256 is not the one in meta.json; the file was changed or damaged")
+            self._verified.require(path, shard["sha256"], again=True)
 
     def _check_shard(self, shard: dict[str, Any]) -> None:
         path = self.root / shard["name"]
@@ -314,7 +368,7 @@ def replace_instructions(
             for shard in shards.entries
         ]
         meta = dataclasses.replace(shards.meta, instruction_source=source).to_dict()
-        document = _read_document(shards.root)
+        document = {"format": FORMAT, "format_version": FORMAT_VERSION, **_read_document(shards.root)}
         write_json_atomic(shards.root / "meta.json", {**document, "meta": meta, "shards": entries})
     return changes
 
@@ -402,11 +456,6 @@ def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(member, io.BytesIO(data))
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _read_document(root: Path) -> dict[str, Any]:
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; expected latent shards written by `repvitok encode`")
@@ -418,26 +467,32 @@ def _read_document(root: Path) -> dict[str, Any]:
         )
     if not path.is_file():
         raise UserError(f"{root} has no meta.json: it holds no latent shards, or encoding them never finished")
-    document = json.loads(path.read_text(encoding="utf-8"))
-    found = (document.get("format"), document.get("format_version")) if isinstance(document, dict) else None
-    if found != (FORMAT, FORMAT_VERSION):
-        raise UserError(f"{path}: expected format {FORMAT!r} version {FORMAT_VERSION}, found {found}")
+    document = require_format(load_json(path), FORMAT, FORMAT_VERSION, str(path))
+    parse(document, _Document, str(path))
     return document
 
 
 def _member_ranges(path: Path) -> dict[str, tuple[int, int]]:
     """Member name -> (first byte, length) of an uncompressed tar."""
-    with tarfile.open(path, "r:") as tar:
-        return {member.name: (member.offset_data, member.size) for member in tar}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            return {member.name: (member.offset_data, member.size) for member in tar}
+    except tarfile.TarError as error:
+        raise UserError(f"{path}: not a whole tar ({error}); copy it again or encode again") from error
 
 
-def _array_at(member: np.ndarray) -> np.ndarray:
-    """The array of an npy member, over the member's own bytes."""
+def _array_at(member: np.ndarray, where: str) -> np.ndarray:
+    """The array of an npy member, over the member's own bytes: nothing is made by what its header claims."""
     header = io.BytesIO(member[:NPY_HEADER_BYTES].tobytes())
-    if np.lib.format.read_magic(header) != (1, 0):
-        raise UserError("expected an array in version 1.0 of the npy format; encode the data set again")
-    shape, _, dtype = np.lib.format.read_array_header_1_0(header)
-    return member[header.tell() :].view(dtype).reshape(shape)
+    try:
+        if np.lib.format.read_magic(header) != (1, 0):
+            raise ValueError("not version 1.0 of the format")
+        shape, column_major, dtype = np.lib.format.read_array_header_1_0(header)
+        if dtype.kind != "f" or column_major:
+            raise ValueError(f"expected floating point numbers by rows, got {dtype}")
+        return member[header.tell() :].view(dtype).reshape(shape)
+    except ValueError as error:
+        raise UserError(f"{where}: no readable npy array ({error}); encode the data set again") from error
 
 
 def _read_episode(path: Path, key: str, members: dict[str, tuple[int, int]]) -> LatentEpisode:
@@ -448,12 +503,24 @@ def _read_episode(path: Path, key: str, members: dict[str, tuple[int, int]]) -> 
 
     with open(path, "rb") as file:
         try:
-            described = json.loads(member("json"))
+            described = parse(json.loads(member("json")), _Described, f"{path}: episode {key}")
             arrays = {
-                name: np.load(io.BytesIO(member(f"{name}.npy")), allow_pickle=False).astype(np.float32, copy=False)
+                name: _array_at(np.frombuffer(member(f"{name}.npy"), np.uint8), f"{path}: episode {key}, {name}")
                 for name in _ARRAYS
                 if f"{key}.{name}.npy" in members
             }
-            return LatentEpisode(key=key, **described, **arrays)
-        except (KeyError, TypeError, EOFError, json.JSONDecodeError) as error:
+            arrays = {name: np.array(array, np.float32) for name, array in arrays.items()}
+            return LatentEpisode(key, described.episode_index, described.offset, described.task, **arrays)
+        except UserError:
+            raise
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise UserError(f"{path}: episode {key} cannot be read ({error}); encode the data set again") from error
+
+
+@dataclass(frozen=True)
+class _Described:
+    """The json member of an episode."""
+
+    episode_index: Count
+    offset: Count
+    task: str

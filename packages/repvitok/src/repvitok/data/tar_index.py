@@ -5,15 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Annotated
+
+import msgspec
 
 from repvitok.data.sources import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from repvitok.data.video import VideoFile
+from repvitok.documents import Above0, read_json
 from repvitok.errors import UserError
 from repvitok.files import write_text_atomic
 
 INDEX_VERSION = 1
+Natural = Annotated[int, msgspec.Meta(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -58,13 +64,35 @@ def read_index(tar: Path, cache_folder: Path | None) -> list[TarMember]:
     stored = cache_folder / f"{tar.stem}-{hashlib.sha256(str(tar.resolve()).encode()).hexdigest()[:16]}.index.json"
     identity = {"version": INDEX_VERSION, "bytes": tar.stat().st_size, "modified_ns": tar.stat().st_mtime_ns}
     if stored.is_file():
-        document = json.loads(stored.read_text(encoding="utf-8"))
-        if {key: document.get(key) for key in identity} == identity:
-            return [TarMember(*row) for row in document["members"]]
+        known = _read_index(stored, identity)
+        if known is not None:
+            return known
     members = scan(tar)
     rows = [astuple(member) for member in members]
     write_text_atomic(stored, json.dumps(identity | {"members": rows}))
     return members
+
+
+def _read_index(stored: Path, identity: Mapping[str, int]) -> list[TarMember] | None:
+    """The members in a cached index; None where it is of another state of the tar, or damaged: it is made again."""
+    try:
+        index = read_json(stored, _Index)
+    except UserError:
+        return None
+    if {key: getattr(index, key) for key in identity} != identity:
+        return None
+    members = [TarMember(*row) for row in index.members]
+    return members if all(m.start + m.length <= identity["bytes"] for m in members) else None
+
+
+@dataclass(frozen=True)
+class _Index:
+    """A cached index as JSON has it: a row per member, its fields in order."""
+
+    version: int
+    bytes: int
+    modified_ns: int
+    members: list[tuple[str, Natural, Natural, Natural, Above0 | None, str]]
 
 
 def scan(tar: Path) -> list[TarMember]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import io
 import os
 import shutil
-import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,8 @@ from repvitok.files import atomic_file
 Media = Literal["auto", "videos", "images"]
 _URL = ("http://", "https://")
 _TIMEOUT_S = 60
+MAX_SHARDS = 10**6
+"""Tars that a pattern may name."""
 
 
 class TarShards:
@@ -117,7 +120,13 @@ def expand_shards(shards: str | os.PathLike[str]) -> list[str]:
         if not paths:
             raise UserError(f"{text}: no .tar files in this folder; expected WebDataset shards")
         return paths
-    return list(braceexpand(text))
+    try:
+        named = list(islice(braceexpand(text), MAX_SHARDS + 1))
+    except ValueError as error:
+        raise UserError(f"{text}: expected braces such as clips-{{000..099}}.tar ({error})") from error
+    if len(named) > MAX_SHARDS:
+        raise UserError(f"{text}: more than {MAX_SHARDS} tars")
+    return named
 
 
 def _local(shard: str, cache: Path | None) -> Path:
@@ -140,7 +149,7 @@ def _download(url: str, path: Path) -> None:
             promised = answer.headers.get("Content-Length")
             shutil.copyfileobj(answer, file, 2**20)
             received = file.tell()
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise FileNotFoundError(f"{url}: could not be fetched ({error}); check the address and the network") from error
-    if promised is not None and int(promised) != received:
+    if promised is not None and promised.isdecimal() and int(promised) != received:
         raise UserError(f"{url}: the connection ended after {received} of {promised} bytes; try again")

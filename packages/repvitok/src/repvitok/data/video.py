@@ -311,7 +311,10 @@ class VideoFile:
         with container:
             if not container.streams.video:
                 raise UserError(f"{self.name}: the file has no video stream")
-            yield container, container.streams.video[0]
+            try:
+                yield container, container.streams.video[0]
+            except FFmpegError as error:
+                raise UserError(f"{self.name}: the video is damaged ({error}); copy or record it again") from error
 
     def _member(self) -> bytes:
         """The bytes of the span."""

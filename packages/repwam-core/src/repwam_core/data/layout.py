@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,14 +21,13 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 from repvitok.data import LeRobotReader
 from repvitok.data.contents import require_recorded
 from repvitok.data.lerobot_format import arrow_type, huggingface_metadata, number_feature
 from repvitok.data.lerobot_metadata import read_parquet
 from repvitok.data.lerobot_stats import column_statistics, pooled_statistics
 from repvitok.data.lerobot_tables import to_numpy
-from repvitok.documents import load_json, load_json_lines, parse
+from repvitok.documents import Count, load_json, load_json_lines, load_yaml, parse, read_json
 from repvitok.errors import UserError
 from repvitok.files import sole_writer
 from repvitok.progress import progress
@@ -83,13 +82,7 @@ class DatasetLayout:
         path = LAYOUTS / f"{name}.yaml" if "/" not in str(name) and not str(name).endswith(".yaml") else Path(name)
         if not path.is_file():
             raise UserError(f"no layout {str(name)!r}: expected a YAML file or one of {known_layouts()}")
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-            raise UserError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from error
-        if not isinstance(values, dict) or set(values) != {"embodiment", "action", "state", "cameras"}:
-            raise UserError(f"{path}: expected the keys action, cameras, embodiment, state")
-        entry = parse(values, _LayoutEntry, str(path))
+        entry = parse(load_yaml(path), _LayoutEntry, str(path))
         action, state = (tuple(_part(path, part) for part in parts) for parts in (entry.action, entry.state))
         if twice := {name for names in (_names(state), entry.cameras) for name in names if names.count(name) > 1}:
             raise UserError(f"{path}: expected distinct names of states and cameras, got {sorted(twice)} twice")
@@ -141,13 +134,13 @@ def prepare(source: Path, out: Path, layout: DatasetLayout) -> Embodiment:
     out.mkdir(parents=True, exist_ok=True)
     with sole_writer(out, f"{out}: another run is preparing this folder; start this one when it has ended"):
         if (out / RECORD).is_file():
-            before = load_json(out / RECORD)
+            before = read_json(out / RECORD, _Prepared)
             if (out / "meta/info.json").is_file():
-                if {key: before.get(key) for key in record} != record:
+                if {"layout": before.layout, "source": before.source} != record:
                     raise UserError(f"{out} holds data prepared otherwise; remove the folder or choose another")
                 return robot
-            for name in (*before.get("entries", ()), "meta"):  # killed while it was moved into place
-                shutil.rmtree(out / Path(name).name, ignore_errors=True)
+            for name in (*before.entries, "meta"):  # killed while it was moved into place
+                shutil.rmtree(out / name, ignore_errors=True)
         partial = out / ".partial"
         shutil.rmtree(partial, ignore_errors=True)
         try:
@@ -430,13 +423,12 @@ def _publish(partial: Path, out: Path, record: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class _LayoutEntry:
-    """A layout as its file writes it."""
+class _Prepared:
+    """The note of what a prepared data set is."""
 
-    embodiment: str
-    action: Annotated[list[Any], msgspec.Meta(min_length=1)]
-    state: list[Any]
-    cameras: list[str]
+    layout: dict[str, Any]
+    source: str
+    entries: list[Annotated[str, msgspec.Meta(pattern=r"^(?!\.{1,2}$)[^/]+$")]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -447,13 +439,20 @@ class _PartEntry:
     names: Annotated[list[str], msgspec.Meta(min_length=1)]
     unit: str = "1"
     units: list[str] | None = None
-    select: tuple[Annotated[int, msgspec.Meta(ge=0)], Annotated[int, msgspec.Meta(ge=1)]] | None = None
+    select: tuple[Count, Count] | None = None
 
 
-def _part(path: Path, values: Any) -> Part:
-    if not isinstance(values, dict) or set(values) - set(_PartEntry.__dataclass_fields__) or "column" not in values:
-        raise UserError(f"{path}: expected a part to have column, names, unit or units, select, got {values}")
-    entry = parse(values, _PartEntry, f"{path}, {values['column']}")
+@dataclass(frozen=True)
+class _LayoutEntry:
+    """A layout as its file writes it."""
+
+    embodiment: str
+    action: Annotated[list[_PartEntry], msgspec.Meta(min_length=1)]
+    state: list[_PartEntry]
+    cameras: list[str]
+
+
+def _part(path: Path, entry: _PartEntry) -> Part:
     units = entry.units or [entry.unit] * len(entry.names)
     selected = len(entry.names) if entry.select is None else entry.select[1] - entry.select[0]
     if len(units) != len(entry.names) or selected != len(entry.names):

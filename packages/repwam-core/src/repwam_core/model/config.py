@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import msgspec
+from repvitok.documents import MAX_PARAMETERS, Layers, Size, check_fields, parse
 from repvitok.errors import UserError
 
 COUPLINGS = ("joint", "sequential")
@@ -29,14 +31,12 @@ class ActionSpace:
         state_channels: numbers in the robot state that enters with each observed frame; 0 for none.
     """
 
-    channels: int
-    vectors_per_transition: int = 1
-    state_channels: int = 0
+    channels: Annotated[int, msgspec.Meta(ge=1, le=10_000)]
+    vectors_per_transition: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 1
+    state_channels: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 0
 
     def __post_init__(self) -> None:
-        _require_at_least("ActionSpace.channels", self.channels, 1)
-        _require_at_least("ActionSpace.vectors_per_transition", self.vectors_per_transition, 1)
-        _require_at_least("ActionSpace.state_channels", self.state_channels, 0)
+        check_fields(self)
 
 
 def _latent_space() -> dict[str, ActionSpace]:
@@ -75,35 +75,37 @@ class WAMConfig:
         ValueError: a size that is not positive or does not divide, or an unknown choice.
     """
 
-    width: int = 1536
-    depth: int = 30
-    heads: int = 12
-    ffn: int = 7680
-    action_width: int = 768
-    action_ffn: int = 4480
-    text_dim: int = 2048
-    latent_dim: int = 96
+    width: Size = 1536
+    depth: Layers = 30
+    heads: Size = 12
+    ffn: Size = 7680
+    action_width: Size = 768
+    action_ffn: Size = 4480
+    text_dim: Size = 2048
+    latent_dim: Size = 96
     coupling: str = "joint"
     attention: str = "shared"
-    window: int = 32
+    window: Size = 32
     action_history: bool = True
     state_token: bool = False
-    joint_actions: int = 0
-    max_views: int = 4
-    rope_base: float = 10_000.0
+    joint_actions: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 0
+    max_views: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 4
+    rope_base: Annotated[float, msgspec.Meta(gt=1)] = 10_000.0
     spaces: Mapping[str, ActionSpace] = field(default_factory=_latent_space)
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "heads", "ffn", "action_width", "action_ffn", "text_dim", "latent_dim"):
-            _require_at_least(name, getattr(self, name), 1)
-        _require_at_least("window", self.window, 1)
-        _require_at_least("max_views", self.max_views, 1)
-        _require_at_least("joint_actions", self.joint_actions, 0)
-        _require_choice("coupling", self.coupling, COUPLINGS)
-        _require_choice("attention", self.attention, ATTENTIONS)
-        if self.rope_base <= 1:
-            raise UserError(f"rope_base: expected a number above 1, got {self.rope_base}.")
+        check_fields(self)
+        for name, choices in (("coupling", COUPLINGS), ("attention", ATTENTIONS)):
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}.")
         self._check_heads()
+        layer = self.width * (6 * self.width + 2 * self.ffn + 2 * self.text_dim) + 8 * self.action_width * (
+            self.width + self.action_ffn
+        )
+        if self.depth * layer > MAX_PARAMETERS:
+            raise UserError(
+                f"depth {self.depth} of width {self.width}: {self.depth * layer:.0e} parameters, more than any model"
+            )
         if not self.spaces:
             raise UserError("spaces: expected at least one action space, got none.")
         for name in self.spaces:
@@ -183,10 +185,9 @@ class WAMConfig:
             ValueError: a key is missing or unknown.
         """
         values = {"joint_actions": 0, **values}
-        _require_keys("WAMConfig", {item.name for item in fields(cls)}, values)
-        space_keys = {item.name for item in fields(ActionSpace)}
+        parse(values, cls, cls.__name__, required=[item.name for item in fields(cls)])
         for name, space in values["spaces"].items():
-            _require_keys(f"WAMConfig.spaces[{name!r}]", space_keys, space)
+            parse(space, ActionSpace, f"spaces.{name}", required=[item.name for item in fields(ActionSpace)])
         spaces = {name: ActionSpace(**space) for name, space in values["spaces"].items()}
         return cls(**{**values, "spaces": spaces})
 
@@ -205,20 +206,3 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "rope_base": 100.0,
     },
 }
-
-
-def _require_at_least(name: str, value: int, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise UserError(f"{name}: expected an integer of at least {minimum}, got {value!r}.")
-
-
-def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"{name}: expected one of {choices}, got {value!r}.")
-
-
-def _require_keys(what: str, expected: set[str], values: Mapping[str, Any]) -> None:
-    if missing := sorted(expected - set(values)):
-        raise UserError(f"{what}: missing {missing}. Was this file written by another version?")
-    if unknown := sorted(set(values) - expected):
-        raise UserError(f"{what}: unknown {unknown}; expected only {sorted(expected)}.")

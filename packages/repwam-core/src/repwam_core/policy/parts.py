@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from repvitok import RepViTok
+from repvitok.devices import find_device
 from repvitok.errors import UserError
 from repvitok.files import readable
 
@@ -42,7 +43,7 @@ class PolicyParts:
             FileNotFoundError: when it is no policy folder.
             ValueError: when a part is not the one that policy.json names.
         """
-        folder = readable(folder)
+        folder, device = readable(folder), str(find_device(device))
         manifest = PolicyManifest.load(folder)
         wam = WorldActionModel.from_pretrained(folder / "wam")
         tokenizer = RepViTok.from_pretrained(folder / "tokenizer")
@@ -69,7 +70,7 @@ class PolicyParts:
         instructions: frozenset[str] = frozenset(),
     ) -> PolicyParts:
         """What `repwam export` would write of a checkpoint, without writing it; errors as there."""
-        trained = read_policy(checkpoint)
+        trained, device = read_policy(checkpoint), str(find_device(device))
         manifest = make_manifest(trained, tokenizer)
         text = TextEncoder(manifest.text_encoder, device=device)
         models = trained.wam.to(device), RepViTok.from_pretrained(tokenizer).to(device)

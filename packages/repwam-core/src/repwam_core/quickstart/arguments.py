@@ -5,40 +5,57 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from repvitok.commands import MAX_SIDE, episodes_argument, number, path_argument, text_argument, whole_number
+from repvitok.errors import MOST_PROCESSES
+
 
 def add_quickstart_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the quickstart's options to a parser."""
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/quickstart"), help="folder of the run (default: %(default)s)"
+        "--out", type=path_argument, default=Path("runs/quickstart"), help="folder of the run (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="training and collection seed (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=whole_number(0, 2**32 - 1), default=0, help="training and collection seed (default: %(default)s)"
+    )
     parser.add_argument("--fresh", action="store_true", help="start over: drop the stages already done in --out")
     parser.add_argument(
         "--dataset",
-        type=Path,
+        type=path_argument,
         help="run on this LeRobot data set (v2.1 or v3.0) instead of the simulator, ending in open-loop evaluation",
     )
-    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="frame size in pixels, multiples of 16")
+    parser.add_argument(
+        "--size",
+        type=whole_number(16, MAX_SIDE),
+        nargs=2,
+        metavar=("H", "W"),
+        help="frame size in pixels, multiples of 16",
+    )
     parser.add_argument(
         "--tasks",
+        type=text_argument,
         nargs="+",
         metavar="TASK",
         help="Meta-World tasks (default: the recipe's three and its pair)",
     )
     parser.add_argument(
         "--episodes",
+        type=episodes_argument,
         nargs="+",
         metavar="N",
         help="demonstrations per task (default: the recipe's); with --dataset the numbers of the episodes to use, and "
         "ranges of them: 0-9,12 (default: all)",
     )
-    parser.add_argument("--cameras", nargs="+", help="with --dataset: cameras to use (default: all)")
     parser.add_argument(
-        "--eval-episodes", type=int, help="unseen seeds per task in closed loop (default: the recipe's)"
+        "--cameras", type=text_argument, nargs="+", help="with --dataset: cameras to use (default: all)"
+    )
+    parser.add_argument(
+        "--eval-episodes",
+        type=whole_number(1, 100_000),
+        help="unseen seeds per task in closed loop (default: the recipe's)",
     )
     parser.add_argument(
         "--budget",
-        type=float,
+        type=number(0, 1000, above=True),
         default=1.0,
         metavar="X",
         help="multiply the training steps of every stage (default: %(default)s, about a quarter of an hour on 2 cores)",
@@ -49,4 +66,6 @@ def add_quickstart_arguments(parser: argparse.ArgumentParser) -> None:
         help="also train the policy without latent actions, without the video objective and on an untrained "
         "tokenizer, and report what each of them buys (about twice the time again)",
     )
-    parser.add_argument("--workers", type=int, default=2, help="simulator processes (default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=whole_number(1, MOST_PROCESSES), default=2, help="simulator processes (default: %(default)s)"
+    )

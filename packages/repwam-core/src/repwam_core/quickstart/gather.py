@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from repvitok.curves import read_curves
+from repvitok.documents import read_json
 
 from repwam_core.quickstart import closed_loop, pictures
 from repwam_core.quickstart.controls import CONTROLS
@@ -165,7 +166,7 @@ def _language(outcome: dict[str, StageResult]) -> list[LanguageRow]:
         "other": _per_task(closed_loop.read_results(folder, "other")),
         "none": _per_task(closed_loop.read_results(folder, "none")),
     }
-    pair = json.loads((folder / "pair.json").read_text())
+    pair = read_json(folder / "pair.json", list[str])
     return [LanguageRow(task, *(told[name].get(task) for name in closed_loop.LANGUAGE)) for task in pair]
 
 

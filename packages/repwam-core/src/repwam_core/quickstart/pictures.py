@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from repvitok import RepViTok
 from repvitok.data import LatentEpisode, LatentMeta, LatentShards, LeRobotReader, prepare_frames
 from repvitok.data.split import split_latents
 from repvitok.data.transforms import to_frames
+from repvitok.documents import read_json
 from repvitok.metrics import psnr, ssim
 from torch import Tensor
 
@@ -108,17 +109,18 @@ def latent_actions(this: Run, trained: Trained, episodes: Sequence[int]) -> Late
     shards = LatentShards(trained.prepared.latents)
     by_index = {e.episode_index: e for e in shards if e.offset == 0 and e.episode_index in episodes}
     pictures = [_transition(this, reader, lat, by_index[index], shards.meta) for index in episodes if index in by_index]
-    losses = [trained.prepared.lat.summary.get(f"val/{name}_loss") for name in ("forward", "copy", "zero_action")]
+    names = ("forward_loss", "copy_loss", "zero_action_loss")
+    losses: dict[str, Any] = {name: trained.prepared.lat.summary.get(f"val/{name}") for name in names}
     path = trained.prepared.labelled.folder / "probe.json"
     if not path.exists():  # the data allow of none, see `training.label`
-        return LatentActions(pictures[:SHOWN], *losses)
-    probe = json.loads(path.read_text())
+        return LatentActions(pictures[:SHOWN], **losses)
+    probe = read_json(path, dict[str, Any])
     r2 = {
         name: {c: v for c, v in zip(probe["channels"], probe[name]["r2"], strict=True) if v is not None}
         for name in ("latent_action", "untrained", "frames")
     }
     controls = {"untrained latent action": r2["untrained"], "head on both latents": r2["frames"]}
-    return LatentActions(pictures[:SHOWN], *losses, r2["latent_action"], controls)
+    return LatentActions(pictures[:SHOWN], **losses, probe_r2=r2["latent_action"], probe_controls=controls)
 
 
 def _transition(

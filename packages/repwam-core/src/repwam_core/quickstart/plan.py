@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+from repvitok.documents import Count, Share, Size, load_yaml, parse
 from repvitok.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -17,10 +17,10 @@ RECIPES = Path(__file__).parent / "recipes"
 class Steps:
     """Optimizer steps of each training stage."""
 
-    repvitok: int
-    latent_action: int
-    pretrain: int
-    adapt: int
+    repvitok: Size
+    latent_action: Size
+    pretrain: Size
+    adapt: Size
 
     def scaled(self, budget: float) -> Steps:
         """Every stage's steps times ``budget``, at least two."""
@@ -48,16 +48,16 @@ class Plan:
 
     tasks: tuple[str, ...]
     same_scene: tuple[str, ...]
-    episodes: int
-    eval_episodes: int
-    language_episodes: int
-    size: tuple[int, int]
-    stride: int
-    offsets: tuple[int, ...]
+    episodes: Count
+    eval_episodes: Count
+    language_episodes: Count
+    size: tuple[Size, Size]
+    stride: Size
+    offsets: tuple[Count, ...]
     noise: str
-    held_out: float
+    held_out: Share
     steps: Steps
-    execute: int
+    execute: Count
 
     @property
     def all_tasks(self) -> tuple[str, ...]:
@@ -74,14 +74,7 @@ def load_plan(path: Path, arguments: argparse.Namespace) -> Plan:
     Raises:
         UserError: a key is missing or unknown, or an option is out of range.
     """
-    values = yaml.safe_load(path.read_text())
-    names = {field.name for field in fields(Plan)}
-    if set(values) != names:
-        raise UserError(f"{path}: expected the keys {sorted(names)}, got {sorted(values)}")
-    values["steps"] = Steps(**values["steps"])
-    for name in ("tasks", "same_scene", "size", "offsets"):
-        values[name] = tuple(values[name])
-    return _with_options(Plan(**values), arguments)
+    return _with_options(parse(load_yaml(path), Plan, str(path)), arguments)
 
 
 def _with_options(plan: Plan, arguments: argparse.Namespace) -> Plan:

@@ -20,7 +20,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from repvitok.documents import load_json
+from repvitok.documents import From0, read_json
 from repvitok.errors import UserError, require_disk_space
 from repvitok.files import WriteError, refuse_foreign, sole_writer, write_json_atomic, write_text_atomic
 
@@ -49,6 +49,15 @@ class StageResult:
     cached: bool
     commit: str = ""
     summary: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What a finished stage's file says."""
+
+    seconds: From0
+    summary: dict[str, Any]
+    commit: str = ""
 
 
 def stage_digest(name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -149,11 +158,8 @@ class StageRunner:
         number = len(self.results) + 1
         record = _record(folder / _DONE)
         if record is not None:
-            result = StageResult(name, digest, folder, record["seconds"], True, record["commit"], record["summary"])
-            print(
-                f"[{number}] {name}: done before ({record['seconds']:.0f} s), reusing {folder}",
-                file=sys.stderr,
-            )
+            result = StageResult(name, digest, folder, record.seconds, True, record.commit, record.summary)
+            print(f"[{number}] {name}: done before ({record.seconds:.0f} s), reusing {folder}", file=sys.stderr)
         else:
             result = self._work(number, name, digest, folder, work, dict(settings), needs_bytes)
         self.results.append(result)
@@ -195,16 +201,14 @@ class StageRunner:
         return StageResult(name, digest, folder, spent.total_s, False, commit, summary)
 
 
-def _record(path: Path) -> dict[str, Any] | None:
+def _record(path: Path) -> _Record | None:
     """What a finished stage wrote last; None where it is not there or cannot be read: the stage is then gone through
     again, and each of its parts finds itself done."""
     try:
-        record = load_json(path)
-        seconds, commit = float(record["seconds"]), str(record.get("commit", ""))
-        return {"seconds": seconds, "commit": commit, "summary": dict(record["summary"])}
+        return read_json(path, _Record, unknown=True)
     except FileNotFoundError:
         return None
-    except (UserError, KeyError, TypeError, ValueError) as error:
+    except UserError as error:
         print(f"warning: {path} cannot be read ({error}); going through the stage again", file=sys.stderr)
         return None
 

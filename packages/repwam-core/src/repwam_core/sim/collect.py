@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from repvitok.data import LeRobotReader, LeRobotWriter
+from repvitok.documents import load_json, parse, require_format
 from repvitok.errors import UserError, require_disk_space
 from repvitok.files import refuse_foreign, sole_writer, write_json_atomic
 from repvitok.progress import progress
@@ -57,10 +57,12 @@ class CollectionPlan:
     crf: int
 
     def __post_init__(self) -> None:
+        if not self.tasks:
+            raise UserError("expected at least one task, got none")
         if not 1 <= self.episodes_per_task <= MAX_EPISODES_PER_TASK:
             raise UserError(f"episodes per task must lie in 1 .. {MAX_EPISODES_PER_TASK}, got {self.episodes_per_task}")
-        if self.extra_steps < 0:
-            raise UserError(f"extra_steps must not be negative, got {self.extra_steps}")
+        if not 0 <= self.extra_steps <= 500:
+            raise UserError(f"extra_steps must lie in 0 .. 500, got {self.extra_steps}")
         if not 0 <= self.crf <= 51:
             raise UserError(f"crf must lie in 0 (best) .. 51, got {self.crf}")
         collection_seed(self.seed, 0)
@@ -81,15 +83,12 @@ class CollectionPlan:
         return {"format": FORMAT, "format_version": FORMAT_VERSION, **values}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> CollectionPlan:
-        """Invert ``to_dict``; another format, a missing or an unknown key is a ValueError."""
-        values = dict(values)
-        name, version = values.pop("format", None), values.pop("format_version", None)
-        if (name, version) != (FORMAT, FORMAT_VERSION) or set(values) != set(cls.__dataclass_fields__):
-            raise UserError(f"expected a {FORMAT} file of version {FORMAT_VERSION}, got {name!r} version {version!r}")
-        settings = MetaWorldSettings.from_dict(values.pop("settings"))
-        noise = Noise.from_dict(values.pop("noise"))
-        return cls(**{**values, "tasks": tuple(values["tasks"])}, settings=settings, noise=noise)
+    def from_dict(cls, values: Any, source: str = "the collection's plan") -> CollectionPlan:
+        """Invert ``to_dict``; another format, a wrong, missing or unknown field is a UserError."""
+        values = require_format(values, FORMAT, FORMAT_VERSION, source)
+        plan = parse(values, cls, source)
+        settings, noise = MetaWorldSettings.from_dict(values["settings"]), Noise.from_dict(values["noise"])
+        return replace(plan, settings=settings, noise=noise)  # these two must be complete
 
 
 @dataclass(frozen=True)
@@ -184,7 +183,7 @@ def read_plan(root: str | Path) -> CollectionPlan:
     path = Path(root) / PLAN_FILE
     if not path.is_file():
         raise UserError(f"{root} holds no {PLAN_FILE}: it was not made by `repwam collect`")
-    return CollectionPlan.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    return CollectionPlan.from_dict(load_json(path), str(path))
 
 
 class DemonstrationRecorder:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
+from repvitok.documents import Count, From0, Share, check_fields, parse
 from repvitok.errors import UserError
 
 from repwam_core.interface import Observation
@@ -30,15 +32,14 @@ class Noise:
         share: Share of the episodes that are disturbed, drawn by the episode's seed.
     """
 
-    pushes: int = 0
-    push_steps: int = 4
-    push_within_steps: int = 24
-    action_std: float = 0.0
-    share: float = 1.0
+    pushes: Count = 0
+    push_steps: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 4
+    push_within_steps: Count = 24
+    action_std: From0 = 0.0
+    share: Share = 1.0
 
     def __post_init__(self) -> None:
-        if self.pushes < 0 or self.push_steps < 1 or self.action_std < 0 or not 0 <= self.share <= 1:
-            raise UserError(f"pushes and action_std must not be negative, share must lie in [0, 1]; got {self}")
+        check_fields(self)
         if self.pushes and self.push_within_steps // self.pushes < self.push_steps:
             raise UserError(
                 f"{self.pushes} pushes of {self.push_steps} steps do not fit into {self.push_within_steps} steps"
@@ -50,11 +51,8 @@ class Noise:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Noise:
-        """Invert ``to_dict``; a missing or unknown key is a ValueError."""
-        names = {field.name for field in fields(cls)}
-        if set(values) != names:
-            raise UserError(f"noise must have the keys {sorted(names)}, got {sorted(values)}")
-        return cls(**values)
+        """Invert ``to_dict``; a wrong, missing or unknown field is a UserError."""
+        return parse(values, cls, "noise", required=[field.name for field in fields(cls)])
 
 
 NOISE_MODES = {

@@ -74,7 +74,10 @@ def evaluate(
     filmed = _filmed(planned, filmed_per_task)
     results: list[EpisodeResult] = []
     bar = progress(planned, "evaluate", unit="episode")
-    with bar, _Simulators(settings, workers or default_workers()) as simulators:
+    if workers is not None and workers < 1:
+        raise UserError(f"workers must be at least 1, got {workers}")
+    places = min(workers or default_workers(), batch_size, max(1, len(planned)))
+    with bar, _Simulators(settings, places) as simulators:
         for first in range(0, len(planned), batch_size):
             batch = _Batch(planned[first : first + batch_size], filmed[first : first + batch_size])
             results += batch.run(driver, simulators, execute)

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from repvitok.documents import parse
 from repvitok.errors import UserError
 
 from repwam_core.embodiment import ActionChannel, Embodiment
@@ -31,6 +32,8 @@ __all__ = [
 ]
 
 ENVIRONMENT_RATE_HZ = 80
+MAX_SIDE = 4096
+"""Pixels of a picture's side."""
 FINGER_SPAN_M = 0.1
 """Meta-World reports the distance between the fingers as a fraction of this."""
 ACTION_CHANNELS = (
@@ -76,8 +79,8 @@ class MetaWorldSettings:
         unknown = [camera for camera in self.cameras if camera not in CAMERAS]
         if unknown or not self.cameras or len(set(self.cameras)) != len(self.cameras):
             raise UserError(f"expected distinct cameras out of {sorted(CAMERAS)}, got {list(self.cameras)}")
-        if len(self.size) != 2 or any(side < 16 or side % 16 for side in self.size):
-            raise UserError(f"size must be (height, width), multiples of 16, got {tuple(self.size)}")
+        if len(self.size) != 2 or any(not 16 <= side <= MAX_SIDE or side % 16 for side in self.size):
+            raise UserError(f"size must be (height, width), multiples of 16 up to {MAX_SIDE}, got {tuple(self.size)}")
         if self.act_repeat < 1:
             raise UserError(f"act_repeat must be at least 1, got {self.act_repeat}")
         if not self.act_repeat <= self.max_env_steps <= 500:
@@ -119,13 +122,8 @@ class MetaWorldSettings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MetaWorldSettings:
-        """Invert ``to_dict``; a missing or unknown key is a ValueError."""
-        names = {field.name for field in fields(cls)}
-        if set(values) != names:
-            raise UserError(f"Meta-World settings must have the keys {sorted(names)}, got {sorted(values)}")
-        same_scene = tuple(tuple(group) for group in values["same_scene"])
-        tuples = {"cameras": tuple(values["cameras"]), "size": tuple(values["size"]), "same_scene": same_scene}
-        return cls(**{**values, **tuples})
+        """Invert ``to_dict``; a wrong, missing or unknown field is a UserError."""
+        return parse(values, cls, "Meta-World settings", required=[field.name for field in fields(cls)])
 
 
 def camera_key(camera: str) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
+from repvitok.documents import Count, load_json, parse, require_format
 from repvitok.errors import UserError
 from repvitok.files import write_json_atomic
 
@@ -100,7 +101,26 @@ def load_results(path: str | Path) -> tuple[list[EpisodeResult], Mapping[str, An
     Raises:
         ValueError: If it is another kind of file.
     """
-    values = json.loads(Path(path).read_text(encoding="utf-8"))
-    if (values.get("format"), values.get("format_version")) != (FORMAT, FORMAT_VERSION):
-        raise UserError(f"{path}: expected a {FORMAT} file of version {FORMAT_VERSION}, got {values.get('format')!r}")
-    return [EpisodeResult(**episode) for episode in values["episodes"]], values["about"]
+    stored = parse(require_format(load_json(path), FORMAT, FORMAT_VERSION, str(path)), _Stored, str(path))
+    return [EpisodeResult(**vars(episode)) for episode in stored.episodes], stored.about
+
+
+@dataclass(frozen=True)
+class _StoredEpisode:
+    """`EpisodeResult` without its frames."""
+
+    task: str
+    seed: Annotated[int, msgspec.Meta(ge=0)]
+    instruction: str | None
+    success: bool
+    steps: Count
+    crashed: str | None = None
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What a file of results says."""
+
+    about: dict[str, Any]
+    rates: dict[str, Any]
+    episodes: list[_StoredEpisode]

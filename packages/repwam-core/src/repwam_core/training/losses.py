@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from einops import rearrange, reduce, repeat
 from jaxtyping import Bool, Float, Int
-from repvitok.errors import UserError
+from repvitok.documents import Above0, Share, check_fields
 from torch import Tensor, distributed
 
 from repwam_core.data.episodes import SegmentBatch
@@ -34,20 +34,15 @@ class LossSettings:
         text_drop_prob: share of samples trained without their instruction, for "no instruction" and for guidance.
     """
 
-    video_shift: float = 5.0
-    action_shift: float = 1.0
-    action_weight: float = 1.0
-    video_noise_prob: float = 0.0
-    history_noise: float = 0.0
-    text_drop_prob: float = 0.0
+    video_shift: Above0 = 5.0
+    action_shift: Above0 = 1.0
+    action_weight: Above0 = 1.0
+    video_noise_prob: Share = 0.0
+    history_noise: Share = 0.0
+    text_drop_prob: Share = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("video_noise_prob", "history_noise", "text_drop_prob"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name}: expected a number in [0, 1], got {getattr(self, name)}")
-        for name in ("video_shift", "action_shift", "action_weight"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+        check_fields(self)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from repvitok.ema import ExponentialMovingAverage
 from repvitok.errors import UserError
+from repvitok.finite import FiniteCheck, clip_gradients, require_finite_weights
 from repvitok.optim import OptimizerSettings
 
 from repwam_core.data.episodes import EpisodeStore, SegmentBatch
@@ -100,6 +101,7 @@ class WAMTraining(L.LightningModule):
         self.plan = plan or PlanSettings()
         self.ema_decay, self.seed = ema_decay, seed
         self.scale = scale or ScaleSettings()
+        self._finite = FiniteCheck()
         self.wam: WorldActionModel | None = None
         self.ema: ExponentialMovingAverage | None = None
         self._live: dict[str, torch.Tensor] | None = None
@@ -155,8 +157,21 @@ class WAMTraining(L.LightningModule):
             key = (self.seed, self.trainer.global_step, self.global_rank, batch_idx)
             losses = self._loss(batch, self._drawn_chunks(batch), key)
             keys = [self._store().keys[i] for i in batch.episode.tolist()]
-        self._log_loss("train", over_ranks([losses.terms]), keys)
+        whole = self._log_loss("train", over_ranks([losses.terms]))
+        found = {"loss": whole.total, "video": whole.video, "action": whole.action}
+        self._finite.note(found, lambda: f"episodes {keys}")
         return losses.total
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        """Clip as the trainer says; stop at the first loss or gradient that is no number."""
+        by_value = gradient_clip_algorithm == "value"
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = clip_gradients(parameters, None if by_value else gradient_clip_val)
+        if by_value:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        self._finite.check(self, norm)
 
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
         """Step, then average the weights at once: a checkpoint taken after this step holds both."""
@@ -263,6 +278,7 @@ class WAMTraining(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the averaged weights, and as JSON what the model needs to know of its data to be exported."""
+        require_finite_weights(self)
         store, average = self._store(), self._average().state_dict()
         if isinstance(self.trainer.strategy, ShardedStrategy):
             del average["average"]  # the strategy writes it, each rank its part
@@ -349,18 +365,13 @@ class WAMTraining(L.LightningModule):
         draw = np.random.default_rng((self.seed, self.trainer.global_step))
         return equal_chunks(batch.valid.shape[1], int(draw.integers(low, high + 1)))
 
-    def _log_loss(self, split: str, terms: LossTerms, keys: Sequence[str] = ()) -> None:
-        """Log Eq. 7 over all ranks' numbers; where it is not finite all ranks stop, naming their episodes `keys`."""
+    def _log_loss(self, split: str, terms: LossTerms) -> WAMLoss:
+        """Log Eq. 7 over all ranks' numbers, and return it."""
         losses = combined([terms], self.loss_settings.action_weight)
-        if keys and not torch.isfinite(losses.total):
-            parts = f"video {losses.video.item():.4g}, action {losses.action.item():.4g}"
-            raise UserError(
-                f"the loss is {losses.total.item()} at step {self.trainer.global_step} ({parts}) on episodes {keys}; "
-                "lower the learning rate or look at these data"
-            )
         rows = {"loss": losses.total, "video": losses.video, "action": losses.action}
         synced = split != "train" and self.trainer.world_size > 1
         self.log_dict({f"{split}/{name}": value for name, value in rows.items()}, sync_dist=synced)
+        return losses
 
     def _check_transitions(self) -> None:
         data, largest = self.trainer.datamodule, self.chunk_sizes[1]  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from repvitok.commands import path_argument, text_argument, whole_number
 from repvitok.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,14 +23,26 @@ MEBIBYTE = 2**20
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `repwam serve`."""
-    parser.add_argument("--policy", type=Path, required=True, help="policy folder, from `repwam export`")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
-    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="file with the key that clients must send")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
-    parser.add_argument("--execute-frames", type=int, metavar="N", help="latent frames per answer (the policy's)")
-    parser.add_argument("--max-sessions", type=int, default=16, help="clients at a time (default: %(default)s)")
-    parser.add_argument("--max-message-mib", type=int, default=64, help="size of one request (default: %(default)s)")
+    parser.add_argument("--policy", type=path_argument, required=True, help="policy folder, from `repwam export`")
+    parser.add_argument(
+        "--host", type=text_argument, default="127.0.0.1", help="address to listen on (default: this machine only)"
+    )
+    parser.add_argument(
+        "--port", type=whole_number(0, 65_535), default=8000, help="0 takes a free one (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--api-key-file", type=path_argument, metavar="FILE", help="file with the key that clients must send"
+    )
+    parser.add_argument("--device", type=text_argument, default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
+    parser.add_argument(
+        "--execute-frames", type=whole_number(1, 100_000), metavar="N", help="latent frames per answer (the policy's)"
+    )
+    parser.add_argument(
+        "--max-sessions", type=whole_number(1, 100_000), default=16, help="clients at a time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-message-mib", type=whole_number(1, 4096), default=64, help="size of one request (default: %(default)s)"
+    )
 
 
 def serve(options: argparse.Namespace) -> int:

@@ -1,0 +1,108 @@
+"""Every option of every verb meets bad values: it refuses them in one line, or takes what makes sense."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import latent_action.cli
+import pytest
+import repvitok.cli
+import repwam_core.cli
+from repvitok.commands import Command, RawCommand, command_parser, run_commands
+from repvitok.errors import run_cli
+
+PROGRAMS: dict[str, Sequence[Command | RawCommand]] = {
+    "repvitok": repvitok.cli.COMMANDS,
+    "latent-action": latent_action.cli.COMMANDS,
+    "latent-action lapa": latent_action.cli.LAPA_COMMANDS,
+    "repwam": repwam_core.cli.COMMANDS,
+}
+BAD = ["-1", "0", "1000000000", "1e9", "inf", "-inf", "nan", "1e400", "", " ", "x", "9" * 5000, "1\0", "\udcff"]
+GOOD = ["x", "0/2", "64", "16", "1", "0.5"]
+"""One of these is a value that any option takes."""
+FREE_TEXT = {"instruction"}
+"""Options for which nothing is something, too."""
+
+
+def _options() -> Iterator[Any]:
+    for program, commands in PROGRAMS.items():
+        verbs: Any = next(
+            action for action in command_parser(program, "repvitok", "", commands)._actions if action.dest == "verb"
+        )
+        for command in commands:
+            if isinstance(command, Command):
+                parser = verbs.choices[command.name]
+                for option in parser._actions:
+                    if option.option_strings and option.nargs != 0 and option.dest not in FREE_TEXT:
+                        name = option.option_strings[-1]
+                        yield pytest.param(program, command, parser, option, id=f"{program} {command.name} {name}")
+
+
+def _given(option: argparse.Action, value: str) -> list[str]:
+    count = option.nargs if isinstance(option.nargs, int) else 1
+    if option.nargs is None:
+        return [f"{option.option_strings[-1]}={value}"]
+    return [option.option_strings[-1], *[value] * count]
+
+
+def _example(option: argparse.Action) -> str:
+    if option.choices:
+        return str(next(iter(option.choices)))
+    kind: Any = option.type
+    for value in GOOD:
+        try:
+            kind(value)
+        except argparse.ArgumentTypeError:
+            continue
+        return value
+    raise AssertionError(f"none of {GOOD} is good for {option.option_strings}")
+
+
+def _others(parser: Any, option: argparse.Action) -> list[str]:
+    """What the verb needs besides the option that is looked at."""
+    needed = [other for other in parser._actions if other.required]
+    for group in parser._mutually_exclusive_groups:
+        if group.required and option not in group._group_actions:
+            needed.append(group._group_actions[0])
+    return list(itertools.chain.from_iterable(_given(o, _example(o)) for o in needed if o is not option))
+
+
+@pytest.mark.parametrize(("program", "command", "parser", "option"), list(_options()))
+def test_bad_values_are_one_line_or_make_sense(
+    program: str, command: Command, parser: Any, option: argparse.Action, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert option.type not in (int, float, str, Path), "use a type of repvitok.commands: it knows the range"
+    assert option.type is not None or option.choices, "use text_argument or path_argument: they refuse nothing"
+    seen: list[argparse.Namespace] = []
+    quiet = [replace(command, run=lambda parsed: seen.append(parsed))]
+    main = run_cli(lambda argv: run_commands(program, "repvitok", "", quiet, argv))
+    assert main([command.name, *_others(parser, option), *_given(option, _example(option))]) == 0
+    for value in BAD:
+        seen.clear()
+        code = main([command.name, *_others(parser, option), *_given(option, value)])
+        told = capsys.readouterr().err
+        if code:
+            assert (code, told.count("\n"), told.startswith("error: ")) == (2, 1, True), (value, told)
+            continue
+        taken = getattr(seen[0], option.dest)
+        for one in taken if isinstance(taken, list | tuple) else [taken]:
+            assert not isinstance(one, str | Path) or str(one).strip(), f"{value!r} is nothing"
+            assert not isinstance(one, int | float) or (math.isfinite(one) and one >= 0), f"{value!r} became {one}"
+
+
+def test_debug_shows_the_traceback_of_any_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["--debug", "merge", "--out", "/nowhere"], ["merge", "--out", "/nowhere", "--debug"]):
+        assert repvitok.cli.main(argv) == 2
+        told = capsys.readouterr().err
+        assert "Traceback" in told
+        assert told.splitlines()[-1].startswith("error: /nowhere: no such folder")
+    assert latent_action.cli.main(["fit", "--debug", "--trainer.max_steps=x"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+    assert repvitok.cli.main(["merge", "--out", "/nowhere"]) == 2
+    assert "Traceback" not in capsys.readouterr().err

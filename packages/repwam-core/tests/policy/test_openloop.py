@@ -64,5 +64,5 @@ def test_seen_and_unseen_tasks_are_told_apart(world):
 
 def test_another_data_set_is_refused(world):
     policy = BatchedPolicy.from_pretrained(world.policy)
-    with pytest.raises(ValueError, match=r"no episodes \[7\]"):
+    with pytest.raises(ValueError, match=r"no episodes 7; there are 0-1"):
         evaluate_open_loop(policy, LeRobotReader(world.dataset), [7])

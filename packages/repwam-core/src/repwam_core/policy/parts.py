@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from repvitok import RepViTok
+from repvitok.baselines import load_tokenizer
 from repvitok.errors import UserError
 from repvitok.files import readable
+from repvitok.interface import VideoTokenizer
 
-from repwam_core.export import PolicyManifest, make_manifest, read_policy
+from repwam_core.export import PolicyManifest, make_manifest, read_policy, read_tokenizer
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.statistics import Statistics
 from repwam_core.text import TextEncoder
@@ -29,7 +30,7 @@ class PolicyParts:
 
     manifest: PolicyManifest
     wam: WorldActionModel
-    tokenizer: RepViTok
+    tokenizer: VideoTokenizer
     statistics: Statistics
     text: TextEncoder
     instructions: frozenset[str] = frozenset()
@@ -45,7 +46,7 @@ class PolicyParts:
         folder = readable(folder)
         manifest = PolicyManifest.load(folder)
         wam = WorldActionModel.from_pretrained(folder / "wam")
-        tokenizer = RepViTok.from_pretrained(folder / "tokenizer")
+        tokenizer = load_tokenizer(folder / "tokenizer")
         statistics = Statistics.load(folder / "statistics.json")
         found = {"wam": wam.digest(), "tokenizer": tokenizer.digest(), "statistics": statistics.digest}
         for part, digest in found.items():
@@ -70,7 +71,7 @@ class PolicyParts:
     ) -> PolicyParts:
         """What `repwam export` would write of a checkpoint, without writing it; errors as there."""
         trained = read_policy(checkpoint)
-        manifest = make_manifest(trained, tokenizer)
+        video = read_tokenizer(tokenizer, trained.latents)
+        manifest = make_manifest(trained, video)
         text = TextEncoder(manifest.text_encoder, device=device)
-        models = trained.wam.to(device), RepViTok.from_pretrained(tokenizer).to(device)
-        return cls(manifest, *models, trained.statistics, text, instructions)
+        return cls(manifest, trained.wam.to(device), video.to(device), trained.statistics, text, instructions)

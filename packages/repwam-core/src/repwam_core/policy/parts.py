@@ -15,6 +15,10 @@ from repwam_core.model.wam import WorldActionModel
 from repwam_core.statistics import Statistics
 from repwam_core.text import TextEncoder
 
+TEXT_CACHE_BYTES = 32 * 2**20
+"""Hidden states of instructions that a policy keeps beside those it was trained on: 2,000 sentences of ten words by
+MiniLM, the least recently used leave first. A server hears new ones for as long as it runs."""
+
 
 @dataclass(frozen=True)
 class PolicyParts:
@@ -55,7 +59,7 @@ class PolicyParts:
                     f"{folder / part}: expected {manifest.digests[part][:16]} as policy.json says, got {digest[:16]}; "
                     "a part was exchanged: export the policy again"
                 )
-        text = TextEncoder(manifest.text_encoder, device=device)
+        text = TextEncoder(manifest.text_encoder, device=device, cache_bytes=TEXT_CACHE_BYTES)
         if (folder / "text.safetensors").exists():
             text.load_cache(folder / "text.safetensors")
         told = frozenset(text.known)

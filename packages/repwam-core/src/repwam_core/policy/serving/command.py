@@ -29,6 +29,13 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
     parser.add_argument("--execute-frames", type=int, metavar="N", help="latent frames per answer (the policy's)")
     parser.add_argument("--max-sessions", type=int, default=16, help="clients at a time (default: %(default)s)")
+    parser.add_argument(
+        "--idle-timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="without a request for so long, a session is closed and its place is free (default: %(default)s)",
+    )
     parser.add_argument("--max-message-mib", type=int, default=64, help="size of one request (default: %(default)s)")
 
 
@@ -47,6 +54,7 @@ def serve(options: argparse.Namespace) -> int:
         api_key=_api_key(options.api_key_file),
         max_message_bytes=options.max_message_mib * MEBIBYTE,
         max_sessions=options.max_sessions,
+        idle_timeout_s=options.idle_timeout,
     )
     parts = PolicyParts.load(options.policy, options.device)
     plan = {} if options.execute_frames is None else {"execute_frames": options.execute_frames}

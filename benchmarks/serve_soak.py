@@ -1,6 +1,6 @@
 """Does a served policy stay whole? Robots, vandals and sleepers at once, with the server's memory beside.
 
-    uv run python benchmarks/serve_soak.py [--seconds 600] [--robots 4] [--vandals 2] [--sleepers 2]
+    uv run python benchmarks/serve_soak.py [--minutes 10] [--robots 4] [--vandals 2] [--sleepers 2]
 
 `repwam serve` runs a small untrained policy in a process of its own, on this machine's loopback. Robots play episodes,
 each under an instruction never heard before; every fourth is the same one again, whose actions must be those of the
@@ -243,7 +243,7 @@ def _rss_mb(pid: int) -> float:
 def main() -> int:
     """Start the server, let everybody at it, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--robots", type=int, default=4)
     parser.add_argument("--vandals", type=int, default=2)
     parser.add_argument("--sleepers", type=int, default=2)
@@ -263,7 +263,7 @@ def main() -> int:
             outcome = soak(
                 port,
                 server.pid,
-                seconds=options.seconds,
+                seconds=60 * options.minutes,
                 robots=options.robots,
                 vandals=options.vandals,
                 sleepers=options.sleepers,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -209,7 +210,7 @@ def export_policy(
     lat: str | Path | None = None,
     shards: str | Path | None = None,
     name: str | None = None,
-    plan: PlanSettings | None = None,
+    plan: Mapping[str, Any] | None = None,
     data_set: int = 0,
 ) -> Path:
     """Write one folder from which `Policy.from_pretrained` drives the robot.
@@ -221,7 +222,7 @@ def export_policy(
         lat: folder of the latent action tokenizer, copied along.
         shards: the latent shards that were trained on; their embedded instructions are copied along.
         name: the embodiment's name; the data set's when None.
-        plan: how to plan; the validation's settings when None.
+        plan: how to plan where not as in validation: values of `PlanSettings` by name.
         data_set: of a run on several data sets, the number of the one whose robot is to be driven.
 
     Raises:
@@ -270,7 +271,7 @@ def read_tokenizer(source: str | Path, latents: LatentMeta) -> VideoTokenizer:
 
 
 def make_manifest(
-    trained: TrainedModel, tokenizer: VideoTokenizer, name: str | None = None, plan: PlanSettings | None = None
+    trained: TrainedModel, tokenizer: VideoTokenizer, name: str | None = None, plan: Mapping[str, Any] | None = None
 ) -> PolicyManifest:
     """The policy.json of a trained model and the tokenizer that made its latents; arguments as of `export_policy`."""
     _, rows, columns = trained.latents.grid
@@ -281,7 +282,7 @@ def make_manifest(
         size=(rows * patch, columns * patch),  # pixels of a camera as the tokenizer saw it
         latents=trained.latents,
         text_encoder=trained.text_encoder,
-        plan=plan or trained.plan,
+        plan=replace(trained.plan, **(plan or {})),
         digests={
             "tokenizer": trained.latents.tokenizer_digest,
             "wam": trained.wam.digest(),

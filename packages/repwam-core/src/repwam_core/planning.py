@@ -1,9 +1,11 @@
-"""How a chunk is planned: the settings of inference, shared by validation, the policy and its folder. No torch."""
+"""How a chunk is planned: the settings of inference, shared by validation, the policy and its folder, and their
+options, shared by all verbs that drive a policy. No torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import argparse
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from repvitok.errors import UserError
 
@@ -48,3 +50,25 @@ class PlanSettings:
     def executed(self) -> int:
         """Latent frames carried out per plan."""
         return self.chunk_frames if self.execute_frames is None else self.execute_frames
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser, otherwise: str = "as the policy folder says") -> None:
+    """Declare the options of `PlanSettings`; `otherwise` is what holds where one is not given."""
+    plan = parser.add_argument_group("planning", f"how chunks are planned; {otherwise} unless given here")
+    plan.add_argument("--chunk-frames", type=int, metavar="N", help="latent frames planned at a time")
+    plan.add_argument("--execute-frames", type=int, metavar="N", help="how many of them are carried out")
+    plan.add_argument("--video", choices=["imagine", "skip"], help="refine the video with the actions, or leave it out")
+    plan.add_argument("--video-steps", type=int, metavar="N", help="Euler steps of the video")
+    plan.add_argument("--action-steps", type=int, metavar="N", help="Euler steps of the actions")
+    plan.add_argument("--video-shift", type=float, metavar="X", help="bends the time grid of the video")
+    plan.add_argument("--action-shift", type=float, metavar="X", help="bends the time grid of the actions")
+    plan.add_argument("--guidance", type=float, metavar="X", help="classifier-free guidance of the video; 1 is off")
+    plan.add_argument(
+        "--clip", action=argparse.BooleanOptionalAction, help="keep actions inside the range that the data set recorded"
+    )
+
+
+def given_plan(options: argparse.Namespace) -> dict[str, Any]:
+    """Those settings that the command line gave, by the names of `PlanSettings`."""
+    named = {field.name: getattr(options, field.name) for field in fields(PlanSettings)}
+    return {name: value for name, value in named.items() if value is not None}

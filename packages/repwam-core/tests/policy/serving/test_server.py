@@ -213,7 +213,7 @@ def test_a_client_that_only_answers_pings_loses_its_place(serve, frame):
 
 
 def test_half_a_request_holds_no_place_either(serve, frame):
-    port = serve(max_sessions=1, idle_timeout_s=0.3)
+    port = serve(max_sessions=1, idle_timeout_s=0.3, ping_timeout_s=0.3)
     with _raw(port) as half:
         half.socket.sendall(b"\x82\xff" + (2**20).to_bytes(8, "big") + bytes(4) + b"\x81")
         _wait_until(lambda: _still_serves(port, frame))

@@ -130,7 +130,7 @@ def test_a_text_over_the_limit_is_refused_before_it_is_decoded(size, place):
         "prompt": {"prompt": text},
         "camera": {"images": {text: 1}},
         "key": {text: 1},
-        "dtype": {"a": array(**{"dtype": text})},
+        "dtype": {"a": {b"__ndarray__": True, b"dtype": text}},
     }[place]
     packed = msgpack.packb(message, use_bin_type=False)
     with pytest.raises(ValueError, match=f"prompts and names of at most 4096 bytes, got one of {size}"):

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from repvitok.errors import UserError
 
+from repwam_core.planning import add_plan_arguments, given_plan
+
 if TYPE_CHECKING:
     from repwam_core.policy.policy import Policy
     from repwam_core.policy.serving.protocol import ServerMetadata
@@ -27,7 +29,6 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="file with the key that clients must send")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
-    parser.add_argument("--execute-frames", type=int, metavar="N", help="latent frames per answer (the policy's)")
     parser.add_argument("--max-sessions", type=int, default=16, help="clients at a time (default: %(default)s)")
     parser.add_argument(
         "--idle-timeout",
@@ -37,6 +38,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         help="without a request for so long, a session is closed and its place is free (default: %(default)s)",
     )
     parser.add_argument("--max-message-mib", type=int, default=64, help="size of one request (default: %(default)s)")
+    add_plan_arguments(parser)
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -57,7 +59,7 @@ def serve(options: argparse.Namespace) -> int:
         idle_timeout_s=options.idle_timeout,
     )
     parts = PolicyParts.load(options.policy, options.device)
-    plan = {} if options.execute_frames is None else {"execute_frames": options.execute_frames}
+    plan = given_plan(options)
     server = PolicyServer(lambda: Policy(parts, **plan), metadata_of(Policy(parts, **plan)), settings)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     if settings.api_key is None and not _is_local(settings.host):

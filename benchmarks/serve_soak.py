@@ -269,9 +269,13 @@ def main() -> int:
                 sleepers=options.sleepers,
                 idle_timeout_s=options.idle_timeout,
             )
-        finally:
+            began_s = time.monotonic()
             server.terminate()
             ended = server.wait(timeout=WAIT_S)
+            ending_s = time.monotonic() - began_s
+        finally:
+            server.kill()
+            server.wait()
     rss = outcome.rss_mb
     told = {
         "requests of robots": len(outcome.waits_s),
@@ -283,7 +287,7 @@ def main() -> int:
         "health checks, longest, ms": f"{len(outcome.health_s)}, {1e3 * max(outcome.health_s):.0f}",
         "memory at the start, at most, at the end, MB": f"{rss[0]:.0f}, {max(rss):.0f}, {rss[-1]:.0f}",
         "memory by quarters of the time, MB": ", ".join(f"{mean:.0f}" for mean in outcome.quarters_mb()),
-        "exit code on SIGTERM": ended,
+        "exit code on SIGTERM, and seconds until then": f"{ended}, {ending_s:.1f}",
         "faults": len(outcome.faults),
     }
     print("| | |\n|---|---|")

@@ -196,7 +196,7 @@ class StageCLI(LightningCLI):
         Under Slurm, Lightning's own requeueing is off: it would save beside `last.ckpt`, from inside a signal handler.
         """
         configured = self.config_init[self.verb].trainer
-        if configured.strategy == "auto" and _several_processes(configured):
+        if configured.strategy == "auto" and several_processes(configured):
             kwargs["strategy"] = self.stage.parallel_strategy
         plugins = configured.get("plugins") or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
@@ -218,7 +218,7 @@ class StageCLI(LightningCLI):
             self.config[self.verb]["return_predictions"] = False
 
 
-def _several_processes(configured: Any) -> bool:
+def several_processes(configured: Any) -> bool:
     """Whether a run takes more than one device; Lightning is asked, since `devices` may be "auto", -1 or a list."""
     if configured.devices in (1, "1"):
         return configured.num_nodes > 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,8 +161,7 @@ def _drive_without_policy(options: argparse.Namespace, seeds: list[int]):
     given = {"instruction": options.instruction, "execute": options.execute, "film": options.film or None}
     given = given_plan(options) | {name: value for name, value in given.items() if value is not None}
     if given:
-        names = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise UserError(f"{names}: how a policy is driven; --baseline {options.baseline} is none")
+        raise UserError(f"{_option_names(given)}: how a policy is driven; --baseline {options.baseline} is none")
     return run_baseline(
         options.baseline,
         options.tasks,
@@ -277,10 +276,11 @@ def _export(options: argparse.Namespace) -> None:
 
     from repwam_core.export import export_policy, export_wam
 
+    plan = given_plan(options)
+    if plan and options.wam_only:
+        raise UserError(f"{_option_names(plan)}: how a policy plans; --wam-only exports the model alone")
     checkpoint = resolve_checkpoint(options.ckpt)
     if options.wam_only:
-        if plan := given_plan(options):
-            raise UserError(f"the model alone does not plan: leave out {', '.join(plan)}, or --wam-only")
         print(f"{export_wam(checkpoint, options.out)}: world action model")
         return
     if options.tokenizer is None:
@@ -292,7 +292,7 @@ def _export(options: argparse.Namespace) -> None:
         lat=options.lat,
         shards=options.latents,
         name=options.name,
-        plan=given_plan(options),
+        plan=plan,
         data_set=options.data_set,
     )
     print(f"{out}: policy")
@@ -352,3 +352,7 @@ def _openloop(options: argparse.Namespace) -> None:
 
 def _short(value: float | int | str) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _option_names(given: Iterable[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in given)

@@ -1,6 +1,7 @@
 """A policy on latents of Wan's VAE: exported by the command, driven frame by frame, compared with recorded episodes."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from repvitok.baselines import WanVae
 from repvitok.data import LatentShards, LeRobotReader
 from repwam_core.cli import main
 from repwam_core.interface import Observation
+from repwam_core.planning import PlanSettings
 from repwam_core.policy import BatchedPolicy, Policy
 from repwam_core.policy.parts import PolicyParts
 
@@ -37,7 +39,7 @@ def exported(wan_world, tmp_path_factory):
     WanVae.from_pretrained(wan_world.policy / "tokenizer").write_into(pipeline / "vae")
     (pipeline / "transformer.bin").write_bytes(bytes(2**20))
     export = ["export", "--ckpt", str(folder), "--tokenizer", str(pipeline), "--latents", str(wan_world.shards)]
-    assert main([*export, "--out", str(folder / "policy")]) == 0
+    assert main([*export, "--out", str(folder / "policy"), "--execute-frames", "1", "--guidance", "1.5"]) == 0
     return folder / "policy"
 
 
@@ -45,11 +47,13 @@ def test_the_export_holds_the_vae_and_not_the_pipeline_around_it(exported):
     parts = PolicyParts.load(exported)
     assert isinstance(parts.tokenizer, WanVae)
     assert parts.manifest.size == (32, 16)
+    fitted = PlanSettings(chunk_frames=2, video_steps=2, action_steps=2)
+    assert parts.manifest.plan == replace(fitted, execute_frames=1, guidance=1.5)
     assert "transformer.bin" not in {path.name for path in exported.rglob("*")}
 
 
 def test_it_drives(exported, wan_world):
-    reader, policy = LeRobotReader(wan_world.dataset), Policy.from_pretrained(exported)
+    reader, policy = LeRobotReader(wan_world.dataset), Policy.from_pretrained(exported, execute_frames=2)
     states = reader.episode(0)["observation.state"].astype(np.float32)
     policy.reset("go left", seed=1)
     for first, last in ((0, 1), (1, 5), (5, 13)):
@@ -79,7 +83,11 @@ def test_its_latents_are_those_of_encode(wan_world):
 def test_openloop_decodes_what_it_imagines(exported, wan_world, tmp_path):
     out = tmp_path / "openloop.json"
     command = ["openloop", "--policy", str(exported), "--dataset", str(wan_world.dataset), "--out", str(out)]
-    assert main(command) == 0
-    video = json.loads(out.read_text())["imagined_video"]
+    assert main([*command, "--action-steps", "1", "--no-clip", "--seed", "3"]) == 0
+    written = json.loads(out.read_text())
+    told, plan = written["about"], written["about"]["plan"]
+    assert (told["device"], told["seed"], told["digests"]["wam"]) == ("cpu", 3, PolicyParts.load(exported).wam.digest())
+    assert (plan["action_steps"], plan["clip"], plan["guidance"]) == (1, False, 1.5)
+    video = written["imagined_video"]
     assert video["frames"] > 0
     assert np.isfinite(video["psnr_db"])

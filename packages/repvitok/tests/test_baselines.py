@@ -81,7 +81,7 @@ def test_what_does_not_fit_is_refused(wan, video):
         wan.encode(video[..., :40])
     with pytest.raises(ValueError, match="no attention window"):
         wan.encode(video, window=3)
-    with pytest.raises(ValueError, match="32x32 pixels are 4 latents, got 6"):
+    with pytest.raises(ValueError, match="32x32 pixels are 2x2 = 4 tokens per latent frame, got latents with 6"):
         wan.decode(wan.encode(video), (32, 32))
     with pytest.raises(ValueError, match=r"decode needs size=\(H, W\)"):
         wan.stream(2).decode(wan.encode(video))

@@ -6,15 +6,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from repvitok import RepViTok
 from repvitok.checkpointing import read_checkpoint
 from repvitok.cli import main
 from repvitok.curves import read_curves
 from repvitok.data.video import VideoFile, write_video
+from repvitok.lightning_cli import several_processes
 from repvitok.training import RepViTokTraining
 from safetensors.torch import load_file
 
@@ -232,3 +236,38 @@ def test_help_and_version_load_no_torch(argument):
     assert done.returncode == 0, done.stderr
     assert ("usage" if argument == "--help" else "repvitok 0.") in done.stdout
     assert os.times().children_user - started[1] < 2.0
+
+
+@pytest.mark.parametrize(
+    ("gpus", "devices", "several"),
+    [
+        (1, "auto", False),
+        (1, -1, False),
+        (1, "-1", False),
+        (1, [0], False),
+        (1, "1", False),
+        (2, "auto", True),
+        (2, -1, True),
+        (2, 2, True),
+        (2, [1], False),
+        (2, "1", False),
+        (2, "0,1", True),
+    ],
+)
+def test_one_gpu_takes_no_strategy_of_several(monkeypatch, gpus, devices, several):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_, **__: False)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (8, 0))
+    given = SimpleNamespace(accelerator="gpu", devices=devices, num_nodes=1)
+    assert several_processes(given) == several
+    assert several_processes(SimpleNamespace(accelerator="gpu", devices=devices, num_nodes=2))
+
+
+def test_devices_auto_trains_on_one_device_without_ddp(recipe, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Trainer, "fit", lambda trainer, *_, **__: seen.append(trainer))
+    monkeypatch.setattr("repvitok.lightning_cli.StageCLI.after_fit", lambda _: None)
+    for devices in ("auto", "2"):
+        assert fit(recipe, f"--trainer.devices={devices}") == 0
+    assert [isinstance(trainer.strategy, DDPStrategy) for trainer in seen] == [False, True]

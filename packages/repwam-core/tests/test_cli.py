@@ -3,9 +3,13 @@
 import subprocess
 import sys
 import time
+from dataclasses import asdict, fields
+from types import SimpleNamespace
 
 import pytest
 from repwam_core.cli import main
+from repwam_core.planning import PlanSettings
+from repwam_core.sim.results import EpisodeResult
 from repwam_core.statistics import Statistics
 
 VERBS = (
@@ -56,6 +60,9 @@ def test_every_own_verb_has_help(verb, capsys):
         (["stats", "--latents", "/no/such/folder", "--out", "s.json"], "/no/such/folder"),
         (["openloop", "--policy", "/no/such/folder", "--dataset", "d", "--out", "o.json"], "policy.json"),
         (["rollout", "--tasks", "push-v3", "--out", "o"], "--policy"),
+        (["rollout", "--tasks", "push", "--out", "o", "--baseline", "expert", "--guidance", "2"], "--guidance: how a"),
+        (["rollout", "--tasks", "push", "--out", "o", "--baseline", "expert", "--film", "1"], "--film: how a"),
+        (["export", "--ckpt", "/no/such/folder", "--out", "o", "--wam-only", "--no-clip"], "--clip: how a policy"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, capsys):
@@ -71,3 +78,33 @@ def test_stats_writes_what_training_counts(tmp_path, write_shards, capsys):
     statistics = Statistics.load(tmp_path / "statistics.json")
     assert statistics.actions.channels == ("x", "y", "still")
     assert statistics.digest[:16] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["rollout", "openloop", "serve", "export"])
+def test_every_verb_that_drives_takes_all_settings_of_planning(verb, capsys):
+    assert main([verb, "--help"]) == 0
+    told = capsys.readouterr().out
+    assert all(f"--{field.name.replace('_', '-')} " in told.replace(",", " ") for field in fields(PlanSettings))
+    assert ("--device" in told) == (verb != "export")
+
+
+def test_rollout_plans_as_it_was_told_and_says_so(monkeypatch, tmp_path):
+    """The policy and the simulator are others' tests; here is what they are given."""
+    seen = {}
+
+    def load(folder, device, **plan):
+        manifest = SimpleNamespace(digests={"wam": "0" * 64})
+        return SimpleNamespace(plan=PlanSettings(**plan), parts=SimpleNamespace(manifest=manifest), device=device)
+
+    def evaluate(policy, tasks, seeds, **given):
+        seen.update(given, device=policy.device)
+        return [EpisodeResult(tasks[0], seeds[0], None, True, 3)]
+
+    monkeypatch.setattr("repwam_core.policy.policy.BatchedPolicy.from_pretrained", load)
+    monkeypatch.setattr("repwam_core.sim.evaluate.evaluate", evaluate)
+    given = ["--device", "cuda:1", "--video", "skip", "--action-steps", "3", "--action-shift", "2.5", "--no-clip"]
+    assert main(["rollout", "--policy", "p", "--tasks", "push", "--out", str(tmp_path), *given]) == 0
+    plan = asdict(PlanSettings(video="skip", action_steps=3, action_shift=2.5, clip=False))
+    assert seen["device"] == "cuda:1"
+    assert seen["about"] == {"policy": "p", "digests": {"wam": "0" * 64}, "device": "cuda:1", "plan": plan}
+    assert seen["out"] == tmp_path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from repvitok.finite import first_not_finite
 from repvitok.interface import VideoTokenizer, Window
 from repvitok.model import RepViTok
 from repvitok.pretrained import HUB, hub_id
-from repvitok.shapes import num_latent_frames, token_grid
+from repvitok.shapes import num_latent_frames, require_latents, require_video, token_grid
 
 WAN_CLASS = "AutoencoderKLWan"
+WAN_WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 WAN22 = {
     "base_dim": 160,
     "decoder_base_dim": 256,
@@ -112,7 +113,12 @@ class WanVae(nn.Module):
                 f"{source} does not exist; expected a folder, or a model of the hub, {HUB}owner/name"
             )
         top_level = (Path(source) / "config.json").is_file()
-        options = {"use_safetensors": True, "torch_dtype": torch.float32, "local_files_only": name is None}
+        options = {
+            "use_safetensors": True,
+            "torch_dtype": torch.float32,
+            "low_cpu_mem_usage": False,
+            "local_files_only": name is None,
+        }
         try:
             vae = model.from_pretrained(
                 name or str(source), subfolder=None if top_level else "vae", revision=revision, **options
@@ -148,6 +154,10 @@ class WanVae(nn.Module):
             raise UserError(f"a Wan VAE has no attention window to set: expected None, got {window}")
         return WanStream(self, batch_size)
 
+    def write_into(self, folder: Path) -> None:
+        """Write config.json and weights, in diffusers' layout, into a folder that nobody reads yet."""
+        self.vae.save_pretrained(str(folder), safe_serialization=True)
+
     def digest(self) -> str:
         """sha256 (hex) over its configuration and weights; see `PretrainedModel.digest`."""
         config = {key: value for key, value in dict(self.vae.config).items() if not key.startswith("_")}
@@ -159,62 +169,105 @@ class WanVae(nn.Module):
         return sha.hexdigest()
 
 
+@dataclass(frozen=True)
+class WanState:
+    """All that a Wan stream remembers; replaced at every call and never changed in place.
+
+    Attributes:
+        encoder, decoder: what each causal convolution keeps of its last input; None before the first call.
+        size: (H, W) of the pictures; None until it is known.
+    """
+
+    encoder: tuple[Any, ...] | None = None
+    decoder: tuple[Any, ...] | None = None
+    size: tuple[int, int] | None = None
+
+
 class WanStream:
     """Frames in, latents out, and the reverse; equal to the whole clip. As `TokenizerStream`, without gradients.
 
-    The memory of a causal convolution is its last input frames; diffusers keeps one slot per convolution in a list that
-    the encoder or decoder changes while it runs. Here that list is the stream's state.
+    The memory of a causal convolution is its last input frames; diffusers keeps one slot per convolution in a list
+    whose entries the encoder or decoder replaces while it runs. Here a copy of that list is the stream's state.
+
+    Attributes:
+        batch_size: streams side by side; they advance together.
+        state: the stream's memory.
     """
 
     def __init__(self, tokenizer: WanVae, batch_size: int) -> None:
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}")
         self._tokenizer, self.batch_size = tokenizer, batch_size
-        self._encoder: list[Any] | None = None
-        self._decoder: list[Any] | None = None
-        self._size: tuple[int, int] | None = None
+        self.state = WanState()
+
+    def reset(self) -> None:
+        """Begin a new clip."""
+        self.state = WanState()
+
+    def select(self, rows: list[int]) -> None:
+        """Go on with some of the streams only; as `TokenizerStream.select`."""
+        if not rows or not all(0 <= row < self.batch_size for row in rows):
+            raise UserError(f"rows must name some of the streams 0 to {self.batch_size - 1}, got {rows}")
+        encoder, decoder = (_picked(slots, rows) for slots in (self.state.encoder, self.state.decoder))
+        self.state = replace(self.state, encoder=encoder, decoder=decoder)
+        self.batch_size = len(rows)
 
     @torch.no_grad()
     def encode(self, frames: Float[Tensor, "b 3 T H W"]) -> Float[Tensor, "b frames tokens d"]:
-        """The latents of the next frames: 1 + 4n of them at the beginning, 4n afterwards."""
-        tokenizer, vae = self._tokenizer, self._tokenizer.vae
-        tokenizer.grid(*frames.shape[-2:])
-        self._size = (frames.shape[-2], frames.shape[-1])
-        begins = self._encoder is None
-        cache = self._encoder = self._encoder or _slots(vae.encoder)
-        patch = vae.config.patch_size or 1
+        """The latents of the next frames: 1 + 4n of them at the beginning, 4n afterwards.
+
+        Raises:
+            ValueError: another batch size, frame count or picture size.
+        """
+        tokenizer, vae, begins = self._tokenizer, self._tokenizer.vae, self.state.encoder is None
+        require_video(frames, tokenizer.config, begins=begins)
+        self._require_continuation(frames.shape[0], (frames.shape[-2], frames.shape[-1]))
+        slots = _slots(vae.encoder) if self.state.encoder is None else list(self.state.encoder)
+        patch, first = vae.config.patch_size or 1, int(begins)  # the first frame goes alone
         x = rearrange(frames, "b c t (h p) (w q) -> b (c q p) t h w", p=patch, q=patch)
         pieces = [x[:, :, :1]] if begins else []
-        pieces += (
-            list(x[:, :, int(begins) :].split(tokenizer.config.tubelet_frames, dim=2)) if x.shape[2] > begins else []
-        )
-        moments = torch.cat([vae.encoder(piece, feat_cache=cache, feat_idx=[0]) for piece in pieces], dim=2)
+        if x.shape[2] > first:
+            pieces += x[:, :, first:].split(tokenizer.config.tubelet_frames, dim=2)
+        moments = torch.cat([vae.encoder(piece, feat_cache=slots, feat_idx=[0]) for piece in pieces], dim=2)
         mean = rearrange(vae.quant_conv(moments).chunk(2, dim=1)[0], "b d t h w -> b t (h w) d")
+        self.state = replace(self.state, encoder=tuple(slots), size=(frames.shape[-2], frames.shape[-1]))
         return (mean - tokenizer.latents_mean) / tokenizer.latents_std
 
     @torch.no_grad()
     def decode(
         self, latents: Float[Tensor, "b frames tokens d"], size: tuple[int, int] | None = None
     ) -> Float[Tensor, "b 3 T H W"]:
-        """The frames of the next latents; size = (H, W) is needed on a stream that has not seen a frame yet."""
-        tokenizer, vae = self._tokenizer, self._tokenizer.vae
-        self._size = size or self._size
-        if self._size is None:
+        """The frames of the next latents; size = (H, W) is needed on a stream that has not seen a frame yet.
+
+        Raises:
+            ValueError: another batch size or grid, or the size is not known.
+        """
+        tokenizer, vae, begins = self._tokenizer, self._tokenizer.vae, self.state.decoder is None
+        size = size or self.state.size
+        if size is None:
             raise UserError("decode needs size=(H, W) on a stream that has not seen a frame yet")
-        rows, columns = tokenizer.grid(*self._size)
-        if latents.shape[2] != rows * columns:
-            raise UserError(
-                f"{self._size[0]}x{self._size[1]} pixels are {rows * columns} latents, got {latents.shape[2]}"
-            )
-        begins = self._decoder is None
-        cache = self._decoder = self._decoder or _slots(vae.decoder)
+        rows, _ = require_latents(latents, size, tokenizer.config)
+        self._require_continuation(latents.shape[0], size)
+        slots = _slots(vae.decoder) if self.state.decoder is None else list(self.state.decoder)
         z = latents * tokenizer.latents_std + tokenizer.latents_mean
         x = vae.post_quant_conv(rearrange(z, "b t (h w) d -> b d t h w", h=rows))
         parts = [
-            vae.decoder(frame, feat_cache=cache, feat_idx=[0], first_chunk=begins and number == 0)
+            vae.decoder(frame, feat_cache=slots, feat_idx=[0], first_chunk=begins and number == 0)
             for number, frame in enumerate(x.split(1, dim=2))
         ]
+        self.state = replace(self.state, decoder=tuple(slots), size=size)
         patch = vae.config.patch_size or 1
         video = torch.cat(parts, dim=2)
         return rearrange(video, "b (c q p) t h w -> b c t (h p) (w q)", p=patch, q=patch).clamp(-1.0, 1.0)
+
+    def _require_continuation(self, batch_size: int, size: tuple[int, int]) -> None:
+        if batch_size != self.batch_size:
+            raise UserError(f"this stream has batch size {self.batch_size}, got {batch_size}; open another for it")
+        if self.state.size not in (None, size):
+            began, came = ("{}x{}".format(*sides) for sides in (self.state.size, size))
+            raise UserError(
+                f"this stream began with frames of {began}, got {came}; reset() it to begin a clip of another size"
+            )
 
 
 def load_tokenizer(source: str | Path) -> VideoTokenizer:
@@ -234,6 +287,13 @@ def load_tokenizer(source: str | Path) -> VideoTokenizer:
     if (hub_id(source) or "").startswith("Wan-AI/"):
         return WanVae.from_pretrained(source)
     return RepViTok.from_pretrained(source)
+
+
+def _picked(slots: tuple[Any, ...] | None, rows: list[int]) -> tuple[Any, ...] | None:
+    """The memory of some streams; a slot may also hold nothing yet, or the mark of diffusers that one frame came."""
+    if slots is None:
+        return None
+    return tuple(slot[rows] if isinstance(slot, Tensor) else slot for slot in slots)
 
 
 def _slots(module: nn.Module) -> list[Any]:

@@ -1,8 +1,9 @@
-"""What encoding and decoding data sets need of a video tokenizer: RepViTok has it, and so have the baselines."""
+"""What data sets and policies need of a video tokenizer: RepViTok has it, and so have the baselines."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -25,9 +26,27 @@ class TokenizerShape(Protocol):
 
 
 @runtime_checkable
-class VideoStream(Protocol):
-    """A video as it happens: see `TokenizerStream`."""
+class StreamMemory(Protocol):
+    """All that a stream remembers, its two halves apart; None before the first frame, and the first latent."""
 
+    @property
+    def encoder(self) -> Any: ...
+    @property
+    def decoder(self) -> Any: ...
+
+
+@runtime_checkable
+class VideoStream(Protocol):
+    """A video as it happens: see `TokenizerStream`.
+
+    `state` is replaced at every call and never changed in place: one that was kept can be put back.
+    """
+
+    batch_size: int
+    state: Any  # a StreamMemory; each stream takes its own kind only
+
+    def reset(self) -> None: ...
+    def select(self, rows: list[int]) -> None: ...
     def encode(self, frames: Tensor) -> Tensor: ...
     def decode(self, latents: Tensor, size: tuple[int, int] | None = None) -> Tensor: ...
 
@@ -44,4 +63,6 @@ class VideoTokenizer(Protocol):
     def decode(self, z: Tensor, size: tuple[int, int], window: Window = "config") -> Tensor: ...
     def stream(self, batch_size: int = 1, window: Window = "config") -> VideoStream: ...
     def digest(self) -> str: ...
+    def write_into(self, folder: Path) -> None: ...
+    def to(self, device: str) -> Any: ...
     def parameters(self) -> Iterator[Any]: ...

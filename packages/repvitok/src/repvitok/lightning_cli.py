@@ -253,8 +253,7 @@ class StageCLI(LightningCLI):
         Under Slurm, Lightning's own requeueing is off: it would save beside `last.ckpt`, from inside a signal handler.
         """
         configured = self.config_init[self.verb].trainer
-        several = configured.devices not in (1, "1") or configured.num_nodes > 1
-        if several and configured.strategy == "auto":
+        if configured.strategy == "auto" and several_processes(configured):
             kwargs["strategy"] = self.stage.parallel_strategy
         plugins = configured.get("plugins") or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
@@ -280,6 +279,22 @@ class StageCLI(LightningCLI):
         _check_trainer(self.config[self.verb].trainer)
         if self.verb == "predict":
             self.config[self.verb]["return_predictions"] = False
+
+
+def several_processes(configured: Any) -> bool:
+    """Whether a run takes more than one device; Lightning is asked, since `devices` may be "auto", -1 or a list."""
+    if configured.devices in (1, "1"):
+        return configured.num_nodes > 1
+    asked = Trainer(
+        accelerator=configured.accelerator,
+        devices=configured.devices,
+        num_nodes=configured.num_nodes,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    return asked.num_devices * asked.num_nodes > 1
 
 
 class _Parsed(Exception):

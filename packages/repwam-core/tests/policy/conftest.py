@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from repvitok import RepViTok, RepViTokConfig
+from repvitok.baselines import WanVae
 from repvitok.data import LeRobotReader, LeRobotWriter
 from repvitok.encoding import encode_dataset
+from repvitok.interface import VideoTokenizer
 from repwam_core.data.episodes import EpisodeStore, text_cache
 from repwam_core.embodiment import Embodiment
 from repwam_core.export import PolicyManifest, write_policy
@@ -34,10 +36,26 @@ class World:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory, write_text_cache) -> World:
     """Two episodes of noise from two cameras, encoded by an untrained tokenizer; a WAM with random weights."""
-    root = tmp_path_factory.mktemp("policy")
     torch.manual_seed(0)
     tokenizer = RepViTok(RepViTokConfig(width=32, depth=1, heads=2, latent_dim=8, episode_window=2)).eval()
-    tokenizer.save_pretrained(root / "tokenizer")
+    return _world(tmp_path_factory.mktemp("policy"), tokenizer, write_text_cache)
+
+
+@pytest.fixture(scope="session")
+def wan_world(tmp_path_factory, write_text_cache) -> World:
+    """The same, encoded by an untrained VAE of Wan."""
+    pytest.importorskip("diffusers", reason="the baselines need repvitok[baselines]")
+    torch.manual_seed(0)
+    tokenizer = WanVae.from_config(
+        {"base_dim": 8, "decoder_base_dim": 8, "z_dim": 4, "num_res_blocks": 1}
+        | {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.5, 0.5, 1.0, 2.0]}
+    )
+    return _world(tmp_path_factory.mktemp("wan-policy"), tokenizer, write_text_cache)
+
+
+def _world(root: Path, tokenizer: VideoTokenizer, write_text_cache) -> World:
+    (root / "tokenizer").mkdir()
+    tokenizer.write_into(root / "tokenizer")
     _write_dataset(root / "data")
     encode_dataset(tokenizer, LeRobotReader(root / "data"), root / "shards", size=SIZE)
     write_text_cache(root / "shards")
@@ -56,7 +74,7 @@ def world(tmp_path_factory, write_text_cache) -> World:
         digests={"wam": wam.digest(), "tokenizer": tokenizer.digest(), "statistics": statistics.digest},
     )
     cache = text_cache(root / "shards", "minilm")
-    write_policy(root / "policy", wam, statistics, manifest, {"tokenizer": root / "tokenizer"}, cache)
+    write_policy(root / "policy", wam, tokenizer, statistics, manifest, {}, cache)
     return World(root / "data", root / "shards", root / "policy", store)
 
 
@@ -82,8 +100,8 @@ def _write_dataset(root: Path) -> None:
 def _random_wam(store: EpisodeStore) -> WorldActionModel:
     space = ActionSpace(channels=3, vectors_per_transition=4, state_channels=2)
     config = WAMConfig.preset(
-        "tiny", width=32, depth=1, heads=2, ffn=32, action_width=32, action_ffn=32, text_dim=16, latent_dim=8,
-        window=2, state_token=True, spaces={"robot": space},
+        "tiny", width=32, depth=1, heads=2, ffn=32, action_width=32, action_ffn=32, text_dim=16,
+        latent_dim=store.meta.latent_dim, window=2, state_token=True, spaces={"robot": space},
     )  # fmt: skip
     wam = WorldActionModel(config).eval()
     generator = torch.Generator().manual_seed(1)

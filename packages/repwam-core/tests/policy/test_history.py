@@ -100,10 +100,13 @@ def test_recording_what_was_returned_changes_nothing(world):
 @pytest.mark.parametrize(
     ("actions", "message"),
     [
-        (np.zeros((2, 6, 3)), "whole latent transitions of 4 actions"),
-        ([np.zeros((4, 3)), np.zeros((8, 3))], "as many in every episode"),
+        (np.zeros((2, 6, 3)), r"shape \(n, 3\), n = 4 for each latent frame carried out, got \(6, 3\)"),
+        (np.zeros((2, 0, 3)), r"got \(0, 3\)"),
+        (np.zeros((2, 3)), r"got \(3,\)"),
+        (np.full((2, 8, 3), np.nan), "finite"),
+        ([np.zeros((4, 3)), np.zeros((8, 3))], "as many executed actions in every episode"),
         (np.zeros((1, 8, 3)), "the actions of 2 episodes, got 1"),
-        (np.zeros((2, 8, 2)), "3 channels"),
+        (np.zeros((2, 8, 2)), r"shape \(n, 3\), n = 4 for each latent frame carried out, got \(8, 2\)"),
         (np.zeros((2, 4, 3)), "for the 2 latent frames seen since the last act, got those of 1"),
     ],
 )

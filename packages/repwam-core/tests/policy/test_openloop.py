@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from repvitok.data import LeRobotReader
+from repvitok.data.lerobot_format import EpisodeInfo
 from repwam_core.policy import BatchedPolicy, evaluate_open_loop
 
 
@@ -66,3 +67,14 @@ def test_another_data_set_is_refused(world):
     policy = BatchedPolicy.from_pretrained(world.policy)
     with pytest.raises(ValueError, match=r"no episodes 7; there are 0-1"):
         evaluate_open_loop(policy, LeRobotReader(world.dataset), [7])
+
+
+def test_episodes_without_a_whole_transition_are_named(world):
+    policy, reader = BatchedPolicy.from_pretrained(world.policy, video="skip"), LeRobotReader(world.dataset)
+    whole, short = reader.episodes
+    reader.episodes = [whole, EpisodeInfo(short.index, policy.frames_per_latent, short.task)]
+    written = evaluate_open_loop(policy, reader).to_dict()
+    assert [episode["index"] for episode in written["episodes"]] == [0]
+    assert written["too_short"] == [1]
+    with pytest.raises(ValueError, match="none of the episodes 1 has more than 4 frames"):
+        evaluate_open_loop(policy, reader, [1])

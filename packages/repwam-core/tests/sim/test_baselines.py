@@ -6,10 +6,16 @@ from repvitok.data import LeRobotWriter
 from repvitok.errors import UserError
 from repwam_core.sim.baselines import demonstrated_actions, run_baseline
 from repwam_core.sim.metaworld import MetaWorldTask
-from repwam_core.sim.results import success_rates
+from repwam_core.sim.results import load_results, success_rates
 from repwam_core.sim.seeds import evaluation_seeds
 
 TASK = "handle-press-side"
+CRASHES = {
+    "__init__": RuntimeError("no such model"),
+    "start": ValueError("negative mass"),
+    "advance": FloatingPointError("NaN in QACC"),
+    "close": OSError("it does not even close"),
+}
 SEEDS = evaluation_seeds(3)
 
 pytestmark = pytest.mark.sim
@@ -55,3 +61,32 @@ def test_a_replay_needs_demonstrations(demonstrations):
         run_baseline("replay", ["reach"], SEEDS, demonstrations=demonstrations)
     with pytest.raises(UserError, match="needs a data set"):
         run_baseline("replay", ["reach"], SEEDS)
+
+
+@pytest.mark.parametrize("place", CRASHES)
+def test_a_crash_of_the_simulator_is_a_failed_episode(monkeypatch, tmp_path, place):
+    """Also a ValueError: only a UserError is the user's to mend."""
+
+    def explode(self, *arguments):
+        if place != "close":
+            raise CRASHES[place]
+        raise CRASHES["advance"] if arguments else CRASHES["close"]
+
+    with monkeypatch.context() as patch:
+        for method in ("advance", "close") if place == "close" else (place,):
+            patch.setattr(MetaWorldTask, method, explode)
+        crashed = run_baseline("random", [TASK], SEEDS[:2], workers=1, out=tmp_path)
+    error = CRASHES["advance" if place == "close" else place]
+    assert [(r.success, r.steps, r.crashed) for r in crashed] == [(False, 0, f"{type(error).__name__}: {error}")] * 2
+    assert all("explode" in (r.traceback or "") for r in crashed)
+    assert [r.to_dict() for r in load_results(tmp_path / "results.json")[0]] == [r.to_dict() for r in crashed]
+    assert success_rates(crashed)[TASK].crashed == 2
+
+
+def test_a_mistake_of_the_user_is_no_crash(monkeypatch):
+    def refuse(self, seed):
+        raise UserError("install a GL library")
+
+    monkeypatch.setattr(MetaWorldTask, "start", refuse)
+    with pytest.raises(UserError, match="GL library"):
+        run_baseline("random", [TASK], SEEDS[:1], workers=1)

@@ -128,8 +128,46 @@ def test_an_error_in_the_simulator_is_a_failed_episode(monkeypatch):
     monkeypatch.setattr(host._slots[0], "advance", explode)
     after = host.execute({slot: np.zeros((4, 4), np.float32) for slot in (0, 1)})
     assert (after[0].crashed, after[0].success, after[0].done) == ("RuntimeError: the arm came off", False, True)
+    assert "explode" in (after[0].traceback or "")
     assert (after[1].crashed, after[1].steps) == (None, 4)
     host.close()
+
+
+@pytest.mark.parametrize("method", ["__init__", "reset"])
+def test_an_error_before_the_first_frame_is_one_too(monkeypatch, method):
+    def explode(self, *_):
+        raise ValueError("not the user's")
+
+    host = SimHost(SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(MetaWorldTask, method, explode)
+        began = host.start({0: ("reach", SEEDS[0])})
+    assert (began[0].crashed, began[0].done, began[0].observation) == ("ValueError: not the user's", True, None)
+    assert host.start({0: ("reach", SEEDS[0])})[0].crashed is None
+    host.close()
+
+
+def test_an_evaluation_that_was_cut_off_goes_on_with_the_next_batch(tmp_path):
+    class Cut(Scripted):
+        def reset(self, instructions, seeds):
+            if len(self.resets) == 1:
+                raise KeyboardInterrupt
+            super().reset(instructions, seeds)
+
+    def run(policy, out):
+        given = {"settings": SMALL, "batch_size": 1, "workers": 1, "filmed_per_task": 2, "about": {"who": "scripted"}}
+        return evaluate(policy, policy.tasks, SEEDS, out=out, **given)
+
+    tasks = ["handle-press-side"]
+    with pytest.raises(KeyboardInterrupt):
+        run(Cut(tasks), tmp_path / "cut")
+    resumed, whole = Scripted(tasks), Scripted(tasks)
+    results = run(resumed, tmp_path / "cut"), run(whole, tmp_path / "whole")
+    assert len(resumed.resets) == 1
+    assert [r.to_dict() for r in results[0]] == [r.to_dict() for r in results[1]]
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_array_equal(one.frames, other.frames)
+    assert (tmp_path / "cut/results.json").read_bytes() == (tmp_path / "whole/results.json").read_bytes()
 
 
 def test_bad_requests_are_refused():

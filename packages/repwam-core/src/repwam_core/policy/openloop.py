@@ -17,7 +17,7 @@ from jaxtyping import Float, UInt8
 from repvitok.data import LeRobotReader, prepare_frames
 from repvitok.data.contents import missing_actions, number_columns, require_recorded
 from repvitok.data.lerobot_format import ROBOT_COLUMNS
-from repvitok.data.split import EpisodeNumbers
+from repvitok.data.split import EpisodeNumbers, format_episodes
 from repvitok.data.transforms import to_frames
 from repvitok.encoding_plan import infos_of
 from repvitok.errors import UserError
@@ -80,10 +80,12 @@ class OpenLoopResult:
     Attributes:
         statistics: the policy's scaling of actions, with their channels and units.
         episodes: what was compared.
+        too_short: numbers of the chosen episodes without a whole transition.
     """
 
     statistics: ActionStatistics
     episodes: list[OpenLoopEpisode]
+    too_short: tuple[int, ...] = ()
 
     @property
     def channels(self) -> tuple[str, ...]:
@@ -139,7 +141,8 @@ class OpenLoopResult:
 
     def to_dict(self, network: ClipFeatures | None = None) -> dict[str, Any]:
         """Numbers without arrays, for JSON: over all episodes, and over those of seen and of unseen tasks."""
-        return {**self._numbers(network), "groups": {n: part._numbers(network) for n, part in self.groups().items()}}
+        groups = {name: part._numbers(network) for name, part in self.groups().items()}
+        return {**self._numbers(network), "too_short": list(self.too_short), "groups": groups}
 
     def _numbers(self, network: ClipFeatures | None) -> dict[str, Any]:
         video = self.video(network)
@@ -184,16 +187,21 @@ def evaluate_open_loop(
     if len(theirs) != len(policy.embodiment.cameras):
         raise UserError(f"expected a camera for each of the policy's {policy.embodiment.cameras}, got {theirs}")
     _check_data(policy, reader, theirs)
-    chosen = [info for info in infos_of(reader, episodes) if info.length > policy.frames_per_latent]
+    asked = infos_of(reader, episodes)
+    chosen = [info for info in asked if info.length > policy.frames_per_latent]
+    too_short = tuple(info.index for info in asked if info.length <= policy.frames_per_latent)
     if not chosen:
-        raise UserError(f"{reader.root}: no chosen episode has more than {policy.frames_per_latent} frames")
+        raise UserError(
+            f"{reader.root}: none of the episodes {format_episodes(too_short)} has more than "
+            f"{policy.frames_per_latent} frames, which a transition takes"
+        )
     require_recorded(reader, theirs, [info.index for info in chosen])
     views = dict(zip(policy.embodiment.cameras, theirs, strict=True))
     results = []
     for info in progress(chosen, desc="open loop", unit="episode"):
         told = info.task if instruction is None else instruction
         results.append(_Replay(policy, reader, info.index, info.task, views).run(told, seed))
-    return OpenLoopResult(policy.parts.statistics.targets, results)
+    return OpenLoopResult(policy.parts.statistics.targets, results, too_short)
 
 
 class _Replay:

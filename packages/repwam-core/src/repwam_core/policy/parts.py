@@ -5,15 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from repvitok import RepViTok
+from repvitok.baselines import load_tokenizer
 from repvitok.devices import find_device
 from repvitok.errors import UserError
 from repvitok.files import readable
+from repvitok.interface import VideoTokenizer
 
-from repwam_core.export import PolicyManifest, make_manifest, read_policy
+from repwam_core.export import PolicyManifest, make_manifest, read_policy, read_tokenizer
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.statistics import Statistics
 from repwam_core.text import TextEncoder
+
+TEXT_CACHE_BYTES = 32 * 2**20
+"""Hidden states of instructions that a policy keeps beside those it was trained on: 2,000 sentences of ten words by
+MiniLM, the least recently used leave first. A server hears new ones for as long as it runs."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class PolicyParts:
 
     manifest: PolicyManifest
     wam: WorldActionModel
-    tokenizer: RepViTok
+    tokenizer: VideoTokenizer
     statistics: Statistics
     text: TextEncoder
     instructions: frozenset[str] = frozenset()
@@ -46,7 +51,7 @@ class PolicyParts:
         folder, device = readable(folder), str(find_device(device))
         manifest = PolicyManifest.load(folder)
         wam = WorldActionModel.from_pretrained(folder / "wam")
-        tokenizer = RepViTok.from_pretrained(folder / "tokenizer")
+        tokenizer = load_tokenizer(folder / "tokenizer")
         statistics = Statistics.load(folder / "statistics.json")
         found = {"wam": wam.digest(), "tokenizer": tokenizer.digest(), "statistics": statistics.digest}
         for part, digest in found.items():
@@ -55,7 +60,7 @@ class PolicyParts:
                     f"{folder / part}: expected {manifest.digests[part][:16]} as policy.json says, got {digest[:16]}; "
                     "a part was exchanged: export the policy again"
                 )
-        text = TextEncoder(manifest.text_encoder, device=device)
+        text = TextEncoder(manifest.text_encoder, device=device, cache_bytes=TEXT_CACHE_BYTES)
         if (folder / "text.safetensors").exists():
             text.load_cache(folder / "text.safetensors")
         told = frozenset(text.known)
@@ -71,7 +76,7 @@ class PolicyParts:
     ) -> PolicyParts:
         """What `repwam export` would write of a checkpoint, without writing it; errors as there."""
         trained, device = read_policy(checkpoint), str(find_device(device))
-        manifest = make_manifest(trained, tokenizer)
+        video = read_tokenizer(tokenizer, trained.latents)
+        manifest = make_manifest(trained, video)
         text = TextEncoder(manifest.text_encoder, device=device)
-        models = trained.wam.to(device), RepViTok.from_pretrained(tokenizer).to(device)
-        return cls(manifest, *models, trained.statistics, text, instructions)
+        return cls(manifest, trained.wam.to(device), video.to(device), trained.statistics, text, instructions)

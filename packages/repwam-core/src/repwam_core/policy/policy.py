@@ -107,11 +107,28 @@ class BatchedPolicy(BatchedBasePolicy):
         """Tell which actions were carried out since the last `act`, (frames, C) each, if not those returned.
 
         Raises:
-            ValueError: for a number of actions that is not the same whole number of latent frames in every episode.
+            ValueError: before the first `act`; for actions of another shape or number than those of the same whole
+                number of latent frames, at least one, in every episode; for some that are not finite.
         """
         now = self._episodes()
+        if not now.acts:
+            raise UserError("executed actions were given before the first observation: nothing was carried out yet")
         if len(actions_si) != len(now.seeds):
             raise UserError(f"expected the actions of {len(now.seeds)} episodes, got {len(actions_si)}")
+        per = self.parts.wam.config.space(self.parts.manifest.space).vectors_per_transition
+        channels = len(self.parts.statistics.actions.channels)
+        for actions in actions_si:
+            shape = np.shape(actions)
+            if len(shape) != 2 or shape[1] != channels or not shape[0] or shape[0] % per:
+                raise UserError(
+                    f"expected executed actions of shape (n, {channels}), n = {per} for each latent frame carried out, "
+                    f"got {shape}"
+                )
+            if not np.isfinite(actions).all():
+                raise UserError("expected executed actions that are finite, some are infinite or not a number")
+        if len({len(actions) for actions in actions_si}) > 1:
+            counts = [len(actions) for actions in actions_si]
+            raise UserError(f"expected as many executed actions in every episode of a batch, got {counts}")
         now.executed = self._scaled(actions_si)
 
     @torch.no_grad()
@@ -238,13 +255,7 @@ class BatchedPolicy(BatchedBasePolicy):
     def _scaled(self, actions_si: Sequence[np.ndarray]) -> Tensor:
         """Actions (frames * a, C) of each episode as the model takes them, (n, frames, a, c)."""
         a = self.parts.wam.config.space(self.parts.manifest.space).vectors_per_transition
-        lengths = {len(actions) for actions in actions_si}
-        if len(lengths) != 1 or min(lengths) % a:
-            raise UserError(
-                f"expected whole latent transitions of {a} actions, as many in every episode, got {sorted(lengths)}"
-            )
         rows, reference = np.stack([np.asarray(actions) for actions in actions_si]), self._episodes().reference[:, None]
-        self.parts.statistics.actions.check_channels(rows)  # before the reference is stretched over them
         norm = self.parts.statistics.actions.normalise(rows - reference)
         return rearrange(torch.from_numpy(norm), "n (frames a) c -> n frames a c", a=a)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from collections.abc import Sequence
 from functools import partial
@@ -14,9 +15,11 @@ from repvitok.errors import UserError
 from repvitok.progress import progress
 
 from repwam_core.sim.base import SimTask
+from repwam_core.sim.host import crash
 from repwam_core.sim.metaworld import MetaWorldSettings, TaskPool, canonical_name, canonical_names
 from repwam_core.sim.results import EpisodeResult
-from repwam_core.sim.workers import default_workers, map_jobs
+from repwam_core.sim.rollouts import RolloutFolder
+from repwam_core.sim.workers import WorkerDied, default_workers, map_jobs
 
 __all__ = ["Baseline", "demonstrated_actions", "run_baseline"]
 
@@ -31,8 +34,9 @@ def run_baseline(
     settings: MetaWorldSettings | None = None,
     demonstrations: str | Path | None = None,
     workers: int | None = None,
+    out: str | Path | None = None,
 ) -> list[EpisodeResult]:
-    """Drive every task at every seed without a policy.
+    """Drive every task at every seed without a policy. A crash of a simulator is a failed episode, recorded as crashed.
 
     ``expert`` is Meta-World's scripted policy; ``random`` draws every action uniformly; ``replay`` carries out the
     actions of one demonstration of the task, drawn by the seed, whatever the layout, and then stands still.
@@ -44,6 +48,7 @@ def run_baseline(
         settings: As for the policy it is compared with; cameras and size do not matter.
         demonstrations: A data set made by ``collect``, for ``replay``.
         workers: Processes; None as many as there are cores, 1 this one.
+        out: The folder for ``results.json``, in which episodes that have ended are kept meanwhile, as by ``evaluate``.
 
     Returns:
         One result per episode, all tasks of the first seed, then of the next.
@@ -59,14 +64,27 @@ def run_baseline(
         if demonstrations is None:
             raise UserError("replaying needs a data set of demonstrations, got none")
         actions = demonstrated_actions(demonstrations, names)
-    make = partial(BaselineRunner, baseline, settings or MetaWorldSettings(), actions)
-    jobs = sorted((name, seed) for seed in seeds for name in names)  # a worker stays with a task while it can
-    results: dict[tuple[str, int], EpisodeResult] = {}
-    with progress(jobs, baseline, unit="episode") as bar:
-        for index, result in map_jobs(make, "run", jobs, workers or default_workers()):
-            results[jobs[index]] = result
+    settings = settings or MetaWorldSettings()
+    make = partial(BaselineRunner, baseline, settings, actions)
+    described = {
+        "baseline": baseline,
+        "settings": settings.to_dict(),
+        "tasks": list(names),
+        "seeds": list(seeds),
+        "demonstrations": None if demonstrations is None else str(demonstrations),
+        "demonstrated_sha256": _digest(actions),
+    }
+    planned = [EpisodeResult(name, seed, None, False, 0) for seed in seeds for name in names]
+    with RolloutFolder(out, described) as folder, progress(planned, baseline, unit="episode") as bar:
+        left = {(e.task, e.seed) for e in planned if folder.ended([e]) is None}
+        jobs = sorted(left)  # a worker stays with a task while it can
+        bar.update(len(planned) - len(jobs))
+        for _, result in map_jobs(make, "run", jobs, workers or default_workers(), lost=_lost):
+            folder.keep([result])
             bar.update(1)
-    return [results[name, seed] for seed in seeds for name in names]
+        results = folder.ended(planned) or []
+        folder.finish(results)
+    return results
 
 
 def demonstrated_actions(root: str | Path, tasks: Sequence[str]) -> dict[str, list[np.ndarray]]:
@@ -87,6 +105,20 @@ def demonstrated_actions(root: str | Path, tasks: Sequence[str]) -> dict[str, li
     return actions
 
 
+def _digest(actions: dict[str, list[np.ndarray]]) -> str:
+    """SHA-256 (hex) of all that may be replayed."""
+    sha = hashlib.sha256()
+    for name, episodes in sorted(actions.items()):
+        for episode in episodes:
+            sha.update(f"{name} {episode.shape} {episode.dtype}".encode())
+            sha.update(np.ascontiguousarray(episode).data)
+    return sha.hexdigest()
+
+
+def _lost(job: tuple[str, int], death: WorkerDied) -> EpisodeResult:
+    return EpisodeResult(*job, None, False, 0, str(death))
+
+
 class BaselineRunner:
     """Runs single episodes; lives in a worker process."""
 
@@ -101,10 +133,17 @@ class BaselineRunner:
         replayed: np.ndarray | None = None
         if self._baseline == "replay":
             replayed = self._actions[name][int(rng.integers(len(self._actions[name])))]
-        task = self._tasks.take(name)
-        task.start(seed)
-        while not task.done:
-            task.advance(self._action(task, rng, replayed))
+        task: SimTask | None = None
+        try:
+            task = self._tasks.take(name)
+            task.start(seed)
+            while not task.done:
+                task.advance(self._action(task, rng, replayed))
+        except UserError:
+            raise  # the user's to mend, such as demonstrations of another robot
+        except Exception as error:
+            steps = 0 if task is None else task.steps
+            return EpisodeResult(name, seed, None, False, steps, **crash(task, error))
         self._tasks.give_back(task)
         return EpisodeResult(name, seed, None, task.success, task.steps)
 

@@ -18,7 +18,8 @@ from repwam_core.policy.chunking import actions_to_execute
 from repwam_core.sim.host import Progress, SimHost
 from repwam_core.sim.instructions import instruction
 from repwam_core.sim.metaworld import MetaWorldSettings, canonical_names
-from repwam_core.sim.results import EpisodeResult, save_results
+from repwam_core.sim.results import EpisodeResult
+from repwam_core.sim.rollouts import RolloutFolder
 from repwam_core.sim.seeds import require_evaluation_seeds
 from repwam_core.sim.workers import Worker, WorkerDied, default_workers
 
@@ -58,8 +59,10 @@ def evaluate(
         batch_size: Episodes in step.
         workers: Processes; None as many as there are cores.
         filmed_per_task: Episodes of each task, the first ones, of which all frames are kept.
-        out: Where to write ``results.json``; None writes nothing.
-        about: JSON values to store with the results, such as the policy's digest.
+        out: The folder for ``results.json`` and ``films.npz``, in which batches that have ended are kept meanwhile: a
+            killed evaluation goes on with the next batch, and its results are those of an uninterrupted one. None
+            writes nothing.
+        about: JSON values to store with the results, such as the policy's digests; a folder of other ones is refused.
 
     Returns:
         One result per episode, all tasks of the first seed, then of the next.
@@ -72,20 +75,34 @@ def evaluate(
     driver = policy if isinstance(policy, BatchedBasePolicy) else OnePolicyEach(policy)
     planned = [EpisodeResult(name, seed, instruction_of(name, seed), False, 0) for seed in seeds for name in names]
     filmed = _filmed(planned, filmed_per_task)
+    described = {
+        "settings": settings.to_dict(),
+        "tasks": list(names),
+        "seeds": seeds,
+        "execute": execute,
+        "batch_size": batch_size,
+        "filmed_per_task": filmed_per_task,
+        **(about or {}),
+    }
     results: list[EpisodeResult] = []
-    bar = progress(planned, "evaluate", unit="episode")
     if workers is not None and workers < 1:
         raise UserError(f"workers must be at least 1, got {workers}")
     places = min(workers or default_workers(), batch_size, max(1, len(planned)))
-    with bar, _Simulators(settings, places) as simulators:
+    with (
+        RolloutFolder(out, described) as folder,
+        progress(planned, "evaluate", unit="episode") as bar,
+        _Simulators(settings, places) as simulators,
+    ):
         for first in range(0, len(planned), batch_size):
-            batch = _Batch(planned[first : first + batch_size], filmed[first : first + batch_size])
-            results += batch.run(driver, simulators, execute)
+            part = slice(first, first + batch_size)
+            ended = folder.ended(planned[part])
+            if ended is None:
+                ended = _Batch(planned[part], filmed[part]).run(driver, simulators, execute)
+                folder.keep(ended)
+            results += ended
             bar.set_postfix(success=f"{sum(result.success for result in results)}/{len(results)}")
-            bar.update(len(batch.episodes))
-    if out is not None:
-        described = {"settings": settings.to_dict(), "execute": execute, **(about or {})}
-        save_results(Path(out) / "results.json", results, **described)
+            bar.update(len(ended))
+        folder.finish(results)
     return results
 
 
@@ -138,7 +155,7 @@ class _Batch:
         """Note where every live episode stands; all show ``count`` frames, with their last one repeated if need be."""
         seen = {slot: _newest(observation) for slot, observation in self._seen.items()}
         for slot, now in progress.items():
-            ended = {"success": now.success, "steps": now.steps, "crashed": now.crashed}
+            ended = {name: getattr(now, name) for name in ("success", "steps", "crashed", "traceback")}
             self.episodes[slot] = replace(self.episodes[slot], **ended)
             if now.observation is not None:
                 seen[slot] = now.observation

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import traceback
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from repvitok.errors import UserError
 
 from repwam_core.interface import Observation, stack_observations
+from repwam_core.sim.base import SimTask
 from repwam_core.sim.metaworld import MetaWorldSettings, MetaWorldTask, TaskPool
 
-__all__ = ["Progress", "SimHost"]
+__all__ = ["Progress", "SimHost", "crash"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +27,7 @@ class Progress:
         done: Whether the episode is over.
         steps: Control steps so far.
         crashed: What went wrong in the simulator, or None.
+        traceback: Where it went wrong, if the simulator raised an exception.
     """
 
     observation: Observation | None
@@ -29,6 +35,7 @@ class Progress:
     done: bool = False
     steps: int = 0
     crashed: str | None = None
+    traceback: str | None = None
 
 
 class SimHost:
@@ -55,14 +62,14 @@ class SimHost:
         self._pool.close()
 
     def _start(self, slot: int, name: str, seed: int) -> Progress:
-        task = self._pool.take(name)
+        task: MetaWorldTask | None = None
         try:
+            task = self._pool.take(name)
             observation = task.reset(seed)
-        except ValueError:
+        except UserError:
             raise  # the user's to mend, such as a missing GL library; the same for every episode
         except Exception as error:
-            task.close()
-            return Progress(None, done=True, crashed=_described(error))
+            return Progress(None, done=True, **crash(task, error))
         self._slots[slot] = task
         return Progress(observation)
 
@@ -75,11 +82,15 @@ class SimHost:
                 if task.done:
                     break
         except Exception as error:  # whatever a simulator raises is a failed episode, and is recorded as such
-            task.close()
             del self._slots[slot]
-            return Progress(stack_observations(seen) if seen else None, False, True, task.steps, _described(error))
+            frames = stack_observations(seen) if seen else None
+            return Progress(frames, done=True, steps=task.steps, **crash(task, error))
         return Progress(stack_observations(seen), task.success, task.done, task.steps)
 
 
-def _described(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+def crash(task: SimTask | None, error: Exception) -> dict[str, Any]:
+    """What is recorded of an episode whose simulator raised `error`; the simulator is used no more."""
+    if task is not None:
+        with suppress(Exception):  # one that is broken may not even close
+            task.close()
+    return {"crashed": f"{type(error).__name__}: {error}", "traceback": "".join(traceback.format_exception(error))}

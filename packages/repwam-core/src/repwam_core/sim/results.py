@@ -31,6 +31,7 @@ class EpisodeResult:
         success: Whether the task was solved in time. A crashed episode is a failed one.
         steps: Control steps carried out.
         crashed: What went wrong in the simulator, or None.
+        traceback: Where it went wrong, where the simulator raised an exception; None also where its process died.
         frames: What the first camera saw, uint8 ``(n, H, W, 3)``, where the episode was filmed.
     """
 
@@ -40,6 +41,7 @@ class EpisodeResult:
     success: bool
     steps: int
     crashed: str | None = None
+    traceback: str | None = None
     frames: np.ndarray | None = None
 
     def __post_init__(self) -> None:

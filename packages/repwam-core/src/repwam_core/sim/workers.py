@@ -77,8 +77,21 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def map_jobs(make: Callable[[], Any], method: str, jobs: Sequence[tuple], workers: int) -> Iterator[tuple[int, Any]]:
+def map_jobs(
+    make: Callable[[], Any],
+    method: str,
+    jobs: Sequence[tuple],
+    workers: int,
+    lost: Callable[[tuple, WorkerDied], Any] | None = None,
+) -> Iterator[tuple[int, Any]]:
     """Call ``method`` once per job, on ``workers`` objects built by ``make``; one worker means this very process.
+
+    Args:
+        make: Builds an object, see ``Worker``.
+        method: Its method.
+        jobs: The arguments of each call.
+        workers: Processes.
+        lost: Gives the value of a job whose process died, which is replaced; None ends everything with the error.
 
     Yields:
         Index of the job and what it returned, in the order in which they finish.
@@ -93,13 +106,26 @@ def map_jobs(make: Callable[[], Any], method: str, jobs: Sequence[tuple], worker
         return
     pool = [Worker(make) for _ in range(min(workers, len(jobs)))]
     try:
-        yield from _spread(pool, method, jobs)
+        yield from _spread(pool, make, method, jobs, lost)
     finally:
         for worker in pool:
             worker.close()
 
 
-def _spread(pool: Sequence[Worker], method: str, jobs: Sequence[tuple]) -> Iterator[tuple[int, Any]]:
+def _spread(
+    pool: list[Worker],
+    make: Callable[[], Any],
+    method: str,
+    jobs: Sequence[tuple],
+    lost: Callable[[tuple, WorkerDied], Any] | None,
+) -> Iterator[tuple[int, Any]]:
+    """As `map_jobs`, by the workers of a pool; one that died is replaced in it."""
+
+    def replaced(worker: Worker) -> Worker:
+        worker.close()
+        pool[pool.index(worker)] = new = Worker(make)
+        return new
+
     waiting = iter(enumerate(jobs))
     busy: dict[Any, tuple[Worker, int]] = {}
     idle = list(pool)
@@ -107,14 +133,27 @@ def _spread(pool: Sequence[Worker], method: str, jobs: Sequence[tuple]) -> Itera
         for worker in idle:
             index, job = next(waiting, (-1, ()))
             if index >= 0:
-                worker.submit(method, *job)
+                try:
+                    worker.submit(method, *job)
+                except WorkerDied:  # while it was idle
+                    if lost is None:
+                        raise
+                    worker = replaced(worker)
+                    worker.submit(method, *job)
                 busy[worker.connection] = (worker, index)
         if not busy:
             return
         ready = [busy.pop(connection) for connection in wait(list(busy))]
-        idle = [worker for worker, _ in ready]
+        idle = []
         for worker, index in ready:
-            yield index, worker.result()
+            try:
+                value = worker.result()
+            except WorkerDied as death:
+                if lost is None:
+                    raise
+                value, worker = lost(jobs[index], death), replaced(worker)
+            idle.append(worker)
+            yield index, value
 
 
 def _serve(connection: Connection, make: Callable[[], Any]) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,8 @@ def test_a_thousand_requests_of_eight_clients(openpi):
     metadata = ServerMetadata(arm, SIZE, frames_per_latent=4, max_frames=8, policy="0" * 64)
     with PolicyServer(Remembering, metadata, ServeSettings(port=0)).running() as port:
         told = _drive(openpi, port, clients=8, requests=125)
-    assert ServerMetadata.from_message(told["metadata"]) == metadata
+    limits = {"max_message_bytes": 64 * 2**20, "idle_timeout_s": 600.0}
+    assert ServerMetadata.from_message(told["metadata"]) == replace(metadata, **limits)
     assert len(told["answers"]) == 8
     for client, answers in enumerate(told["answers"]):
         total = np.cumsum([20 * client + number for number in range(125)]) + len(("go left", "go up")[client % 2])

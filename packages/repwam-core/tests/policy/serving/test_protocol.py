@@ -1,5 +1,7 @@
 """Requests, answers and metadata survive the trip; a value of the wrong kind is named."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from repwam_core.interface import ActionChunk
@@ -15,6 +17,24 @@ def _trip(message):
 
 def test_metadata_comes_back(metadata):
     assert ServerMetadata.from_message(_trip(metadata.to_message())) == metadata
+
+
+def test_metadata_says_what_a_server_refuses_and_an_older_server_says_less(metadata):
+    limited = replace(metadata, max_message_bytes=1000, idle_timeout_s=5.0)
+    message = _trip(limited.to_message())
+    assert ServerMetadata.from_message(message) == limited
+    assert (message["max_prompt_bytes"], message["max_image_side"]) == (4096, 4096)
+    for name in ("max_prompt_bytes", "max_image_side", "max_message_bytes", "idle_timeout_s"):
+        del message[name]
+    assert ServerMetadata.from_message(message) == metadata
+
+
+def test_the_largest_picture_and_prompt_are_taken(metadata):
+    images = {"top": np.zeros((metadata.max_image_side, 2, 3), np.uint8)}
+    prompt = "ü" * (metadata.max_prompt_bytes // 2)
+    observation = Request.from_message(_trip({"images": images, "prompt": prompt})).observation()
+    assert observation.instruction == prompt
+    assert observation.num_frames == 1
 
 
 def test_metadata_of_another_server_is_refused():
@@ -75,8 +95,21 @@ def test_a_chunk_comes_back():
         ({"reset": 1}, "reset: expected true or false"),
         ({"reset": True, "seed": -1}, "seed: expected a whole number"),
         ({"reset": True, "seed": 1.0}, "seed: expected a whole number"),
-        ({"executed": np.zeros(4)}, "executed: expected finite actions"),
-        ({"executed": np.full((1, 4), np.inf)}, "executed: expected finite actions"),
+        ({"executed": np.zeros(4)}, r"executed: expected one or more finite actions .* got shape \(4,\)"),
+        ({"executed": np.full((1, 4), np.inf)}, "executed: expected one or more finite actions"),
+        ({"executed": np.zeros((0, 4))}, r"executed: expected one or more finite actions .* got shape \(0, 4\)"),
+        ({"executed": np.zeros((4, 0))}, "executed: expected one or more finite actions"),
+        ({}, "expected images, or reset: true"),
+        ({"prompt": "push"}, "expected images, or reset: true"),
+        ({"reset": True, "state": np.zeros(2)}, "only begins a new episode, got state as well"),
+        ({"reset": True, "executed": np.zeros((4, 4))}, "only begins a new episode, got executed as well"),
+        (
+            {"images": {"top": np.zeros((4097, 1, 3), np.uint8)}},
+            r"at most 4096 pixels a side, got shape \(4097, 1, 3\)",
+        ),
+        ({"images": {"top": np.zeros((2, 1, 4097, 3), np.uint8)}}, "at most 4096 pixels a side"),
+        ({"images": IMAGES | {"extra": np.zeros((1, 5000, 3), np.uint8)}}, "from camera 'extra'"),
+        ({"images": {"top": np.zeros((5000, 3), np.uint8)}}, "must have shape|at most 4096"),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_named(message, said):

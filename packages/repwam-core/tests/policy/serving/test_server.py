@@ -8,6 +8,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def _still_serves(port, frame):
 
 
 def test_the_first_frame_is_the_metadata(client, metadata):
-    assert client.metadata == metadata
+    assert client.metadata == replace(metadata, max_message_bytes=64 * 2**20, idle_timeout_s=600.0)
     assert client.embodiment.action_names == ("seed", "acts", "pixel", "told")
 
 
@@ -123,6 +124,13 @@ def test_a_failing_policy_tells_the_log_and_not_the_client(serve, frame, caplog)
             pack({"images": {"top": np.zeros(4, np.uint8)}}).replace(b"\x91\x04", b"\x91\xce\xff\xff\xff\xff"),
             "with 4 bytes",
         ),
+        (pack({"reset": True, "prompt": "go " * 1_000_000}), "at most 4096 bytes, got one of 3000000"),
+        (pack({"images": {"top": np.zeros((2_000_000, 1, 3), np.uint8)}}), "at most 4096 pixels a side"),
+        (pack({"promt": "go"} | {"x" * 4000 + str(k): 1 for k in range(1000)}), "expected the keys"),
+        (
+            pack({"executed": np.ones((4, 4), np.float32), "images": {"top": np.zeros((8, 6, 3), np.uint8)}}),
+            "nothing was",
+        ),
     ],
 )
 def test_malformed_messages_end_their_own_connection_only(serve, frame, data, said):
@@ -131,7 +139,9 @@ def test_malformed_messages_end_their_own_connection_only(serve, frame, data, sa
         other.reset("go", seed=2)
         with _raw(port) as connection:
             connection.send(data)
-            assert said in connection.recv(timeout=WAIT_S)
+            answer = connection.recv(timeout=WAIT_S)
+            assert said in answer
+            assert len(answer) <= 1000
             with pytest.raises(ConnectionClosed):
                 connection.recv(timeout=WAIT_S)
         assert other.act(Observation(frame(5))).actions.tolist() == [[2, 1, 5, 2]]
@@ -186,6 +196,46 @@ def test_a_dead_client_is_noticed_by_its_silence(serve, frame):
         dead.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n" + key + b"\r\n")
         assert b"101" in dead.recv(100)
         _wait_until(lambda: _still_serves(port, frame))
+
+
+def test_a_client_that_only_answers_pings_loses_its_place(serve, frame):
+    """openpi's client has no close: its program may sleep for ever with the connection open."""
+    port = serve(max_sessions=1, idle_timeout_s=0.4, ping_interval_s=0.05, ping_timeout_s=5.0)
+    with _raw(port) as sleeper:
+        sleeper.send(pack({"images": frame()}))
+        sleeper.recv(timeout=WAIT_S)
+        began_s = time.monotonic()
+        with pytest.raises(ConnectionClosed) as closed:
+            sleeper.recv(timeout=WAIT_S)
+        assert time.monotonic() - began_s >= 0.35
+        assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (1001, "no request for 0.4 s")
+        _wait_until(lambda: _still_serves(port, frame))
+
+
+def test_half_a_request_holds_no_place_either(serve, frame):
+    port = serve(max_sessions=1, idle_timeout_s=0.3, ping_timeout_s=0.3)
+    with _raw(port) as half:
+        half.socket.sendall(b"\x82\xff" + (2**20).to_bytes(8, "big") + bytes(4) + b"\x81")
+        _wait_until(lambda: _still_serves(port, frame))
+
+
+def test_requests_and_a_slow_policy_keep_a_session(telling, metadata, frame):
+    """The time that the policy takes is not the client's."""
+
+    class Slow(telling):
+        def act(self, observation):
+            time.sleep(0.3)
+            return super().act(observation)
+
+    settings = ServeSettings(port=0, idle_timeout_s=0.2)
+    with PolicyServer(Slow, metadata, settings).running() as port, PolicyClient(port=port) as client:
+        client.reset("go", seed=1)
+        for act in range(3):
+            assert client.act(Observation(frame(3))).actions[0].tolist() == [1, act + 1, 3, 2]
+            time.sleep(0.05)
+        time.sleep(0.5)
+        with pytest.raises(PolicyServerError, match=r"no request for 0\.2 s.*make a new client"):
+            client.act(Observation(frame(3)))
 
 
 def test_a_full_server_says_so(serve, frame):
@@ -271,7 +321,19 @@ def test_the_end_of_the_server_ends_its_connections(telling, metadata):
         asyncio.run(scenario()).reset("go")
 
 
-@pytest.mark.parametrize("settings", [{"port": -1}, {"max_sessions": 0}, {"api_key": ""}, {"api_key": "tür"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"port": -1},
+        {"max_sessions": 0},
+        {"api_key": ""},
+        {"api_key": "tür"},
+        {"idle_timeout_s": 0.0},
+        {"idle_timeout_s": float("nan")},
+        {"idle_timeout_s": float("inf")},
+        {"ping_timeout_s": -1.0},
+    ],
+)
 def test_settings_that_make_no_sense_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         ServeSettings(**settings)

@@ -123,6 +123,21 @@ def test_a_message_that_would_unfold_is_refused(data):
 
 
 @settings(deadline=None)
+@given(st.integers(4097, 300_000), st.sampled_from(["prompt", "camera", "key", "dtype"]))
+def test_a_text_over_the_limit_is_refused_before_it_is_decoded(size, place):
+    text = b"\xff" * size  # no UTF-8: decoding it would say so
+    message = {
+        "prompt": {"prompt": text},
+        "camera": {"images": {text: 1}},
+        "key": {text: 1},
+        "dtype": {"a": {b"__ndarray__": True, b"dtype": text}},
+    }[place]
+    packed = msgpack.packb(message, use_bin_type=False)
+    with pytest.raises(ValueError, match=f"prompts and names of at most 4096 bytes, got one of {size}"):
+        unpack(packed)
+
+
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_noise_is_a_value_error_or_a_message(data):
     with suppress(ValueError):

@@ -10,8 +10,10 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from repvitok.commands import path_argument, text_argument, whole_number
+from repvitok.commands import MANY, number, path_argument, text_argument, whole_number
 from repvitok.errors import UserError
+
+from repwam_core.plan_options import add_plan_arguments, given_plan
 
 if TYPE_CHECKING:
     from repwam_core.policy.policy import Policy
@@ -35,14 +37,19 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", type=text_argument, default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
     parser.add_argument(
-        "--execute-frames", type=whole_number(1, 100_000), metavar="N", help="latent frames per answer (the policy's)"
+        "--max-sessions", type=whole_number(1, 100_000), default=16, help="clients at a time (default: %(default)s)"
     )
     parser.add_argument(
-        "--max-sessions", type=whole_number(1, 100_000), default=16, help="clients at a time (default: %(default)s)"
+        "--idle-timeout",
+        type=number(0, MANY, above=True),
+        default=600.0,
+        metavar="SECONDS",
+        help="without a request for so long, a session is closed and its place is free (default: %(default)s)",
     )
     parser.add_argument(
         "--max-message-mib", type=whole_number(1, 4096), default=64, help="size of one request (default: %(default)s)"
     )
+    add_plan_arguments(parser)
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -60,9 +67,10 @@ def serve(options: argparse.Namespace) -> int:
         api_key=_api_key(options.api_key_file),
         max_message_bytes=options.max_message_mib * MEBIBYTE,
         max_sessions=options.max_sessions,
+        idle_timeout_s=options.idle_timeout,
     )
     parts = PolicyParts.load(options.policy, options.device)
-    plan = {} if options.execute_frames is None else {"execute_frames": options.execute_frames}
+    plan = given_plan(options)
     server = PolicyServer(lambda: Policy(parts, **plan), metadata_of(Policy(parts, **plan)), settings)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     if settings.api_key is None and not _is_local(settings.host):
@@ -88,8 +96,8 @@ async def _serve_until_signal(server: PolicyServer) -> int:
     """The number of the signal that ended it."""
     loop = asyncio.get_running_loop()
     stopped: asyncio.Future[int] = loop.create_future()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, lambda number=number: stopped.done() or stopped.set_result(number))
+    for which in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(which, lambda which=which: stopped.done() or stopped.set_result(which))
     async with server.listening() as port:
         print(f"serving on ws://{server.settings.host}:{port}", flush=True)
         return await stopped

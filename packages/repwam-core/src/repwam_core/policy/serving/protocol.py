@@ -22,13 +22,15 @@ import numpy as np
 from repvitok.errors import UserError
 
 from repwam_core.embodiment import Embodiment
-from repwam_core.interface import ActionChunk, Observation
+from repwam_core.interface import MAX_INSTRUCTION_BYTES, ActionChunk, Observation
 
-__all__ = ["Request", "ServerMetadata", "chunk_from_message", "chunk_to_message"]
+__all__ = ["MAX_IMAGE_SIDE", "Request", "ServerMetadata", "chunk_from_message", "chunk_to_message"]
 
 FORMAT = "repwam-serve"
 FORMAT_VERSION = 1
 MAX_SEED = 2**63 - 1
+MAX_IMAGE_SIDE = 4096
+"""No camera that a policy resizes is wider; a picture of 20,000,000 x 1 pixels would cost gigabytes and seconds."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,10 @@ class ServerMetadata:
             last one: a multiple of this number.
         max_frames: the most frames per camera in one request.
         policy: identity of the policy's weights.
+        max_prompt_bytes: of an instruction in UTF-8; a longer one is refused unread.
+        max_image_side: pixels of a picture's height, and of its width.
+        max_message_bytes: of a request; so its pictures hold at most a third as many pixels together.
+        idle_timeout_s: a session without a request for so long is closed, whether it answers pings or not.
     """
 
     embodiment: Embodiment
@@ -49,9 +55,14 @@ class ServerMetadata:
     frames_per_latent: int
     max_frames: int
     policy: str
+    max_prompt_bytes: int = MAX_INSTRUCTION_BYTES
+    max_image_side: int = MAX_IMAGE_SIDE
+    max_message_bytes: int | None = None
+    idle_timeout_s: float | None = None
 
     def to_message(self) -> dict[str, Any]:
-        """The map that is sent."""
+        """The map that is sent; limits that are not known are left out."""
+        limits = {name: getattr(self, name) for name in _LIMITS if getattr(self, name) is not None}
         return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -60,6 +71,7 @@ class ServerMetadata:
             "frames_per_latent": self.frames_per_latent,
             "max_frames": self.max_frames,
             "policy": self.policy,
+            **limits,
         }
 
     @classmethod
@@ -79,7 +91,11 @@ class ServerMetadata:
             message["frames_per_latent"],
             message["max_frames"],
             message["policy"],
+            **{name: message[name] for name in _LIMITS if name in message},
         )
+
+
+_LIMITS = ("max_prompt_bytes", "max_image_side", "max_message_bytes", "idle_timeout_s")
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,9 +124,15 @@ class Request:
         """What the policy gets; None for a request that only resets.
 
         Raises:
-            ValueError: for pictures or a state of a wrong dtype or shape.
+            ValueError: for pictures or a state of a wrong dtype or shape; for a request that neither shows nor resets.
         """
         if self.images is None:
+            if not self.reset:
+                raise UserError("expected images, or reset: true for a request that only begins a new episode")
+            if given := [name for name in ("state", "executed") if getattr(self, name) is not None]:
+                raise UserError(
+                    f"a request without images only begins a new episode, got {' and '.join(given)} as well"
+                )
             return None
         return Observation(self.images, self.state, self.prompt, self.time_s)
 
@@ -179,6 +201,11 @@ def _images(value: Any) -> Mapping[str, np.ndarray] | None:
     for camera, image in value.items():
         if not isinstance(camera, str) or not isinstance(image, np.ndarray):
             raise UserError(f"images: expected an array for camera {camera!r:.40}, got {type(image).__name__}")
+        if max(image.shape[-3:-1], default=0) > MAX_IMAGE_SIDE:
+            raise UserError(
+                f"images: expected pictures of at most {MAX_IMAGE_SIDE} pixels a side, got shape {image.shape} from "
+                f"camera {camera!r:.40}"
+            )
     return value
 
 
@@ -194,8 +221,8 @@ def _floats(name: str, value: Any) -> np.ndarray | None:
 
 def _executed(value: Any) -> np.ndarray | None:
     actions = _floats("executed", value)
-    if actions is not None and (actions.ndim != 2 or not np.isfinite(actions).all()):
-        raise UserError(f"executed: expected finite actions (frames, channels), got shape {actions.shape}")
+    if actions is not None and (actions.ndim != 2 or not actions.size or not np.isfinite(actions).all()):
+        raise UserError(f"executed: expected one or more finite actions (frames, channels), got shape {actions.shape}")
     return actions
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import math
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
+from typing import Any
 
 from repvitok.errors import UserError
 from websockets.asyncio.server import ServerConnection, serve
@@ -26,8 +28,15 @@ __all__ = ["PolicyServer", "ServeSettings"]
 
 log = logging.getLogger(__name__)
 
+GOING_AWAY = 1001
 INTERNAL_ERROR = 1011
+MAX_REASON_LENGTH = 1000
+"""Characters of a mistake's text: some hold what the client sent."""
 HEALTH_PATH = "/healthz"
+
+
+class _IdleError(Exception):
+    """A client holds a session and does nothing with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +49,7 @@ class ServeSettings:
         api_key: what clients must send as `Authorization: Api-Key KEY`; None lets everybody in who reaches the port.
         max_message_bytes: larger messages end their connection (close code 1009).
         max_sessions: connections at a time; each holds a policy state, and at worst two messages, in memory.
+        idle_timeout_s: a session is closed when no request of its client is complete, or no answer taken, for so long.
         ping_interval_s, ping_timeout_s: a client that does not answer a ping in time has its connection closed.
     """
 
@@ -48,15 +58,16 @@ class ServeSettings:
     api_key: str | None = field(default=None, repr=False)
     max_message_bytes: int = 64 * 2**20
     max_sessions: int = 16
+    idle_timeout_s: float = 600.0
     ping_interval_s: float = 20.0
     ping_timeout_s: float = 20.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 2**16:
             raise UserError(f"port: expected 0 to 65535, got {self.port}")
-        for name in ("max_message_bytes", "max_sessions", "ping_interval_s", "ping_timeout_s"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        for name in ("max_message_bytes", "max_sessions", "idle_timeout_s", "ping_interval_s", "ping_timeout_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name}: expected a finite number above 0, got {getattr(self, name)}")
         if self.api_key is not None and not (self.api_key and self.api_key.isascii() and self.api_key.isprintable()):
             raise UserError("api_key: expected one or more printable ASCII characters")
 
@@ -78,7 +89,9 @@ class PolicyServer:
     ) -> None:
         self.settings = settings or ServeSettings()
         self._new_policy = new_policy
-        self._hello = pack(metadata.to_message())
+        told = self.settings
+        limits = {"max_message_bytes": told.max_message_bytes, "idle_timeout_s": told.idle_timeout_s}
+        self._hello = pack(replace(metadata, **limits).to_message())
         self._sessions = 0
         self._worker: ThreadPoolExecutor | None = None
 
@@ -163,9 +176,13 @@ class PolicyServer:
             await self._converse(connection)
         except ConnectionClosed as closed:
             log.info("client %s is gone: %s", who, closed)
+        except _IdleError as idle:
+            log.info("client %s: %s", who, idle)
+            await connection.close(GOING_AWAY, str(idle))
         except ValueError as error:
-            log.warning("client %s: %s", who, error)
-            await _refuse(connection, " ".join(str(error).split()))
+            reason = " ".join(str(error)[:MAX_REASON_LENGTH].split())
+            log.warning("client %s: %s", who, reason)
+            await _refuse(connection, reason)
         except Exception as error:
             log.exception("client %s: the policy failed", who)
             await _refuse(connection, f"the policy failed with {type(error).__name__}; the server's log says where")
@@ -175,10 +192,19 @@ class PolicyServer:
     async def _converse(self, connection: ServerConnection) -> None:
         loop, worker = asyncio.get_running_loop(), self._worker
         session = Session(await loop.run_in_executor(worker, self._new_policy))
-        async for data in connection:
+        while True:
+            data = await self._in_time(connection.recv())
             if not isinstance(data, bytes):
                 raise UserError("expected a binary frame with a msgpack message, got a text frame")
-            await connection.send(await loop.run_in_executor(worker, session.answer, data))
+            await self._in_time(connection.send(await loop.run_in_executor(worker, session.answer, data)))
+
+    async def _in_time(self, client: Awaitable[Any]) -> Any:
+        """What the client is waited for; time that the policy takes is not the client's."""
+        try:
+            async with asyncio.timeout(self.settings.idle_timeout_s):
+                return await client
+        except TimeoutError as error:
+            raise _IdleError(f"no request for {self.settings.idle_timeout_s:g} s") from error
 
 
 async def _refuse(connection: ServerConnection, message: str) -> None:

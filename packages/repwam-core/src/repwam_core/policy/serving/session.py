@@ -6,6 +6,7 @@ import time
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+from repvitok.errors import UserError
 
 from repwam_core.interface import ActionChunk, Observation
 from repwam_core.policy.serving.protocol import Request, chunk_to_message
@@ -51,7 +52,10 @@ class Session:
         start_s = time.perf_counter()
         request = Request.from_message(unpack(data))
         observation = request.observation()
-        if request.reset or not self._begun:
+        begins = request.reset or not self._begun
+        if begins and request.executed is not None:
+            raise UserError("executed: nothing was carried out yet in an episode that this request begins")
+        if begins:
             self._policy.reset(request.prompt, request.seed)
             self._begun = True
         if request.executed is not None:

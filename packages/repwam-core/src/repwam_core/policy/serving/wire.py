@@ -15,12 +15,15 @@ import msgpack
 import numpy as np
 from repvitok.errors import UserError
 
+from repwam_core.interface import MAX_INSTRUCTION_BYTES
+
 __all__ = ["pack", "unpack"]
 
 MAX_DIMS = 8
 MAX_ITEMS = 4096
 """Entries of one list or map, and lists and maps in one message: a few bytes must not unfold into gigabytes."""
 _DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248])")
+_TOO_LONG = re.compile(r"(\d+) exceeds max_str_len")
 _ARRAY_KEYS = {b"__ndarray__", b"data", b"dtype", b"shape"}
 _SCALAR_KEYS = {b"__npgeneric__", b"data", b"dtype"}
 
@@ -40,8 +43,8 @@ def unpack(data: bytes) -> dict[str, Any]:
     """Invert `pack`; arrays come out writable, in the machine's byte order.
 
     Raises:
-        ValueError: when `data` is no whole message, is not a map with names as keys, or an array's bytes do not fit
-            its dtype and shape.
+        ValueError: when `data` is no whole message, is not a map with names as keys, holds a text longer than an
+            instruction may be, or an array's bytes do not fit its dtype and shape.
     """
     counted = _Counter()
     try:
@@ -51,10 +54,15 @@ def unpack(data: bytes) -> dict[str, Any]:
             list_hook=counted.list,
             max_array_len=MAX_ITEMS,
             max_map_len=MAX_ITEMS,
+            max_str_len=MAX_INSTRUCTION_BYTES,  # the longest text of a message; refused before it is decoded
             max_ext_len=0,
             strict_map_key=True,
         )
     except (msgpack.UnpackException, ValueError, TypeError) as error:
+        if too_long := _TOO_LONG.match(str(error)):
+            raise UserError(
+                f"expected prompts and names of at most {MAX_INSTRUCTION_BYTES} bytes, got one of {too_long[1]}"
+            ) from error
         raise UserError(f"expected a whole msgpack message of at most {MAX_ITEMS} entries: {error}") from error
     if not isinstance(message, dict) or not all(isinstance(key, str) for key in message):
         raise UserError(f"expected a message that is a map with names as keys, got {type(message).__name__}")

@@ -56,8 +56,10 @@ class FramePairData(L.LightningDataModule):
 
     def train_dataloader(self) -> PairBatches:
         """Batches from the step the trainer is at."""
-        first = 0 if self.trainer is None else self.trainer.global_step
-        return PairBatches(self._require_setup()[0], self.batch_size, self.seed, first)
+        trainer, first, rank = self.trainer, 0, 0
+        if trainer is not None:
+            first, rank = trainer.global_step * trainer.accumulate_grad_batches, trainer.global_rank
+        return PairBatches(self._require_setup()[0], self.batch_size, self.seed, first, rank)
 
     def val_dataloader(self) -> PairBatches:
         """All transitions of the held-out episodes."""

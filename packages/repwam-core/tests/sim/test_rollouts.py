@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,6 +94,15 @@ def test_a_folder_of_another_rollout_is_refused_and_stays(tmp_path, finished, ot
         rollout(tmp_path, parts, about={**ABOUT, **other})
     assert files(tmp_path) == before
     assert rollout(tmp_path, parts, about={**ABOUT, "policy": "moved"}) == ([] if finished else [1])
+
+
+@pytest.mark.parametrize("name", ["policy.json", "meta.json", "meta/info.json", "last.ckpt"])
+def test_what_is_anothers_gets_no_results(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match="give a rollout a folder of its own"):
+        rollout(tmp_path, [PLANNED])
+    assert files(tmp_path).keys() == {Path(name).name}
 
 
 def test_other_instructions_are_another_rollout(tmp_path):

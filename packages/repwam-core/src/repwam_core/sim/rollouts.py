@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from repvitok.errors import UserError
-from repvitok.files import sole_writer
+from repvitok.files import kind_of, sole_writer
 
 from repwam_core.sim.films import film_key, load_films, save_films
 from repwam_core.sim.results import EpisodeResult, load_results, save_results
@@ -35,7 +35,8 @@ class RolloutFolder:
         about: JSON values that say what is run; stored with the results.
 
     Raises:
-        UserError: On entering, if the folder holds episodes of other values, or another process is writing there.
+        UserError: On entering, if the folder holds something else or episodes of other values, or another process is
+            writing there.
     """
 
     def __init__(self, folder: str | Path | None, about: Mapping[str, Any]) -> None:
@@ -46,6 +47,8 @@ class RolloutFolder:
 
     def __enter__(self) -> RolloutFolder:
         if self._folder is not None:
+            if (kind := kind_of(self._folder)) is not None:
+                raise UserError(f"{self._folder} holds {kind}; give a rollout a folder of its own")
             with ExitStack() as entered:
                 entered.enter_context(sole_writer(self._folder))
                 whole = self._folder / RESULTS_FILE

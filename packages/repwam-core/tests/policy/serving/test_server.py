@@ -12,9 +12,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from repvitok.errors import UserError
 from repwam_core.interface import Observation
 from repwam_core.policy.chunking import ChunkedPolicy
 from repwam_core.policy.serving import PolicyClient, PolicyServer, PolicyServerError, ServeSettings
+from repwam_core.policy.serving.command import _api_key
 from repwam_core.policy.serving.wire import pack, unpack
 from websockets.exceptions import ConnectionClosed, ConnectionClosedError, InvalidStatus
 from websockets.sync.client import connect
@@ -340,3 +342,10 @@ def test_the_end_of_the_server_ends_its_connections(telling, metadata):
 def test_settings_that_make_no_sense_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         ServeSettings(**settings)
+
+
+@pytest.mark.parametrize("content", [b"", b" \n", b"\xff\xfe"])
+def test_a_file_without_a_key_is_named(tmp_path, content):
+    (tmp_path / "key").write_bytes(content)
+    with pytest.raises(UserError, match="key: expected an API key on one line"):
+        _api_key(tmp_path / "key")

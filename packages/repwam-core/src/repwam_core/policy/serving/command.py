@@ -106,7 +106,10 @@ async def _serve_until_signal(server: PolicyServer) -> int:
 def _api_key(path: Path | None) -> str | None:
     if path is None:
         return None
-    key = path.read_text(encoding="utf-8").strip()
+    try:
+        key = path.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: expected an API key on one line, got no text ({error})") from error
     if not key:
         raise UserError(f"{path}: expected an API key on one line, got nothing")
     return key

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -263,7 +264,8 @@ def test_what_was_written_is_compared_with_the_source(source, tmp_path, monkeypa
             shutil.copyfile(video, other := video.with_suffix(".other"))
             os.replace(other, video)
         elif damage == "column":
-            pq.write_table(table.set_column(table.column_names.index("timestamp"), "timestamp", table["index"]), path)
+            later = pc.add(table["timestamp"], pa.scalar(0.001, pa.float32()))
+            pq.write_table(table.set_column(table.column_names.index("timestamp"), "timestamp", later), path)
         else:
             pq.write_table(
                 table.set_column(table.column_names.index("action"), "action", table["actions.joints"]), path

@@ -299,7 +299,9 @@ def _absent_camera(
     reader: Any, camera: str, cameras: Sequence[str], absent: list[int], episodes: Sequence[int], first: str
 ) -> str:
     others = [other for other in cameras if other != camera]
-    without = f"--cameras {' '.join(others)} (`cameras` in a recipe or layout)" if others else "there is no other camera"
+    without = (
+        f"--cameras {' '.join(others)} (`cameras` in a recipe or layout)" if others else "there is no other camera"
+    )
     if len(absent) == len(set(episodes)):
         return (
             f"{reader.root}: meta/info.json declares the camera {camera}, but it was never recorded ({first}); leave "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import pickle
@@ -118,6 +119,10 @@ def test_columns_without_names_are_numbered(data_sets):
     reader = LeRobotReader(data_sets["v2.1"])
     assert reader.channel_names("action") == ("dx", "dy")
     assert reader.channel_names("contact") == ("contact_0", "contact_1", "contact_2", "contact_3")
+    feature = reader.metadata.features["action"]
+    for names in (["x", "x"], {"left": ["x"], "right": ["x"]}, ["x", ""], ["x", " "], ["x"], ["x", "y", "z"]):
+        # A name that is there twice would pair actions with the wrong state.
+        assert dataclasses.replace(feature, names=names).channel_names("action") == ("action_0", "action_1")
     with pytest.raises(ValueError, match="no feature 'torque'"):
         reader.channel_names("torque")
 

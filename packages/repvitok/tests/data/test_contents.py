@@ -122,6 +122,15 @@ def test_a_camera_that_was_never_recorded_is_named_with_the_option_that_leaves_i
         LeRobotReader(data_set)[0]
 
 
+@pytest.mark.parametrize("content", [b"PAR1 cut short", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n"])
+def test_a_damaged_table_of_pictures_is_named(data_set, content):
+    change_info(data_set, lambda info: info["features"][TOP].update(dtype="image"))
+    last = sorted(data_set.glob("data/**/*.parquet"))[-1]
+    last.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{last}.*(parquet file|git lfs pull)"):
+        described(data_set, (TOP,))
+
+
 def test_episodes_without_a_camera_or_a_table_are_named(data_sets, tmp_path):
     root = shutil.copytree(data_sets["v2.1"], tmp_path / "arm")
     (root / f"videos/chunk-000/{WRIST}/episode_000002.mp4").unlink()
@@ -142,6 +151,14 @@ def test_channels_that_never_move_are_known_from_the_statistics(data_sets, tmp_p
     path.write_text(json.dumps(statistics))
     assert described(root).constant == {"action": ["dx"]}
     assert described(root).lines()[1].endswith("later stages will find no movement of action dx")
+    of_episodes = shutil.copytree(data_sets["v2.1"], tmp_path / "old") / "meta/episodes_stats.jsonl"
+    lines = [json.loads(line) for line in of_episodes.read_text().splitlines()]
+    for number, line in enumerate(lines):  # dx rests in every episode, but not at one place; dy never moves
+        line["stats"]["action"] |= {"min": [number, 1.0], "max": [number, 1.0]}
+    of_episodes.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert described(tmp_path / "old").constant == {"action": ["dy"]}
+    of_episodes.write_text(json.dumps({"episode_index": 0}))
+    assert described(tmp_path / "old").constant == {}
     for unusable in ("{", "[]", '{"action": {"min": null, "max": 3}}', '{"action": {"min": [1], "max": [1]}}'):
         path.write_text(unusable)
         assert described(root).constant == {}

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import yaml
 
 from repvitok.data.lerobot import LeRobotReader
 from repvitok.data.lerobot_format import INDEX_FEATURES, EpisodeInfo
+from repvitok.data.lerobot_metadata import parquet_columns
 from repvitok.data.shards import LatentShards
 from repvitok.data.split import format_episodes
-from repvitok.documents import load_json
+from repvitok.documents import load_json, load_json_lines
 from repvitok.errors import UserError
 
 ACTION, STATE = "action", "observation.state"
@@ -270,7 +270,7 @@ def require_recorded(reader: Any, cameras: Sequence[str], episodes: Sequence[int
         )
     for camera in cameras:
         if reader.features[camera]["dtype"] == "image":
-            holds = {path: camera in pq.read_schema(path).names for path in there}
+            holds = {path: camera in parquet_columns(path) for path in there}
             absent, first = [number for number, path in tables.items() if not holds[path]], f"no column {camera}"
         else:
             absent, first = _without_video(reader, camera, episodes)
@@ -299,7 +299,9 @@ def _absent_camera(
     reader: Any, camera: str, cameras: Sequence[str], absent: list[int], episodes: Sequence[int], first: str
 ) -> str:
     others = [other for other in cameras if other != camera]
-    without = f"--cameras {' '.join(others)} (`cameras` in a recipe)" if others else "there is no other camera"
+    without = (
+        f"--cameras {' '.join(others)} (`cameras` in a recipe or a layout)" if others else "there is no other camera"
+    )
     if len(absent) == len(set(episodes)):
         return (
             f"{reader.root}: meta/info.json declares the camera {camera}, but it was never recorded ({first}); leave "
@@ -313,20 +315,22 @@ def _absent_camera(
 
 
 def _known_constants(root: Path, columns: Columns) -> dict[str, list[str]]:
-    """Channels of actions and states whose least and greatest value are one, by meta/stats.json; none without it."""
-    path = root / "meta/stats.json"
+    """Channels of actions and states whose least and greatest value are one, by the statistics in the meta folder: of
+    the whole data set, or in version 2.1 of each episode; none without them."""
+    whole, parts = root / "meta/stats.json", root / "meta/episodes_stats.jsonl"
+    constant: dict[str, list[str]] = {}
     try:
-        statistics = load_json(path) if path.is_file() else {}
-        known = {
-            name: [np.ravel(statistics[name][key]) for key in ("min", "max")]
-            for name in (ACTION, STATE)
-            if name in statistics
-        }
+        if whole.is_file():
+            statistics = [load_json(whole)]
+        else:
+            statistics = [line["stats"] for _, line in load_json_lines(parts)] if parts.is_file() else []
+        for name in (ACTION, STATE):
+            if not statistics or name not in columns or not all(name in part for part in statistics):
+                continue
+            least = np.min([np.array(part[name]["min"], float).ravel() for part in statistics], axis=0)
+            most = np.max([np.array(part[name]["max"], float).ravel() for part in statistics], axis=0)
+            if len(least) == len(most) == len(columns[name]):
+                constant[name] = [columns[name][channel] for channel in np.flatnonzero(least == most)]
     except (UserError, KeyError, TypeError, ValueError):
         return {}  # other programs' statistics: a hint that no stage relies on, the data themselves decide at the end
-    constant = {
-        name: [channel for channel, least, most in zip(columns[name], low, high, strict=True) if least == most]
-        for name, (low, high) in known.items()
-        if name in columns and len(low) == len(high) == len(columns[name])
-    }
     return {name: channels for name, channels in constant.items() if channels}

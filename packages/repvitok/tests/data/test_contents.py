@@ -59,6 +59,11 @@ def test_columns_under_other_names_become_a_layout(data_set):
         "layout.yaml: {embodiment: arm, action: [{column: actions, names: [dx, dy]}], "
         f"state: [{{column: observations.qpos, names: [x, y, z]}}], cameras: [{TOP}, {WRIST}]}}"
     )
+    rename(data_set, {"actions": "foo", "observations.qpos": "bar"})
+    _, missed = described(data_set).lines()
+    assert "Of numbers there are bar, foo, contact: if one of them holds the actions, name it in a layout" in missed
+    with pytest.raises(UserError, match=r"none that is called like one\. Of numbers there are bar, foo, contact: "):
+        describe_contents(LeRobotReader(data_set), (TOP,), []).announce(needs_actions=True)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +107,7 @@ def test_channels_of_one_name_are_numbered():
     assert layout is not None
     assert "names: [actions.left_0, actions.left_1]" in layout
     assert suggest_layout({"contact": ("x",)}, ["top"], "arm") is None
-    assert "of numbers there are contact" in missing_actions("arm", {"contact": ("x",)}, ["top"])
+    assert "Of numbers there are contact" in missing_actions("arm", {"contact": ("x",)}, ["top"])
     assert "no other column of numbers" in missing_actions("arm", {}, ["top"])
     assert "encode what that writes" in missing_actions("arm", None, ["top"])
 

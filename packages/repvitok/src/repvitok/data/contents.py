@@ -109,6 +109,8 @@ class DataContents:
         missed = "; ".join(told)
         if absent and (layout := suggest_layout(self.columns, self.cameras, self.root.name)):
             missed += f". {_prepare(str(self.root), layout)}"
+        elif ACTION in absent and self.columns:
+            missed += f". {_unlike_actions(self.columns)}"
         return missed
 
 
@@ -229,10 +231,14 @@ def missing_actions(source: str, columns: Columns | None, cameras: Sequence[str]
         )
     if layout := suggest_layout(columns, cameras, Path(source).name):
         return f'{source} has no column "action". {_prepare(source, layout)}'
-    there = f"of numbers there are {', '.join(columns)}" if columns else "it has no other column of numbers"
+    told = _unlike_actions(columns) if columns else "It has no other column of numbers"
+    return f'{source} has no column "action" and none that is called like one. {told}'
+
+
+def _unlike_actions(columns: Columns) -> str:
     return (
-        f'{source} has no column "action" and none that is called like one: {there}. If one of them holds the actions, '
-        "name it in a layout for `repwam prepare` (docs/datasets.md)"
+        f"Of numbers there are {', '.join(columns)}: if one of them holds the actions, name it in a layout for "
+        "`repwam prepare` (docs/datasets.md)"
     )
 
 

@@ -310,7 +310,7 @@ class VideoFile:
             file = str(self.path) if self.span is None else io.BytesIO(self._member())
             container = av.open(file, "r", options=options)
         except FFmpegError as error:
-            refuse_lfs_pointer(self.path)
+            refuse_lfs_pointer(self.name, None if self.span is None else self._member())
             reason = str(error).split("]")[-1].split(":")[0].strip()
             raise UserError(f"{self.name}: not a readable video ({reason}); is it truncated?") from error
         with container:

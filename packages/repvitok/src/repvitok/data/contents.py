@@ -336,7 +336,7 @@ def _known_constants(root: Path, columns: Columns) -> dict[str, list[str]]:
             least = np.min([np.array(part[name]["min"], float).ravel() for part in statistics], axis=0)
             most = np.max([np.array(part[name]["max"], float).ravel() for part in statistics], axis=0)
             if len(least) == len(most) == len(columns[name]):
-                constant[name] = [columns[name][channel] for channel in np.flatnonzero(least == most)]
+                constant[name] = [columns[name][channel] for channel in np.flatnonzero(least == most).tolist()]
     except (UserError, KeyError, TypeError, ValueError):
         return {}  # other programs' statistics: a hint that no stage relies on, the data themselves decide at the end
     return {name: channels for name, channels in constant.items() if channels}

@@ -326,6 +326,22 @@ def test_a_table_of_no_episodes_is_kept(source, tmp_path):
     assert len(LeRobotReader(tmp_path / "out").episodes) == 2
 
 
+@pytest.mark.parametrize("source", ["v2.1"], indirect=True)
+def test_what_was_not_recorded_is_told_with_what_this_command_can_do(source, tmp_path):
+    layout = _layout(tmp_path, cameras=list(CAMERAS))
+    for missing, told in (
+        (
+            f"videos/chunk-000/{CAMERAS[1]}/episode_000001.mp4",
+            rf"episodes 1 .*cameras: \[{CAMERAS[0]}\] in the layout, or",
+        ),
+        ("data/chunk-000/episode_000001.parquet", "tables of episodes 1 are missing"),
+    ):
+        (source / missing).unlink()
+        with pytest.raises(ValueError, match=rf"{told}.*take them out of the table of episodes") as error:
+            prepare(source, tmp_path / "out", layout)
+        assert "--" not in str(error.value)
+
+
 def test_a_broken_layout_is_one_line(tmp_path, capsys):
     for text, said in (
         ("a: [", "not a YAML document"),

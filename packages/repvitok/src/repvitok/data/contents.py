@@ -26,6 +26,7 @@ from repvitok.documents import load_json, load_json_lines
 from repvitok.errors import UserError
 
 ACTION, STATE = "action", "observation.state"
+OUT_OF_META = "take them out of the table of episodes in the meta folder"
 MAX_CHANNELS = 512
 """A column of more numbers is a picture or a point cloud, not what a robot does."""
 
@@ -255,24 +256,26 @@ def _prepare(source: str, layout: str) -> str:
     )
 
 
-def require_recorded(reader: Any, cameras: Sequence[str], episodes: Sequence[int]) -> None:
+def require_recorded(reader: Any, cameras: Sequence[str], episodes: Sequence[int], *, layout: bool = False) -> None:
     """Stops where a file that will be read is not there, by looking for it; nothing is opened but tables' footers.
 
     Args:
         reader: the data set, a `LeRobotReader`.
         cameras: those that are taken.
         episodes: numbers of those that are taken.
+        layout: cameras are named by a layout and all episodes are taken, so that no option leaves them out.
 
     Raises:
-        UserError: names the camera or the episodes, and the option that leaves them out.
+        UserError: names the camera or the episodes, and what leaves them out.
     """
     tables = {number: reader.data_path(number) for number in episodes}
     there = {path: path.is_file() for path in set(tables.values())}
     if absent := [number for number, path in tables.items() if not there[path]]:
+        left = f"--episodes {format_episodes(set(episodes) - set(absent))}"
         raise UserError(
             f"{reader.root}: the tables of episodes {format_episodes(absent)} are missing, first "
-            f"{tables[absent[0]]}; copy the data set again, or take the others only, --episodes "
-            f"{format_episodes(set(episodes) - set(absent))}"
+            f"{tables[absent[0]]}; copy the data set again, or "
+            + (OUT_OF_META if layout else f"take the others only, {left}")
         )
     for camera in cameras:
         if reader.features[camera]["dtype"] == "image":
@@ -281,7 +284,7 @@ def require_recorded(reader: Any, cameras: Sequence[str], episodes: Sequence[int
         else:
             absent, first = _without_video(reader, camera, episodes)
         if absent:
-            raise UserError(_absent_camera(reader, camera, cameras, absent, episodes, first))
+            raise UserError(_absent_camera(reader, camera, cameras, absent, episodes, first, layout))
 
 
 def _without_video(reader: Any, camera: str, episodes: Iterable[int]) -> tuple[list[int], str]:
@@ -302,21 +305,28 @@ def _without_video(reader: Any, camera: str, episodes: Iterable[int]) -> tuple[l
 
 
 def _absent_camera(
-    reader: Any, camera: str, cameras: Sequence[str], absent: list[int], episodes: Sequence[int], first: str
+    reader: Any,
+    camera: str,
+    cameras: Sequence[str],
+    absent: list[int],
+    episodes: Sequence[int],
+    first: str,
+    layout: bool,
 ) -> str:
     others = [other for other in cameras if other != camera]
-    without = (
-        f"--cameras {' '.join(others)} (`cameras` in a recipe or a layout)" if others else "there is no other camera"
-    )
+    if layout:
+        without = f"cameras: [{', '.join(others)}] in the layout"
+    else:
+        without = f"--cameras {' '.join(others)} (`cameras` in a recipe)" if others else "there is no other camera"
     if len(absent) == len(set(episodes)):
         return (
             f"{reader.root}: meta/info.json declares the camera {camera}, but it was never recorded ({first}); leave "
             f"it out: {without}"
         )
-    left = format_episodes(set(episodes) - set(absent))
+    left = f"--episodes {format_episodes(set(episodes) - set(absent))}"
     return (
         f"{reader.root}: the camera {camera} was not recorded in episodes {format_episodes(absent)} ({first}); leave "
-        f"it out: {without}, or these episodes: --episodes {left}"
+        f"it out: {without}, or these episodes: {OUT_OF_META if layout else left}"
     )
 
 

@@ -158,7 +158,7 @@ def _info(reader: LeRobotReader, layout: DatasetLayout) -> dict[str, Any]:
     colours = [camera for camera in layout.cameras if camera in reader.camera_keys]
     if missing := [camera for camera in layout.cameras if camera not in _pictured(reader)]:
         raise UserError(f"{source}: no cameras {missing}; there are {_pictured(reader)}")
-    require_recorded(reader, colours, [episode.index for episode in reader.episodes])
+    require_recorded(reader, colours, [episode.index for episode in reader.episodes], layout=True)
     for part in (*layout.action, *layout.state):
         if part.column not in features:
             raise UserError(f"{source}: no column {part.column!r}; there are {sorted(features)}")

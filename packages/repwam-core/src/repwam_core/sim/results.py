@@ -117,6 +117,7 @@ class _StoredEpisode:
     success: bool
     steps: Count
     crashed: str | None = None
+    traceback: str | None = None
 
 
 @dataclass(frozen=True)

@@ -204,6 +204,10 @@ def test_two_episodes_never_share_rows_or_frames(plain):
     refused(data.root, "episodes 1 and 2", CAMERA, "0.5 s")
     data.set_column(f"videos/{CAMERA}/from_timestamp", pa.array([0.0, 0.4, 0.7]), data.episode_table)
     as_written(data, LeRobotReader(data.root))
+    with_camera(data := plain("v3.0"), video_path="videos/{video_key}.mp4")
+    for key, values in (("file_index", [0, 1, 2]), ("from_timestamp", [0.0, 0.0, 0.0])):
+        data.set_column(f"videos/{CAMERA}/{key}", pa.array(values), data.episode_table)
+    refused(data.root, "episodes 0 and 1", CAMERA, f"videos/{CAMERA}.mp4")  # files that their path does not tell apart
     with_camera(data := plain(), video_path="videos/{video_key}.mp4")
     refused(data.root, "video_path", "{episode_index}")
     with_camera(data := plain(), CAMERA, "wrist", video_path="videos/{episode_index}.mp4")

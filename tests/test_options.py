@@ -1,21 +1,43 @@
-"""Every option of every verb meets bad values: it refuses them in one line, or takes what makes sense."""
+"""Every option of every verb, and every number of a recipe, meets bad values: refused in one line, or good."""
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import latent_action.cli
 import pytest
 import repvitok.cli
 import repwam_core.cli
+from latent_action.baselines.datamodule import FramePairData
+from latent_action.baselines.lapa import LapaConfig
+from latent_action.baselines.lapa_training import LapaTraining
+from latent_action.config import LatentActionConfig
+from latent_action.datamodule import LatentActionData
+from latent_action.training import LatentActionTraining
+from repvitok.callbacks import SaveLast, StageProgress
 from repvitok.commands import Command, RawCommand, command_parser, run_commands
-from repvitok.errors import run_cli
+from repvitok.config import RepViTokConfig
+from repvitok.data.datamodule import ClipDataModule, ClipKind
+from repvitok.discriminator import AdversarySettings
+from repvitok.errors import UserError, run_cli
+from repvitok.losses import LossWeights
+from repvitok.optim import OptimizerSettings
+from repvitok.training import RepViTokTraining
+from repwam_core.data.datamodule import WAMDataModule
+from repwam_core.data.encoding import EncodingSettings
+from repwam_core.data.mixture import DataSetSettings
+from repwam_core.data.packing import PackingSettings
+from repwam_core.planning import PlanSettings
+from repwam_core.training.losses import LossSettings
+from repwam_core.training.module import WAMTraining
 
 PROGRAMS: dict[str, Sequence[Command | RawCommand]] = {
     "repvitok": repvitok.cli.COMMANDS,
@@ -106,3 +128,56 @@ def test_debug_shows_the_traceback_of_any_verb(capsys: pytest.CaptureFixture[str
     assert "Traceback" in capsys.readouterr().err
     assert repvitok.cli.main(["merge", "--out", "/nowhere"]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+SECTIONS: list[tuple[Any, dict[str, Any]]] = [
+    (ClipDataModule, {"folders": ["x"], "size": (32, 32)}),
+    (ClipKind, {}),
+    (
+        RepViTokTraining,
+        {
+            "tokenizer": RepViTokConfig(width=16, depth=1, heads=1),
+            "weights": LossWeights(perceptual=0.0, gan=0.0, align=0.0),
+        },
+    ),
+    (LossWeights, {}),
+    (OptimizerSettings, {}),
+    (AdversarySettings, {}),
+    (LatentActionData, {"latents": "x"}),
+    (LatentActionTraining, {"lat": LatentActionConfig(latent_dim=2, hidden=4)}),
+    (FramePairData, {"latents": "x", "dataset": "x"}),
+    (LapaTraining, {"lapa": LapaConfig(width=8, heads=1)}),
+    (WAMDataModule, {"latents": "x"}),
+    (WAMTraining, {}),
+    (PackingSettings, {}),
+    (DataSetSettings, {"latents": "x"}),
+    (EncodingSettings, {"tokenizer": "x", "size": (32, 32)}),
+    (LossSettings, {}),
+    (PlanSettings, {}),
+    (SaveLast, {}),
+    (StageProgress, {}),
+]
+"""What a recipe's sections become, each with what it needs."""
+DATA_DEPENDENT = ("held_out", "episodes")
+"""Numbers of episodes, which are compared with those that there are."""
+
+
+def _wrong_numbers(kind: Any) -> Iterator[Any]:
+    """Numbers outside of any range, in the form of an annotation: a number, a pair or a list of one."""
+    wrong = {int: (-1, 10**20), float: (-1.0, math.nan, math.inf, -math.inf)}
+    for arm in get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,):
+        item = get_args(arm)[0] if get_origin(arm) in (tuple, list) else arm
+        for bad in wrong.get(item, ()):
+            yield bad if item is arm else (bad, bad) if get_origin(arm) is tuple else [bad]
+
+
+@pytest.mark.parametrize(("section", "needed"), SECTIONS, ids=[section.__name__ for section, _ in SECTIONS])
+def test_every_number_of_a_recipe_has_a_range(section: Any, needed: dict[str, Any]) -> None:
+    section(**needed)
+    hints = get_type_hints(section.__init__)
+    names = [name for name in inspect.signature(section).parameters if name not in DATA_DEPENDENT]
+    cases = [(name, bad) for name in names for bad in _wrong_numbers(hints[name])]
+    assert cases, "no number was found"
+    for name, bad in cases:
+        with pytest.raises(UserError, match=name.replace("_", ".")):
+            section(**needed | {name: bad})

@@ -241,7 +241,7 @@ def test_control_is_blind_to_the_action():
 
 def test_bad_weights_are_refused():
     for weights in ((-1.0, 1.0), (0.0, 0.0)):
-        with pytest.raises(ValueError, match="weights"):
+        with pytest.raises(ValueError, match="forward_weight"):
             LatentActionTraining(lat_config(), *weights)
 
 

@@ -102,6 +102,21 @@ def test_saved_folders_load_by_what_their_config_says(wan, tok, tmp_path, monkey
         load_tokenizer(tmp_path / "wan")
 
 
+def test_the_hub_is_asked_only_where_the_name_says_so(tmp_path, monkeypatch):
+    asked = []
+
+    def look(source, *, local_files_only, **_):
+        asked.append((source, local_files_only))
+        raise OSError("nothing there")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("diffusers.AutoencoderKLWan.from_pretrained", look)
+    for name in ("Wan-AI/Wan", "hf://Wan-AI/Wan"):
+        with pytest.raises(FileNotFoundError, match="hf://"):
+            load_tokenizer(name)
+    assert asked == [("Wan-AI/Wan", True), ("Wan-AI/Wan", False)]
+
+
 def test_weights_are_part_of_the_digest(wan):
     with torch.random.fork_rng():
         torch.manual_seed(1)

@@ -154,6 +154,11 @@ def test_the_same_seed_trains_the_same_weights(recipe):
         ),
         (["--data.size", "[30, 32]"], "30"),
         (["--data.frames", "6"], "6"),
+        (["--trainer.precision=16-true"], "trainer.precision: expected 32-true"),
+        (["--trainer.plugins=lightning.pytorch.plugins.DoublePrecision"], "trainer.precision: expected 32-true"),
+        (["--trainer.devices=1000000000"], "trainer.devices: expected at most"),
+        (["--data.seed=-1"], "seed: expected int >= 0 (-1)"),
+        (["--data.stride=[1,1000000000]"], "stride must be 1 to 10000"),
         (["-c", "/nowhere/recipe.yaml"], "recipe.yaml"),
     ],
 )

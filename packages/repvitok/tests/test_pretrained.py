@@ -261,10 +261,18 @@ def test_the_hub_is_asked_for_names_and_its_failure_is_clear(
         return str(folder)
 
     monkeypatch.setattr(pretrained, "snapshot_download", snapshot)
-    assert RepViTok.from_pretrained("someone/tokenizer", revision="v1").config.width == 32
-    assert asked == [("someone/tokenizer", {"revision": "v1", "allow_patterns": ["config.json", "model.safetensors"]})]
-    with pytest.raises(FileNotFoundError, match=r"someone/offline is no folder here, and .* \(cannot reach the hub\)"):
+    assert RepViTok.from_pretrained("hf://someone/tokenizer", revision="v1").config.width == 32
+    files = {"allow_patterns": ["config.json", "model.safetensors"]}
+    assert asked == [("someone/tokenizer", {"revision": "v1", **files})]
+    with pytest.raises(FileNotFoundError, match=r"gave no model someone/offline \(cannot reach the hub\)"):
+        RepViTok.from_pretrained("hf://someone/offline")
+    asked.clear()
+    assert RepViTok.from_pretrained("someone/tokenizer").config.width == 32
+    with pytest.raises(FileNotFoundError, match=r"^someone/offline does not exist; .* hf://someone/offline asks"):
         RepViTok.from_pretrained("someone/offline")
+    assert [(name, options.get("local_files_only")) for name, options in asked] == [
+        ("someone/tokenizer", True), ("someone/offline", True),
+    ]  # fmt: skip
     asked.clear()
     for local in ("missing", "./some/where", "/some/where", Path("some/where")):
         with pytest.raises(FileNotFoundError, match="does not exist"):

@@ -50,6 +50,21 @@ def test_a_missing_model_is_a_clear_error(tmp_path):
         TextEncoder(str(tmp_path)).encode(["go"])
 
 
+@pytest.mark.parametrize("name", ["encodr", "rnus/encoder", "hf://owner/encoder", "./encoder", "~/encoder", "a/b/c"])
+def test_the_hub_is_asked_only_where_the_name_says_so(name, tmp_path, monkeypatch):
+    offline = []
+
+    def look(_source, *, local_files_only, **_):
+        offline.append(local_files_only)
+        raise OSError("nothing there")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", look)
+    with pytest.raises(ValueError, match="hf://owner/name"):
+        TextEncoder(name).encode(["go"])
+    assert all(offline) or name.startswith("hf://")
+
+
 def test_no_instruction_and_a_too_long_one_are_errors(encoder):
     with pytest.raises(ValueError, match="at least one instruction"):
         encoder.encode([])

@@ -15,6 +15,7 @@ from repvitok.data.batches import EndlessLoader
 from repvitok.data.latents import LatentMeta
 from repvitok.data.shards import LatentShards
 from repvitok.data.split import HeldOut, split_latents
+from repvitok.documents import BatchSize, From0, Positive, Seed, check_arguments
 from repvitok.errors import UserError
 from torch import Tensor
 
@@ -107,17 +108,15 @@ class LatentActionData(L.LightningDataModule):
     def __init__(
         self,
         latents: str,
-        batch_size: int = 128,
+        batch_size: BatchSize = 128,
         held_out: HeldOut = 0.1,
-        val_transitions: int = 1024,
-        seed: int = 0,
+        val_transitions: Positive = 1024,
+        seed: Seed = 0,
         first_transitions: bool = False,
-        memory_limit_gb: float = 16.0,
+        memory_limit_gb: From0 = 16.0,
     ) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("val_transitions", val_transitions)):
-            if value < 1:
-                raise UserError(f"{name}: expected at least 1, got {value}.")
+        check_arguments(LatentActionData.__init__, locals())
         self.latents = Path(latents)
         self.batch_size = batch_size
         self.held_out = held_out

@@ -47,7 +47,7 @@ class LatentActionTokenizer(PretrainedModel):
         if z.shape[1] < 2:
             raise UserError(
                 f"A latent action lies between two latent frames, but z {tuple(z.shape)} (batch, frames, tokens, "
-                "channels) has one frame or none. Encode at least 5 raw frames."
+                "channels) has one frame or none. Encode a longer clip."
             )
         grid = resolve_grid(z.shape[2], grid)
         z_t, z_next = (rearrange(x, "b f l d -> (b f) l d") for x in (z[:, :-1], z[:, 1:]))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from math import inf
 from typing import Any
 
 import lightning as L
 import torch
 from repvitok.data.latents import LatentMeta
+from repvitok.documents import Decay, From0, check_arguments
 from repvitok.ema import ExponentialMovingAverage
 from repvitok.errors import UserError
-from repvitok.finite import FiniteCheck, clip_gradients, require_clip, require_finite_weights
+from repvitok.finite import FiniteCheck, clip_gradients, require_finite_weights
 from repvitok.optim import OptimizerSettings
 from torch import Tensor
 
@@ -50,20 +50,17 @@ class LatentActionTraining(L.LightningModule):
     def __init__(
         self,
         lat: LatentActionConfig,
-        forward_weight: float = 1.0,
-        consistency_weight: float = 1.0,
+        forward_weight: From0 = 1.0,
+        consistency_weight: From0 = 1.0,
         zero_action_control: bool = True,
         optimizer: OptimizerSettings = DEFAULT_OPTIMIZER,
-        gradient_clip: float | None = 1.0,
-        ema_decay: float | None = None,
+        gradient_clip: From0 | None = 1.0,
+        ema_decay: Decay | None = None,
     ) -> None:
         super().__init__()
-        require_clip(gradient_clip)
-        if not (min(forward_weight, consistency_weight) >= 0 and 0 < forward_weight + consistency_weight < inf):
-            raise UserError(
-                f"The weights of L_fwd and L_cons must not be negative, nor both 0; got {forward_weight} and "
-                f"{consistency_weight}."
-            )
+        check_arguments(LatentActionTraining.__init__, locals())
+        if forward_weight + consistency_weight == 0:
+            raise UserError("forward_weight, consistency_weight: expected one of them above 0, got 0 and 0")
         self.lat = LatentActionTokenizer(lat)
         self.control = ForwardDynamics(lat) if zero_action_control else None
         self.forward_weight = forward_weight

@@ -31,6 +31,8 @@ def test_batches(squares):
     again = PairBatches(table, 4, seed=1, first_batch=2)
     third = [batch for batch, _ in zip(batches, range(3), strict=False)][2]
     torch.testing.assert_close(next(iter(again)).x_t, third.x_t, atol=0, rtol=0)
+    other_rank = PairBatches(table, 4, seed=1, rank=1)
+    assert other_rank.draw(0).tolist() != batches.draw(0).tolist(), "each process trains on pairs of its own"
     whole = list(PairBatches(table, 4, seed=1, in_order=True))
     assert sum(len(pair.x_t) for pair in whole) == len(table)
 

@@ -19,7 +19,7 @@ from repvitok.errors import UserError
 from repvitok.finite import first_not_finite
 from repvitok.interface import VideoTokenizer, Window
 from repvitok.model import RepViTok
-from repvitok.pretrained import HUB, hub_id
+from repvitok.pretrained import HUB, asks_hub, hub_id
 from repvitok.shapes import num_latent_frames, require_latents, require_video, token_grid
 
 WAN_CLASS = "AutoencoderKLWan"
@@ -99,7 +99,7 @@ class WanVae(nn.Module):
 
         Args:
             source: a folder with config.json and safetensors weights, or one with a subfolder "vae", or the hub id of
-                either, such as "Wan-AI/Wan2.2-TI2V-5B-Diffusers".
+                either, such as "hf://Wan-AI/Wan2.2-TI2V-5B-Diffusers".
             revision: branch, tag or commit on the hub.
 
         Raises:
@@ -117,7 +117,7 @@ class WanVae(nn.Module):
             "use_safetensors": True,
             "torch_dtype": torch.float32,
             "low_cpu_mem_usage": False,
-            "local_files_only": name is None,
+            "local_files_only": not asks_hub(source),
         }
         try:
             vae = model.from_pretrained(
@@ -125,7 +125,8 @@ class WanVae(nn.Module):
             )
         except OSError as error:
             raise FileNotFoundError(
-                f"{source}: no Wan VAE here and none by that name on the hub ({str(error).splitlines()[0]})"
+                f"{source}: no Wan VAE here, nor in the hub's cache ({str(error).splitlines()[0]}); {HUB}owner/name "
+                "asks the hub"
             ) from error
         if (bad := first_not_finite(vae.state_dict())) is not None:
             raise UserError(f"{source}: weight {bad} is not finite; the file is damaged")

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -22,6 +23,7 @@ from lightning.pytorch.loggers.logger import Logger
 
 from repvitok.checkpointing import LAST, read_checkpoint, set_aside, write_checkpoint
 from repvitok.curves import Row, append_curves, mark_curves, rewind_curves
+from repvitok.documents import Above0, Positive, check_arguments
 from repvitok.errors import UserError
 from repvitok.files import WriteError, kind_of, sole_writer
 from repvitok.progress import progress
@@ -90,10 +92,10 @@ class SaveLast(Callback):
     def __init__(
         self,
         folder: str | None = None,
-        every_seconds: float | None = 60.0,
-        every_n_steps: int | None = None,
+        every_seconds: Above0 | None = 60.0,
+        every_n_steps: Positive | None = None,
         filename: str = LAST,
-        generations: int = 2,
+        generations: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 2,
     ) -> None:
         """Saves to `folder` / `filename`; the folder defaults to the trainer's root folder.
 
@@ -103,11 +105,7 @@ class SaveLast(Callback):
             filename: of the newest state.
             generations: how many states are kept. Each takes the disk space of one, and one more while it is written.
         """
-        for name, value in (("every_seconds", every_seconds), ("every_n_steps", every_n_steps)):
-            if value is not None and not value > 0:
-                raise UserError(f"expected {name} to be positive or null, got {value}")
-        if generations < 1:
-            raise UserError(f"expected checkpoint.generations of 1 or more, got {generations}")
+        check_arguments(SaveLast.__init__, locals())
         self.folder = folder
         self.every_seconds = every_seconds
         self.every_n_steps = every_n_steps
@@ -342,10 +340,9 @@ def _validate_now(trainer: Trainer) -> None:
 class StageProgress(Callback):
     """A progress bar per stage: its name, steps done, time spent and left, and the loss."""
 
-    def __init__(self, stage: str = "train", refresh_every_n_steps: int = 10, force: bool = False) -> None:
+    def __init__(self, stage: str = "train", refresh_every_n_steps: Positive = 10, force: bool = False) -> None:
         """Shows `stage` beside the bar; `force` draws it even where stderr is no terminal."""
-        if refresh_every_n_steps < 1:
-            raise UserError(f"expected progress.refresh_every_n_steps of 1 or more, got {refresh_every_n_steps}")
+        check_arguments(StageProgress.__init__, locals())
         self.stage = stage
         self.refresh_every_n_steps = refresh_every_n_steps
         self.force = force

@@ -18,6 +18,7 @@ from repvitok.commands import (
     training_commands,
     whole_number,
 )
+from repvitok.documents import MAX_STRIDE
 from repvitok.errors import MOST_PROCESSES, run_cli
 
 STAGE = TrainingStage(
@@ -28,9 +29,6 @@ STAGE = TrainingStage(
     parallel_strategy="ddp_find_unused_parameters_true",
 )
 
-MAX_STRIDE = 10_000
-"""Raw frames between two encoded ones: minutes of video."""
-
 
 def _encode_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -39,7 +37,7 @@ def _encode_arguments(parser: argparse.ArgumentParser) -> None:
         type=text_argument,
         required=True,
         metavar="FOLDER",
-        help="exported tokenizer, or a hub id (Wan2.2's VAE too)",
+        help="exported tokenizer, or hf://owner/name (Wan2.2's VAE too)",
     )
     add(
         "--dataset",

@@ -3,7 +3,7 @@
 A document is described once, as a dataclass whose annotations give types and ranges
 (`Annotated[float, msgspec.Meta(gt=0)]`); reading it either gives that object or one error with the file's name, the
 field, what was expected and what came. Settings that are made in code or by a recipe hold themselves to the same
-annotations by `check_fields` in their `__post_init__`.
+annotations by `check_fields` in their `__post_init__`, and modules their arguments by `check_arguments`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -29,6 +29,15 @@ Size = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
 """Of one axis: channels, tokens, pixels."""
 Layers = Annotated[int, msgspec.Meta(ge=1, le=1024)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=10**9)]
+Positive = Annotated[int, msgspec.Meta(ge=1, le=10**9)]
+BatchSize = Annotated[int, msgspec.Meta(ge=1, le=2**16)]
+MAX_STRIDE = 10_000
+"""Raw frames between two that are used: minutes of video."""
+Frames = Annotated[int, msgspec.Meta(ge=1, le=MAX_STRIDE)]
+"""Of a clip, or from one of its frames to the next."""
+Side = Annotated[int, msgspec.Meta(ge=1, le=8192)]
+"""Pixels of a picture's side."""
+Seed = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
 Above0 = Annotated[float, msgspec.Meta(gt=0)]
 From0 = Annotated[float, msgspec.Meta(ge=0)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
@@ -226,13 +235,40 @@ def check_fields(settings: Any) -> None:
         UserError: the field, what was expected and what came.
     """
     for name, kind in _annotations(type(settings)).items():
-        value = getattr(settings, name)
-        try:
-            _parsed(value, kind, name, unknown=False, required=set())
-        except UserError as error:
-            problem = str(error).removeprefix(f"{name}: ")
-            came = "" if f"({_short(value)})" in problem else f" ({_short(value)})"
-            raise UserError(f"{name}: {problem}{came}") from error
+        _check(name, getattr(settings, name), kind)
+
+
+def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """`check_fields` for a call: of its arguments, those whose annotations hold a range.
+
+    Args:
+        function: whose annotations they are; a dataclass whose other fields are of any kind, too.
+        given: name -> value of all its arguments, such as `locals()` in its first line.
+
+    Raises:
+        UserError: the argument, what was expected and what came.
+    """
+    for name, kind in _arguments(function).items():
+        _check(name, given[name], kind)
+
+
+def _check(name: str, value: Any, kind: Any) -> None:
+    try:
+        _parsed(value, kind, name, unknown=False, required=set())
+    except UserError as error:
+        problem = str(error).removeprefix(f"{name}: ")
+        came = "" if f"({_short(value)})" in problem else f" ({_short(value)})"
+        raise UserError(f"{name}: {problem}{came}") from error
+
+
+@lru_cache(maxsize=256)
+def _arguments(function: Callable[..., Any]) -> dict[str, Any]:
+    hints = get_type_hints(function, include_extras=True)
+    return {name: kind for name, kind in hints.items() if _has_range(kind)}
+
+
+def _has_range(kind: Any) -> bool:
+    return get_origin(kind) is Annotated or any(map(_has_range, get_args(kind)))
 
 
 @lru_cache(maxsize=256)

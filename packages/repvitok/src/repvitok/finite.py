@@ -61,12 +61,6 @@ class FiniteCheck:
         )
 
 
-def require_clip(limit: float | int | None) -> None:
-    """Refuses a limit for the gradient's norm that is none; None and 0 mean that nothing is clipped."""
-    if limit is not None and not (limit >= 0 and _is_finite(limit)):
-        raise UserError(f"gradient_clip: expected the largest norm of the gradient, 0 or null for none, got {limit}")
-
-
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | int | None) -> Tensor:
     """Scales the gradients down to a norm of at most `limit` (None or 0: as they are); returns the norm before."""
     trained = list(parameters)

@@ -29,7 +29,7 @@ from repvitok.callbacks import AtomicCheckpointIO, CurveLogger, SaveLast, StageP
 from repvitok.checkpointing import Found, find_checkpoint, is_sharded, read_checkpoint, warn_of_damaged
 from repvitok.commands import TrainingStage, import_object
 from repvitok.documents import refuse_yaml_bomb
-from repvitok.errors import UserError, one_line
+from repvitok.errors import MOST_PROCESSES, UserError, one_line
 from repvitok.files import write_text_atomic
 from repvitok.predictions import PredictionFiles
 
@@ -62,6 +62,8 @@ _LEAST: dict[str, float] = {
     "reload_dataloaders_every_n_epochs": 0,
 }
 """Smallest values of Trainer arguments, where Lightning checks none."""
+_MOST = {"accumulate_grad_batches": 10**6, "devices": MOST_PROCESSES, "num_nodes": 100_000}
+"""Largest ones: Lightning makes a list of so many devices, and starts a process for each."""
 _RESUMED = ("global_step", "loops", "lr_schedulers", "optimizer_states", "state_dict")
 """Sections of a checkpoint without which a run would start anew or on other terms, and Lightning say nothing."""
 _ENVIRONMENT = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
@@ -267,6 +269,7 @@ class StageCLI(LightningCLI):
             raise
         except (MisconfigurationException, ValueError, TypeError, RuntimeError, LookupError, ArithmeticError) as error:
             raise UserError(f"trainer: {one_line(str(error))}") from error
+        _check_precision(trainer.precision)  # a plugin may have brought another
         for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
             if isinstance(callback, SaveLast) and self.verb == "fit":
                 callback.damaged = dict(self.damaged)
@@ -326,13 +329,21 @@ def _check_trainer(options: Any) -> None:
         value = options.get(name)
         if isinstance(value, int | float) and not (math.isfinite(value) and value >= least):
             raise UserError(f"trainer.{name}: expected a number of at least {least:g}, got {value}")
+    for name, most in _MOST.items():
+        if str(value := options.get(name)).isdecimal() and int(value) > most:
+            raise UserError(f"trainer.{name}: expected at most {most}, got {value}")
     interval = options.get("val_check_interval")
     if isinstance(interval, int | float) and not (math.isfinite(interval) and interval > 0):
         raise UserError(f"trainer.val_check_interval: expected a number above 0, got {interval}")
-    if options.get("precision") is not None and options.get("precision") not in _PRECISIONS:
+    if options.get("precision") is not None:
+        _check_precision(options.precision)
+
+
+def _check_precision(precision: Any) -> None:
+    if precision not in _PRECISIONS:
         raise UserError(
-            f"trainer.precision: expected 32-true, 16-mixed or bf16-mixed, got {options.get('precision')}: weights, "
-            "their averages and Muon's moments are kept in float32"
+            f"trainer.precision: expected 32-true, 16-mixed or bf16-mixed, got {precision}: weights, their averages "
+            "and Muon's moments are kept in float32"
         )
 
 

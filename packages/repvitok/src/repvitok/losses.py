@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from repvitok.documents import From0, check_fields
+from repvitok.documents import From0, Positive, check_arguments, check_fields
 from repvitok.errors import UserError
 
 LPIPS_BACKBONE_FILES = {
@@ -136,7 +136,7 @@ class PerceptualLoss(nn.Module):
         self,
         weights_path: str,
         net: str = "vgg",
-        frames_per_clip: int | None = None,
+        frames_per_clip: Positive | None = None,
         random_backbone_for_tests: bool = False,
     ) -> None:
         """Builds LPIPS with a local backbone; nothing is downloaded.
@@ -151,6 +151,7 @@ class PerceptualLoss(nn.Module):
             ValueError: if `lpips` is not installed, the backbone is unknown, or the file is missing or does not fit.
         """
         super().__init__()
+        check_arguments(PerceptualLoss.__init__, locals())
         try:
             import lpips
         except ImportError as error:

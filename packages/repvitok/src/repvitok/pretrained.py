@@ -160,31 +160,36 @@ def config_sha256(config: Mapping[str, Any]) -> str:
 def hub_id(source: str | Path) -> str | None:
     """The "owner/name" that a string names on the Hugging Face hub; None for a path of this machine.
 
-    "hf://owner/name" always is one. A bare "owner/name" is one only where no folder "owner" exists here: a typing
-    mistake in a local path, "runs/tokenzier", is never asked of the hub, where a stranger could own that name. Longer
-    paths, and those that begin with a dot, a slash or a tilde, never are.
+    Only "hf://owner/name" is asked of the hub. A bare "owner/name" without a folder "owner" here is looked for in the
+    hub's cache on this machine and nowhere else: it may be a typing mistake in a local path, "rnus/tokenizer", and a
+    stranger could own that name. Longer paths, and those that begin with a dot, a slash or a tilde, are paths.
 
     Raises:
         UserError: "hf://" with something else behind it.
     """
     if not isinstance(source, str):
         return None
-    if source.startswith(HUB):
+    if asks_hub(source):
         if not _HUB_ID.fullmatch(name := source.removeprefix(HUB)):
             raise UserError(f"expected {HUB}owner/name, got {source!r}")
         return name
     return source if _HUB_ID.fullmatch(source) and not Path(source).parent.exists() else None
 
 
+def asks_hub(source: str | Path) -> bool:
+    """Whether the hub may be asked for a source: only where it says so, "hf://owner/name"."""
+    return isinstance(source, str) and source.startswith(HUB)
+
+
 def find_folder(source: str | Path, files: tuple[str, ...], revision: str | None = None) -> Path:
-    """The local folder of a stored model; what `hub_id` takes for a name on the hub is fetched from there.
+    """The local folder of a stored model; what `hub_id` takes for a name on the hub is fetched, or found in its cache.
 
     Raises:
         FileNotFoundError: neither a folder nor obtainable from the hub, or a file is missing in it.
     """
     folder = Path(source)
     if (name := hub_id(source)) is not None:
-        folder = _download(name, files, revision)
+        folder = _fetched(name, files, revision) if asks_hub(source) else _cached(name, files, revision)
     if not folder.is_dir():
         kind = "is a file" if folder.exists() else "does not exist"
         raise FileNotFoundError(
@@ -327,12 +332,24 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") if names else "none"
 
 
-def _download(source: str, files: tuple[str, ...], revision: str | None) -> Path:
+def _fetched(name: str, files: tuple[str, ...], revision: str | None) -> Path:
+    """The files of a model of the hub, fetched unless they are in its cache."""
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=list(files)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(
-            f"{source} is no folder here, and the Hugging Face hub gave no model of that name ({reason}); check the "
-            "spelling and the network, or give the path of a folder"
+            f"the Hugging Face hub gave no model {name} ({reason}); check the spelling and the network, or give the "
+            "path of a folder"
+        ) from error
+
+
+def _cached(name: str, files: tuple[str, ...], revision: str | None) -> Path:
+    """The files of a model in the hub's cache; the hub is not asked."""
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files), local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"{name} does not exist; expected a folder, or a model that the Hugging Face hub has given before; "
+            f"{HUB}{name} asks the hub"
         ) from error

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from repvitok.documents import Side, check_arguments
 from repvitok.errors import UserError
 
 RESIZE = {"mode": "bilinear", "align_corners": False, "antialias": True}
@@ -120,7 +121,7 @@ class OpenClipTeacher(Teacher):
         name: str = "PE-Core-B-16",
         weights_path: str | None = None,
         hub_tag: str | None = None,
-        image_size: int | None = None,
+        image_size: Side | None = None,
         random_weights_for_tests: bool = False,
     ) -> None:
         """Builds the tower with exactly one source of weights.
@@ -136,6 +137,7 @@ class OpenClipTeacher(Teacher):
             ValueError: if no source or several are given, open_clip is missing, or the weights cannot be had.
         """
         super().__init__()
+        check_arguments(OpenClipTeacher.__init__, locals())
         require_one_source(
             name, weights_path=weights_path, hub_tag=hub_tag, random_weights_for_tests=random_weights_for_tests
         )

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from repvitok.documents import Above0, check_arguments
 from repvitok.errors import UserError
 from repvitok.files import atomic_file
 from repvitok.teacher import Teacher
@@ -27,7 +28,7 @@ class CachedTeacher(Teacher):
     folder held. It pays where the same frames come often and the teacher is dear: small data, many steps, a CPU.
     """
 
-    def __init__(self, teacher: Teacher, folder: str, max_gib: float = 20.0) -> None:
+    def __init__(self, teacher: Teacher, folder: str, max_gib: Above0 = 20.0) -> None:
         """Keeps the features of `teacher` in `folder`.
 
         Args:
@@ -39,8 +40,7 @@ class CachedTeacher(Teacher):
             ValueError: if max_gib is not positive.
         """
         super().__init__()
-        if max_gib <= 0:
-            raise UserError(f"expected max_gib above 0, got {max_gib}; to keep nothing use the teacher by itself")
+        check_arguments(CachedTeacher.__init__, locals())
         self.teacher = teacher
         self.name, self.dim = teacher.name, teacher.dim
         self._root = Path(folder).expanduser() / teacher.digest()[:16]

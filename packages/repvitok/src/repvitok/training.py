@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from repvitok.config import RepViTokConfig
 from repvitok.discriminator import AdversarySettings, Discriminator
+from repvitok.documents import Count, Decay, From0, check_arguments
 from repvitok.ema import ExponentialMovingAverage
 from repvitok.errors import UserError
 from repvitok.evaluation import Evaluation, report
 from repvitok.export import CHECKPOINT_KEY
 from repvitok.features import FeatureNetwork
 from repvitok.files import atomic_file
-from repvitok.finite import FiniteCheck, clip_gradients, require_clip, require_finite_weights
+from repvitok.finite import FiniteCheck, clip_gradients, require_finite_weights
 from repvitok.losses import (
     LeCam,
     LossWeights,
@@ -58,11 +59,11 @@ class RepViTokTraining(LightningModule):
         adversary: AdversarySettings = AdversarySettings(),  # noqa: B008 (frozen)
         teacher: Teacher | None = None,
         perceptual: PerceptualLoss | None = None,
-        ema_decay: float = 0.999,
-        gradient_clip: float = 2.0,
+        ema_decay: Decay = 0.999,
+        gradient_clip: From0 = 2.0,
         init_from: str | None = None,
         gradient_checkpointing: bool = False,
-        pictures_every_n_validations: int = 1,
+        pictures_every_n_validations: Count = 1,
         test_features: list[FeatureNetwork] | None = None,
     ) -> None:
         """Builds the tokenizer and whatever its losses need.
@@ -86,9 +87,7 @@ class RepViTokTraining(LightningModule):
             ValueError: if a loss lacks the network it needs, or `init_from` has another architecture.
         """
         super().__init__()
-        require_clip(gradient_clip)
-        if pictures_every_n_validations < 0:
-            raise UserError(f"pictures_every_n_validations: expected 0 or more, got {pictures_every_n_validations}")
+        check_arguments(RepViTokTraining.__init__, locals())
         self.automatic_optimization = False
         self.weights = weights
         self.optimizer_settings = optimizer

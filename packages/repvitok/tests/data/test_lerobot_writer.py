@@ -15,6 +15,7 @@ from repvitok.data import lerobot_finalize
 from repvitok.data.lerobot import LeRobotReader
 from repvitok.data.lerobot_stats import column_statistics, image_statistics, pooled_statistics
 from repvitok.data.lerobot_writer import LeRobotWriter
+from repvitok.errors import UserError
 
 VERSIONS = ("v2.1", "v3.0")
 
@@ -127,6 +128,20 @@ def test_a_v21_data_set_grows(tmp_path, data_sets, make_writer, make_episode):
         writer.finalize()
         assert LeRobotReader(tmp_path).num_episodes == last
     assert contents(tmp_path) == contents(data_sets["v2.1"])
+
+
+@pytest.mark.parametrize("name", ["info.json", "episodes.jsonl", "episodes_stats.jsonl", "pending/episode_000003.json"])
+@pytest.mark.parametrize("text", ["", "{}", "null", '{"length": "x"}'])
+def test_what_is_damaged_of_an_earlier_writing_is_named(tmp_path, data_sets, make_writer, make_episode, name, text):
+    shutil.copytree(data_sets["v2.1"], tmp_path / "copy")
+    writer = make_writer(tmp_path / "copy", "v2.1")
+    last = len(list((tmp_path / "copy/data").rglob("*.parquet")))
+    writer.add_episode(last, **make_episode(0))
+    path = tmp_path / "copy/meta" / name.replace("000003", f"{last:06d}")
+    assert path.is_file()
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"copy"):
+        writer.finalize()
 
 
 def test_a_joined_v30_data_set_does_not(tmp_path, data_sets, make_writer, make_episode):

@@ -21,7 +21,7 @@ from repvitok.documents import parse, parse_json
 from repvitok.errors import UserError
 from repvitok.files import atomic_file
 from repvitok.finite import first_not_finite
-from repvitok.pretrained import HUB, hub_id
+from repvitok.pretrained import HUB, asks_hub, hub_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -38,7 +38,8 @@ class TextEncoder:
     The weights are read on the first use, not in the constructor.
 
     Args:
-        name: "minilm" (in the wheel), a Hugging Face model name, or a local folder.
+        name: "minilm" (in the wheel), a local folder, or a model of the Hugging Face hub, "hf://owner/name"; a bare
+            "owner/name" is one in the hub's cache on this machine.
         max_tokens: longer instructions are an error, never cut silently.
         device: where the model runs.
         cache_bytes: what the hidden states of the instructions last used may take, beside those of `load_cache`, which
@@ -168,22 +169,23 @@ def _load(name: str, device: str) -> tuple[Any, Any]:
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
 
-    local = name == EMBEDDED or Path(name).is_dir()
+    here = name == EMBEDDED or Path(name).is_dir()
     source = str(_embedded_folder()) if name == EMBEDDED else name
-    if not local and ("/" in name or name.startswith(("~", "."))):
+    if not here and ("/" in name or name.startswith(("~", "."))):
         found = hub_id(name)
         if found is None:
             raise UserError(f"text encoder {name!r}: no such folder here; give one, or {HUB}owner/name")
         source = found
+    offline = not asks_hub(name)
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
-        model = AutoModel.from_pretrained(source, local_files_only=local, use_safetensors=True, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
+        model = AutoModel.from_pretrained(source, local_files_only=offline, use_safetensors=True, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise UserError(
             f"text encoder {name!r} could not be loaded ({str(error).splitlines()[0]}); give {EMBEDDED!r}, a folder "
-            "with a Hugging Face text model and its tokenizer, or a model name that can be downloaded"
+            f"with a Hugging Face text model and its tokenizer, or {HUB}owner/name to ask the hub"
         ) from error
     finally:
         if bars:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from repwam_core.data.datamodule import SegmentLoader, WAMDataModule
+from repwam_core.data.datamodule import HeldOutLoader, SegmentLoader, WAMDataModule
 from repwam_core.data.episodes import SegmentSampler
 from repwam_core.data.mixture import DataSetSettings
 from repwam_core.data.packing import PackingSettings
@@ -42,8 +42,18 @@ def test_held_out_segments_are_of_held_out_episodes_and_thinned(data):
     assert sum(len(batch) for batch in data.val_dataloader()) == 3
 
 
+def test_every_held_out_transition_counts_once_whatever_the_ranks(data):
+    def counted(world_size):
+        loaders = [HeldOutLoader(data._held_out_rows(), 2, 3, rank, world_size) for rank in range(world_size)]
+        assert len({len(loader) for loader in loaders}) == 1
+        return sum(int(batch.valid.sum()) for loader in loaders for batch in loader)
+
+    assert len(HeldOutLoader(data._held_out_rows(), 2, 3)) % 3
+    assert counted(2) == counted(3) == counted(4) == counted(1)
+
+
 def test_a_size_that_is_not_positive_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"data\.batch_size: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"batch_size: expected int >= 1 \(0\)"):
         WAMDataModule(tmp_path, batch_size=0)
 
 

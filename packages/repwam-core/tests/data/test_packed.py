@@ -106,5 +106,5 @@ def test_data_sets_that_do_not_go_together_are_refused(folders, tmp_path, write_
     units = [DataSetSettings(latents=folders[0]), DataSetSettings(latents=folders[1], action_units=["m", "1"])]
     with pytest.raises(ValueError, match="'y' has unit 'm'"):
         Mixture(units)
-    with pytest.raises(ValueError, match="weight above 0"):
+    with pytest.raises(ValueError, match="weight: expected float > 0"):
         DataSetSettings(latents=folders[0], weight=-1.0)

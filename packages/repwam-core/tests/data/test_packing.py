@@ -113,7 +113,7 @@ def test_data_sets_get_their_share_of_tokens_whatever_their_sizes():
 
 
 def test_impossible_settings_are_refused():
-    with pytest.raises(ValueError, match=r"packing\.token_budget: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"token_budget: expected int >= 1 \(0\)"):
         PackingSettings(token_budget=0)
     with pytest.raises(ValueError, match=r"expected at least \d+ tokens for the episodes of data set 0, got 100"):
         packer([source([50])], 100)

@@ -173,7 +173,7 @@ def test_several_robots_train_together_and_each_is_exported_with_its_own_channel
     ("overrides", "message"),
     [
         (["--data.packing.token_budget=20"], "packing.token_budget: expected at least"),
-        (["--data.packing.token_budget=0"], "expected at least 1, got 0"),
+        (["--data.packing.token_budget=0"], "token_budget: expected int >= 1 (0)"),
         (["--data.latents=null"], "either data.latents or data.data_sets"),
         (["--model.scale.recompute=some"], "recompute"),
     ],

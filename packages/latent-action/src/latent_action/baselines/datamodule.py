@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning as L
 from repvitok.data.shards import LatentShards
 from repvitok.data.split import HeldOut, split_latents
-from repvitok.errors import UserError
+from repvitok.documents import BatchSize, Seed, Side, check_arguments
 
 from latent_action.baselines.frame_pairs import FrameTable, PairBatches, load_frame_table
 from latent_action.transitions import lie_within
@@ -30,14 +30,13 @@ class FramePairData(L.LightningDataModule):
         self,
         latents: str,
         dataset: str,
-        size: tuple[int, int] = (64, 64),
-        batch_size: int = 64,
+        size: tuple[Side, Side] = (64, 64),
+        batch_size: BatchSize = 64,
         held_out: HeldOut = 0.1,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise UserError(f"batch_size: expected at least 1, got {batch_size}.")
+        check_arguments(FramePairData.__init__, locals())
         self.latents = latents
         self.dataset = dataset
         self.size = tuple(size)
@@ -57,8 +56,10 @@ class FramePairData(L.LightningDataModule):
 
     def train_dataloader(self) -> PairBatches:
         """Batches from the step the trainer is at."""
-        first = 0 if self.trainer is None else self.trainer.global_step
-        return PairBatches(self._require_setup()[0], self.batch_size, self.seed, first)
+        trainer, first, rank = self.trainer, 0, 0
+        if trainer is not None:
+            first, rank = trainer.global_step * trainer.accumulate_grad_batches, trainer.global_rank
+        return PairBatches(self._require_setup()[0], self.batch_size, self.seed, first, rank)
 
     def val_dataloader(self) -> PairBatches:
         """All transitions of the held-out episodes."""

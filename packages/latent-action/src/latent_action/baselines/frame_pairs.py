@@ -96,21 +96,29 @@ def load_frame_table(latents: str | Path, dataset: str | Path, size: tuple[int, 
 
 
 class PairBatches(EndlessLoader[FramePair]):
-    """Batches of frame pairs: endless random ones, each of (seed, number) alone, or every pair once `in_order`."""
+    """Batches of frame pairs: endless random ones, of (seed, number, rank) alone, or every pair once `in_order`."""
 
     def __init__(
-        self, table: FrameTable, batch_size: int, seed: int, first_batch: int = 0, *, in_order: bool = False
+        self,
+        table: FrameTable,
+        batch_size: int,
+        seed: int,
+        first_batch: int = 0,
+        rank: int = 0,
+        *,
+        in_order: bool = False,
     ) -> None:
         super().__init__(first_batch)
         self.table = table
         self.batch_size = batch_size
         self.seed = seed
+        self.rank = rank
         self.in_order = in_order
 
     def draw(self, number: int) -> Int[Tensor, " b"]:
         """The transitions of random batch `number`, drawn with replacement: those that `TrainingBatches` draws."""
-        index = np.random.default_rng([self.seed, number, 0]).integers(len(self.table), size=self.batch_size)
-        return torch.from_numpy(index)
+        random = np.random.default_rng([self.seed, number, self.rank])
+        return torch.from_numpy(random.integers(len(self.table), size=self.batch_size))
 
     def batch(self, number: int) -> FramePair:
         """Random batch `number`."""

@@ -9,8 +9,9 @@ import lightning as L
 import numpy as np
 import torch
 from repvitok.checkpointing import load_trained, read_checkpoint, read_section
+from repvitok.documents import From0, Positive, Seed, Share, check_arguments
 from repvitok.errors import UserError
-from repvitok.finite import FiniteCheck, clip_gradients, require_clip, require_finite_weights
+from repvitok.finite import FiniteCheck, clip_gradients, require_finite_weights
 from repvitok.optim import OptimizerSettings
 from torch import Tensor, nn
 
@@ -45,18 +46,13 @@ class LapaTraining(L.LightningModule):
         self,
         lapa: LapaConfig,
         optimizer: OptimizerSettings = DEFAULT_OPTIMIZER,
-        gradient_clip: float | None = 1.0,
-        replace_every: int = 20,
-        replace_share: float = 0.5,
-        seed: int = 0,
+        gradient_clip: From0 | None = 1.0,
+        replace_every: Positive = 20,
+        replace_share: Share = 0.5,
+        seed: Seed = 0,
     ) -> None:
         super().__init__()
-        require_clip(gradient_clip)
-        if replace_every < 1 or not 0 <= replace_share <= 1 or seed < 0:
-            raise UserError(
-                f"replace_every = {replace_every} must be at least 1, replace_share = {replace_share} in [0, 1], "
-                f"seed = {seed} not negative."
-            )
+        check_arguments(LapaTraining.__init__, locals())
         self.lapa = LapaQuantizer(lapa)
         self.optimizer_settings = optimizer
         self.gradient_clip = gradient_clip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from torch.utils.data import Dataset
 from repvitok.data.sources import BadFiles, VideoSource
 from repvitok.data.split import left_out
 from repvitok.data.transforms import prepare_frames, resize_frames, to_unit
+from repvitok.documents import MAX_STRIDE
 from repvitok.errors import UserError
 from repvitok.progress import progress
 
@@ -208,6 +210,13 @@ class ClipDataset(Dataset[Tensor]):
         return np.maximum(lengths - _span(self.frames, strides), 0).astype(np.int64)
 
 
+def require_pace(stride: Stride, rate_hz: Rate | None) -> None:
+    """Refuses a stride or rate that no clip can have."""
+    _stride_range(stride)
+    if rate_hz is not None:
+        _rate_range(rate_hz)
+
+
 def frames_needed(video_rate_hz: float | None, frames: int, stride: Stride = 1, rate_hz: Rate | None = None) -> float:
     """Raw frames of the shortest clip that `ClipDataset` may cut from a video of this rate; infinite where none may."""
     if rate_hz is None:
@@ -233,15 +242,15 @@ def _span(frames: int, strides: np.ndarray) -> np.ndarray:
 
 def _stride_range(stride: Stride) -> list[int]:
     low, high = (stride, stride) if isinstance(stride, int) else stride
-    if not 1 <= low <= high:
-        raise UserError(f"stride must be 1 or more, or (lowest, highest), got {stride}")
+    if not 1 <= low <= high <= MAX_STRIDE:
+        raise UserError(f"stride must be 1 to {MAX_STRIDE}, or (lowest, highest), got {stride}")
     return list(range(low, high + 1))
 
 
 def _rate_range(rate_hz: Rate) -> list[float]:
     """The rates a clip's may be, highest first, as strides go lowest first."""
     low, high = rate_hz if isinstance(rate_hz, tuple | list) else (rate_hz, rate_hz)
-    if not 0 < low <= high:
+    if not 0 < low <= high < math.inf:
         raise UserError(f"rate_hz must be positive, or (lowest, highest), got {rate_hz}")
     return np.linspace(high, low, _RATES).tolist() if low < high else [float(low)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,10 +17,11 @@ from repvitok.data.batches import (
     MixtureBatches,
     StepBatches,
 )
-from repvitok.data.clips import ClipDataset, frames_needed
+from repvitok.data.clips import ClipDataset, frames_needed, require_pace
 from repvitok.data.folders import FolderKind, FolderSplit, split_folder
 from repvitok.data.pictures import checked_range
 from repvitok.data.split import HeldOut
+from repvitok.documents import Above0, BatchSize, Frames, Positive, Seed, Share, Side, check_arguments, check_fields
 from repvitok.errors import MOST_PROCESSES, UserError
 
 
@@ -34,12 +34,16 @@ class ClipKind:
         frames, size, stride, rate_hz, batch_size: as the data module's, which hold where they are None.
     """
 
-    weight: float = 1.0
-    frames: int | None = None
-    size: tuple[int, int] | None = None
+    weight: Above0 = 1.0
+    frames: Frames | None = None
+    size: tuple[Side, Side] | None = None
     stride: int | tuple[int, int] | None = None
     rate_hz: float | tuple[float, float] | None = None
-    batch_size: int | None = None
+    batch_size: BatchSize | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require_pace(1 if self.stride is None else self.stride, self.rate_hz)
 
 
 class ClipDataModule(LightningDataModule):
@@ -58,22 +62,22 @@ class ClipDataModule(LightningDataModule):
     def __init__(
         self,
         folders: list[str],
-        size: tuple[int, int],
+        size: tuple[Side, Side],
         kind: FolderKind = "auto",
         cameras: list[str] | None = None,
         episodes: list[int] | int | str | None = None,
-        frames: int = 17,
+        frames: Frames = 17,
         stride: int | tuple[int, int] = 1,
         rate_hz: float | tuple[float, float] | None = None,
-        batch_size: int = 4,
+        batch_size: BatchSize = 4,
         mixture: list[ClipKind] | None = None,
         num_workers: int = 0,
-        seed: int = 0,
+        seed: Seed = 0,
         held_out: HeldOut = 0.1,
-        val_clips: int = 16,
+        val_clips: Positive = 16,
         cache: Literal["memory"] | None = None,
         skip_short: bool = True,
-        max_bad_fraction: float = 0.0,
+        max_bad_fraction: Share = 0.0,
         cache_folder: str | None = None,
         depth_range: tuple[float, float] | None = None,
     ) -> None:
@@ -106,17 +110,14 @@ class ClipDataModule(LightningDataModule):
             ValueError: if a number is out of range or there is no folder.
         """
         super().__init__()
+        check_arguments(ClipDataModule.__init__, locals())
+        require_pace(stride, rate_hz)
         if not folders:
             raise UserError("expected at least one folder of data (data.folders), got none")
         if not isinstance(held_out, float | int) and len(folders) > 1:
             raise UserError(f"data.held_out: numbers of episodes are those of one folder, got {len(folders)} folders")
-        for name, value in (("batch_size", batch_size), ("val_clips", val_clips), ("frames", frames)):
-            if value < 1:
-                raise UserError(f"expected {name} of 1 or more, got {value}")
         if not 0 <= num_workers <= MOST_PROCESSES:
             raise UserError(f"expected num_workers of 0 to {MOST_PROCESSES}, got {num_workers}")
-        if not all(0 < k.weight < math.inf for k in mixture or ()):
-            raise UserError(f"expected weights above 0 in data.mixture, got {[k.weight for k in mixture or ()]}")
         self.folders = folders
         self.kind: FolderKind = kind
         self.cameras = cameras

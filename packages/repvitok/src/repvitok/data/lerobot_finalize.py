@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,10 +24,47 @@ from repvitok.data.lerobot_format import (
 )
 from repvitok.data.lerobot_stats import Statistics, column_statistics, pooled_statistics
 from repvitok.data.video import concatenate_videos
+from repvitok.documents import Count, load_json_lines, parse, read_json, read_json_lines
 from repvitok.errors import UserError
 from repvitok.files import atomic_file, write_json_atomic, write_text_atomic
 
 Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Info:
+    """What is used of the info.json that ended an earlier writing."""
+
+    total_episodes: Count
+    features: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """What the writer notes of an episode."""
+
+    episode_index: Count
+    length: Count
+    task: str
+    metadata: dict[str, Any]
+    features: dict[str, dict[str, Any]]
+    image_stats: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Line:
+    """Of an episode in episodes.jsonl; `metadata` is what else stands there."""
+
+    episode_index: Count
+    length: Count
+    tasks: Annotated[list[str], msgspec.Meta(min_length=1)]
+
+
+@dataclass(frozen=True)
+class _StatisticsLine:
+    """Of an episode in episodes_stats.jsonl."""
+
+    stats: dict[str, Any]
 
 
 class DataSetOnDisk:
@@ -50,10 +89,10 @@ class DataSetOnDisk:
         return self.episodes_root / "meta/pending" / f"episode_{index:06d}.json"
 
     @property
-    def info(self) -> dict[str, Any] | None:
+    def info(self) -> _Info | None:
         """The finished data set's info.json, or None while there is none."""
         path = self.root / "meta/info.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return read_json(path, _Info, unknown=True) if path.is_file() else None
 
     def refuse_if_joined(self) -> None:
         """v3.0 episodes share files once joined; adding to them is another tool's job."""
@@ -63,7 +102,7 @@ class DataSetOnDisk:
     def has_episode(self, index: int) -> bool:
         """Whether an episode is completely written, joined or not."""
         info = self.info if self.version == "v3.0" else None
-        return index < info["total_episodes"] if info else self.data_path(index).is_file()
+        return index < info.total_episodes if info else self.data_path(index).is_file()
 
     def records(self) -> list[Record]:
         """Everything known about each complete episode, in order, from pending records and earlier meta files.
@@ -87,22 +126,25 @@ class DataSetOnDisk:
 
     def _pending_records(self) -> list[Record]:
         paths = sorted((self.episodes_root / "meta/pending").glob("episode_*.json"))
-        records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        records = [dict(vars(read_json(path, _Pending))) for path in paths]
         return [record for record in records if self.data_path(record["episode_index"]).is_file()]
 
     def _finished_records(self) -> list[Record]:
         info = self.info
         if self.version != "v2.1" or not info:
             return []
-        lines = (self.root / "meta/episodes.jsonl").read_text(encoding="utf-8").splitlines()
-        stats = (self.root / "meta/episodes_stats.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [(line, source) for source, line in load_json_lines(self.root / "meta/episodes.jsonl")]
+        stats = read_json_lines(self.root / "meta/episodes_stats.jsonl", _StatisticsLine, unknown=True)
+        cameras = [key for key, feature in info.features.items() if feature.get("dtype") == "video"]
+        if len(rows) != len(stats) or any(key not in line.stats for line in stats for key in cameras):
+            raise UserError(f"{self.root}: episodes.jsonl and episodes_stats.jsonl are not of the same episodes")
         records = []
-        for row, stat in zip(map(json.loads, lines), map(json.loads, stats), strict=True):
-            metadata = {key: row[key] for key in row if key not in ("episode_index", "length", "tasks")}
-            record = {"episode_index": row["episode_index"], "length": row["length"], "task": row["tasks"][0]}
-            cameras = [key for key, feature in info["features"].items() if feature["dtype"] == "video"]
-            record["image_stats"] = {key: stat["stats"][key] for key in cameras}
-            records.append({**record, "metadata": metadata, "features": info["features"]})
+        for (row, source), line in zip(rows, stats, strict=True):
+            known = parse(row, _Line, source, unknown=True)
+            record = {"episode_index": known.episode_index, "length": known.length, "task": known.tasks[0]}
+            record["metadata"] = {key: row[key] for key in row if key not in vars(known)}
+            record["image_stats"] = {key: line.stats[key] for key in cameras}
+            records.append({**record, "features": info.features})
         return records
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from repvitok.data.batches import EndlessLoader
 from repvitok.data.contents import without_actions
 from repvitok.data.split import HeldOut
+from repvitok.documents import BatchSize, Count, Frames, From0, Positive, Seed, check_arguments
 from repvitok.errors import UserError
 
 from repwam_core.data.encoding import EncodingSettings, LatentsOnDemand, has_latents
@@ -49,7 +50,11 @@ class SegmentLoader(EndlessLoader[SegmentBatch]):
 
 
 class HeldOutLoader:
-    """Batches that cover the rows (episode, start) of each store once, in order; a batch is of one store."""
+    """Batches that cover the rows (episode, start) of each store once, in order; a batch is of one store.
+
+    All ranks have equally many batches, or a sharded model would wait for ever: where they are no multiple of the
+    ranks, the first ones come again at the end, with no transition valid, so that they count for nothing.
+    """
 
     def __init__(
         self, parts: Sequence[tuple[EpisodeStore, np.ndarray]], batch_size: int, transitions: int,
@@ -61,16 +66,18 @@ class HeldOutLoader:
             for store, rows in parts
             for first in range(0, len(rows), batch_size)
         ]
-        # All ranks have equally many batches, or a sharded model would wait for ever: the last ones come twice.
         whole = -(-len(batches) // world_size) * world_size
-        self._batches = [batches[number % len(batches)] for number in range(rank, whole, world_size)]
+        self._batches = [
+            (*batches[number % len(batches)], number < len(batches)) for number in range(rank, whole, world_size)
+        ]
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[SegmentBatch]:
-        for store, rows in self._batches:
-            yield store.batch(rows[:, 0], rows[:, 1], self.transitions)
+        for store, rows, counts in self._batches:
+            batch = store.batch(rows[:, 0], rows[:, 1], self.transitions)
+            yield replace(batch, valid=batch.valid & counts)
 
 
 class WAMDataModule(L.LightningDataModule):
@@ -107,32 +114,26 @@ class WAMDataModule(L.LightningDataModule):
         self,
         latents: str | Path | None = None,
         space: str = "robot",
-        transitions: int = 8,
-        batch_size: int = 8,
-        seed: int = 0,
+        transitions: Frames = 8,
+        batch_size: BatchSize = 8,
+        seed: Seed = 0,
         held_out: HeldOut = 0.05,
-        val_segments: int = 32,
+        val_segments: Positive = 32,
         text_encoder: str = EMBEDDED,
-        steps_per_epoch: int = 1000,
+        steps_per_epoch: Positive = 1000,
         statistics: str | Path | None = None,
         tokenizer_digest: str | None = None,
         action_units: list[str] | None = None,
         action_kind: ActionKind = "absolute",
         packing: PackingSettings | None = None,
         data_sets: list[DataSetSettings] | None = None,
-        memory_limit_gb: float | int = MEMORY_LIMIT_GB,
+        memory_limit_gb: From0 | Count = MEMORY_LIMIT_GB,
         encoding: EncodingSettings | None = None,
-        chunk_sizes: tuple[int, int] = (1, 1),
+        chunk_sizes: tuple[Frames, Frames] = (1, 1),
     ) -> None:
         super().__init__()
         self.prepare_data_per_node = False
-        for name, value in (
-            ("transitions", transitions),
-            ("batch_size", batch_size),
-            ("steps_per_epoch", steps_per_epoch),
-        ):
-            if value < 1:
-                raise UserError(f"data.{name}: expected at least 1, got {value}")
+        check_arguments(WAMDataModule.__init__, locals())
         if (latents is None) == (not data_sets):
             raise UserError("data: expected either data.latents or data.data_sets, got both or neither")
         if data_sets and packing is None:

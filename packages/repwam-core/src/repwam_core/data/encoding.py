@@ -7,16 +7,19 @@ import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 from latent_action import LatentActionTokenizer
 from latent_action.labelling import label_shards
 from repvitok.baselines import load_tokenizer
 from repvitok.data.contents import describe_contents
 from repvitok.data.episodes import open_episodes
+from repvitok.documents import Count, Frames, Side, check_arguments
 from repvitok.encoding import encode_dataset
 from repvitok.encoding_plan import choose_cameras, infos_of
+from repvitok.errors import MOST_PROCESSES
 from repvitok.files import sole_writer
 
 
@@ -37,14 +40,17 @@ class EncodingSettings:
     """
 
     tokenizer: str | Path
-    size: tuple[int, int]
+    size: tuple[Side, Side]
     lat: str | Path | None = None
-    stride: int = 1
-    offsets: list[int] = field(default_factory=lambda: [0])
+    stride: Frames = 1
+    offsets: list[Count] = field(default_factory=lambda: [0])
     cameras: list[str] | None = None
     episodes: list[int] | int | str | None = None
     out: str | Path = "runs/latents"
-    workers: int = 1
+    workers: Annotated[int, msgspec.Meta(ge=1, le=MOST_PROCESSES)] = 1
+
+    def __post_init__(self) -> None:
+        check_arguments(EncodingSettings, vars(self))
 
 
 class LatentsOnDemand:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from repvitok.data import LatentMeta, LatentShards
 from repvitok.data.split import HeldOut
+from repvitok.documents import Above0, check_arguments
 from repvitok.errors import UserError
 
 from repwam_core.data.episodes import MEMORY_LIMIT_GB, EpisodeStore
@@ -30,14 +31,13 @@ class DataSetSettings:
     """
 
     latents: str | Path
-    weight: float = 1.0
+    weight: Above0 = 1.0
     statistics: str | Path | None = None
     action_units: list[str] | None = None
     action_kind: ActionKind = "absolute"
 
     def __post_init__(self) -> None:
-        if not self.weight > 0:
-            raise UserError(f"data_sets: expected a weight above 0 for {self.latents}, got {self.weight}")
+        check_arguments(DataSetSettings, vars(self))
 
 
 class Mixture:

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
+from repvitok.documents import Frames, Positive, Size, check_fields
 from repvitok.errors import UserError
 
 PATIENCE = 4
@@ -30,14 +31,12 @@ class PackingSettings:
             cut is a chunk border for every chunk size that divides it: 12 for sizes 1 to 4.
     """
 
-    token_budget: int = 200_000
-    open_sequences: int = 32
-    chunk_multiple: int = 12
+    token_budget: Positive = 200_000
+    open_sequences: Size = 32
+    chunk_multiple: Frames = 12
 
     def __post_init__(self) -> None:
-        for name in ("token_budget", "open_sequences", "chunk_multiple"):
-            if getattr(self, name) < 1:
-                raise UserError(f"packing.{name}: expected at least 1, got {getattr(self, name)}")
+        check_fields(self)
 
 
 @dataclass(frozen=True)

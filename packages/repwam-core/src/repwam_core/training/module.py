@@ -14,6 +14,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from repvitok.documents import Decay, Frames, Seed, check_arguments
 from repvitok.ema import ExponentialMovingAverage
 from repvitok.errors import UserError
 from repvitok.finite import FiniteCheck, clip_gradients, require_finite_weights
@@ -80,17 +81,18 @@ class WAMTraining(L.LightningModule):
         space: str = LATENT_SPACE,
         init_from: str | Path | None = None,
         use_state: bool = True,
-        chunk_sizes: tuple[int, int] = (1, 4),
+        chunk_sizes: tuple[Frames, Frames] = (1, 4),
         loss: LossSettings | None = None,
         optimizer: OptimizerSettings | None = None,
         plan: PlanSettings | None = None,
-        ema_decay: float = 0.999,
-        seed: int = 0,
+        ema_decay: Decay = 0.999,
+        seed: Seed = 0,
         scale: ScaleSettings | None = None,
     ) -> None:
         super().__init__()
+        check_arguments(WAMTraining.__init__, locals())
         low, high = chunk_sizes
-        if not 1 <= low <= high:
+        if low > high:
             raise UserError(f"chunk_sizes: expected 1 <= smallest <= largest, got {tuple(chunk_sizes)}")
         if init_from is not None and wam:
             raise UserError(f"init_from keeps the config of {init_from}; remove these fields of wam: {sorted(wam)}")

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 
 import numpy as np
 import pytest
+from repvitok.errors import UserError
 from repwam_core.embodiment import Embodiment
 from repwam_core.interface import ActionChunk
 from repwam_core.policy.serving import PolicyClient, PolicyServer, ServerMetadata, ServeSettings
@@ -16,7 +17,7 @@ METADATA = ServerMetadata(ARM, (8, 6), frames_per_latent=4, max_frames=8, policy
 class Telling:
     """Answers with what it knows: its episode's seed, how often it was asked, the newest pixel, the instruction.
 
-    An instruction of "fail" is a bug in the policy; a blue newest pixel is a mistake of the client.
+    An instruction of "fail", or "fail to add", is a bug in the policy; a blue newest pixel is a mistake of the client.
     """
 
     def __init__(self) -> None:
@@ -31,9 +32,9 @@ class Telling:
     def act(self, observation):
         newest = observation.frames("top")[-1, 0, 0]
         if newest[2]:
-            raise ValueError("expected no blue pixel,\ngot one")
-        if self.instruction == "fail":
-            raise RuntimeError("secret detail")
+            raise UserError("expected no blue pixel,\ngot one")
+        if self.instruction in ("fail", "fail to add"):
+            raise (RuntimeError if self.instruction == "fail" else ValueError)("secret detail")
         self.acts += 1
         told = float(len(self.instruction or ""))
         row = np.array([self.seed, self.acts, newest[0], told], np.float32)

@@ -99,11 +99,12 @@ def test_a_mistake_is_one_line_of_text_then_1011(serve, frame):
     assert _still_serves(port, frame)
 
 
-def test_a_failing_policy_tells_the_log_and_not_the_client(serve, frame, caplog):
+@pytest.mark.parametrize(("told", "error"), [("fail", "RuntimeError"), ("fail to add", "ValueError")])
+def test_a_failing_policy_tells_the_log_and_not_the_client(serve, frame, caplog, told, error):
     port = serve()
     with PolicyClient(port=port) as client, caplog.at_level(logging.ERROR):
-        client.reset("fail")
-        with pytest.raises(PolicyServerError, match="failed with RuntimeError") as said:
+        client.reset(told)
+        with pytest.raises(PolicyServerError, match=f"failed with {error}") as said:
             client.act(Observation(frame()))
         assert "secret detail" not in str(said.value)
         assert "secret detail" in caplog.text
@@ -325,6 +326,8 @@ def test_the_end_of_the_server_ends_its_connections(telling, metadata):
     "settings",
     [
         {"port": -1},
+        {"host": "x" * 70},
+        {"host": "a..b"},
         {"max_sessions": 0},
         {"api_key": ""},
         {"api_key": "tür"},

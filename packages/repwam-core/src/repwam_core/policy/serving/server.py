@@ -63,6 +63,10 @@ class ServeSettings:
     ping_timeout_s: float = 20.0
 
     def __post_init__(self) -> None:
+        try:
+            self.host.encode("idna")
+        except UnicodeError as error:
+            raise UserError(f"host: expected an address or a name, got {self.host!r:.80} ({error})") from error
         if not 0 <= self.port < 2**16:
             raise UserError(f"port: expected 0 to 65535, got {self.port}")
         for name in ("max_message_bytes", "max_sessions", "idle_timeout_s", "ping_interval_s", "ping_timeout_s"):
@@ -179,7 +183,7 @@ class PolicyServer:
         except _IdleError as idle:
             log.info("client %s: %s", who, idle)
             await connection.close(GOING_AWAY, str(idle))
-        except ValueError as error:
+        except UserError as error:
             reason = " ".join(str(error)[:MAX_REASON_LENGTH].split())
             log.warning("client %s: %s", who, reason)
             await _refuse(connection, reason)

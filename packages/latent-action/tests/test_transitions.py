@@ -101,6 +101,8 @@ def test_nothing_held_out_means_no_validation(blobs):
     data.setup()
     assert len(data.train_dataloader().table) == 22 * len(LatentShards(blobs))  # without each clip's first
     assert list(data.val_dataloader()) == []
+    with pytest.raises(ValueError, match=r"data\.held_out: nothing is held out of these episodes"):
+        data.test_dataloader()
 
 
 def test_episodes_can_be_held_out_by_index(blobs):

@@ -51,8 +51,8 @@ def test_a_good_document_becomes_its_object():
         ({"action": {"dtype": "float32", "shape": [7, 1.5]}}, ["'action.shape[1]'", "int", "1.5"]),
         ({"episodes": 13}, ["must not be 13"]),
         ({"speed": 3}, ["'speed'"]),
-        ({"fps": "\ud800"}, ["Unicode"]),
-        ({"action": "\ud800"}, ["Unicode"]),
+        ({"fps": "\ud800"}, ["'fps'", "half a character"]),
+        ({"action": "\ud800"}, ["'action'", "half a character"]),
     ],
 )
 def test_what_is_wrong_is_named(change: dict[str, Any], words: list[str]):

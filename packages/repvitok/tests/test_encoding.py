@@ -341,3 +341,21 @@ def test_episodes_without_a_frame_at_an_offset_are_left_out_with_a_count(tmp_pat
     assert caplog.messages == [told] * 2, "one of the jobs says it"
     merge_latents(tmp_path / "b")
     assert LatentShards(tmp_path / "b").recorded == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("number", "told"), [(1e300, "got 1e.300"), (2**24 + 1, "got 16777217"), (np.nan, "got nan")])
+def test_numbers_that_float32_cannot_hold_are_named_when_they_are_read(tmp_path, tok, number, told):
+    class Huge(Recording):
+        def episode(self, index, keys=None):
+            columns = super().episode(index, keys)
+            columns["action"] = columns["action"].astype(np.array(number).dtype)
+            columns["action"][5, 1] = number
+            return columns
+
+    with pytest.raises(UserError, match=rf"recording: episode 0, row 5, action, channel 'episode': .*{told}"):
+        encode_dataset(tok, Huge((9,)), tmp_path, size=(32, 32))
+
+
+def test_a_camera_is_taken_once(tok):
+    with pytest.raises(UserError, match="expected different cameras, got 'camera_0' twice"):
+        make_plan(tok, Recording(), (32, 32), 1, (0,), ["camera_0", "camera_1", "camera_0"], "float32")

@@ -163,8 +163,14 @@ class LatentActionData(L.LightningDataModule):
         return EvaluationBatches(self._require_setup()[1], self.batch_size, self.val_transitions)
 
     def test_dataloader(self) -> EvaluationBatches:
-        """All transitions of the held-out episodes."""
+        """All transitions of the held-out episodes.
+
+        Raises:
+            UserError: there are none; Lightning would end without a word.
+        """
         held_out = self._require_setup()[1]
+        if not len(held_out):
+            raise UserError("data.held_out: nothing is held out of these episodes, so there is nothing to test on")
         return EvaluationBatches(held_out, self.batch_size, len(held_out))
 
     def predict_dataloader(self) -> EvaluationBatches:

@@ -7,7 +7,6 @@ is a folder, `last.ckpt-000120`, to which `last.ckpt` is a link.
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import sys
 import zipfile
@@ -74,7 +73,9 @@ def read_checkpoint(
         raise FileNotFoundError(f"no checkpoint at {path}: give the path of a .ckpt file written by `fit`")
     try:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # damaged bytes end in any of them: IndexError, UnicodeDecodeError, struct.error, ...
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{path} ({path.stat().st_size} bytes) is not a readable checkpoint: it is truncated or was written by "
@@ -279,11 +280,13 @@ def _require_whole(path: Path) -> int:
                 raise UserError(f"{name} has {found} bytes, not {size}")
     file = path / SHARDED_META if path.is_dir() else path
     if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as members:
-            try:
+        try:
+            with zipfile.ZipFile(file) as members:
                 wrong = members.testzip()
-            except (zipfile.BadZipFile, EOFError) as error:
-                raise UserError(f"not a whole checkpoint: {error}") from error
+        except OSError:
+            raise
+        except Exception as error:  # an archive's damaged headers: BadZipFile, UnicodeDecodeError, RuntimeError, ...
+            raise UserError(f"not a whole checkpoint: {error}") from error
         if wrong is not None:
             raise UserError(f"the bytes of its {wrong.partition('/')[2]} do not fit their checksum")
     return int(checkpoint.get("global_step", 0))

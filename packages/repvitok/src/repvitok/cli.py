@@ -191,6 +191,7 @@ COMMANDS = (
     *training_commands(STAGE),
     Command("encode", "a data set to latent shards", _encode, _encode_arguments),
     Command("merge", "the parts of a job array of encode to one folder of shards", _merge, _merge_arguments),
+    Command("relabel", "a data set's corrected instructions to its latents", _relabel, _relabel_arguments),
     Command("decode", "latent shards back to video files", _decode, _decode_arguments),
     Command("export", "a checkpoint to the folder that from_pretrained loads", _export, _export_arguments),
 )

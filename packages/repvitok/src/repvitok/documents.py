@@ -277,15 +277,21 @@ def _annotations(kind: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in fields(kind)}
 
 
-def refuse_lfs_pointer(path: str | Path) -> None:
+def refuse_lfs_pointer(path: str | Path, content: bytes | None = None) -> None:
     """Stops at a file that git-lfs has not fetched yet: a few lines of text in place of the content.
+
+    Args:
+        path: of the file, or what an error calls it.
+        content: what it holds; None: that is read.
 
     Raises:
         UserError: says what to run.
     """
-    with open(path, "rb") as file:
-        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise UserError(f'{path} is a git-lfs pointer, not the file itself; run "git lfs pull" in its repository')
+    if content is None:
+        with open(path, "rb") as file:
+            content = file.read(len(_LFS_POINTER))
+    if content.startswith(_LFS_POINTER):
+        raise UserError(f'{path} is a git-lfs pointer, not the file itself; run "git lfs pull" in its repository')
 
 
 def _read_text(path: Path) -> str:

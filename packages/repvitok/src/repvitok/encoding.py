@@ -23,7 +23,7 @@ from torch import Tensor
 from repvitok.data.contents import number_columns, require_recorded
 from repvitok.data.latents import ChannelRange
 from repvitok.data.lerobot import LeRobotReader
-from repvitok.data.lerobot_format import ROBOT_COLUMNS, EpisodeInfo
+from repvitok.data.lerobot_format import EpisodeInfo
 from repvitok.data.shards import (
     LatentEpisode,
     LatentMeta,
@@ -46,6 +46,7 @@ from repvitok.encoding_plan import (
     instruction_source,
     long_enough,
     make_plan,
+    read_robot_columns,
     share_of_episodes,
 )
 from repvitok.errors import UserError, require_disk_space
@@ -296,12 +297,11 @@ def _loaded(
 
 
 def _load_batch(reader: EpisodeReader, plan: EncodingPlan, batch: Sequence[EpisodeInfo]) -> list[_LoadedEpisode]:
-    columns = [key for key in ROBOT_COLUMNS if key in reader.features]
     return [
         _LoadedEpisode(
             info,
             np.stack([_resized_episode(reader, info, camera, plan.size) for camera in plan.cameras]),
-            reader.episode(info.index, columns),
+            read_robot_columns(reader, info.index),
         )
         for info in batch
     ]

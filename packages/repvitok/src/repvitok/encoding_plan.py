@@ -14,7 +14,8 @@ from jaxtyping import UInt8
 
 from repvitok.data.latents import InstructionSource, LatentMeta
 from repvitok.data.lerobot import LeRobotReader
-from repvitok.data.lerobot_format import EpisodeInfo
+from repvitok.data.lerobot_format import ROBOT_COLUMNS, EpisodeInfo
+from repvitok.data.lerobot_tables import robot_numbers
 from repvitok.data.split import EpisodeNumbers, choose_episodes, format_episodes
 from repvitok.errors import UserError
 from repvitok.interface import VideoTokenizer
@@ -143,11 +144,13 @@ def choose_cameras(reader: EpisodeReader, cameras: Sequence[str] | None) -> tupl
     """The cameras to encode, all of the data set's when None.
 
     Raises:
-        UserError: there is no such camera, or none at all.
+        UserError: there is no such camera, none at all, or one is named twice.
     """
     chosen = tuple(cameras or reader.camera_keys)
     for camera in chosen:
         reader.require_camera(camera)
+        if chosen.count(camera) > 1:
+            raise UserError(f"{reader.root}: expected different cameras, got {camera!r} twice")
     if not chosen:
         raise UserError(f"{reader.root}: the data set has no camera")
     return chosen
@@ -159,6 +162,23 @@ def infos_of(reader: EpisodeReader, episodes: EpisodeNumbers | None) -> list[Epi
         return list(reader.episodes)
     chosen = set(choose_episodes(episodes, [info.index for info in reader.episodes], str(reader.root)))
     return [info for info in reader.episodes if info.index in chosen]
+
+
+def read_robot_columns(reader: EpisodeReader, episode: int) -> dict[str, np.ndarray]:
+    """The actions and states of an episode, as far as there are any: (T, channels) float32 each.
+
+    Raises:
+        UserError: a number that float32 cannot hold; and what `reader.episode` raises.
+    """
+    columns = reader.episode(episode, [key for key in ROBOT_COLUMNS if key in reader.features])
+    return {
+        key: robot_numbers(
+            column,
+            reader.channel_names(key),
+            lambda row, key=key: f"{reader.root}: episode {episode}, row {row}, {key}",
+        )
+        for key, column in columns.items()
+    }
 
 
 def describe_latents(

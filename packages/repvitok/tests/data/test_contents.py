@@ -59,6 +59,11 @@ def test_columns_under_other_names_become_a_layout(data_set):
         "layout.yaml: {embodiment: arm, action: [{column: actions, names: [dx, dy]}], "
         f"state: [{{column: observations.qpos, names: [x, y, z]}}], cameras: [{TOP}, {WRIST}]}}"
     )
+    rename(data_set, {"actions": "foo", "observations.qpos": "bar"})
+    _, missed = described(data_set).lines()
+    assert "Of numbers there are bar, foo, contact: if one of them holds the actions, name it in a layout" in missed
+    with pytest.raises(UserError, match=r"none that is called like one\. Of numbers there are bar, foo, contact: "):
+        describe_contents(LeRobotReader(data_set), (TOP,), []).announce(needs_actions=True)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +107,7 @@ def test_channels_of_one_name_are_numbered():
     assert layout is not None
     assert "names: [actions.left_0, actions.left_1]" in layout
     assert suggest_layout({"contact": ("x",)}, ["top"], "arm") is None
-    assert "of numbers there are contact" in missing_actions("arm", {"contact": ("x",)}, ["top"])
+    assert "Of numbers there are contact" in missing_actions("arm", {"contact": ("x",)}, ["top"])
     assert "no other column of numbers" in missing_actions("arm", {}, ["top"])
     assert "encode what that writes" in missing_actions("arm", None, ["top"])
 
@@ -120,6 +125,15 @@ def test_a_camera_that_was_never_recorded_is_named_with_the_option_that_leaves_i
     assert len(split_folder(str(data_set), cameras=[TOP]).train) == 1
     with pytest.raises((UserError, FileNotFoundError), match=r"ego.*if this camera was never recorded, .*--cameras"):
         LeRobotReader(data_set)[0]
+
+
+@pytest.mark.parametrize("content", [b"PAR1 cut short", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n"])
+def test_a_damaged_table_of_pictures_is_named(data_set, content):
+    change_info(data_set, lambda info: info["features"][TOP].update(dtype="image"))
+    last = sorted(data_set.glob("data/**/*.parquet"))[-1]
+    last.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{last}.*(parquet file|git lfs pull)"):
+        described(data_set, (TOP,))
 
 
 def test_episodes_without_a_camera_or_a_table_are_named(data_sets, tmp_path):
@@ -142,6 +156,14 @@ def test_channels_that_never_move_are_known_from_the_statistics(data_sets, tmp_p
     path.write_text(json.dumps(statistics))
     assert described(root).constant == {"action": ["dx"]}
     assert described(root).lines()[1].endswith("later stages will find no movement of action dx")
+    of_episodes = shutil.copytree(data_sets["v2.1"], tmp_path / "old") / "meta/episodes_stats.jsonl"
+    lines = [json.loads(line) for line in of_episodes.read_text().splitlines()]
+    for number, line in enumerate(lines):  # dx rests in every episode, but not at one place; dy never moves
+        line["stats"]["action"] |= {"min": [number, 1.0], "max": [number, 1.0]}
+    of_episodes.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert described(tmp_path / "old").constant == {"action": ["dy"]}
+    of_episodes.write_text(json.dumps({"episode_index": 0}))
+    assert described(tmp_path / "old").constant == {}
     for unusable in ("{", "[]", '{"action": {"min": null, "max": 3}}', '{"action": {"min": [1], "max": [1]}}'):
         path.write_text(unusable)
         assert described(root).constant == {}

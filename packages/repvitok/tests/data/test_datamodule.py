@@ -205,3 +205,11 @@ def test_a_camera_that_was_never_recorded_is_named_before_training(gapped, tmp_p
     with pytest.raises(FileNotFoundError, match="no such video file; if this camera was never recorded, leave it out"):
         LeRobotReader(root)[0]
     assert len(train_and_held_out(module(str(root), cameras=[camera]))) == 2
+
+
+def test_testing_on_nothing_is_an_error(folders):
+    data = module(folders["videos"], held_out=0.0)
+    assert data.val_dataloader() == []
+    for loader in (data.test_dataloader, data.predict_dataloader):
+        with pytest.raises(ValueError, match=r"data\.held_out: nothing is held out of these videos"):
+            loader()

@@ -234,6 +234,15 @@ def test_rows_faster_than_the_film_share_its_frames_and_that_is_said_once(tmp_pa
     assert [record.getMessage().count("30 frames a second for 60 rows") for record in caplog.records] == [1]
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(("row_hz", "film_hz"), [(10, 5), (30, 15)])
+def test_rows_midway_between_two_frames_take_the_earlier_one_however_their_times_are_rounded(
+    tmp_path, version, row_hz, film_hz
+):
+    reader = recording(tmp_path, version, [clock(12, row_hz)], [clock(7, film_hz)], fps=row_hz)
+    assert numbers(reader.frames(0, CAMERA)) == [row // 2 for row in range(12)]
+
+
 def test_rows_that_share_a_frame_against_their_rate_are_refused(tmp_path):
     reader = recording(tmp_path, "v2.1", [[0, 0.027, 0.04, 0.1]], [clock(5, 30)])
     with pytest.raises(UserError, match=r"rows 1 and 2 \(0\.0270 s, 0\.0400 s\) are both nearest to frame 1 of .*mp4"):
@@ -266,8 +275,14 @@ def test_timestamps_that_are_none(tmp_path, column, told):
 
 @pytest.mark.parametrize(
     "column",
-    [4, pa.array([[time] for time in clock(4, 10)]), pa.array(clock(4, 10)), [0, 0.11, 0.19, 0.3]],
-    ids=["absent: row / fps", "lists of one", "float64", "measured"],
+    [
+        4,
+        *(pa.array([[time] for time in clock(4, 10)], kind(pa.float32())) for kind in (pa.list_, pa.large_list)),
+        pa.array([[time] for time in clock(4, 10)], pa.list_view(pa.float64())),
+        pa.array(clock(4, 10)),
+        [0, 0.11, 0.19, 0.3],
+    ],
+    ids=["absent: row / fps", "lists of one", "large lists", "list views", "float64", "measured"],
 )
 def test_timestamps_in_other_forms(tmp_path, column):
     reader = recording(tmp_path, "v2.1", [column], [clock(12, 30)], fps=10)

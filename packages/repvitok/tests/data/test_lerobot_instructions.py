@@ -134,7 +134,9 @@ def test_rows_without_a_number(plain):
         assert told(LeRobotReader(data.root)) == {0: "open it" if 0 in column else ""}
 
 
-@pytest.mark.parametrize("text_type", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str)
+@pytest.mark.parametrize(
+    "text_type", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())], ids=str
+)
 @pytest.mark.parametrize("name", ["task", "__index_level_0__", "instruction"])
 def test_task_tables_in_every_form(plain, name, text_type):
     data = plain("v3.0")
@@ -179,6 +181,7 @@ def test_wrong_task_lines_are_named(plain, rows, words):
         pa.table({"task_index": [0.5], "task": ["x"]}),
         pa.table({"task_index": ["0"], "task": ["x"]}),
         pa.table({"task_index": [0], "task": [7]}),
+        pa.table({"split": ["train"], "task_index": [0], "task_description": ["x"]}),  # which of the two?
     ],
     ids=lambda table: str(table.to_pydict()),
 )

@@ -204,6 +204,10 @@ def test_two_episodes_never_share_rows_or_frames(plain):
     refused(data.root, "episodes 1 and 2", CAMERA, "0.5 s")
     data.set_column(f"videos/{CAMERA}/from_timestamp", pa.array([0.0, 0.4, 0.7]), data.episode_table)
     as_written(data, LeRobotReader(data.root))
+    with_camera(data := plain("v3.0"), video_path="videos/{video_key}.mp4")
+    for key, values in (("file_index", [0, 1, 2]), ("from_timestamp", [0.0, 0.0, 0.0])):
+        data.set_column(f"videos/{CAMERA}/{key}", pa.array(values), data.episode_table)
+    refused(data.root, "episodes 0 and 1", CAMERA, f"videos/{CAMERA}.mp4")  # files that their path does not tell apart
     with_camera(data := plain(), video_path="videos/{video_key}.mp4")
     refused(data.root, "video_path", "{episode_index}")
     with_camera(data := plain(), CAMERA, "wrist", video_path="videos/{episode_index}.mp4")
@@ -228,12 +232,17 @@ def with_camera(data, *cameras: str, video_path: str | None = None) -> None:
 
 @pytest.mark.parametrize(
     ("version", "camera"),
-    [("v2.1", "../../outside"), ("v3.0", "a/../../../b"), ("v2.1", "\ud800"), ("v3.0", "c" * 300)],
+    [("v2.1", "../../outside"), ("v3.0", "a/../../../b"), ("v3.0", "c" * 300)],
 )
 def test_cameras_lead_nowhere_outside(plain, version, camera):
     data = plain(version)
     with_camera(data, camera)
     refused(data.root, "video_path", "beneath")
+
+
+def test_a_camera_named_by_half_a_character_is_refused(plain):
+    with_camera(data := plain(), "\ud800")
+    refused(data.root, "info.json", "'features'", "half a character")
 
 
 @pytest.mark.parametrize("path", ["/etc/{video_key}/{episode_index}.mp4", "../{video_key}/{episode_index}.mp4"])
@@ -356,7 +365,7 @@ def test_texts_may_hold_any_character(plain):
     (data.root / "meta/tasks.jsonl").write_text(json.dumps({"task_index": 0, "task": text}, ensure_ascii=False))
     assert LeRobotReader(data.root)[0]["task"] == text
     data.write_lines("tasks", [{"task_index": 0, "task": "\ud800"}])
-    refused(data.root, "tasks.jsonl, line 1", "surrogates")
+    refused(data.root, "tasks.jsonl, line 1", "half a character")
 
 
 @pytest.mark.parametrize(

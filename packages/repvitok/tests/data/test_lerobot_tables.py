@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from repvitok.data.lerobot import LeRobotReader
 from repvitok.data.lerobot_format import NUMBER_DTYPES
+from repvitok.data.lerobot_tables import robot_numbers
 from repvitok.errors import UserError
 
 ACTION = [[0, 0], [1, -1], [2, -2], [3, -3]]  # of `plain`'s episode 0
@@ -247,3 +248,26 @@ def test_a_value_stays_what_it_is_or_is_refused(plain, stored, declared, values)
         np.testing.assert_array_equal(read, values.astype(target))
     else:
         assert [int(value) for value in read] == [int(value) for value in values]
+
+
+@pytest.mark.parametrize(
+    "dtype", ["bool", "int8", "uint8", "int32", "int64", "uint64", "float16", "float32", "float64"]
+)
+@settings(max_examples=25, deadline=None)
+@given(values=st.lists(numbers, min_size=3, max_size=3))
+def test_actions_are_learned_as_they_are_or_refused(dtype, values):
+    with np.errstate(all="ignore"):
+        stored = np.array(values, object).astype(np.float64).astype(dtype)
+        held = [math.isfinite(x) and math.isfinite(np.float32(x)) for x in stored.tolist()]
+    if stored.dtype.kind in "iu":
+        held = [int(np.float32(x)) == x for x in stored.tolist()]
+    try:
+        read = robot_numbers(stored.reshape(1, 3), "abc", "row {}".format)
+    except UserError as error:
+        first = held.index(False)
+        assert f"row 0, channel '{'abc'[first]}'" in str(error)  # noqa: PT017
+        assert str(error).endswith(f"got {stored[first]}")  # noqa: PT017
+    else:
+        assert all(held)
+        assert read.dtype == np.float32
+        np.testing.assert_array_equal(read[0], stored.astype(np.float32))

@@ -85,6 +85,9 @@ def test_images_are_videos_of_one_frame(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"a\.png: not a readable image"):
         source.read(0)
+    (tmp_path / "a.png").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(ValueError, match=r"a\.png: the image is a git-lfs pointer"):
+        source.read(0)
 
 
 def test_folders_without_videos_or_images_say_so(tmp_path):

@@ -106,6 +106,13 @@ def test_damage_is_named_or_counted(shards, films, caplog):
     (shards / "clips-001.tar").write_bytes(whole[:1500])
     with pytest.raises(ValueError, match=r"clips-001\.tar: not a readable, uncompressed tar"):
         TarShards(shards)
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+    (shards / "clips-001.tar").write_bytes(pointer)
+    with pytest.raises(ValueError, match=r"clips-001\.tar is a git-lfs pointer"):
+        TarShards(shards)
+    write_tar(shards / "clips-001.tar", {"bad.mp4": pointer})
+    with pytest.raises(ValueError, match=r"clips-001\.tar, bad\.mp4 is a git-lfs pointer"):
+        TarShards(shards)
 
 
 def test_what_holds_no_clips_says_so(tmp_path):

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -263,7 +264,8 @@ def test_what_was_written_is_compared_with_the_source(source, tmp_path, monkeypa
             shutil.copyfile(video, other := video.with_suffix(".other"))
             os.replace(other, video)
         elif damage == "column":
-            pq.write_table(table.set_column(table.column_names.index("timestamp"), "timestamp", table["index"]), path)
+            later = pc.add(table["timestamp"], pa.scalar(0.001, pa.float32()))
+            pq.write_table(table.set_column(table.column_names.index("timestamp"), "timestamp", later), path)
         else:
             pq.write_table(
                 table.set_column(table.column_names.index("action"), "action", table["actions.joints"]), path
@@ -279,8 +281,12 @@ def test_what_was_written_is_compared_with_the_source(source, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (pa.array([2**24 + 1] * 5), "row 0, channel 'gripper': 16777217 is too large"),
-        (pa.array([1.0, 2.0, np.inf, 3.0, 4.0]), "row 2, action, channel 'gripper': expected a finite number"),
+        (pa.array([2**24 + 1] * 5), "episode 0, row 0, actions.gripper, channel 'gripper': .* got 16777217"),
+        (pa.array([1.0, 2.0, 3.0, 1e300, 4.0]), "episode 0, row 3, actions.gripper, channel 'gripper': .* got 1e.300"),
+        (
+            pa.array([1.0, 2.0, np.inf, 3.0, 4.0]),
+            "source/data/.*: episode 0, row 2, actions.gripper, channel 'gripper': .* got inf",
+        ),
     ],
 )
 def test_numbers_that_cannot_be_written_are_named(source, tmp_path, values, message):
@@ -293,6 +299,49 @@ def test_numbers_that_cannot_be_written_are_named(source, tmp_path, values, mess
     with pytest.raises(ValueError, match=message):
         prepare(source, tmp_path / "out", _layout(tmp_path))
     assert not (tmp_path / "out/meta").exists()
+
+
+@pytest.mark.parametrize("source", ["v2.1"], indirect=True)
+def test_statistics_of_other_programs_are_kept_or_named(source, tmp_path):
+    stats, of_episodes = source / "meta/stats.json", source / "meta/episodes_stats.jsonl"
+    of_episodes.write_text('{"episode_index": 0}\n{"episode_index": 1, "stats": null, "by": "me"}\n')
+    stats.write_text('{"index": {"min": NaN, "q99": [3]}}')
+    prepare(source, tmp_path / "out", _layout(tmp_path))
+    kept = json.loads((tmp_path / "out/meta/stats.json").read_text())
+    assert kept["index"]["q99"] == [3]
+    lines = [json.loads(line) for line in (tmp_path / "out/meta/episodes_stats.jsonl").read_text().splitlines()]
+    assert lines[1]["by"] == "me"
+    assert lines[1]["stats"]["action"]["max"] == pytest.approx([104.1, 104.2, 104.0])
+    for path, text in ((of_episodes, "[1]"), (of_episodes, '{"episode_index": 0, "stats": 3}'), (stats, "[1]")):
+        before = path.read_text()
+        path.write_text(text)
+        with pytest.raises(ValueError, match=rf"source/meta/{path.name}.*: expected (an )?object"):
+            prepare(source, tmp_path / path.stem, _layout(tmp_path))
+        path.write_text(before)
+
+
+@pytest.mark.parametrize("source", ["v3.0"], indirect=True)
+def test_a_table_of_no_episodes_is_kept(source, tmp_path):
+    first = source / "meta/episodes/chunk-000/file-000.parquet"
+    pq.write_table(pq.read_table(first).slice(0, 0), first.with_name("file-001.parquet"))
+    prepare(source, tmp_path / "out", _layout(tmp_path))
+    assert len(LeRobotReader(tmp_path / "out").episodes) == 2
+
+
+@pytest.mark.parametrize("source", ["v2.1"], indirect=True)
+def test_what_was_not_recorded_is_told_with_what_this_command_can_do(source, tmp_path):
+    layout = _layout(tmp_path, cameras=list(CAMERAS))
+    for missing, told in (
+        (
+            f"videos/chunk-000/{CAMERAS[1]}/episode_000001.mp4",
+            rf"episodes 1 .*cameras: \[{CAMERAS[0]}\] in the layout, or",
+        ),
+        ("data/chunk-000/episode_000001.parquet", "tables of episodes 1 are missing"),
+    ):
+        (source / missing).unlink()
+        with pytest.raises(ValueError, match=rf"{told}.*take them out of the table of episodes") as error:
+            prepare(source, tmp_path / "out", layout)
+        assert "--" not in str(error.value)
 
 
 def test_a_broken_layout_is_one_line(tmp_path, capsys):

@@ -82,7 +82,7 @@ def test_all_episodes_of_a_data_set_are_tested_if_asked(world, run):
         ({"tokenizer": "nowhere"}, [], "nowhere"),
         ({"tokenizer": "null"}, [], "expected both --recorded.dataset and --recorded.tokenizer"),
         ({"clip_features": "[i4d]"}, [], "clip features: expected hog"),
-        ({}, ["--data.held_out=0"], "the run holds out no episodes"),
+        ({}, ["--data.held_out=0"], "the run holds out no whole episodes"),
     ],
 )
 def test_what_cannot_be_tested_ends_in_one_error(world, run, capsys, changes, extra, message):

@@ -91,10 +91,11 @@ def test_pictures_of_the_report_do_too(made):
     step = int(shown.name.split("latent frame ")[1].split(":")[0])
     assert shown.frame.mean() == pytest.approx(grey(step * PER_LATENT), abs=2)
     assert shown.next_frame.mean() == pytest.approx(grey((step + 1) * PER_LATENT), abs=2)
-    prepared = SimpleNamespace(data=SimpleNamespace(folder=made / "data"), tokenizer_folder=made / "tokenizer")
-    (clip,) = pictures.reconstruction(this, SimpleNamespace(prepared=prepared)).clips
-    last = {"episode 0": 18, "episode 1": 30}[clip.name]
-    assert clip.original[-1].mean() == pytest.approx(grey(last), abs=2)
+    data = SimpleNamespace(folder=made / "data")
+    prepared = SimpleNamespace(data=data, latents=made / "latents", tokenizer_folder=made / "tokenizer")
+    clips = pictures.reconstruction(this, SimpleNamespace(prepared=prepared), [0, 1]).clips
+    for clip, last in zip(clips, (18, 30), strict=True):
+        assert clip.original[-1].mean() == pytest.approx(grey(last), abs=2)
 
 
 def test_the_policy_plans_and_is_compared_at_the_same_frames(made):
@@ -113,8 +114,8 @@ def test_the_policy_plans_and_is_compared_at_the_same_frames(made):
         plan=PlanSettings(chunk_frames=1, execute_frames=1, video_steps=1, action_steps=1),
         digests={"wam": wam.digest(), "tokenizer": tokenizer.digest(), "statistics": store.statistics.digest},
     )
-    parts = {"tokenizer": made / "tokenizer"}
-    write_policy(made / "policy", wam, store.statistics, manifest, parts, text_cache(made / "latents", "minilm"))
+    text = text_cache(made / "latents", "minilm")
+    write_policy(made / "policy", wam, tokenizer, store.statistics, manifest, {}, text)
     policy = BatchedPolicy.from_pretrained(made / "policy")
     assert policy.frames_per_latent == store.meta.frames_per_latent == PER_LATENT
     result = evaluate_open_loop(policy, LeRobotReader(made / "data"))

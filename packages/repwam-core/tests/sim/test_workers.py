@@ -25,18 +25,6 @@ if __name__ == "__main__":
 """
 
 
-class Mortal:
-    """Lives in a worker; a job above 0 ends its process with that code."""
-
-    def run(self, number):
-        if number > 0:
-            os._exit(number)
-        return -number
-
-    def close(self):
-        pass
-
-
 @pytest.mark.parametrize("workers", [1, 2])
 def test_every_job_is_done_once(workers):
     answers = dict(map_jobs(partial(io.StringIO, "x"), "write", [("a" * n,) for n in range(7)], workers))
@@ -70,11 +58,12 @@ def test_a_dead_process_is_noticed():
 
 @pytest.mark.parametrize("deaths", [1, 3])
 def test_a_job_whose_process_died_is_told_and_the_rest_is_done(deaths):
-    jobs = [(3,)] * deaths + [(-1,), (-2,)]
+    jobs = [("__import__('os')._exit(3)",)] * deaths + [("1",), ("2",)]
+    builtins = partial(importlib.import_module, "builtins")
     with pytest.raises(WorkerDied):
-        list(map_jobs(Mortal, "run", jobs, 2))
-    told = dict(map_jobs(Mortal, "run", jobs, 2, lost=lambda job, death: f"{job[0]}: {death}"))
-    died = dict.fromkeys(range(deaths), "3: a worker process ended unexpectedly (exit code 3)")
+        list(map_jobs(builtins, "eval", jobs, 2))
+    told = dict(map_jobs(builtins, "eval", jobs, 2, lost=lambda job, death: f"{job[0][-3:]}: {death}"))
+    died = dict.fromkeys(range(deaths), "(3): a worker process ended unexpectedly (exit code 3)")
     assert told == died | {deaths: 1, deaths + 1: 2}
 
 

@@ -65,7 +65,8 @@ class LapaTraining(L.LightningModule):
 
     def training_step(self, batch: FramePair, batch_idx: int) -> Tensor:
         """The loss; counts the codes."""
-        loss, index = self.lapa(*batch, self._generator(self.global_step, self.global_rank, batch_idx))
+        micro_batch = batch_idx % self.trainer.accumulate_grad_batches
+        loss, index = self.lapa(*batch, self._generator(self.global_step, self.global_rank, micro_batch))
         self.used += code_usage(index, self.lapa.config.codes)
         self.log("train/loss", loss)
         self._finite.note({"loss": loss}, lambda: which_episodes(self.trainer, batch))

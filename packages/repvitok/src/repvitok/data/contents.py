@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import yaml
 
 from repvitok.data.lerobot import LeRobotReader
 from repvitok.data.lerobot_format import INDEX_FEATURES, EpisodeInfo
+from repvitok.data.lerobot_metadata import parquet_columns
 from repvitok.data.shards import LatentShards
 from repvitok.data.split import format_episodes
-from repvitok.documents import load_json
+from repvitok.documents import load_json, load_json_lines
 from repvitok.errors import UserError
 
 ACTION, STATE = "action", "observation.state"
+OUT_OF_META = "take them out of the table of episodes in the meta folder"
 MAX_CHANNELS = 512
 """A column of more numbers is a picture or a point cloud, not what a robot does."""
 
@@ -109,6 +110,8 @@ class DataContents:
         missed = "; ".join(told)
         if absent and (layout := suggest_layout(self.columns, self.cameras, self.root.name)):
             missed += f". {_prepare(str(self.root), layout)}"
+        elif ACTION in absent and self.columns:
+            missed += f". {_unlike_actions(self.columns)}"
         return missed
 
 
@@ -229,10 +232,14 @@ def missing_actions(source: str, columns: Columns | None, cameras: Sequence[str]
         )
     if layout := suggest_layout(columns, cameras, Path(source).name):
         return f'{source} has no column "action". {_prepare(source, layout)}'
-    there = f"of numbers there are {', '.join(columns)}" if columns else "it has no other column of numbers"
+    told = _unlike_actions(columns) if columns else "It has no other column of numbers"
+    return f'{source} has no column "action" and none that is called like one. {told}'
+
+
+def _unlike_actions(columns: Columns) -> str:
     return (
-        f'{source} has no column "action" and none that is called like one: {there}. If one of them holds the actions, '
-        "name it in a layout for `repwam prepare` (docs/datasets.md)"
+        f"Of numbers there are {', '.join(columns)}: if one of them holds the actions, name it in a layout for "
+        "`repwam prepare` (docs/datasets.md)"
     )
 
 
@@ -249,33 +256,35 @@ def _prepare(source: str, layout: str) -> str:
     )
 
 
-def require_recorded(reader: Any, cameras: Sequence[str], episodes: Sequence[int]) -> None:
+def require_recorded(reader: Any, cameras: Sequence[str], episodes: Sequence[int], *, layout: bool = False) -> None:
     """Stops where a file that will be read is not there, by looking for it; nothing is opened but tables' footers.
 
     Args:
         reader: the data set, a `LeRobotReader`.
         cameras: those that are taken.
         episodes: numbers of those that are taken.
+        layout: cameras are named by a layout and all episodes are taken, so that no option leaves them out.
 
     Raises:
-        UserError: names the camera or the episodes, and the option that leaves them out.
+        UserError: names the camera or the episodes, and what leaves them out.
     """
     tables = {number: reader.data_path(number) for number in episodes}
     there = {path: path.is_file() for path in set(tables.values())}
     if absent := [number for number, path in tables.items() if not there[path]]:
+        left = f"--episodes {format_episodes(set(episodes) - set(absent))}"
         raise UserError(
             f"{reader.root}: the tables of episodes {format_episodes(absent)} are missing, first "
-            f"{tables[absent[0]]}; copy the data set again, or take the others only, --episodes "
-            f"{format_episodes(set(episodes) - set(absent))}"
+            f"{tables[absent[0]]}; copy the data set again, or "
+            + (OUT_OF_META if layout else f"take the others only, {left}")
         )
     for camera in cameras:
         if reader.features[camera]["dtype"] == "image":
-            holds = {path: camera in pq.read_schema(path).names for path in there}
+            holds = {path: camera in parquet_columns(path) for path in there}
             absent, first = [number for number, path in tables.items() if not holds[path]], f"no column {camera}"
         else:
             absent, first = _without_video(reader, camera, episodes)
         if absent:
-            raise UserError(_absent_camera(reader, camera, cameras, absent, episodes, first))
+            raise UserError(_absent_camera(reader, camera, cameras, absent, episodes, first, layout))
 
 
 def _without_video(reader: Any, camera: str, episodes: Iterable[int]) -> tuple[list[int], str]:
@@ -296,37 +305,48 @@ def _without_video(reader: Any, camera: str, episodes: Iterable[int]) -> tuple[l
 
 
 def _absent_camera(
-    reader: Any, camera: str, cameras: Sequence[str], absent: list[int], episodes: Sequence[int], first: str
+    reader: Any,
+    camera: str,
+    cameras: Sequence[str],
+    absent: list[int],
+    episodes: Sequence[int],
+    first: str,
+    layout: bool,
 ) -> str:
     others = [other for other in cameras if other != camera]
-    without = f"--cameras {' '.join(others)} (`cameras` in a recipe)" if others else "there is no other camera"
+    if layout:
+        without = f"cameras: [{', '.join(others)}] in the layout"
+    else:
+        without = f"--cameras {' '.join(others)} (`cameras` in a recipe)" if others else "there is no other camera"
     if len(absent) == len(set(episodes)):
         return (
             f"{reader.root}: meta/info.json declares the camera {camera}, but it was never recorded ({first}); leave "
             f"it out: {without}"
         )
-    left = format_episodes(set(episodes) - set(absent))
+    left = f"--episodes {format_episodes(set(episodes) - set(absent))}"
     return (
         f"{reader.root}: the camera {camera} was not recorded in episodes {format_episodes(absent)} ({first}); leave "
-        f"it out: {without}, or these episodes: --episodes {left}"
+        f"it out: {without}, or these episodes: {OUT_OF_META if layout else left}"
     )
 
 
 def _known_constants(root: Path, columns: Columns) -> dict[str, list[str]]:
-    """Channels of actions and states whose least and greatest value are one, by meta/stats.json; none without it."""
-    path = root / "meta/stats.json"
+    """Channels of actions and states whose least and greatest value are one, by the statistics in the meta folder: of
+    the whole data set, or in version 2.1 of each episode; none without them."""
+    whole, parts = root / "meta/stats.json", root / "meta/episodes_stats.jsonl"
+    constant: dict[str, list[str]] = {}
     try:
-        statistics = load_json(path) if path.is_file() else {}
-        known = {
-            name: [np.ravel(statistics[name][key]) for key in ("min", "max")]
-            for name in (ACTION, STATE)
-            if name in statistics
-        }
+        if whole.is_file():
+            statistics = [load_json(whole)]
+        else:
+            statistics = [line["stats"] for _, line in load_json_lines(parts)] if parts.is_file() else []
+        for name in (ACTION, STATE):
+            if not statistics or name not in columns or not all(name in part for part in statistics):
+                continue
+            least = np.min([np.array(part[name]["min"], float).ravel() for part in statistics], axis=0)
+            most = np.max([np.array(part[name]["max"], float).ravel() for part in statistics], axis=0)
+            if len(least) == len(most) == len(columns[name]):
+                constant[name] = [columns[name][channel] for channel in np.flatnonzero(least == most).tolist()]
     except (UserError, KeyError, TypeError, ValueError):
         return {}  # other programs' statistics: a hint that no stage relies on, the data themselves decide at the end
-    constant = {
-        name: [channel for channel, least, most in zip(columns[name], low, high, strict=True) if least == most]
-        for name, (low, high) in known.items()
-        if name in columns and len(low) == len(high) == len(columns[name])
-    }
     return {name: channels for name, channels in constant.items() if channels}

@@ -190,12 +190,18 @@ class ClipDataModule(LightningDataModule):
         return self._loader(self._val, GivenBatches([mine[i : i + size] for i in range(0, len(mine), size)]))
 
     def test_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """The validation clips."""
+        """The validation clips.
+
+        Raises:
+            UserError: there are none; Lightning would end without a word.
+        """
+        if self._val is None:
+            raise UserError("data.held_out: nothing is held out of these videos, so there is nothing to test on")
         return self.val_dataloader()
 
     def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """The validation clips."""
-        return self.val_dataloader()
+        """The same as for testing."""
+        return self.test_dataloader()
 
     def state_dict(self) -> dict[str, Any]:
         """The settings that decide what batch k holds; the loader's own state is the place."""

@@ -33,7 +33,7 @@ Columns = dict[str, np.ndarray]
 log = logging.getLogger(__name__)
 
 
-class LeRobotReader(Sequence[dict[str, Any]]):
+class LeRobotReader(Sequence[Any]):  # of dict, but run-time type checks would decode an item at every call
     """A LeRobot data set on disk, frame by frame or episode by episode.
 
     `reader[i]` is frame i of the data set as a dict with LeRobot's own keys: numbers as numpy arrays or scalars

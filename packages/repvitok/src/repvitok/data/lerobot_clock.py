@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float64, Int64
 
+from repvitok.data.lerobot_tables import is_list
 from repvitok.data.video import VideoFile
 from repvitok.errors import UserError
 
@@ -39,7 +40,7 @@ def row_times_s(timestamps: pa.ChunkedArray | None, rows: int, fps: float, sourc
             times = np.arange(rows) / np.float64(fps)
     else:
         values = timestamps.combine_chunks()
-        while pa.types.is_list(values.type) or pa.types.is_fixed_size_list(values.type):  # of one number each
+        while is_list(values.type):  # of one number each
             values = values.flatten()
         stored = values.to_numpy(zero_copy_only=False)
         if stored.dtype.kind not in "fiu" or len(stored) != rows:

@@ -100,10 +100,11 @@ class Feature:
         return self.dtype in CAMERA_DTYPES
 
     def channel_names(self, key: str) -> tuple[str, ...]:
-        """One name per number: its own, or `<key>_<i>` where there are none or another number of them."""
+        """One name per number: its own, or `<key>_<i>` where there are none, another number of them, or one twice."""
         size = math.prod(self.shape)
         names = flat_names(self.names)
-        return names if len(names) == size else tuple(f"{key}_{channel}" for channel in range(size))
+        distinct = len(set(names)) == len(names) == size and all(name.strip() for name in names)
+        return names if distinct else tuple(f"{key}_{channel}" for channel in range(size))
 
 
 class PathTemplate:

@@ -8,6 +8,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -127,19 +128,29 @@ class Metadata:
         start_s = self.video_start_s(episode, camera)
         if self.version != "v3.0" or "episode_index" in self.video_path.names:
             return start_s, None
-        place = self._video_place(self.episodes[episode], camera)
-        starts_s = self._video_starts_s[camera, place.chunk_index, place.file_index]
+        starts_s = self._video_starts_s[camera, self.video_numbers(self.episodes[episode], camera)]
         behind = bisect.bisect_right(starts_s, start_s)
         return start_s, starts_s[behind] if behind < len(starts_s) else None
 
+    def video_numbers(self, row: EpisodeRow, camera: str) -> tuple[int | None, ...]:
+        """The numbers that tell the file of an episode from the others of a camera: those that `video_path` names."""
+        assert self.video_path is not None
+        place = self._video_place(row, camera)
+        numbers = {
+            "chunk_index": place.chunk_index,
+            "file_index": place.file_index,
+            "episode_chunk": row.index // self.chunks_size,
+        }
+        return tuple(number for name, number in numbers.items() if name in self.video_path.names)
+
     @cached_property
-    def _video_starts_s(self) -> dict[tuple[str, int | None, int | None], list[float]]:
-        """When the episodes of each video start, in order; by camera, chunk_index and file_index."""
+    def _video_starts_s(self) -> dict[tuple[str, tuple[int | None, ...]], list[float]]:
+        """When the episodes of each video start, in order; by camera and the numbers of its file."""
         starts_s = defaultdict(list)
         for row in self.episodes.values():
             for camera, place in row.videos.items():
                 if place.from_s is not None:
-                    starts_s[camera, place.chunk_index, place.file_index].append(place.from_s)
+                    starts_s[camera, self.video_numbers(row, camera)].append(place.from_s)
         return {file: sorted(times) for file, times in starts_s.items()}
 
     def own_tasks(self, episode: int) -> tuple[str, ...]:
@@ -240,15 +251,28 @@ def read_parquet(path: Path, wanted: Callable[[str], bool] = bool) -> pa.Table:
         FileNotFoundError: there is no such file.
         UserError: a git-lfs pointer, no parquet file, or a wanted column is there twice.
     """
+    with _parquet_file(path) as file:
+        names = [name for name in file.schema_arrow.names if wanted(name)]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise UserError(f"{path}: columns {twice} are there twice")
+        return file.read(columns=names).select(names)
+
+
+def parquet_columns(path: Path) -> list[str]:
+    """The names of a table's columns, from its footer alone; errors as of `read_parquet`."""
+    with _parquet_file(path) as file:
+        return file.schema_arrow.names
+
+
+@contextmanager
+def _parquet_file(path: Path) -> Iterator[pq.ParquetFile]:
+    """A table that is open; what goes wrong with it from here on names it."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing from the data set")
     refuse_lfs_pointer(path)
     try:
         with pq.ParquetFile(path) as file:
-            names = [name for name in file.schema_arrow.names if wanted(name)]
-            if twice := sorted({name for name in names if names.count(name) > 1}):
-                raise UserError(f"{path}: columns {twice} are there twice")
-            return file.read(columns=names).select(names)
+            yield file
     except UserError:
         raise
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
@@ -427,11 +451,12 @@ def _tasks(path: Path) -> dict[int, str]:
 
 
 def _task_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a version 3 task table, whose text is a column `task` or pandas' index, whatever its name."""
+    """The rows of a version 3 task table, whose text is a column `task`, pandas' index, or the only column of texts."""
     table = read_parquet(path)
-    texts = [name for name in ("task", "__index_level_0__") if name in table.column_names]
-    texts += [field.name for field in table.schema if _is_text(field.type) and field.name not in texts]
-    if "task_index" not in table.column_names or not texts:
+    texts = [field.name for field in table.schema if _is_text(field.type)]
+    if "task" in table.column_names or "__index_level_0__" in texts:
+        texts = ["task" if "task" in table.column_names else "__index_level_0__"]
+    if "task_index" not in table.column_names or len(texts) != 1:
         raise UserError(f"{path}: expected columns 'task_index' and 'task', got {table.column_names}")
     numbers = _whole_numbers(table, "task_index", path, required=True)
     for row, (number, text) in enumerate(zip(numbers, column_values(table, texts[0], path), strict=True)):
@@ -440,7 +465,7 @@ def _task_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _is_text(kind: pa.DataType) -> bool:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def _require_rows_apart(metadata: Metadata) -> None:
@@ -478,11 +503,9 @@ def _require_videos_apart(metadata: Metadata, cameras: Sequence[str]) -> None:
     half_frame_s = 0.5 / metadata.fps
     for camera in cameras:
         placed = [
-            ((place.chunk_index, place.file_index), place.from_s, place.to_s, row.index)
+            (metadata.video_numbers(row, camera), place.from_s, place.to_s, row.index)
             for row in metadata.episodes.values()
-            if (place := row.videos[camera]).from_s is not None
-            and place.chunk_index is not None
-            and place.file_index is not None
+            if (place := row.videos[camera]).from_s is not None and None not in metadata.video_numbers(row, camera)
         ]
         placed.sort(key=lambda part: (part[0], part[1], part[3]))
         for (file, begin_s, end_s, one), (next_file, next_s, _, other) in pairwise(placed):
@@ -490,5 +513,5 @@ def _require_videos_apart(metadata: Metadata, cameras: Sequence[str]) -> None:
             if file == next_file and next_s < end_s:
                 raise UserError(
                     f"{metadata.root / 'meta/episodes'}: episodes {one} and {other} both claim {camera} at {next_s:g} "
-                    f"s of chunk {file[0]}, file {file[1]}"
+                    f"s of {metadata.video_of(one, camera).relative_to(metadata.root)}"
                 )

@@ -14,6 +14,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from repvitok.data.pictures import DepthRange, is_deep, picture_to_rgb
+from repvitok.documents import refuse_lfs_pointer
 from repvitok.errors import UserError
 
 __all__ = ["PictureColumn"]
@@ -84,9 +85,11 @@ class PictureColumn:
         stored: dict[str, Any] = self._values[row].as_py() or {}
         try:
             if stored.get("bytes") is not None:
+                refuse_lfs_pointer("the picture", stored["bytes"])
                 file: io.BytesIO | Path = io.BytesIO(stored["bytes"])
             elif stored.get("path"):
                 file = self._beneath_root(stored["path"])
+                refuse_lfs_pointer(file)
             else:
                 raise UserError("neither bytes nor a path")
             with Image.open(file) as picture:

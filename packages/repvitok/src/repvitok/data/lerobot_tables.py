@@ -165,6 +165,42 @@ def to_numpy(table: pa.Table, key: str, feature: Feature, path: Path, where: Whe
     return flat.reshape(len(table), *feature.shape) if sizes else flat
 
 
+def robot_numbers(values: np.ndarray, names: Sequence[str], where: Where) -> np.ndarray:
+    """Rows of actions or states as float32, (rows, channels): what latents and policies hold.
+
+    Floats are rounded; nothing else about them may change.
+
+    Args:
+        values: (rows, ...) of any dtype.
+        names: one per channel.
+        where: a row of them -> what an error calls it.
+
+    Raises:
+        UserError: a number that is not finite, too large a one, or a whole number that float32 cannot hold.
+    """
+    values = values.reshape(len(values), math.prod(values.shape[1:]))
+    numbers, kept = _converted(values, np.dtype(np.float32))
+    wrong = ~(kept & np.isfinite(numbers))
+    if wrong.any():
+        row, channel = np.argwhere(wrong)[0].tolist()
+        raise UserError(
+            f"{where(row)}, channel {names[channel]!r}: expected a finite number that float32 holds, as actions and "
+            f"states are learned in, got {values[row, channel]}"
+        )
+    return numbers
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether a column holds lists, in any of the ways that Arrow has for them."""
+    return (
+        pa.types.is_list(kind)
+        or pa.types.is_large_list(kind)
+        or pa.types.is_fixed_size_list(kind)
+        or pa.types.is_list_view(kind)
+        or pa.types.is_large_list_view(kind)
+    )
+
+
 def _unwrapped(values: pa.Array, source: str, where: Where) -> tuple[pa.Array, list[int]]:
     """The innermost values of a column of (nested) lists, and how many the lists of each level have."""
     sizes: list[int] = []
@@ -180,13 +216,7 @@ def _unwrapped(values: pa.Array, source: str, where: Where) -> tuple[pa.Array, l
         if values.null_count:
             row = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0]) // max(per_row, 1)
             raise UserError(f"{source}, {where(row)}: expected a number, got null")
-        if not (
-            pa.types.is_list(kind)
-            or pa.types.is_large_list(kind)
-            or pa.types.is_fixed_size_list(kind)
-            or pa.types.is_list_view(kind)
-            or pa.types.is_large_list_view(kind)
-        ):
+        if not is_list(kind):
             return values, sizes
         lengths = pc.list_value_length(values).to_numpy(zero_copy_only=False)  # type: ignore[attr-defined]
         if odd := np.flatnonzero(lengths != lengths[:1]).tolist():
@@ -201,24 +231,30 @@ def _unwrapped(values: pa.Array, source: str, where: Where) -> tuple[pa.Array, l
 def _cast(values: pa.Array, dtype: str, source: str, where: Where) -> np.ndarray:
     """Plain values as numpy's `dtype`, each unchanged but for the rounding of floats."""
     flat = values.to_numpy(zero_copy_only=False)
-    target = np.dtype(dtype)
-    if flat.dtype == target:
+    if flat.dtype == np.dtype(dtype):
         return flat
-    with np.errstate(all="ignore"):
-        cast = flat.astype(target)
-        if flat.dtype.kind == "f" and target.kind == "f":
-            kept = np.isfinite(cast) | ~np.isfinite(flat)
-        else:
-            # Going there and back must end where it began; the signs tell where the bits alone survived (-1 as 2^64-1).
-            kept = (cast.astype(flat.dtype) == flat) & ((cast < 0) == (flat < 0))
-            if flat.dtype.kind == "f" and target.kind in "iu":  # 2^63 as a float: some processors saturate
-                kept &= flat < float(np.iinfo(target).max) + (target.itemsize < 8)
+    cast, kept = _converted(flat, np.dtype(dtype))
     if not kept.all():
         number = int(np.flatnonzero(~kept)[0])
         raise UserError(
             f"{source}, {where(number)}: expected {dtype}, as info.json says, got {flat[number]} ({values.type})"
         )
     return cast
+
+
+def _converted(values: np.ndarray, target: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Values in another dtype, and which of them are still what they were, but for the rounding of floats."""
+    with np.errstate(all="ignore"):
+        cast = values.astype(target, copy=False)
+        if cast.dtype == values.dtype or (values.dtype.kind == "f" and target.kind == "f"):
+            return cast, np.isfinite(cast) | ~np.isfinite(values)
+        # Going there and back must end where it began; the signs tell where the bits alone survived (-1 as 2^64-1).
+        kept = (cast.astype(values.dtype) == values) & ((cast < 0) == (values < 0))
+        if target.kind in "iu" and values.dtype.kind == "f":  # 2^63 as a float: some processors saturate
+            kept &= values < float(np.iinfo(target).max) + (target.itemsize < 8)
+        if target.kind == "f" and values.dtype.kind in "iu":
+            kept &= cast < float(np.iinfo(values.dtype).max) + (values.dtype.itemsize < 8)
+    return cast, kept
 
 
 def _episode_rows(table: pa.Table, path: Path) -> dict[int, EpisodeRows]:

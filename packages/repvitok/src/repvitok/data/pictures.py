@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float64, UInt8
 from PIL import Image, ImageOps
 
+from repvitok.documents import refuse_lfs_pointer
 from repvitok.errors import UserError
 
 DepthRange = tuple[float | int, float | int]
@@ -154,7 +155,9 @@ def read_image(
     if frames is not None and any(frame != 0 for frame in frames):
         raise UserError(f"{name}: an image has frame 0 only, asked for {list(frames)}")
     try:
-        with Image.open(file) as image:
+        content = file.getvalue() if isinstance(file, io.BytesIO) else file.read_bytes()
+        refuse_lfs_pointer("the image", content)
+        with Image.open(io.BytesIO(content)) as image:
             pixels = picture_to_rgb(image, depth_range)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error

@@ -50,7 +50,7 @@ def split_episodes(
     """
     known = sorted(set(episodes))
     if isinstance(held_out, float | int):
-        chosen = _choose(known, held_out)
+        chosen = _choose(known, float(held_out))
     else:
         chosen = set(choose_episodes(held_out, known, "held_out")) if held_out else set()
     left = known if usable is None else sorted(set(known) & set(usable))

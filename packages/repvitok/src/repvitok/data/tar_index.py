@@ -14,7 +14,7 @@ import msgspec
 
 from repvitok.data.sources import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from repvitok.data.video import VideoFile
-from repvitok.documents import Above0, read_json
+from repvitok.documents import Above0, read_json, refuse_lfs_pointer
 from repvitok.errors import UserError
 from repvitok.files import write_text_atomic
 
@@ -102,6 +102,7 @@ def scan(tar: Path) -> list[TarMember]:
         with tarfile.open(tar, "r:") as file:
             found = [member for member in file if member.isfile()]
     except tarfile.ReadError as error:
+        refuse_lfs_pointer(tar)
         raise UserError(
             f"{tar}: not a readable, uncompressed tar ({error}); is it truncated, or a .tar.gz to be unpacked?"
         ) from error

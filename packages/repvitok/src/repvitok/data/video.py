@@ -127,6 +127,9 @@ class VideoFile:
     ) -> Int64[np.ndarray, " ..."]:
         """Index of the frame shown nearest to each time, however far; the earlier one of two equally near.
 
+        Equally is up to the rounding of float32, in which tables keep their times: rows at twice the rate of the frames
+        would else jump to and fro between two.
+
         Args:
             times_s: seconds of the container's clock.
             among: which frames may be the answer, at least one; None: all.
@@ -135,7 +138,9 @@ class VideoFile:
         shown, wanted = self.times_s[among.start : among.stop], np.asarray(times_s, dtype=np.float64)
         after = np.searchsorted(shown, wanted).clip(0, len(shown) - 1)
         before = (after - 1).clip(0)
-        return np.asarray(among.start + np.where(wanted - shown[before] <= shown[after] - wanted, before, after))
+        rounding_s = 5e-7 + np.spacing(np.abs(wanted).astype(np.float32))
+        earlier = wanted - shown[before] <= shown[after] - wanted + rounding_s
+        return np.asarray(among.start + np.where(earlier, before, after))
 
     def frame_at(self, time_s: float | int, tolerance_s: float | None = None) -> int:
         """Index of the frame shown nearest to `time_s`.
@@ -305,7 +310,7 @@ class VideoFile:
             file = str(self.path) if self.span is None else io.BytesIO(self._member())
             container = av.open(file, "r", options=options)
         except FFmpegError as error:
-            refuse_lfs_pointer(self.path)
+            refuse_lfs_pointer(self.name, None if self.span is None else self._member())
             reason = str(error).split("]")[-1].split(":")[0].strip()
             raise UserError(f"{self.name}: not a readable video ({reason}); is it truncated?") from error
         with container:

@@ -26,7 +26,7 @@ from repvitok.data.contents import require_recorded
 from repvitok.data.lerobot_format import arrow_type, huggingface_metadata, number_feature
 from repvitok.data.lerobot_metadata import read_parquet
 from repvitok.data.lerobot_stats import column_statistics, pooled_statistics
-from repvitok.data.lerobot_tables import to_numpy
+from repvitok.data.lerobot_tables import Where, robot_numbers, to_numpy
 from repvitok.documents import Count, load_json, load_json_lines, load_yaml, parse, read_json
 from repvitok.errors import UserError
 from repvitok.files import sole_writer
@@ -158,7 +158,7 @@ def _info(reader: LeRobotReader, layout: DatasetLayout) -> dict[str, Any]:
     colours = [camera for camera in layout.cameras if camera in reader.camera_keys]
     if missing := [camera for camera in layout.cameras if camera not in _pictured(reader)]:
         raise UserError(f"{source}: no cameras {missing}; there are {_pictured(reader)}")
-    require_recorded(reader, colours, [episode.index for episode in reader.episodes])
+    require_recorded(reader, colours, [episode.index for episode in reader.episodes], layout=True)
     for part in (*layout.action, *layout.state):
         if part.column not in features:
             raise UserError(f"{source}: no column {part.column!r}; there are {sorted(features)}")
@@ -193,12 +193,8 @@ def _rewritten(layout: DatasetLayout) -> dict[str, tuple[Part, ...]]:
 
 def _dropped(reader: LeRobotReader, layout: DatasetLayout) -> list[str]:
     """Features that the prepared data set does not have: cameras left out, but no depth maps, and a state left out."""
-    colour = [key for key in reader.camera_keys if key not in layout.cameras and not _is_depth(reader.features[key])]
+    colour = [key for key in reader.camera_keys if key not in layout.cameras]
     return colour if layout.state else [*colour, STATE]
-
-
-def _is_depth(feature: dict[str, Any]) -> bool:
-    return bool((feature.get("info") or feature.get("video_info") or {}).get("video.is_depth_map"))
 
 
 def _files(root: Path) -> list[Path]:
@@ -300,21 +296,18 @@ def _numbers(table: pa.Table, part: Part, path: Path, reader: LeRobotReader) -> 
     """The part's numbers as float32, (rows, names)."""
     if part.column not in table.column_names:
         raise UserError(f"{path}: no column {part.column!r}, though info.json lists it")
+
+    def where(row: int) -> str:
+        episodes = table["episode_index"].to_pylist()
+        return f"{path}: episode {episodes[row]}, row {row - episodes.index(episodes[row])}, {part.column}"
+
     values = to_numpy(table, part.column, reader.metadata.features[part.column], path)
-    return _selected(values, part, f"{path}: {part.column}")
+    return _selected(values, part, where)
 
 
-def _selected(values: np.ndarray, part: Part, source: str) -> np.ndarray:
+def _selected(values: np.ndarray, part: Part, where: Where) -> np.ndarray:
     values = values.reshape(len(values), -1)
-    values = values if part.select is None else values[:, slice(*part.select)]
-    numbers = values.astype(np.float32)
-    if values.dtype.kind in "iu" and (changed := np.argwhere(numbers.astype(np.float64) != values)).size:
-        row, channel = changed[0]
-        raise UserError(
-            f"{source}, row {row}, channel {part.names[channel]!r}: {values[row, channel]} is too large a whole number "
-            "for float32, in which actions and states are written"
-        )
-    return numbers
+    return robot_numbers(values if part.select is None else values[:, slice(*part.select)], part.names, where)
 
 
 def _write_statistics(partial: Path, reader: LeRobotReader, layout: DatasetLayout, files: list[Path]) -> None:
@@ -328,18 +321,25 @@ def _write_statistics(partial: Path, reader: LeRobotReader, layout: DatasetLayou
     for file in files:
         path = partial / file
         if file == Path("meta/stats.json"):
-            stats = load_json(reader.root / file)
-            kept = {key: value for key, value in stats.items() if key not in gone}
+            kept = _kept_statistics(load_json(reader.root / file), gone, str(reader.root / file))
             pooled = {key: pooled_statistics([of[key] for of in counted.values()]) for key in keys}
             path.write_text(json.dumps(kept | pooled, indent=2) + "\n", encoding="utf-8")
         elif file == Path("meta/episodes_stats.jsonl"):
             lines = []
-            for _, line in load_json_lines(reader.root / file):
-                kept = {key: value for key, value in line["stats"].items() if key not in gone}
-                lines.append(json.dumps({**line, "stats": kept | counted.get(line["episode_index"], {})}) + "\n")
+            for place, line in load_json_lines(reader.root / file):
+                episode = parse(line, _EpisodeNumber, place, unknown=True).episode_index
+                kept = _kept_statistics(line.get("stats"), gone, f"{place}: field 'stats'")
+                lines.append(json.dumps({**line, "stats": kept | counted.get(episode, {})}) + "\n")
             path.write_text("".join(lines), encoding="utf-8")
         elif file.parts[:2] == ("meta", "episodes") and file.suffix == ".parquet":
             _write_episode_table(path, counted, gone)
+
+
+def _kept_statistics(stats: Any, gone: set[str], source: str) -> dict[str, Any]:
+    """Statistics without those of features that are gone; none where there are none."""
+    if not isinstance(stats, dict | None):
+        raise UserError(f"{source}: expected an object, statistics by feature, got {str(stats)[:60]}")
+    return {key: value for key, value in (stats or {}).items() if key not in gone}
 
 
 def _write_episode_table(path: Path, counted: dict[int, dict[str, Any]], gone: set[str]) -> None:
@@ -348,7 +348,7 @@ def _write_episode_table(path: Path, counted: dict[int, dict[str, Any]], gone: s
     has_statistics = any(name.startswith("stats/") for name in table.column_names)
     prefixes = tuple(f"{what}/{key}/" for key in gone for what in ("stats", "videos"))
     table = table.drop([name for name in table.column_names if name.startswith(prefixes)])
-    if has_statistics:
+    if has_statistics and len(table):
         rows = [counted[index] for index in table["episode_index"].to_pylist()]
         for key, numbers in rows[0].items():
             for name in numbers:
@@ -386,7 +386,7 @@ def _verify(reader: LeRobotReader, prepared: LeRobotReader, layout: DatasetLayou
         written = prepared.episode(episode.index, list(_rewritten(layout)))
         for key, parts in _rewritten(layout).items():
             columns = reader.episode(episode.index, list(dict.fromkeys(part.column for part in parts)))
-            values = [_selected(columns[part.column], part, f"{reader.root}: {part.column}") for part in parts]
+            values = [_selected(columns[part.column], part, str) for part in parts]
             same = np.array_equal(np.concatenate(values, axis=1), written[key].reshape(episode.length, -1))
             require(same, f"episode {episode.index}: {key}")
         for camera in layout.cameras:
@@ -429,6 +429,13 @@ class _Prepared:
     layout: dict[str, Any]
     source: str
     entries: list[Annotated[str, msgspec.Meta(pattern=r"^(?!\.{1,2}$)[^/]+$")]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _EpisodeNumber:
+    """What is read of a line of statistics of version 2."""
+
+    episode_index: int
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,9 @@ from einops import rearrange
 from jaxtyping import Float, UInt8
 from repvitok.data import LeRobotReader, prepare_frames
 from repvitok.data.contents import missing_actions, number_columns, require_recorded
-from repvitok.data.lerobot_format import ROBOT_COLUMNS
 from repvitok.data.split import EpisodeNumbers, format_episodes
 from repvitok.data.transforms import to_frames
-from repvitok.encoding_plan import infos_of
+from repvitok.encoding_plan import infos_of, read_robot_columns
 from repvitok.errors import UserError
 from repvitok.progress import progress
 
@@ -213,10 +212,8 @@ class _Replay:
         """`cameras`: each of the policy's -> the data set's that stands for it."""
         self.policy, self.reader, self.index, self.cameras = policy, reader, index, cameras
         self.seen = task in policy.parts.instructions
-        columns = reader.episode(index, [key for key in ROBOT_COLUMNS if key in reader.features])
-        self.actions = columns["action"].reshape(len(columns["action"]), -1).astype(np.float32)
-        state = columns.get("observation.state")
-        self.state = None if state is None else state.reshape(len(state), -1).astype(np.float32)
+        columns = read_robot_columns(reader, index)
+        self.actions, self.state = columns["action"], columns.get("observation.state")
         manifest = policy.parts.manifest
         self.size, self.views, self.stride = manifest.size, manifest.latents.grid[0], manifest.latents.stride
         self._stream = policy.parts.tokenizer.stream(self.views, window=manifest.latents.window)

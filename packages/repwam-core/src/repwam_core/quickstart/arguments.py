@@ -21,7 +21,7 @@ def add_quickstart_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dataset",
         type=path_argument,
-        help="run on this LeRobot data set (v2.1 or v3.0) instead of the simulator, ending in open-loop evaluation",
+        help="run on this LeRobot data set (v2.0 to v3.0) instead of the simulator, ending in open-loop evaluation",
     )
     parser.add_argument(
         "--size",

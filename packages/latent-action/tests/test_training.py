@@ -239,6 +239,15 @@ def test_control_is_blind_to_the_action():
     torch.testing.assert_close(loss, (moved - z_next).square().mean())
 
 
+def test_it_stops_at_the_first_number_that_is_none_and_the_last_good_state_stays(blobs, tmp_path, capsys):
+    wild = ("--model.optimizer.lr=1e30", "--model.optimizer.warmup_steps=2", "--checkpoint.every_n_steps=1")
+    assert fit(tmp_path, blobs, 8, "--data.batch_size=4", *wild) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "not finite at step" in told
+    state = read_checkpoint(tmp_path / "last.ckpt")["state_dict"] if (tmp_path / "last.ckpt").exists() else {}
+    assert all(torch.isfinite(value).all() for value in state.values())
+
+
 def test_bad_weights_are_refused():
     for weights in ((-1.0, 1.0), (0.0, 0.0)):
         with pytest.raises(ValueError, match="forward_weight"):

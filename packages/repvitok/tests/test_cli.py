@@ -18,6 +18,8 @@ from repvitok.checkpointing import read_checkpoint
 from repvitok.cli import main
 from repvitok.curves import read_curves
 from repvitok.data.video import VideoFile, write_video
+from repvitok.devices import find_device
+from repvitok.errors import UserError
 from repvitok.lightning_cli import several_processes
 from repvitok.training import RepViTokTraining
 from safetensors.torch import load_file
@@ -276,3 +278,9 @@ def test_devices_auto_trains_on_one_device_without_ddp(recipe, monkeypatch):
     for devices in ("auto", "2"):
         assert fit(recipe, f"--trainer.devices={devices}") == 0
     assert [isinstance(trainer.strategy, DDPStrategy) for trainer in seen] == [False, True]
+
+
+@pytest.mark.parametrize("name", ["xyz", "cuda:99", "meta", "", "mps:7"])
+def test_a_device_that_is_none_is_one_line(name):
+    with pytest.raises(UserError, match=r"^--device"):
+        find_device(name)

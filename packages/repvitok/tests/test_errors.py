@@ -7,8 +7,9 @@ import socket
 from pathlib import Path
 
 import pytest
-from repvitok.errors import UserError, require_disk_space, run_cli
+from repvitok.errors import UserError, one_line, require_disk_space, run_cli, told_bytes
 from repvitok.progress import progress
+from torch._utils import ExceptionWrapper
 
 
 @pytest.mark.parametrize(
@@ -74,6 +75,28 @@ def test_space_is_checked_before_a_stage(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"latent shards: about 1000000\.0 TB are needed in .*yet, and .* are free"):
         require_disk_space(target, 10**18, "latent shards")
     assert not target.parent.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("size", "told"),
+    [(0, "0 bytes"), (812, "812 bytes"), (4096, "4.1 kB"), (4_300_000, "4.3 MB"), (2.5e9, "2.5 GB"), (3e12, "3.0 TB")],
+)
+def test_no_size_is_told_as_nothing(size: float | int, told: str) -> None:
+    assert told_bytes(size) == told
+
+
+def test_what_a_loaders_worker_says_is_told_without_its_traceback() -> None:
+    def fails(_: object) -> None:
+        raise UserError("1.mp4: no video\nframes")
+
+    try:
+        fails(None)
+    except UserError:
+        passed_on = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(UserError) as raised:
+        passed_on.reraise()
+    assert "Traceback" in str(raised.value)
+    assert one_line(str(raised.value)) == "1.mp4: no video frames"
 
 
 def test_progress_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from repvitok.errors import UserError
 from repwam_core.text import TextEncoder
 from safetensors.torch import save_file
 from transformers import BatchEncoding
@@ -43,6 +44,19 @@ def test_a_cache_file_replaces_the_text_model(encoder, tmp_path, monkeypatch):
     assert cached.dim == 384
     with pytest.raises(ValueError, match="made by text encoder 'minilm', not 'other'"):
         TextEncoder("other").load_cache(tmp_path / "text.safetensors")
+
+
+@pytest.mark.parametrize("place", [0.0, 0.3, 0.6, 0.99])
+def test_a_changed_bit_of_a_cache_file_is_refused(place, tmp_path):
+    path = tmp_path / "text.safetensors"
+    encoder = TextEncoder()
+    encoder._given["go"] = torch.randn(4, 384, generator=torch.Generator().manual_seed(0))
+    encoder.save_cache(path)
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"text\.safetensors"):
+        TextEncoder().load_cache(path)
 
 
 def test_a_missing_model_is_a_clear_error(tmp_path):

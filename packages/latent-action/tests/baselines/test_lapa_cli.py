@@ -80,6 +80,12 @@ def test_resuming_equals_not_stopping(squares, tmp_path):
     assert losses[0] == losses[1]
 
 
+def test_it_stops_at_the_first_number_that_is_none(squares, tmp_path, capsys):
+    wild = ("--model.optimizer.lr=1e30", "--model.optimizer.warmup_steps=1", "--trainer.max_steps=6")
+    assert main(["lapa", "fit", *_options(*squares, tmp_path), *wild]) == 2
+    assert "not finite at step" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 def test_export_and_features(exported, squares):
     lapa = LapaQuantizer.from_pretrained(exported)
     table = load_frame_table(*squares, (16, 48))

@@ -191,6 +191,9 @@ def test_damage_is_named(tmp_path):
     path.write_bytes(data[:1000] + bytes([data[1000] ^ 1]) + data[1001:])
     with pytest.raises(ValueError, match=r"latents-000001\.tar: its SHA-256 is not"):
         LatentShards(tmp_path).verify()
+    for touch in (list, lambda shards: [shards.mapped(number) for number in range(len(shards))]):
+        with pytest.raises(ValueError, match=r"latents-000001\.tar: its SHA-256 is not"):
+            touch(LatentShards(tmp_path))
     path.write_bytes(data[:-512])
     with pytest.raises(ValueError, match=rf"latents-000001\.tar: expected {len(data)} bytes, found {len(data) - 512}"):
         LatentShards(tmp_path)

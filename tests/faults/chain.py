@@ -33,6 +33,7 @@ class Verb:
         command: its arguments, with {root} for the chain's folder, {out} for the output's and __ for a space in one.
         reads: names of the verbs (or "dataset") whose outputs it reads.
         sim: whether it needs the simulator.
+        compared: how the names of its files end that two runs write alike; all files where it is empty.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Verb:
     command: str
     reads: tuple[str, ...]
     sim: bool = False
+    compared: tuple[str, ...] = ()
 
     def arguments(self, root: Path, out: Path) -> list[str]:
         return [word.replace("__", " ").format(root=root, out=out) for word in self.command.split()]
@@ -77,7 +79,7 @@ class Chain:
         if name != "dataset" and name not in self.seconds:
             ended = run(VERBS[name], self.prepare(name), out)
             assert ended.code == 0, f"the undisturbed {name} failed:\n{ended.said}"
-            self.seconds[name], self.left[name] = ended.seconds, contents(out)
+            self.seconds[name], self.left[name] = ended.seconds, contents(VERBS[name], out)
         return out
 
     def prepare(self, name: str) -> Path:
@@ -117,6 +119,8 @@ EXPORT_POLICY = "export --ckpt {root}/repwam-fit --tokenizer {root}/repvitok-exp
 ENCODE = "encode --tokenizer {root}/repvitok-export --dataset {root}/dataset --size 32 --batch-size 1 --out {out}"
 LABEL = "label --lat {root}/latent-action-export --latents {root}/encode --out {out}"
 COLLECT = "collect --tasks button-press-topdown --episodes 3 --workers 1 --out {out}"
+ROLLOUT = "rollout --tasks reach push --baseline random --episodes 4 --max-env-steps 60 --workers 1 --out {out}"
+QUICKSTART = "quickstart --dataset {root}/dataset --size 32 32 --budget 0.02 --out {out}"
 
 VERBS: Mapping[str, Verb] = {
     verb.name: verb
@@ -135,6 +139,9 @@ VERBS: Mapping[str, Verb] = {
         Verb("repwam-fit", "repwam_core", WAM_FIT, ("label",)),
         Verb("repwam-export", "repwam_core", EXPORT_POLICY, ("repwam-fit", "repvitok-export", "label")),
         Verb("collect", "repwam_core", COLLECT, (), sim=True),
+        Verb("rollout", "repwam_core", ROLLOUT, (), sim=True),
+        # Its notes and its report say how long each stage took.
+        Verb("quickstart", "repwam_core", QUICKSTART, ("dataset",), compared=(".safetensors", ".tar", ".ckpt")),
     )
 }
 
@@ -171,12 +178,12 @@ def run(verb: Verb, root: Path, out: Path) -> Ended:
     return Ended(process.exitcode, text, seconds)
 
 
-def contents(out: Path) -> dict[str, str]:
+def contents(verb: Verb, out: Path) -> dict[str, str]:
     """What a run left: a digest of every file by its name; of checkpoints and curves, of what they say."""
     found: dict[str, str] = {}
     for path in sorted(p for p in out.rglob("*") if p.is_file()):
         name = str(path.relative_to(out))
-        if path.name in _UNCOMPARED:
+        if path.name in _UNCOMPARED or not (path.name.endswith(verb.compared) or not verb.compared):
             continue
         if path.suffix == ".ckpt":
             found[name] = _digest(_plain(read_checkpoint(path)))

@@ -1,4 +1,5 @@
 """Kills, full disks, damaged files, two at once, at every verb: the next run ends as an undisturbed one or says why.
+And malformed messages to a served policy: each is refused in words or answered, and the next client notices nothing.
 
 `pytest tests/faults` does a few of each kind, drawn by `--faults-seed`; `--faults 400` does so many, and the closing
 table says how many held. docs/reliability.md has the last long run.
@@ -13,12 +14,22 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from faults.chain import VERBS, Chain, Ended, Verb, contents, difference, run, start
+from repwam_core.policy.parts import PolicyParts
+from repwam_core.policy.policy import Policy
+from repwam_core.policy.serving import PolicyServer, PolicyServerError, ServeSettings
+from repwam_core.policy.serving.command import metadata_of
+from repwam_core.policy.serving.protocol import chunk_from_message
+from repwam_core.policy.serving.wire import pack, unpack
+from websockets.exceptions import ConnectionClosedError
+from websockets.sync.client import connect
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 # Of these nothing tells a changed bit from a recorded one: videos decode, tables' numbers have no digests.
@@ -42,6 +53,7 @@ def faults(count: int, seed: int) -> list[Fault]:
     pairs += [("full disk", name) for name in VERBS if name not in fits]
     pairs += [("damage", name) for name, verb in VERBS.items() if verb.reads]
     pairs += [("two at once", name) for name in VERBS]
+    pairs += [("message", "serve")] * len(VERBS)
     drawn.shuffle(pairs)
     return [Fault(*pairs[number % len(pairs)], drawn.randrange(2**32)) for number in range(count)]
 
@@ -54,7 +66,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(
             "fault",
             [
-                pytest.param(f, id=f"{f.kind.replace(' ', '-')}-{f.verb}-{n}", marks=marks[VERBS[f.verb].sim])
+                pytest.param(
+                    f,
+                    id=f"{f.kind.replace(' ', '-')}-{f.verb}-{n}",
+                    marks=marks[f.verb in VERBS and VERBS[f.verb].sim],
+                )
                 for n, f in enumerate(chosen)
             ],
         )
@@ -68,10 +84,39 @@ def chain(tmp_path_factory: pytest.TempPathFactory, shared_video_dataset: Path) 
     return Chain(root)
 
 
+@dataclass(frozen=True)
+class Served:
+    """A policy behind a server in this process, and the actions of an episode that nothing disturbed."""
+
+    port: int
+    request: dict[str, Any]
+    actions: np.ndarray
+
+
+@pytest.fixture(scope="session")
+def served(chain: Chain) -> Iterator[Served]:
+    """The chain's policy, served."""
+    parts = PolicyParts.load(chain.reference("repwam-export"))
+    metadata = metadata_of(Policy(parts))
+    pictures = np.random.default_rng(0).integers(0, 256, (1, 48, 72, 3), np.uint8)
+    request = {
+        "images": dict.fromkeys(metadata.embodiment.cameras, pictures),
+        "state": np.zeros((1, len(metadata.embodiment.state_channels)), np.float32),
+        "prompt": "move the square",
+        "reset": True,
+        "seed": 3,
+    }
+    with PolicyServer(lambda: Policy(parts), metadata, ServeSettings(port=0)).running() as port:
+        yield Served(port, request, _ask(port, pack(request)))
+
+
 @pytest.mark.slow
 @pytest.mark.xdist_group("faults")  # one process: they share the undisturbed runs
-def test_a_fault_loses_nothing(fault: Fault, chain: Chain, tmp_path: Path, record_property) -> None:
+def test_a_fault_loses_nothing(fault: Fault, chain: Chain, tmp_path: Path, record_property, request) -> None:
     record_property("fault", f"{fault.kind}\t{fault.verb}")
+    if fault.kind == "message":
+        _message(request.getfixturevalue("served"), random.Random(fault.seed))
+        return
     kinds = {"kill": _kill, "full disk": _full_disk, "damage": _damage, "two at once": _two_at_once}
     kinds[fault.kind](chain, VERBS[fault.verb], tmp_path, random.Random(fault.seed))
 
@@ -105,7 +150,7 @@ def _two_at_once(chain: Chain, verb: Verb, folder: Path, drawn: random.Random) -
     for name, process in (("first", first), ("second", second)):
         if process.exitcode == 2:
             _require_one_line(Ended(2, (folder / name).read_text(errors="replace"), 0))
-    found = difference(contents(out), chain.left[verb.name])
+    found = difference(contents(verb, out), chain.left[verb.name])
     assert not found, f"two {verb.name} at once, exit codes {codes}: {found}"
 
 
@@ -151,7 +196,7 @@ def _damage(chain: Chain, verb: Verb, folder: Path, drawn: random.Random) -> Non
     if ended.code == 2:
         _require_one_line(ended)
     else:
-        found = difference(contents(out), chain.left[verb.name])
+        found = difference(contents(verb, out), chain.left[verb.name])
         assert not found, f"{what} was not noticed: {found}"
 
 
@@ -175,10 +220,58 @@ def _damaged(path: Path, drawn: random.Random) -> str:
     return how
 
 
+ODD: tuple[Any, ...] = (
+    None, True, -1, 2**63, 1e308, float("nan"), "", "go " * 2000, b"bytes", [], [[]], {}, {"a": {"b": None}},
+    np.zeros(0), np.zeros((1, 1), np.int64), np.full((1, 48, 72, 3), np.nan), np.zeros((1, 2**22, 1, 3), np.uint8),
+    np.float32(1),
+)  # fmt: skip
+
+
+def _message(served: Served, drawn: random.Random) -> None:
+    """A request damaged in its values or bytes: words and a close code, or whole actions; then a client as before."""
+    values, where = dict(served.request), drawn.choice(["values", "pictures", "bytes"])
+    if where == "values":
+        values[drawn.choice([*values, "colour"])] = drawn.choice(ODD)
+    elif where == "pictures":
+        values["images"] = values["images"] | {drawn.choice([*values["images"], "colour"]): drawn.choice(ODD)}
+    data = bytearray(pack(values))
+    if where == "bytes":
+        for _ in range(drawn.randint(1, 4)):
+            start = drawn.randrange(min(len(data), 400)) if drawn.random() < 0.8 else drawn.randrange(len(data))
+            change = drawn.choice(["bit", "cut", "more", "noise"])
+            if change == "bit":
+                data[start] ^= 1 << drawn.randrange(8)
+            elif change == "cut":
+                del data[start : start + drawn.randint(1, 2000)]
+            elif change == "more":
+                data[start:start] = drawn.randbytes(drawn.randint(1, 50))
+            else:
+                data[start : start + 8] = drawn.randbytes(8)
+    with suppress(PolicyServerError):
+        assert np.isfinite(_ask(served.port, bytes(data))).all()
+    np.testing.assert_array_equal(_ask(served.port, pack(served.request)), served.actions)
+
+
+def _ask(port: int, data: bytes) -> np.ndarray:
+    """The actions that one message on a connection of its own gets; PolicyServerError where it is refused."""
+    with connect(f"ws://127.0.0.1:{port}", compression=None, proxy=None, max_size=2**26) as connection:
+        connection.recv(timeout=60)
+        connection.send(data)
+        answer = connection.recv(timeout=60)
+        if isinstance(answer, bytes):
+            return chunk_from_message(unpack(answer)).actions
+        with pytest.raises(ConnectionClosedError) as closed:
+            connection.recv(timeout=60)
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code in (1009, 1011), closed.value
+        assert "Traceback" not in answer, answer
+        raise PolicyServerError(answer)
+
+
 def _must_end_whole(verb: Verb, chain: Chain, out: Path) -> None:
     ended = run(verb, chain.root, out)
     assert ended.code == 0, f"{verb.name} does not go on: exit code {ended.code}\n{ended.said[-3000:]}"
-    found = difference(contents(out), chain.left[verb.name])
+    found = difference(contents(verb, out), chain.left[verb.name])
     assert not found, f"{verb.name} after the fault: {found}"
 
 

@@ -51,7 +51,8 @@ def faults(count: int, seed: int) -> list[Fault]:
     fits = [name for name in VERBS if name.endswith("-fit")]
     pairs = [("kill", name) for name in VERBS]
     pairs += [("full disk", name) for name in VERBS if name not in fits]
-    pairs += [("damage", name) for name, verb in VERBS.items() if verb.reads]
+    # The quickstart's folders are named by the place of its data, and damage is done to a copy of them.
+    pairs += [("damage", name) for name, verb in VERBS.items() if verb.reads and name != "quickstart"]
     pairs += [("two at once", name) for name in VERBS]
     pairs += [("message", "serve")] * len(VERBS)
     drawn.shuffle(pairs)

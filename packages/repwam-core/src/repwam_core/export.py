@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from repvitok.baselines import WAN_WEIGHTS_FILE, load_tokenizer
 from repvitok.checkpointing import is_sharded, load_trained, read_checkpoint, read_section
 from repvitok.data import LatentMeta, LatentShards
 from repvitok.documents import Digest, Size, load_json, parse, parse_json, require_format
 from repvitok.errors import UserError, require_disk_space
 from repvitok.files import atomic_folder, readable, refuse_foreign
 from repvitok.interface import VideoTokenizer
-from repvitok.pretrained import MODEL_FILES, copy_model
+from repvitok.model import load_tokenizer
+from repvitok.pretrained import DIFFUSERS_WEIGHTS_FILE, MODEL_FILES, copy_model
 
 from repwam_core.data.episodes import text_cache
 from repwam_core.embodiment import Embodiment
@@ -40,7 +40,7 @@ POLICY_FORMAT = "repwam-policy"
 FORMAT_VERSION = 1
 POLICY_FILES = (
     *(f"{part}/{name}" for part in ("wam", "tokenizer", "lat") for name in MODEL_FILES),
-    f"tokenizer/{WAN_WEIGHTS_FILE}",
+    f"tokenizer/{DIFFUSERS_WEIGHTS_FILE}",
     "statistics.json",
     "text.safetensors",
     "policy.json",

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from repvitok.baselines import load_tokenizer
 from repvitok.devices import find_device
 from repvitok.errors import UserError
 from repvitok.files import readable
 from repvitok.interface import VideoTokenizer
+from repvitok.model import load_tokenizer
 
 from repwam_core.export import PolicyManifest, make_manifest, read_policy, read_tokenizer
 from repwam_core.model.wam import WorldActionModel

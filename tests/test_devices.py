@@ -21,7 +21,7 @@ from repwam_core.cli import main
 from repwam_core.data.datamodule import WAMDataModule
 from repwam_core.data.packing import PackingSettings
 from repwam_core.planning import PlanSettings
-from repwam_core.policy.parts import PolicyParts
+from repwam_core.policy.folder import PolicyParts
 from repwam_core.policy.policy import BatchedPolicy
 from repwam_core.training.losses import LossSettings
 from repwam_core.training.module import WAMTraining

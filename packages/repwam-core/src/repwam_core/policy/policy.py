@@ -21,7 +21,7 @@ from repwam_core.interface import ActionChunk, BasePolicy, BatchedBasePolicy, Ob
 from repwam_core.model.rollout import Rollout, Run
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.planning import PlanSettings
-from repwam_core.policy.parts import PolicyParts
+from repwam_core.policy.folder import PolicyParts
 from repwam_core.training.metrics import plan_chunk, start_rollout
 
 TEXT_BUCKET = 32

@@ -14,9 +14,9 @@ from repwam_core.model.config import LATENT_SPACE
 from repwam_core.model.rollout import PlannedChunk, Rollout, Run
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.planning import PlanSettings
+from repwam_core.scores import THRESHOLDS, count_below
 from repwam_core.statistics import Statistics
 from repwam_core.training.losses import equal_chunks, from_chunk_starts
-from repwam_core.training.scores import THRESHOLDS, count_below
 
 
 def start_rollout(

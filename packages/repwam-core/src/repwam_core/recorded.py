@@ -13,11 +13,11 @@ from repvitok.files import write_json_atomic
 
 from repwam_core.data.datamodule import WAMDataModule
 from repwam_core.data.episodes import EpisodeStore, text_cache
+from repwam_core.policy.folder import PolicyParts
 from repwam_core.policy.generated import ClipFeatures, named_clip_features
 from repwam_core.policy.openloop import OpenLoopResult, evaluate_open_loop
-from repwam_core.policy.parts import PolicyParts
 from repwam_core.policy.policy import BatchedPolicy
-from repwam_core.training.scores import HEADLINE
+from repwam_core.scores import HEADLINE
 
 
 class RecordedEpisodes(L.Callback):

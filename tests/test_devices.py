@@ -20,8 +20,8 @@ from repwam_core import Observation
 from repwam_core.cli import main
 from repwam_core.data.datamodule import WAMDataModule
 from repwam_core.data.packing import PackingSettings
+from repwam_core.export import parts_of_checkpoint
 from repwam_core.planning import PlanSettings
-from repwam_core.policy.parts import PolicyParts
 from repwam_core.policy.policy import BatchedPolicy
 from repwam_core.training.losses import LossSettings
 from repwam_core.training.module import WAMTraining
@@ -167,7 +167,7 @@ def policy_parts(shared_video_dataset, tmp_path_factory):
     assert main([*run, *limits, *where, "--data.text_encoder=minilm"]) == 0
 
     def make(device):
-        parts = PolicyParts.of_checkpoint(root / "run" / "last.ckpt", root / "tokenizer", device)
+        parts = parts_of_checkpoint(root / "run" / "last.ckpt", root / "tokenizer", device)
         parts.text.load_cache(root / "latents" / "text-minilm.safetensors")
         return parts
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from repwam_core.policy import Policy
-from repwam_core.policy.parts import PolicyParts
+from repwam_core.policy.folder import PolicyParts
 from repwam_core.policy.serving import PolicyServer, ServeSettings
 from repwam_core.policy.serving.command import metadata_of
 

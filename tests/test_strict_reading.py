@@ -21,9 +21,9 @@ from repvitok.documents import parse
 from repvitok.errors import UserError
 from repwam_core.data.layout import LAYOUTS, DatasetLayout
 from repwam_core.embodiment import Embodiment
-from repwam_core.export import PolicyManifest
 from repwam_core.model.config import ActionSpace, WAMConfig
 from repwam_core.planning import PlanSettings
+from repwam_core.policy.folder import PolicyManifest
 from repwam_core.quickstart.plan import RECIPES, Plan
 from repwam_core.sim.collect import CollectionPlan
 from repwam_core.sim.demonstrations import Noise

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from repvitok import RepViTok
-from repvitok.baselines import WAN22, WanVae, load_tokenizer
+from repvitok.baselines import WAN22, WanVae
 from repvitok.data.shards import LatentShards
 from repvitok.data.video import write_video
 from repvitok.decoding import decode_shards
 from repvitok.encoding import encode_dataset
 from repvitok.interface import VideoTokenizer
+from repvitok.model import load_tokenizer
 
 pytest.importorskip("diffusers", reason="the baselines need repvitok[baselines]")
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from repvitok import RepViTok
-from repvitok.baselines import WanVae, load_tokenizer
+from repvitok.baselines import WanVae
 from repvitok.interface import StreamMemory, VideoStream, VideoTokenizer
+from repvitok.model import load_tokenizer
 from torch import Tensor
 
 SIZE = (32, 48)

@@ -14,16 +14,11 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from repvitok.documents import load_json
 from repvitok.errors import UserError
-from repvitok.finite import first_not_finite
-from repvitok.interface import VideoTokenizer, Window
-from repvitok.model import RepViTok
-from repvitok.pretrained import HUB, asks_hub, hub_id
-from repvitok.shapes import num_latent_frames, require_latents, require_video, token_grid
+from repvitok.interface import Window, num_latent_frames, require_latents, require_video, token_grid
+from repvitok.pretrained import HUB, asks_hub, first_not_finite, hub_id
 
 WAN_CLASS = "AutoencoderKLWan"
-WAN_WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 WAN22 = {
     "base_dim": 160,
     "decoder_base_dim": 256,
@@ -269,25 +264,6 @@ class WanStream:
             raise UserError(
                 f"this stream began with frames of {began}, got {came}; reset() it to begin a clip of another size"
             )
-
-
-def load_tokenizer(source: str | Path) -> VideoTokenizer:
-    """A tokenizer by folder or hub id: RepViTok, or Wan's VAE where the folder's config.json names its class.
-
-    A folder that holds a whole Wan pipeline is known by its subfolder "vae"; a hub id, by an owner "Wan-AI".
-
-    Raises:
-        FileNotFoundError, ValueError: as `RepViTok.from_pretrained` and `WanVae.from_pretrained`.
-    """
-    folder = Path(source)
-    for config in (folder / "config.json", folder / "vae" / "config.json"):
-        if config.is_file():
-            found = load_json(config)
-            if isinstance(found, dict) and found.get("_class_name") == WAN_CLASS:
-                return WanVae.from_pretrained(source)
-    if (hub_id(source) or "").startswith("Wan-AI/"):
-        return WanVae.from_pretrained(source)
-    return RepViTok.from_pretrained(source)
 
 
 def _picked(slots: tuple[Any, ...] | None, rows: list[int]) -> tuple[Any, ...] | None:

@@ -163,8 +163,8 @@ def _decode_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _decode(options: argparse.Namespace) -> None:
-    from repvitok.baselines import load_tokenizer
     from repvitok.decoding import decode_shards
+    from repvitok.model import load_tokenizer
 
     decode_shards(load_tokenizer(options.tokenizer), options.latents, options.out, options.episodes)
 

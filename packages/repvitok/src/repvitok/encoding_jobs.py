@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from repvitok.baselines import load_tokenizer
 from repvitok.data.contents import describe_contents
 from repvitok.data.episodes import open_episodes
 from repvitok.devices import find_device
@@ -19,6 +18,7 @@ from repvitok.encoding import encode_dataset
 from repvitok.encoding_plan import EpisodeReader, Share, choose_cameras, infos_of, share_of_episodes
 from repvitok.errors import MOST_PROCESSES, UserError, run_cli
 from repvitok.merging import merge_latents
+from repvitok.model import load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from repvitok.errors import UserError
+from repvitok.pretrained import first_not_finite
 from repvitok.sharded import DTensor, local
 
 Batch = Callable[[], str]
@@ -78,23 +79,14 @@ def require_finite_weights(module: Any) -> None:
     Raises:
         UserError: names the first such weight, or says that another rank has it.
     """
-    bad = first_not_finite(dict(chain(module.named_parameters(), module.named_buffers())))
+    named = chain(module.named_parameters(), module.named_buffers())
+    bad = first_not_finite({name: local(value) for name, value in named})
     if module.trainer.strategy.reduce_boolean_decision(bad is None, all=True):
         return
     raise UserError(
         f"{bad or 'a weight of another rank'} is not finite at step {module.global_step}: this state is not saved, the "
         "last checkpoint stays. Lower the learning rate or lengthen the warmup, then resume with --ckpt_path last"
     )
-
-
-def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor with a value that is not finite, None where all are; waits for the device once."""
-    flags = {name: local(value).isfinite().all() for name, value in tensors.items() if value.is_floating_point()}
-    if not flags:
-        return None
-    device = next(iter(flags.values())).device
-    finite = torch.stack([flag.to(device) for flag in flags.values()])
-    return None if bool(finite.all()) else next(name for name, flag in flags.items() if not flag)
 
 
 def _is_finite(value: float | int) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from repvitok.config import RepViTokConfig
+from repvitok.interface import num_latent_frames, token_grid
 from repvitok.nn.attention import visible_frames
-from repvitok.shapes import num_latent_frames, token_grid
 
 _CHANNELS = 3
 

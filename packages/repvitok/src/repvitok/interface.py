@@ -1,4 +1,7 @@
-"""What data sets and policies need of a video tokenizer: RepViTok has it, and so have the baselines."""
+"""What data sets and policies need of a video tokenizer: RepViTok has it, and so have the baselines.
+
+And which clips and latents fit one: the arithmetic of frames and grids, and errors that say what would fit.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
+
+from repvitok.errors import UserError
 
 Window = int | None | Literal["config"]
 
@@ -66,3 +71,74 @@ class VideoTokenizer(Protocol):
     def write_into(self, folder: Path) -> None: ...
     def to(self, device: str) -> Any: ...
     def parameters(self) -> Iterator[Any]: ...
+
+
+def num_latent_frames(frames: int, tubelet_frames: int) -> int:
+    """Latent frames T' = 1 + (T - 1) / f of a clip of T raw frames.
+
+    Raises:
+        ValueError: T is not 1 + f n; names the nearest lengths that are.
+    """
+    if frames < 1 or (frames - 1) % tubelet_frames:
+        below = 1 + max(0, frames - 1) // tubelet_frames * tubelet_frames
+        raise UserError(
+            f"a clip has 1 + {tubelet_frames} n frames (the first alone, then tubelets of {tubelet_frames}), got "
+            f"{frames}; the nearest lengths are {below} and {below + tubelet_frames}"
+        )
+    return 1 + (frames - 1) // tubelet_frames
+
+
+def token_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
+    """Rows and columns of tokens (H / p, W / p) of a picture.
+
+    Raises:
+        ValueError: H or W is no multiple of the patch size.
+    """
+    if height < 1 or width < 1 or height % patch_size or width % patch_size:
+        nearest = [max(1, round(side / patch_size)) * patch_size for side in (height, width)]
+        raise UserError(
+            f"height and width must be multiples of {patch_size}, got {height}x{width}; resize or crop to "
+            f"{nearest[0]}x{nearest[1]}"
+        )
+    return height // patch_size, width // patch_size
+
+
+def require_video(video: Tensor, config: TokenizerShape, *, begins: bool = True) -> tuple[int, int]:
+    """The token grid of a clip (b, 3, T, H, W), or of a stream's later frames (`begins` False), if it fits.
+
+    Raises:
+        ValueError: wrong dimensions, number type, frame count or picture size.
+    """
+    if video.ndim != 5 or video.shape[1] != 3 or video.shape[0] < 1:
+        raise UserError(f"expected video (batch, 3, frames, height, width), got shape {tuple(video.shape)}")
+    if not video.is_floating_point():
+        raise UserError(f"expected video as floats in [-1, 1], got {video.dtype}; for bytes: x.float() / 127.5 - 1")
+    frames, tubelet = video.shape[2], config.tubelet_frames
+    if begins:
+        num_latent_frames(frames, tubelet)
+    elif frames < 1 or frames % tubelet:
+        raise UserError(
+            f"a stream that has begun takes a multiple of {tubelet} frames at a time, got {frames}; keep the remainder "
+            "until its tubelet is full, or reset() the stream to begin a new clip"
+        )
+    return token_grid(video.shape[3], video.shape[4], config.patch_size)
+
+
+def require_latents(latents: Tensor, size: tuple[int, int], config: TokenizerShape) -> tuple[int, int]:
+    """The token grid of latents (b, frames, tokens, d) of pictures of `size` = (H, W), if they fit.
+
+    Raises:
+        ValueError: wrong dimensions, channels, or tokens for that size.
+    """
+    if latents.ndim != 4 or latents.shape[3] != config.latent_dim or 0 in latents.shape[:2]:
+        raise UserError(
+            f"expected latents (batch, frames, tokens, {config.latent_dim}) with at least one frame, got shape "
+            f"{tuple(latents.shape)}"
+        )
+    rows, columns = token_grid(*size, config.patch_size)
+    if latents.shape[2] != rows * columns:
+        raise UserError(
+            f"{size[0]}x{size[1]} pixels are {rows}x{columns} = {rows * columns} tokens per latent frame, got latents "
+            f"with {latents.shape[2]}; several cameras are decoded one at a time"
+        )
+    return rows, columns

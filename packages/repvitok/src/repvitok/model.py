@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from jaxtyping import Float
 from torch import Tensor
 
 from repvitok.config import RepViTokConfig
+from repvitok.documents import load_json
 from repvitok.errors import UserError
-from repvitok.interface import Window
+from repvitok.interface import (
+    VideoTokenizer,
+    Window,
+    num_latent_frames,
+    require_latents,
+    require_video,
+    token_grid,
+)
 from repvitok.nn.attention import Kernel
 from repvitok.nn.codec import Decoder, Encoder
-from repvitok.pretrained import PretrainedModel
-from repvitok.shapes import num_latent_frames, require_latents, require_video, token_grid
+from repvitok.pretrained import PretrainedModel, hub_id
 from repvitok.streaming import TokenizerStream
 
 
@@ -118,3 +127,22 @@ class RepViTok(PretrainedModel):
         if window is not None and window < 1:
             raise UserError(f"window must be at least 1 latent frame, None or 'config', got {window}")
         return window
+
+
+def load_tokenizer(source: str | Path) -> VideoTokenizer:
+    """A tokenizer by folder or hub id: RepViTok, or Wan's VAE where the folder's config.json names its class.
+
+    A folder that holds a whole Wan pipeline is known by its subfolder "vae"; a hub id, by an owner "Wan-AI".
+
+    Raises:
+        FileNotFoundError, ValueError: as `RepViTok.from_pretrained` and `WanVae.from_pretrained`.
+    """
+    folder, wan_on_hub = Path(source), (hub_id(source) or "").startswith("Wan-AI/")
+    configs = [load_json(path) for path in (folder / "config.json", folder / "vae/config.json") if path.is_file()]
+    of_diffusers = [config.get("_class_name") for config in configs if isinstance(config, dict)]
+    if wan_on_hub or any(of_diffusers):
+        from repvitok.baselines import WAN_CLASS, WanVae
+
+        if wan_on_hub or WAN_CLASS in of_diffusers:
+            return WanVae.from_pretrained(source)
+    return RepViTok.from_pretrained(source)

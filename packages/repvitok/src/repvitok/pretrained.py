@@ -25,13 +25,14 @@ from torch import Tensor, nn
 from repvitok.documents import load_json
 from repvitok.errors import UserError
 from repvitok.files import atomic_folder, kind_in_words, kind_of, readable, refuse_foreign
-from repvitok.finite import first_not_finite
 
 log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 README_FILE = "README.md"
+DIFFUSERS_WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+"""The weights of a model folder in the layout of diffusers."""
 MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, README_FILE)
 """All that a model folder holds."""
 HUB = "hf://"
@@ -289,6 +290,16 @@ def read_weights(path: Path, expected: Mapping[str, Tensor], config_hash: str | 
     if "weights_sha256" in hashes and hashes["weights_sha256"] != _add_weights(hashlib.sha256(), tensors):
         raise UserError(f"{path} is damaged: its weights are not those that were saved; copy or download it again")
     return fitted_weights(tensors, expected, str(path))
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor with a value that is not finite, None where all are; waits for the device once."""
+    flags = {name: value.isfinite().all() for name, value in tensors.items() if value.is_floating_point()}
+    if not flags:
+        return None
+    device = next(iter(flags.values())).device
+    finite = torch.stack([flag.to(device) for flag in flags.values()])
+    return None if bool(finite.all()) else next(name for name, flag in flags.items() if not flag)
 
 
 def refuse_another_model(folder: Path, kind: str) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from repvitok.config import RepViTokConfig
 from repvitok.errors import UserError
+from repvitok.interface import require_latents, require_video
 from repvitok.nn.codec import CodecState, Decoder, Encoder
-from repvitok.shapes import require_latents, require_video
 
 
 @dataclass(frozen=True)

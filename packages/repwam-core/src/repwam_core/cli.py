@@ -36,7 +36,7 @@ STAGE = TrainingStage(
     data="repwam_core.data.datamodule:WAMDataModule",
     links=(("model.chunk_sizes", "data.chunk_sizes"),),
     parallel_strategy="ddp_find_unused_parameters_true",  # stage two leaves latent actions' projections alone
-    test_callbacks={"recorded": "repwam_core.policy.recorded:RecordedEpisodes"},
+    test_callbacks={"recorded": "repwam_core.recorded:RecordedEpisodes"},
 )
 NOISE_MODES = ("none", "pushes", "gaussian", "pushes+gaussian")
 BASELINES = ("expert", "random", "replay")

@@ -1,128 +1,31 @@
-"""From a training checkpoint to folders that stand alone: a model to go on from, and a policy that can be run.
-
-A policy folder holds everything that turns camera frames into actions, each part named by its digest:
-
-    policy.json       what it is: spaces, cameras, sizes, latents' moments, how to plan, digests of the parts
-    wam/ tokenizer/   the models (config.json + model.safetensors); lat/ the latent action tokenizer, if given
-    statistics.json   scaling of actions and states
-    text.safetensors  hidden states of the training instructions, so that these need no text model
-"""
+"""From a training checkpoint to folders that stand alone: a model to go on from, and a policy that can be run."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from repvitok.baselines import WAN_WEIGHTS_FILE, load_tokenizer
 from repvitok.checkpointing import is_sharded, load_trained, read_checkpoint, read_section
 from repvitok.data import LatentMeta, LatentShards
-from repvitok.documents import Digest, Size, load_json, parse, parse_json, require_format
+from repvitok.devices import find_device
+from repvitok.documents import parse, parse_json
 from repvitok.errors import UserError, require_disk_space
-from repvitok.files import atomic_folder, readable, refuse_foreign
 from repvitok.interface import VideoTokenizer
-from repvitok.pretrained import MODEL_FILES, copy_model
+from repvitok.model import load_tokenizer
 
 from repwam_core.data.episodes import text_cache
 from repwam_core.embodiment import Embodiment
 from repwam_core.model.config import LATENT_SPACE, WAMConfig
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.planning import PlanSettings
+from repwam_core.policy.folder import PolicyManifest, PolicyParts, model_bytes, refuse_other_than_policy, write_policy
 from repwam_core.statistics import Statistics
+from repwam_core.text import TextEncoder
 from repwam_core.training.distributed_checkpoint import read_whole
 from repwam_core.training.module import CHECKPOINT_KEY
-
-POLICY_FORMAT = "repwam-policy"
-FORMAT_VERSION = 1
-POLICY_FILES = (
-    *(f"{part}/{name}" for part in ("wam", "tokenizer", "lat") for name in MODEL_FILES),
-    f"tokenizer/{WAN_WEIGHTS_FILE}",
-    "statistics.json",
-    "text.safetensors",
-    "policy.json",
-)
-"""All that a policy folder may hold."""
-
-
-@dataclass(frozen=True)
-class PolicyManifest:
-    """What policy.json says.
-
-    Attributes:
-        space: the action space the policy acts in.
-        embodiment: the robot: channels, cameras, control rate in Hz.
-        size: height and width, in pixels, to which every camera is resized.
-        latents: of the shards the model was trained on: moments, grid, stride, window, frame rate.
-        text_encoder: name of the text encoder.
-        plan: how actions are planned, unless asked otherwise.
-        digests: part -> sha256: "tokenizer", "wam", "statistics", and "lat" if there is one.
-    """
-
-    space: str
-    embodiment: Embodiment
-    size: tuple[int, int]
-    latents: LatentMeta
-    text_encoder: str
-    plan: PlanSettings
-    digests: dict[str, str]
-
-    def save(self, folder: Path) -> None:
-        """Write policy.json."""
-        values = {
-            "format": POLICY_FORMAT,
-            "format_version": FORMAT_VERSION,
-            "space": self.space,
-            "embodiment": self.embodiment.to_dict(),
-            "size": list(self.size),
-            "latents": self.latents.to_dict(),
-            "text_encoder": self.text_encoder,
-            "plan": asdict(self.plan),
-            "digests": self.digests,
-        }
-        (folder / "policy.json").write_text(json.dumps(values, indent=2) + "\n")
-
-    @classmethod
-    def load(cls, folder: Path) -> PolicyManifest:
-        """Read policy.json.
-
-        Raises:
-            FileNotFoundError: when `folder` is no policy folder.
-            ValueError: when policy.json is of another format, or a key is missing or unknown.
-        """
-        path = readable(folder) / "policy.json"
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{folder} is no policy folder: it has no policy.json; write one with `repwam export`"
-            )
-        values = require_format(load_json(path), POLICY_FORMAT, FORMAT_VERSION, str(path))
-        stored = parse(values, _StoredManifest, str(path))
-        latents = LatentMeta.from_dict(stored.latents, f"{path}, field 'latents'")
-        if latents.cameras != stored.embodiment.cameras:
-            raise UserError(
-                f"{path}: the embodiment's cameras {stored.embodiment.cameras} are not the latents' {latents.cameras}"
-            )
-        return cls(**{**vars(stored), "latents": latents})
-
-
-@dataclass(frozen=True)
-class _StoredManifest:
-    """`PolicyManifest` as policy.json has it."""
-
-    space: str
-    embodiment: Embodiment
-    size: tuple[Size, Size]
-    latents: dict[str, Any]
-    text_encoder: str
-    plan: PlanSettings
-    digests: dict[str, Digest]
-
-    def __post_init__(self) -> None:
-        if lacking := {"tokenizer", "wam", "statistics"} - set(self.digests):
-            raise UserError(f"digests: expected those of the parts {sorted(lacking)}, too")
 
 
 @dataclass(frozen=True)
@@ -233,7 +136,7 @@ def export_wam(checkpoint: str | Path, out: str | Path) -> Path:
     """Write the averaged weights of a checkpoint as a model folder, for `init_from` of the next stage."""
     trained = read_trained(checkpoint)
     out = Path(out)
-    require_disk_space(out, _bytes(trained.wam), "export")
+    require_disk_space(out, model_bytes(trained.wam), "export")
     trained.wam.save_pretrained(out)
     return out
 
@@ -327,49 +230,21 @@ def make_manifest(
     )
 
 
-def write_policy(
-    out: Path,
-    wam: WorldActionModel,
-    tokenizer: VideoTokenizer,
-    statistics: Statistics,
-    manifest: PolicyManifest,
-    sources: dict[str, Path],
-    text: Path | None = None,
-) -> None:
-    """Write a policy folder, whole or not at all (`repvitok.files.atomic_folder`).
+def parts_of_checkpoint(
+    checkpoint: str | Path, tokenizer: str | Path, device: str = "cpu", instructions: frozenset[str] = frozenset()
+) -> PolicyParts:
+    """What `export_policy` would write of a checkpoint, in memory; arguments and errors as there.
 
     Args:
-        out: the folder; an earlier policy there is replaced.
-        wam, tokenizer, statistics, manifest: what to write.
-        sources: model folders copied along, by the name of their part.
-        text: file of embedded instructions to copy, if it is there.
-
-    Raises:
-        UserError: the folder holds something else, another process is writing it, or it cannot be written.
+        checkpoint, tokenizer: as there.
+        device: where the models go.
+        instructions: those that it was trained on.
     """
-    refuse_other_than_policy(out)
-    copied = sum(file.stat().st_size for source in sources.values() for file in source.iterdir() if file.is_file())
-    require_disk_space(out, copied + _bytes(wam) + _bytes(tokenizer), "export")
-    with atomic_folder(out, POLICY_FILES) as fresh:
-        for part, model in (("wam", wam), ("tokenizer", tokenizer)):
-            (fresh / part).mkdir()
-            model.write_into(fresh / part)
-        for part, source in sources.items():
-            copy_model(source, fresh / part)
-        statistics.save(fresh / "statistics.json")
-        if text is not None and text.exists():
-            shutil.copyfile(text, fresh / "text.safetensors")
-        manifest.save(fresh)
-
-
-def refuse_other_than_policy(out: Path) -> None:
-    """Stop before a policy is written over something else.
-
-    Raises:
-        UserError: the folder is not empty and holds no policy.
-    """
-    if not (readable(out) / "policy.json").exists():
-        refuse_foreign(out, (), "policy")
+    trained, device = read_policy(checkpoint), str(find_device(device))
+    video = read_tokenizer(tokenizer, trained.latents)
+    manifest = make_manifest(trained, video)
+    text = TextEncoder(manifest.text_encoder, device=device)
+    return PolicyParts(manifest, trained.wam.to(device), video.to(device), trained.statistics, text, instructions)
 
 
 def _lat_digest(folder: Path, latents: LatentMeta) -> str:
@@ -394,7 +269,3 @@ def _embodiment(trained: TrainedModel, name: str | None) -> Embodiment:
         trained.latents.frame_rate_hz,
         units=statistics.actions.units,
     )
-
-
-def _bytes(model: torch.nn.Module | VideoTokenizer) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

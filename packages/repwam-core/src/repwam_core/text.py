@@ -20,8 +20,7 @@ from jaxtyping import Bool, Float
 from repvitok.documents import parse, parse_json
 from repvitok.errors import UserError
 from repvitok.files import atomic_file
-from repvitok.finite import first_not_finite
-from repvitok.pretrained import HUB, asks_hub, hub_id
+from repvitok.pretrained import HUB, asks_hub, first_not_finite, hub_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor

@@ -22,7 +22,7 @@ torch.compile = partial(torch.compile, backend=counter)
 from repvitok.data import LeRobotReader
 from repwam_core.interface import Observation
 from repwam_core.policy import BatchedPolicy
-from repwam_core.policy.parts import PolicyParts
+from repwam_core.policy.folder import PolicyParts
 
 reader, parts = LeRobotReader(sys.argv[2]), PolicyParts.load(sys.argv[1], "cpu")
 

@@ -9,10 +9,11 @@ import yaml
 from repvitok import RepViTok, RepViTokConfig
 from repvitok.data import LeRobotReader
 from repwam_core.cli import main
-from repwam_core.export import PolicyManifest, read_trained
+from repwam_core.export import read_trained
 from repwam_core.interface import Observation
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.policy import Policy
+from repwam_core.policy.folder import PolicyManifest
 from repwam_core.statistics import Statistics
 
 

@@ -11,7 +11,7 @@ import torch
 from repvitok.data import LatentShards, LeRobotReader
 from repwam_core.interface import Observation
 from repwam_core.policy import BatchedPolicy, Policy
-from repwam_core.policy.parts import PolicyParts
+from repwam_core.policy.folder import PolicyParts
 from repwam_core.statistics import Statistics
 
 

@@ -13,11 +13,11 @@ from repvitok.data import LatentShards, LeRobotReader, LeRobotWriter
 from repvitok.encoding import encode_dataset
 from repwam_core.data.episodes import EpisodeStore, text_cache
 from repwam_core.embodiment import Embodiment
-from repwam_core.export import PolicyManifest, write_policy
 from repwam_core.model.config import ActionSpace, WAMConfig
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.planning import PlanSettings
 from repwam_core.policy import BatchedPolicy, evaluate_open_loop
+from repwam_core.policy.folder import PolicyManifest, write_policy
 from repwam_core.quickstart import pictures
 
 CAMERA, SIZE, LENGTHS = "observation.images.top", (32, 32), (24, 32)

@@ -13,7 +13,7 @@ from repwam_core.cli import main
 from repwam_core.interface import Observation
 from repwam_core.planning import PlanSettings
 from repwam_core.policy import BatchedPolicy, Policy
-from repwam_core.policy.parts import PolicyParts
+from repwam_core.policy.folder import PolicyParts
 
 
 @pytest.fixture(scope="module")

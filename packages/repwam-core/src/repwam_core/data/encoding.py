@@ -13,7 +13,6 @@ import msgspec
 import torch
 from latent_action import LatentActionTokenizer
 from latent_action.labelling import label_shards
-from repvitok.baselines import load_tokenizer
 from repvitok.data.contents import describe_contents
 from repvitok.data.episodes import open_episodes
 from repvitok.documents import Count, Frames, Side, check_arguments
@@ -21,6 +20,7 @@ from repvitok.encoding import encode_dataset
 from repvitok.encoding_plan import choose_cameras, infos_of
 from repvitok.errors import MOST_PROCESSES
 from repvitok.files import sole_writer
+from repvitok.model import load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from repwam_core.model.masks import Attend
 from repwam_core.model.passes import PassPlan
 from repwam_core.model.sequence import SequenceLayout, chunk_layout, history_layout
 from repwam_core.model.wam import WorldActionModel
+from repwam_core.planning import PlanSettings
 
 VIDEO_MODES = ("imagine", "skip")
 
@@ -112,6 +113,30 @@ class Rollout:
         )
         self._passes: dict[tuple[str, int], Pass] = {}
 
+    @classmethod
+    def from_settings(
+        cls,
+        wam: WorldActionModel,
+        settings: PlanSettings,
+        *,
+        space: str,
+        grid: tuple[int, int, int],
+        text: Float[Tensor, "b s width"],
+        text_mask: Bool[Tensor, "b s"],
+        run: Run | None = None,
+    ) -> Rollout:
+        """A rollout whose chunks are to be planned by `plan_chunk` with these settings."""
+        return cls(
+            wam,
+            space=space,
+            grid=grid,
+            text=text,
+            text_mask=text_mask,
+            chunk_frames=settings.chunk_frames,
+            guidance=settings.guidance,
+            run=run,
+        )
+
     @torch.no_grad()
     def observe(
         self,
@@ -151,6 +176,28 @@ class Rollout:
         self._clear()
         self._pass(self._planned(layout, self.cache.attend_history), inputs)
         self.frame, self.chunk = self.frame + frames, self.chunk + 1
+
+    def plan_chunk(
+        self,
+        settings: PlanSettings,
+        *,
+        frames: int | None = None,
+        generator: torch.Generator | None = None,
+        video_noise: Float[Tensor, "b frames tokens d"] | None = None,
+        action_noise: Float[Tensor, "b frames a c"] | None = None,
+    ) -> PlannedChunk:
+        """`plan` with these settings."""
+        return self.plan(
+            frames,
+            video=settings.video,
+            video_steps=settings.video_steps,
+            action_steps=settings.action_steps,
+            video_shift=settings.video_shift,
+            action_shift=settings.action_shift,
+            generator=generator,
+            video_noise=video_noise,
+            action_noise=action_noise,
+        )
 
     @torch.no_grad()
     def plan(

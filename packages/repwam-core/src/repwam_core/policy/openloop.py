@@ -25,8 +25,8 @@ from repvitok.progress import progress
 from repwam_core.interface import Observation
 from repwam_core.policy.generated import ClipFeatures, GeneratedScores, frames_psnr, score_video
 from repwam_core.policy.policy import BatchedPolicy
+from repwam_core.scores import HEADLINE, SCALES, VARIANTS, open_loop_score
 from repwam_core.statistics import ActionStatistics
-from repwam_core.training.scores import HEADLINE, SCALES, VARIANTS, open_loop_score
 
 BASELINES = ("mean action", "last action repeated")
 SHOWN = ("imagined", "reconstructed", "copied")

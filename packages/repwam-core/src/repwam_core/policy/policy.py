@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float
-from repvitok.data import prepare_frames
+from repvitok.data.transforms import prepare_frames
 from repvitok.errors import UserError
 from torch import Tensor
 from torch.nn.functional import pad
@@ -21,8 +21,7 @@ from repwam_core.interface import ActionChunk, BasePolicy, BatchedBasePolicy, Ob
 from repwam_core.model.rollout import Rollout, Run
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.planning import PlanSettings
-from repwam_core.policy.parts import PolicyParts
-from repwam_core.training.metrics import plan_chunk, start_rollout
+from repwam_core.policy.folder import PolicyParts
 
 TEXT_BUCKET = 32
 """Compiled passes see instructions of a multiple of this many tokens, so that few lengths are ever compiled."""
@@ -271,7 +270,7 @@ class BatchedPolicy(BatchedBasePolicy):
             generator = torch.Generator().manual_seed(int(key >> 1))
             actions.append(torch.randn(frames, space.vectors_per_transition, space.channels, generator=generator))
             video.append(torch.randn(frames, tokens, config.latent_dim, generator=generator))
-        return plan_chunk(now.rollout, self.plan, video_noise=torch.stack(video), action_noise=torch.stack(actions))
+        return now.rollout.plan_chunk(self.plan, video_noise=torch.stack(video), action_noise=torch.stack(actions))
 
     def _chunks(self, actions_norm: Tensor) -> list[ActionChunk]:
         """Actions in SI units, clipped to the recorded range if the plan says so."""
@@ -314,7 +313,7 @@ class BatchedPolicy(BatchedBasePolicy):
             more = -mask.shape[1] % TEXT_BUCKET
             tokens, mask = pad(tokens, (0, 0, 0, more)), pad(mask, (0, more))
         manifest = self.parts.manifest
-        return start_rollout(
+        return Rollout.from_settings(
             self.parts.wam,
             self.plan,
             space=manifest.space,

@@ -11,58 +11,12 @@ from torch import Tensor, distributed
 
 from repwam_core.data.episodes import SegmentBatch
 from repwam_core.model.config import LATENT_SPACE
-from repwam_core.model.rollout import PlannedChunk, Rollout, Run
+from repwam_core.model.rollout import Rollout
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.planning import PlanSettings
+from repwam_core.scores import THRESHOLDS, count_below
 from repwam_core.statistics import Statistics
 from repwam_core.training.losses import equal_chunks, from_chunk_starts
-from repwam_core.training.scores import THRESHOLDS, count_below
-
-
-def start_rollout(
-    wam: WorldActionModel,
-    plan: PlanSettings,
-    *,
-    space: str,
-    grid: tuple[int, int, int],
-    text: Float[Tensor, "b s width"],
-    text_mask: Tensor,
-    run: Run | None = None,
-) -> Rollout:
-    """Open a rollout that is to be planned with these settings; `run` as in `Rollout`."""
-    return Rollout(
-        wam,
-        space=space,
-        grid=grid,
-        text=text,
-        text_mask=text_mask,
-        chunk_frames=plan.chunk_frames,
-        guidance=plan.guidance,
-        run=run,
-    )
-
-
-def plan_chunk(
-    rollout: Rollout,
-    plan: PlanSettings,
-    *,
-    frames: int | None = None,
-    generator: torch.Generator | None = None,
-    video_noise: Tensor | None = None,
-    action_noise: Tensor | None = None,
-) -> PlannedChunk:
-    """Plan the next chunk with these settings."""
-    return rollout.plan(
-        frames,
-        video=plan.video,
-        video_steps=plan.video_steps,
-        action_steps=plan.action_steps,
-        video_shift=plan.video_shift,
-        action_shift=plan.action_shift,
-        generator=generator,
-        video_noise=video_noise,
-        action_noise=action_noise,
-    )
 
 
 def sample_segments(
@@ -81,12 +35,12 @@ def sample_segments(
         from the state are measured from that before their chunk.
     """
     batch = from_chunk_starts(batch, equal_chunks(batch.valid.shape[1], plan.chunk_frames))
-    rollout = start_rollout(wam, plan, space=space, grid=grid, text=batch.text, text_mask=batch.text_mask)
+    rollout = Rollout.from_settings(wam, plan, space=space, grid=grid, text=batch.text, text_mask=batch.text_mask)
     transitions, first, chunks = batch.valid.shape[1], 0, []
     rollout.observe(batch.latents[:, :1], None if batch.state is None else batch.state[:, :1])
     while first < transitions:
         last = min(first + plan.chunk_frames, transitions)
-        chunks.append(plan_chunk(rollout, plan, frames=last - first, generator=generator))
+        chunks.append(rollout.plan_chunk(plan, frames=last - first, generator=generator))
         states = None if batch.state is None else batch.state[:, first + 1 : last + 1]
         rollout.observe(batch.latents[:, first + 1 : last + 1], states, batch.actions[:, first:last])
         first = last

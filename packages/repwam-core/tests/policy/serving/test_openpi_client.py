@@ -12,7 +12,7 @@ import pytest
 from repwam_core.embodiment import Embodiment
 from repwam_core.interface import ActionChunk, Observation
 from repwam_core.policy import Policy
-from repwam_core.policy.parts import PolicyParts
+from repwam_core.policy.folder import PolicyParts
 from repwam_core.policy.serving import PolicyServer, ServerMetadata, ServeSettings
 from repwam_core.policy.serving.command import metadata_of
 

@@ -58,7 +58,7 @@ def serve(options: argparse.Namespace) -> int:
         from repwam_core.policy.serving.server import PolicyServer, ServeSettings
     except ModuleNotFoundError as error:
         raise UserError(f"serving needs {error.name}: install repwam-core[serve]") from error
-    from repwam_core.policy.parts import PolicyParts
+    from repwam_core.policy.folder import PolicyParts
     from repwam_core.policy.policy import Policy
 
     settings = ServeSettings(

@@ -13,11 +13,11 @@ from repvitok.files import write_json_atomic
 
 from repwam_core.data.datamodule import WAMDataModule
 from repwam_core.data.episodes import EpisodeStore, text_cache
+from repwam_core.export import parts_of_checkpoint
 from repwam_core.policy.generated import ClipFeatures, named_clip_features
 from repwam_core.policy.openloop import OpenLoopResult, evaluate_open_loop
-from repwam_core.policy.parts import PolicyParts
 from repwam_core.policy.policy import BatchedPolicy
-from repwam_core.training.scores import HEADLINE
+from repwam_core.scores import HEADLINE
 
 
 class RecordedEpisodes(L.Callback):
@@ -94,7 +94,7 @@ class RecordedEpisodes(L.Callback):
         store = _store(trainer)
         told = frozenset(store.tasks[row] for row in store.train_episodes)
         checkpoint, tokenizer = str(trainer.ckpt_path), str(self.tokenizer)
-        parts = PolicyParts.of_checkpoint(checkpoint, tokenizer, str(module.device), told)
+        parts = parts_of_checkpoint(checkpoint, tokenizer, str(module.device), told)
         if (cache := text_cache(store.shards.root, store.text_encoder)).exists():
             parts.text.load_cache(cache)
         return BatchedPolicy(parts)

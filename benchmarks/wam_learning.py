@@ -40,9 +40,9 @@ from repwam_core.quickstart.stages import StageResult, StageRunner
 from repwam_core.sim.collect import collect
 from repwam_core.sim.demonstrations import NOISE_MODES
 from repwam_core.sim.evaluate import evaluate
-from repwam_core.sim.instructions import instruction
 from repwam_core.sim.intervals import difference_interval, wilson_interval
 from repwam_core.sim.metaworld import MetaWorldSettings
+from repwam_core.sim.metaworld.instructions import instruction
 from repwam_core.sim.results import success_rates
 from repwam_core.sim.seeds import evaluation_seeds
 

@@ -170,7 +170,7 @@ def _rollout_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _rollout(options: argparse.Namespace) -> None:
-    from repwam_core.sim.difficulty import mean_rates
+    from repwam_core.sim.metaworld.difficulty import mean_rates
     from repwam_core.sim.results import mean_rate, success_rates
     from repwam_core.sim.seeds import evaluation_seeds
 
@@ -205,7 +205,7 @@ def _drive_without_policy(options: argparse.Namespace, seeds: list[int]):
 def _drive(options: argparse.Namespace, seeds: list[int]):
     from repwam_core.policy.policy import BatchedPolicy
     from repwam_core.sim.evaluate import evaluate
-    from repwam_core.sim.instructions import instruction
+    from repwam_core.sim.metaworld.instructions import instruction
 
     policy = BatchedPolicy.from_pretrained(options.policy, options.device, **given_plan(options))
     given = options.instruction

@@ -15,8 +15,8 @@ from repwam_core.sim.collect import collect
 from repwam_core.sim.demonstrations import NOISE_MODES
 from repwam_core.sim.evaluate import evaluate
 from repwam_core.sim.films import save_films
-from repwam_core.sim.instructions import instruction
 from repwam_core.sim.metaworld import MetaWorldSettings
+from repwam_core.sim.metaworld.instructions import instruction
 from repwam_core.sim.results import EpisodeResult, load_results, save_results, success_rates
 from repwam_core.sim.seeds import evaluation_seeds
 

@@ -45,7 +45,7 @@ def _checked(arguments: argparse.Namespace, plan: Plan) -> Plan:
         if arguments.cameras:
             raise UserError("--cameras chooses those of a data set, so it needs --dataset")
         from repwam_core.sim.metaworld import canonical_names
-        from repwam_core.sim.rendering import import_mujoco
+        from repwam_core.sim.metaworld.rendering import import_mujoco
 
         canonical_names(plan.all_tasks)
         import_mujoco()

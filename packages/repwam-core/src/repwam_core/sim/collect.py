@@ -17,8 +17,8 @@ from repvitok.files import refuse_foreign, sole_writer, write_json_atomic
 from repvitok.progress import progress
 
 from repwam_core.sim.demonstrations import Noise, record_demonstration
-from repwam_core.sim.instructions import instruction
 from repwam_core.sim.metaworld import MetaWorldSettings, TaskPool, canonical_names
+from repwam_core.sim.metaworld.instructions import instruction
 from repwam_core.sim.seeds import MAX_ATTEMPTS, MAX_EPISODES_PER_TASK, collection_seed
 from repwam_core.sim.workers import default_workers, map_jobs
 

@@ -16,8 +16,8 @@ from repvitok.progress import progress
 from repwam_core.interface import ActionChunk, BasePolicy, BatchedBasePolicy, Observation
 from repwam_core.policy.chunking import actions_to_execute
 from repwam_core.sim.host import Progress, SimHost
-from repwam_core.sim.instructions import instruction
 from repwam_core.sim.metaworld import MetaWorldSettings, canonical_names
+from repwam_core.sim.metaworld.instructions import instruction
 from repwam_core.sim.results import EpisodeResult
 from repwam_core.sim.rollouts import RolloutFolder
 from repwam_core.sim.seeds import require_evaluation_seeds

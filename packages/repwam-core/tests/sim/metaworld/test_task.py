@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 from repvitok.errors import UserError
-from repwam_core.sim.instructions import TASKS
 from repwam_core.sim.metaworld import (
     SAME_SCENE_PAIR,
     MetaWorldSettings,
@@ -12,7 +11,8 @@ from repwam_core.sim.metaworld import (
     canonical_name,
     canonical_names,
 )
-from repwam_core.sim.rendering import import_mujoco
+from repwam_core.sim.metaworld.instructions import TASKS
+from repwam_core.sim.metaworld.rendering import import_mujoco
 
 SMALL = MetaWorldSettings(size=(32, 32))
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from repvitok.errors import UserError
 
-from repwam_core.sim.instructions import TASKS
+from repwam_core.sim.metaworld.instructions import TASKS
 from repwam_core.sim.results import EpisodeResult, mean_rate
 
 __all__ = ["DIFFICULTIES", "difficulty", "mean_rates"]

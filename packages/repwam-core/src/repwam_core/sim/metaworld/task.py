@@ -17,8 +17,8 @@ from repvitok.errors import UserError
 from repwam_core.embodiment import ActionChannel, Embodiment
 from repwam_core.interface import Observation
 from repwam_core.sim.base import SimTask
-from repwam_core.sim.instructions import TASKS
-from repwam_core.sim.rendering import CameraView, FrameRenderer, import_mujoco
+from repwam_core.sim.metaworld.instructions import TASKS
+from repwam_core.sim.metaworld.rendering import CameraView, FrameRenderer, import_mujoco
 
 __all__ = [
     "CAMERAS",

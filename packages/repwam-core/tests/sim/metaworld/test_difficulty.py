@@ -3,8 +3,8 @@
 from collections import Counter
 
 import pytest
-from repwam_core.sim.difficulty import difficulty, mean_rates
-from repwam_core.sim.instructions import TASKS
+from repwam_core.sim.metaworld.difficulty import difficulty, mean_rates
+from repwam_core.sim.metaworld.instructions import TASKS
 from repwam_core.sim.results import EpisodeResult
 
 

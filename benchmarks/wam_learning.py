@@ -254,7 +254,7 @@ def _plan(options: argparse.Namespace) -> Plan:
     tasks = None if options.run else list(HARD_TASKS)
     demonstrations = None if options.demonstrations is None else [str(options.demonstrations)]
     given = argparse.Namespace(
-        tasks=tasks, episodes=demonstrations, eval_episodes=None, size=None, budget=1.0, dataset=None
+        suite=None, tasks=tasks, episodes=demonstrations, eval_episodes=None, size=None, budget=1.0, dataset=None
     )
     plan = load_plan(RECIPES / "sim.yaml", given)
     if options.steps is None:

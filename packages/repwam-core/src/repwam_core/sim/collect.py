@@ -78,8 +78,8 @@ class CollectionPlan:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; ``from_dict`` inverts it."""
         values = {**asdict(self), "tasks": list(self.tasks)}
-        values |= {"suite": self.settings.suite, "settings": self.settings.to_dict(), "noise": self.noise.to_dict()}
-        return {"format": FORMAT, "format_version": FORMAT_VERSION, **values}
+        values |= {"settings": self.settings.to_dict(), "noise": self.noise.to_dict()}
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, "suite": self.settings.suite, **values}
 
     @classmethod
     def from_dict(cls, values: Any, source: str = "the collection's plan") -> CollectionPlan:

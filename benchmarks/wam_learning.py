@@ -40,9 +40,9 @@ from repwam_core.quickstart.stages import StageResult, StageRunner
 from repwam_core.sim.collect import collect
 from repwam_core.sim.demonstrations import NOISE_MODES
 from repwam_core.sim.evaluate import evaluate
-from repwam_core.sim.instructions import instruction
 from repwam_core.sim.intervals import difference_interval, wilson_interval
 from repwam_core.sim.metaworld import MetaWorldSettings
+from repwam_core.sim.metaworld.instructions import instruction
 from repwam_core.sim.results import success_rates
 from repwam_core.sim.seeds import evaluation_seeds
 
@@ -254,7 +254,7 @@ def _plan(options: argparse.Namespace) -> Plan:
     tasks = None if options.run else list(HARD_TASKS)
     demonstrations = None if options.demonstrations is None else [str(options.demonstrations)]
     given = argparse.Namespace(
-        tasks=tasks, episodes=demonstrations, eval_episodes=None, size=None, budget=1.0, dataset=None
+        suite=None, tasks=tasks, episodes=demonstrations, eval_episodes=None, size=None, budget=1.0, dataset=None
     )
     plan = load_plan(RECIPES / "sim.yaml", given)
     if options.steps is None:

@@ -38,6 +38,11 @@ def test_the_site_builds_strictly(tmp_path):
         assert "fonts.googleapis" not in path.read_text(), path
 
 
+def test_the_page_s_simulator_is_the_one_that_is_tested():
+    tested = ROOT / "packages/repwam-core/tests/sim/toy_simulator.py"
+    assert f"```python\n{tested.read_text()}```" in (ROOT / "docs/own-simulator.md").read_text()
+
+
 def test_robominds_files_become_a_data_set_in_its_layout(tmp_path, monkeypatch):
     """The script of docs/datasets.md, on files made as RoboMIND's are: JPEG frames, master and puppet arms."""
     rng, shown, frames = np.random.default_rng(0), [40, 120, 200], 9

@@ -20,6 +20,7 @@ from repvitok.commands import (
     training_commands,
     whole_number,
 )
+from repvitok.documents import parse, parse_json
 from repvitok.errors import MOST_PROCESSES, UserError, run_cli
 
 from repwam_core.plan_options import add_plan_arguments, given_plan
@@ -29,6 +30,7 @@ from repwam_core.training_plan import plan_arguments, run_plan
 
 if TYPE_CHECKING:
     from repwam_core.policy.policy import BatchedPolicy
+    from repwam_core.sim.base import SimSettings
 
 STAGE = TrainingStage(
     name="repwam",
@@ -53,44 +55,53 @@ def _quickstart(options: argparse.Namespace) -> int:
 
 def _simulator_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--tasks", type=text_argument, nargs="+", required=True, metavar="TASK", help="Meta-World tasks"
+        "--suite",
+        type=text_argument,
+        default="metaworld",
+        help="a simulator and its tasks (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tasks", type=text_argument, nargs="+", required=True, metavar="TASK", help="names of the suite's tasks"
     )
     parser.add_argument(
         "--same-scene",
         type=text_argument,
         nargs="+",
         action="append",
-        default=[],
         metavar="TASK",
         help="tasks told apart by the instruction alone: they share layouts and hide their goal markers",
     )
+    parser.add_argument("--cameras", type=text_argument, nargs="+", help="camera names (default: the suite's)")
     parser.add_argument(
-        "--cameras", type=text_argument, nargs="+", default=["corner2"], help="camera names (default: corner2)"
+        "--size", type=whole_number(16, MAX_SIDE), nargs=2, metavar=("H", "W"), help="pixels (default: the suite's)"
     )
     parser.add_argument(
-        "--size", type=whole_number(16, MAX_SIDE), nargs=2, default=[64, 64], metavar=("H", "W"), help="pixels (64 64)"
+        "--act-repeat", type=whole_number(1, 500), help="simulator's steps per action (default: the suite's)"
     )
     parser.add_argument(
-        "--act-repeat", type=whole_number(1, 500), default=2, help="environment steps (80 Hz) per action (default: 2)"
+        "--max-env-steps", type=whole_number(1, 500), help="simulator's steps per episode (default: the suite's)"
     )
-    parser.add_argument(
-        "--max-env-steps", type=whole_number(1, 500), default=200, help="environment steps per episode (default: 200)"
-    )
+    parser.add_argument("--settings", type=_json_object, default={}, metavar="JSON", help="any settings of the suite")
     parser.add_argument(
         "--workers", type=whole_number(1, MOST_PROCESSES), help="simulator processes (default: one per core)"
     )
 
 
-def _settings(options: argparse.Namespace):
-    from repwam_core.sim.metaworld import MetaWorldSettings
+def _json_object(text: str) -> dict[str, Any]:
+    """The type of an option that takes a JSON object."""
+    try:
+        return parse(parse_json(text, "JSON"), dict[str, Any], "JSON")
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
-    return MetaWorldSettings(
-        cameras=tuple(options.cameras),
-        size=(options.size[0], options.size[1]),
-        act_repeat=options.act_repeat,
-        max_env_steps=options.max_env_steps,
-        same_scene=tuple(tuple(group) for group in options.same_scene),
-    )
+
+def _settings(options: argparse.Namespace) -> SimSettings:
+    """The suite with those settings that were given."""
+    from repwam_core.sim.base import find_suite
+
+    named = {name: getattr(options, name) for name in ("same_scene", "cameras", "size", "act_repeat", "max_env_steps")}
+    given = options.settings | {name: value for name, value in named.items() if value is not None}
+    return find_suite(options.suite).from_dict(given, complete=False)
 
 
 def _collect_arguments(parser: argparse.ArgumentParser) -> None:
@@ -170,8 +181,7 @@ def _rollout_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _rollout(options: argparse.Namespace) -> None:
-    from repwam_core.sim.difficulty import mean_rates
-    from repwam_core.sim.results import mean_rate, success_rates
+    from repwam_core.sim.results import mean_rate, mean_rates, success_rates
     from repwam_core.sim.seeds import evaluation_seeds
 
     seeds = evaluation_seeds(options.episodes)
@@ -180,7 +190,7 @@ def _rollout(options: argparse.Namespace) -> None:
         crashed = f", {rate.crashed} crashed" if rate.crashed else ""
         print(f"{task}: {rate.successes}/{rate.episodes} (95 % interval {rate.low:.2f} to {rate.high:.2f}){crashed}")
     if len(options.tasks) > 1:
-        means = {**mean_rates(results), "all": mean_rate(results)}
+        means = {**mean_rates(results, _settings(options).groups), "all": mean_rate(results)}
         print("means over tasks: " + ", ".join(f"{group} {mean:.3f}" for group, mean in means.items()))
 
 
@@ -205,7 +215,6 @@ def _drive_without_policy(options: argparse.Namespace, seeds: list[int]):
 def _drive(options: argparse.Namespace, seeds: list[int]):
     from repwam_core.policy.policy import BatchedPolicy
     from repwam_core.sim.evaluate import evaluate
-    from repwam_core.sim.instructions import instruction
 
     policy = BatchedPolicy.from_pretrained(options.policy, options.device, **given_plan(options))
     given = options.instruction
@@ -214,7 +223,7 @@ def _drive(options: argparse.Namespace, seeds: list[int]):
         options.tasks,
         seeds,
         settings=_settings(options),
-        instruction_of=instruction if given is None else lambda _task, _seed: given,
+        instruction_of=None if given is None else lambda _task, _seed: given,
         execute=options.execute,
         workers=options.workers,
         filmed_per_task=options.film,

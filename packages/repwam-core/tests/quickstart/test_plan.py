@@ -8,8 +8,8 @@ from repwam_core.quickstart.plan import RECIPES, load_plan, shaped_like
 
 
 def _options(**given):
-    options = {"tasks": None, "episodes": None, "eval_episodes": None, "size": None, "budget": 1.0, "dataset": None}
-    return argparse.Namespace(**(options | given))
+    options = dict.fromkeys(("suite", "tasks", "episodes", "eval_episodes", "size", "dataset"))
+    return argparse.Namespace(**(options | {"budget": 1.0} | given))
 
 
 @pytest.mark.parametrize("recipe", ["sim.yaml", "dataset.yaml"])

@@ -14,8 +14,8 @@ from repvitok.data import LeRobotReader
 from repvitok.errors import UserError
 from repwam_core.sim.collect import collect, read_plan
 from repwam_core.sim.demonstrations import NOISE_MODES, record_demonstration
-from repwam_core.sim.instructions import paraphrases
 from repwam_core.sim.metaworld import MetaWorldSettings, MetaWorldTask
+from repwam_core.sim.metaworld.instructions import paraphrases
 
 SMALL = MetaWorldSettings(size=(32, 32))
 TASKS = ("handle-press-side", "reach")

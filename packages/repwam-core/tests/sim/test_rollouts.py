@@ -156,3 +156,13 @@ def test_the_verb_goes_on_after_kill_9(tmp_path, capsys):
     assert "name another folder" in capsys.readouterr().err
     assert main(killed) == 0
     assert json.loads((tmp_path / "killed" / "results.json").read_text())["rates"]["all"]["episodes"] == 6
+
+
+def test_what_version_0_1_left_unfinished_goes_on_as_meta_world_s(tmp_path):
+    """It named no suite."""
+    parts = [PLANNED[:2], PLANNED[2:]]
+    with pytest.raises(Killed):
+        rollout(tmp_path, parts, killed_before=1)
+    with pytest.raises(UserError, match='suite "metaworld", not "toy"'):
+        rollout(tmp_path, parts, about={"suite": "toy", **ABOUT})
+    assert rollout(tmp_path, parts, about={"suite": "metaworld", **ABOUT}) == [1]

@@ -30,12 +30,13 @@ def add_quickstart_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("H", "W"),
         help="frame size in pixels, multiples of 16",
     )
+    parser.add_argument("--suite", type=text_argument, help="the simulator of --tasks (default: metaworld)")
     parser.add_argument(
         "--tasks",
         type=text_argument,
         nargs="+",
         metavar="TASK",
-        help="Meta-World tasks (default: the recipe's three and its pair)",
+        help="simulated tasks (default: the recipe's three of Meta-World and its pair)",
     )
     parser.add_argument(
         "--episodes",

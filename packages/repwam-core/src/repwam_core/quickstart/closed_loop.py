@@ -10,13 +10,12 @@ from repvitok.files import write_json_atomic
 
 from repwam_core.policy.policy import BatchedPolicy
 from repwam_core.quickstart.plan import Plan
+from repwam_core.sim.base import SimSettings, find_suite
 from repwam_core.sim.baselines import Baseline, run_baseline
 from repwam_core.sim.collect import collect
 from repwam_core.sim.demonstrations import NOISE_MODES
 from repwam_core.sim.evaluate import evaluate
 from repwam_core.sim.films import save_films
-from repwam_core.sim.instructions import instruction
-from repwam_core.sim.metaworld import MetaWorldSettings
 from repwam_core.sim.results import EpisodeResult, load_results, save_results, success_rates
 from repwam_core.sim.seeds import evaluation_seeds
 
@@ -25,9 +24,10 @@ FILMED_PER_TASK = 8
 LANGUAGE = ("right", "other", "none")
 
 
-def settings_of(plan: Plan) -> MetaWorldSettings:
+def settings_of(plan: Plan) -> SimSettings:
     """How the run's simulator is driven and seen, in collection and evaluation alike."""
-    return MetaWorldSettings(size=plan.size, same_scene=(plan.same_scene,) if plan.same_scene else ())
+    pair = {"same_scene": [plan.same_scene]} if plan.same_scene else {}
+    return find_suite(plan.suite).from_dict({"size": plan.size, **pair}, complete=False)
 
 
 def collect_demonstrations(folder: Path, *, plan: Plan, seed: int, workers: int) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def run_policy(
     folder: Path, *, plan: Plan, policy: Path, workers: int, tasks: Sequence[str], filmed: int = FILMED_PER_TASK
 ) -> dict[str, Any]:
     """The policy on the evaluation seeds of ``tasks``, under the right instruction; films a few episodes of each."""
-    results = _drive(plan, policy, tasks, instruction, workers, filmed, plan.eval_episodes)
+    results = _drive(plan, policy, tasks, None, workers, filmed, plan.eval_episodes)
     save_results(folder / "policy.json", results, method="policy")
     save_films(folder / "films.npz", results)
     return {"policy": told(results)}
@@ -74,6 +74,7 @@ def run_policy(
 def run_language(folder: Path, *, plan: Plan, policy: Path, workers: int) -> dict[str, Any]:
     """The same-scene pair told the other task's instruction, and told nothing."""
     first, second = plan.same_scene
+    instruction = settings_of(plan).instruction
     other = {first: second, second: first}
     told_what: dict[str, Callable[[str, int], str | None]] = {
         "other": lambda task, seed: instruction(other[task], seed),
@@ -103,7 +104,7 @@ def _drive(
     plan: Plan,
     policy: Path,
     tasks: Sequence[str],
-    instruction_of: Callable[[str, int], str | None],
+    instruction_of: Callable[[str, int], str | None] | None,
     workers: int,
     filmed: int,
     episodes: int,

@@ -79,6 +79,7 @@ def _driven(this: Run, name: str, adapted: StageResult) -> StageResult:
             filmed=0,
         ),
         inputs={"policy": adapted},
+        suite=plan.suite,
         tasks=plan.tasks,
         same_scene=plan.same_scene,
         size=plan.size,

@@ -32,14 +32,13 @@ from repwam_core.report import (
     SuccessRow,
 )
 from repwam_core.sim.films import film_key, load_films
-from repwam_core.sim.metaworld import canonical_name
 from repwam_core.sim.results import EpisodeResult
 
 if TYPE_CHECKING:
     from repwam_core.quickstart.chain import Run, Trained
     from repwam_core.quickstart.stages import StageResult
 
-PACKAGES = ("repvitok", "latent-action", "repwam-core", "torch", "lightning", "numpy", "metaworld", "mujoco")
+PACKAGES = ("repvitok", "latent-action", "repwam-core", "torch", "lightning", "numpy")
 SHOWN_PER_TASK = 3
 
 
@@ -58,7 +57,7 @@ def report_data(this: Run, trained: Trained, outcome: dict[str, StageResult]) ->
         run=_run_info(this, trained),
         success=_success(this, outcome) if outcome else (),
         language=_language(outcome) if "language" in outcome else (),
-        rollouts=_rollouts(outcome) if outcome else (),
+        rollouts=_rollouts(this, outcome) if outcome else (),
         open_loop=open_loop.actions,
         reconstruction=pictures.reconstruction(this, trained, episodes),
         latent_actions=pictures.latent_actions(this, trained, episodes),
@@ -71,7 +70,9 @@ def report_data(this: Run, trained: Trained, outcome: dict[str, StageResult]) ->
 
 def _run_info(this: Run, trained: Trained) -> RunInfo:
     stages = [Stage(r.name, r.seconds, r.cached, r.digest[:10], _key_result(r.summary)) for r in this.runner.results]
-    what = trained.prepared.data.folder.name if not this.plan.all_tasks else "Meta-World"
+    suite = closed_loop.settings_of(this.plan) if this.plan.all_tasks else None
+    what = trained.prepared.data.folder.name if suite is None else suite.title or suite.suite
+    packages = (*PACKAGES, *(suite.packages if suite else ()))
     return RunInfo(
         title=f"RepWAM quickstart on {what}",
         command=this.command,
@@ -81,7 +82,7 @@ def _run_info(this: Run, trained: Trained) -> RunInfo:
             "to robot actions and run as a policy."
         ),
         commit=_commits(this),
-        versions={name: version(name) for name in PACKAGES if _installed(name)} | {"python": platform.python_version()},
+        versions={name: version(name) for name in packages if _installed(name)} | {"python": platform.python_version()},
         hardware=f"{_processor()}, {_cores()} cores, {platform.system()} {platform.machine()}",
         seeds=(this.seed,),
         config_yaml=_configuration(this, trained),
@@ -142,12 +143,13 @@ def _per_task(results: Sequence[EpisodeResult]) -> dict[str, Count]:
 
 def _success(this: Run, outcome: dict[str, StageResult]) -> list[SuccessRow]:
     """The tasks that the success rate is about; the pair that shares a scene has a table of its own."""
-    tasks = {canonical_name(task) for task in this.plan.tasks}
+    suite = closed_loop.settings_of(this.plan)
+    tasks = {suite.task_name(task) for task in this.plan.tasks}
     rows = [SuccessRow("policy", _per_task(_of(tasks, closed_loop.read_results(outcome["rollouts"].folder, "policy"))))]
     notes = {
         "random": "uniform actions",
         "replay": "a demonstration of the task, carried out blindly",
-        "expert": "Meta-World's scripted policy",
+        "expert": f"{suite.title or suite.suite}'s scripted policy",
     }
     for baseline in closed_loop.BASELINES:
         results = closed_loop.read_results(outcome["baselines"].folder, baseline)
@@ -170,18 +172,19 @@ def _language(outcome: dict[str, StageResult]) -> list[LanguageRow]:
     return [LanguageRow(task, *(told[name].get(task) for name in closed_loop.LANGUAGE)) for task in pair]
 
 
-def _rollouts(outcome: dict[str, StageResult]) -> list[Rollout]:
+def _rollouts(this: Run, outcome: dict[str, StageResult]) -> list[Rollout]:
     """A few filmed episodes of each task, a failure among them wherever there was one."""
     folder = outcome["rollouts"].folder
     results = closed_loop.read_results(folder, "policy")
     films = load_films(folder / "films.npz")
     shown: list[Rollout] = []
+    rate_hz = closed_loop.settings_of(this.plan).embodiment.rate_hz / 2  # every other frame is shown
     for task in dict.fromkeys(result.task for result in results):
         filmed = [r for r in results if r.task == task and film_key(r) in films]
         failures = [r for r in filmed if not r.success][:1]
         successes = [r for r in filmed if r.success][: SHOWN_PER_TASK - len(failures)]
         for r in successes + failures:
-            shown.append(Rollout(task, r.seed, r.success, films[film_key(r)][::2], r.instruction or "", 20.0))
+            shown.append(Rollout(task, r.seed, r.success, films[film_key(r)][::2], r.instruction or "", rate_hz))
     return shown
 
 

@@ -44,11 +44,8 @@ def _checked(arguments: argparse.Namespace, plan: Plan) -> Plan:
     if arguments.dataset is None:
         if arguments.cameras:
             raise UserError("--cameras chooses those of a data set, so it needs --dataset")
-        from repwam_core.sim.metaworld import canonical_names
-        from repwam_core.sim.rendering import import_mujoco
-
-        canonical_names(plan.all_tasks)
-        import_mujoco()
+        settings = closed_loop.settings_of(plan)
+        settings.make_task(settings.task_names(plan.all_tasks)[0]).close()  # is the simulator installed, does it start?
         return plan
     if arguments.controls:
         raise UserError("--controls compares success in closed loop, which a recorded data set cannot give; drop it")
@@ -72,7 +69,7 @@ def _checked(arguments: argparse.Namespace, plan: Plan) -> Plan:
 
 def _from_simulator(this: Run) -> tuple[Trained, dict[str, StageResult]]:
     plan = this.plan
-    sim = {"tasks": plan.all_tasks, "same_scene": plan.same_scene, "size": plan.size}
+    sim = {"suite": plan.suite, "tasks": plan.all_tasks, "same_scene": plan.same_scene, "size": plan.size}
     collected = this.stage(
         "collect",
         partial(closed_loop.collect_demonstrations, plan=plan, seed=this.seed, workers=this.workers),

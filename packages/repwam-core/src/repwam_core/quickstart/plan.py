@@ -10,6 +10,8 @@ from typing import Any
 from repvitok.documents import Count, Share, Size, load_yaml, parse
 from repvitok.errors import UserError
 
+from repwam_core.sim.base import DEFAULT_SUITE
+
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -32,7 +34,7 @@ class Plan:
     """The settings of one run.
 
     Attributes:
-        tasks: Meta-World tasks that the success table is about.
+        tasks: tasks of the suite that the success table is about.
         same_scene: two tasks told apart by the instruction alone; may be empty.
         episodes: demonstrations per task.
         eval_episodes: unseen seeds per task in closed loop.
@@ -44,6 +46,7 @@ class Plan:
         held_out: share of the episodes held out of every training stage.
         steps: optimizer steps of each training stage.
         execute: action vectors executed before the policy plans again.
+        suite: the simulator, as `repwam collect --suite` takes it.
     """
 
     tasks: tuple[str, ...]
@@ -58,6 +61,7 @@ class Plan:
     held_out: Share
     steps: Steps
     execute: Count
+    suite: str = DEFAULT_SUITE
 
     @property
     def all_tasks(self) -> tuple[str, ...]:
@@ -78,6 +82,10 @@ def load_plan(path: Path, arguments: argparse.Namespace) -> Plan:
 
 
 def _with_options(plan: Plan, arguments: argparse.Namespace) -> Plan:
+    if arguments.suite is not None:
+        if not arguments.tasks or arguments.dataset is not None:
+            raise UserError("--suite chooses the simulator of --tasks, so it needs them, and no --dataset")
+        plan = replace(plan, suite=arguments.suite)
     if arguments.tasks:
         plan = replace(plan, tasks=tuple(arguments.tasks), same_scene=())
     if arguments.episodes is not None and arguments.dataset is None:

@@ -1,15 +1,34 @@
-"""What a simulated task is to the rest: seeds in, observations and success out, actions in SI units."""
+"""What a simulator is to the rest: a task to drive, and the settings that make tasks, found by their suite's name.
+
+To add a simulator, subclass both in a module of your own (docs/own-simulator.md has a whole one in 60 lines).
+Collecting, evaluating, baselines and the command line then take it as they take Meta-World.
+"""
 
 from __future__ import annotations
 
+import difflib
+import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, ClassVar
 
 import numpy as np
+from repvitok.documents import parse
+from repvitok.errors import UserError
 
 from repwam_core.embodiment import Embodiment
 from repwam_core.interface import Observation
 
-__all__ = ["SimTask"]
+__all__ = ["DEFAULT_SUITE", "ENTRY_POINTS", "SimSettings", "SimTask", "TaskPool", "find_suite"]
+
+DEFAULT_SUITE = "metaworld"
+"""Also of the data sets and results of version 0.1, which name no suite."""
+ENTRY_POINTS = "repwam.simulators"
+"""The group in which a package names its suites: ``suite = "module:SettingsClass"``."""
+BUILT_IN = EntryPoint("metaworld", "repwam_core.sim.metaworld:MetaWorldSettings", ENTRY_POINTS)
+_SUITES: dict[str, type[SimSettings]] = {}
 
 
 class SimTask(ABC):
@@ -39,16 +58,16 @@ class SimTask(ABC):
         """Carry out one action, ``(C,)`` in the embodiment's units, for one control step, without rendering.
 
         Raises:
-            ValueError: If the action has another shape or is not finite.
+            UserError: If the action has another shape or is not finite.
         """
 
     @abstractmethod
     def observe(self) -> Observation:
         """Render every camera and read the robot's state, now."""
 
-    @abstractmethod
     def expert_action(self) -> np.ndarray:
-        """What the scripted expert would do now, float32 ``(C,)`` in the embodiment's units."""
+        """What the scripted expert would do now, float32 ``(C,)`` in the embodiment's units; a task may have none."""
+        raise UserError(f"task {self.name!r} has no scripted expert, which demonstrations and --baseline expert need")
 
     @property
     @abstractmethod
@@ -88,3 +107,144 @@ class SimTask(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class SimSettings(ABC):
+    """How one suite of simulated tasks is run and seen, and how its tasks are made.
+
+    A subclass is a frozen dataclass whose fields are JSON values: they are stored with data sets and results. Defining
+    it registers it under ``suite``. Worker processes make tasks by it, so it lives in a module that they can import.
+
+    Attributes:
+        suite: The name under which ``find_suite`` and ``--suite`` know it.
+        tasks: Canonical names of all its tasks.
+        title: The simulator's name in messages and reports; the suite's where it is empty.
+        groups: Groups of tasks whose mean success rates are told, in order.
+        packages: Distributions whose versions a report names.
+        size: Height and width of every picture, in pixels.
+    """
+
+    suite: ClassVar[str]
+    tasks: ClassVar[Sequence[str]]
+    title: ClassVar[str] = ""
+    groups: ClassVar[Mapping[str, Sequence[str]]] = {}
+    packages: ClassVar[Sequence[str]] = ()
+    size: tuple[int, int]
+
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        if "suite" in vars(cls):
+            _SUITES[cls.suite] = cls
+
+    @property
+    @abstractmethod
+    def embodiment(self) -> Embodiment:
+        """The robot of all tasks; its cameras are keys of LeRobot, ``observation.images.<camera>``."""
+
+    @abstractmethod
+    def instruction(self, task: str, seed: int) -> str:
+        """What a person would say in the episode of ``seed``; ``(task, seed)`` alone decides it."""
+
+    @abstractmethod
+    def make_task(self, name: str, renderer: Any = None) -> SimTask:
+        """A simulator of one task by its canonical name, with what ``make_renderer`` gave."""
+
+    def make_renderer(self) -> Any:
+        """What the tasks of one process share and ``TaskPool`` closes, such as a GL context; None where nothing is."""
+        return None
+
+    @classmethod
+    def task_name(cls, task: str) -> str:
+        """The canonical name of a task as a user gives it.
+
+        Raises:
+            UserError: If there is no such task; names the closest ones.
+        """
+        if task in cls.tasks:
+            return task
+        close = difflib.get_close_matches(task, cls.tasks, n=3, cutoff=0.3)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"the tasks are {', '.join(cls.tasks)}"
+        raise UserError(f"unknown {cls.title or cls.suite} task {task!r}; {hint}")
+
+    @classmethod
+    def task_names(cls, tasks: Sequence[str]) -> tuple[str, ...]:
+        """Canonical names of the given tasks, each once.
+
+        Raises:
+            UserError: If there is none, one is unknown, or one is given twice.
+        """
+        names = tuple(cls.task_name(task) for task in tasks)
+        if not names:
+            raise UserError("expected at least one task, got none")
+        if len(set(names)) != len(names):
+            raise UserError(f"a task may be given once only, got {list(tasks)}")
+        return names
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; ``from_dict`` inverts it."""
+        return json.loads(json.dumps(asdict(self)))  # pyright: ignore[reportArgumentType]: subclasses are dataclasses
+
+    @classmethod
+    def from_dict(cls, values: Any, *, complete: bool = True) -> SimSettings:
+        """Invert ``to_dict``; a wrong, unknown or (if it must be ``complete``) missing field is a UserError."""
+        required = [field.name for field in fields(cls)] if complete else []  # pyright: ignore[reportArgumentType]
+        return parse(values, cls, f"{cls.title or cls.suite} settings", required=required)
+
+
+def find_suite(name: Any) -> type[SimSettings]:
+    """The settings of a suite: of a class that has been defined, or that an installed package names as entry point.
+
+    Raises:
+        UserError: If there is no such suite, or its package does not load.
+    """
+    if not isinstance(name, str):
+        raise UserError(f"expected the name of a simulator suite, got {name!r}")
+    if name in _SUITES:
+        return _SUITES[name]
+    points = {point.name: point for point in (*entry_points(group=ENTRY_POINTS), BUILT_IN)}
+    if name not in points:
+        known = ", ".join(sorted({*points, *_SUITES}))
+        raise UserError(f"unknown simulator suite {name!r}; there are {known}. Is its package installed?")
+    try:
+        found = points[name].load()
+    except Exception as error:
+        raise UserError(f"simulator suite {name!r} ({points[name].value}) does not load: {error!r}") from error
+    if not (isinstance(found, type) and issubclass(found, SimSettings) and found.suite == name):
+        raise UserError(f"{points[name].value} should be a SimSettings with suite = {name!r}, got {found!r}")
+    return found
+
+
+class TaskPool:
+    """Simulators to borrow, with one renderer among them; all are closed together.
+
+    Args:
+        settings: Makes the tasks of the pool.
+        keep: Idle simulators kept for the next ``take``; the longest idle ones are closed first.
+    """
+
+    def __init__(self, settings: SimSettings, keep: int = 64) -> None:
+        self._settings, self._keep = settings, keep
+        self._renderer = settings.make_renderer()
+        self._idle: list[SimTask] = []
+
+    def take(self, name: str) -> SimTask:
+        """A simulator of this task that nobody else has."""
+        for task in reversed(self._idle):
+            if task.name == name:
+                self._idle.remove(task)
+                return task
+        return self._settings.make_task(name, self._renderer)
+
+    def give_back(self, task: SimTask) -> None:
+        """Return what ``take`` gave."""
+        self._idle.append(task)
+        while len(self._idle) > self._keep:
+            self._idle.pop(0).close()
+
+    def close(self) -> None:
+        """Close the idle simulators and the renderer."""
+        for task in self._idle:
+            task.close()
+        self._idle.clear()
+        if self._renderer is not None:
+            self._renderer.close()

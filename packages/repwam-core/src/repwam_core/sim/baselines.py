@@ -14,9 +14,8 @@ from repvitok.data import LeRobotReader
 from repvitok.errors import UserError
 from repvitok.progress import progress
 
-from repwam_core.sim.base import SimTask
+from repwam_core.sim.base import DEFAULT_SUITE, SimSettings, SimTask, TaskPool, find_suite
 from repwam_core.sim.host import crash
-from repwam_core.sim.metaworld import MetaWorldSettings, TaskPool, canonical_name, canonical_names
 from repwam_core.sim.results import EpisodeResult
 from repwam_core.sim.rollouts import RolloutFolder
 from repwam_core.sim.workers import WorkerDied, default_workers, map_jobs
@@ -31,21 +30,21 @@ def run_baseline(
     tasks: Sequence[str],
     seeds: Sequence[int],
     *,
-    settings: MetaWorldSettings | None = None,
+    settings: SimSettings | None = None,
     demonstrations: str | Path | None = None,
     workers: int | None = None,
     out: str | Path | None = None,
 ) -> list[EpisodeResult]:
     """Drive every task at every seed without a policy. A crash of a simulator is a failed episode, recorded as crashed.
 
-    ``expert`` is Meta-World's scripted policy; ``random`` draws every action uniformly; ``replay`` carries out the
+    ``expert`` is the suite's scripted policy; ``random`` draws every action uniformly; ``replay`` carries out the
     actions of one demonstration of the task, drawn by the seed, whatever the layout, and then stands still.
 
     Args:
         baseline: Who drives.
-        tasks: Names of Meta-World tasks.
+        tasks: Names of the suite's tasks.
         seeds: The simulator's seeds.
-        settings: As for the policy it is compared with; cameras and size do not matter.
+        settings: As for the policy it is compared with (None is Meta-World); cameras and size do not matter.
         demonstrations: A data set made by ``collect``, for ``replay``.
         workers: Processes; None as many as there are cores, 1 this one.
         out: The folder for ``results.json``, in which episodes that have ended are kept meanwhile, as by ``evaluate``.
@@ -56,7 +55,8 @@ def run_baseline(
     Raises:
         UserError: If a task is unknown, or has no demonstrations to replay.
     """
-    names = canonical_names(tasks)
+    settings = settings or find_suite(DEFAULT_SUITE)()
+    names = settings.task_names(tasks)
     if baseline not in ("expert", "random", "replay"):
         raise UserError(f"baseline must be 'expert', 'random' or 'replay', got {baseline!r}")
     actions: dict[str, list[np.ndarray]] = {}
@@ -64,10 +64,10 @@ def run_baseline(
         if demonstrations is None:
             raise UserError("replaying needs a data set of demonstrations, got none")
         actions = demonstrated_actions(demonstrations, names)
-    settings = settings or MetaWorldSettings()
     make = partial(BaselineRunner, baseline, settings, actions)
     described = {
         "baseline": baseline,
+        "suite": settings.suite,
         "settings": settings.to_dict(),
         "tasks": list(names),
         "seeds": list(seeds),
@@ -88,13 +88,13 @@ def run_baseline(
 
 
 def demonstrated_actions(root: str | Path, tasks: Sequence[str]) -> dict[str, list[np.ndarray]]:
-    """Task -> the actions of each of its demonstrations, float32 ``(T, C)``.
+    """Canonical task name -> the actions of each of its demonstrations, float32 ``(T, C)``.
 
     Raises:
         UserError: If a task has none in this data set.
     """
     reader = LeRobotReader(root)
-    actions: dict[str, list[np.ndarray]] = {canonical_name(task): [] for task in tasks}
+    actions: dict[str, list[np.ndarray]] = {task: [] for task in tasks}
     for episode in reader.episodes:
         name = episode.metadata.get("task_name")
         if name in actions:
@@ -122,7 +122,7 @@ def _lost(job: tuple[str, int], death: WorkerDied) -> EpisodeResult:
 class BaselineRunner:
     """Runs single episodes; lives in a worker process."""
 
-    def __init__(self, baseline: Baseline, settings: MetaWorldSettings, actions: dict[str, list[np.ndarray]]) -> None:
+    def __init__(self, baseline: Baseline, settings: SimSettings, actions: dict[str, list[np.ndarray]]) -> None:
         self._baseline = baseline
         self._actions = actions
         self._tasks = TaskPool(settings, keep=4)

@@ -16,9 +16,8 @@ from repvitok.errors import UserError, require_disk_space
 from repvitok.files import refuse_foreign, sole_writer, write_json_atomic
 from repvitok.progress import progress
 
+from repwam_core.sim.base import DEFAULT_SUITE, SimSettings, TaskPool, find_suite
 from repwam_core.sim.demonstrations import Noise, record_demonstration
-from repwam_core.sim.instructions import instruction
-from repwam_core.sim.metaworld import MetaWorldSettings, TaskPool, canonical_names
 from repwam_core.sim.seeds import MAX_ATTEMPTS, MAX_EPISODES_PER_TASK, collection_seed
 from repwam_core.sim.workers import default_workers, map_jobs
 
@@ -39,7 +38,7 @@ class CollectionPlan:
         tasks: Canonical task names. Episode i of the data set shows task ``i % len(tasks)``.
         episodes_per_task: Demonstrations of each task.
         seed: The data set's seed, 0 to 99; see ``seeds.collection_seed``.
-        settings: Cameras, size, rate and length.
+        settings: The suite, its cameras, size, rate and length.
         noise: How the expert is disturbed.
         extra_steps: Control steps recorded after success.
         version: LeRobot's format version, "v2.1" or "v3.0".
@@ -49,7 +48,7 @@ class CollectionPlan:
     tasks: tuple[str, ...]
     episodes_per_task: int
     seed: int
-    settings: MetaWorldSettings
+    settings: SimSettings
     noise: Noise
     extra_steps: int
     version: str
@@ -80,15 +79,16 @@ class CollectionPlan:
         """A JSON-ready dictionary; ``from_dict`` inverts it."""
         values = {**asdict(self), "tasks": list(self.tasks)}
         values |= {"settings": self.settings.to_dict(), "noise": self.noise.to_dict()}
-        return {"format": FORMAT, "format_version": FORMAT_VERSION, **values}
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, "suite": self.settings.suite, **values}
 
     @classmethod
     def from_dict(cls, values: Any, source: str = "the collection's plan") -> CollectionPlan:
         """Invert ``to_dict``; another format, a wrong, missing or unknown field is a UserError."""
         values = require_format(values, FORMAT, FORMAT_VERSION, source)
-        plan = parse(values, cls, source)
-        settings, noise = MetaWorldSettings.from_dict(values["settings"]), Noise.from_dict(values["noise"])
-        return replace(plan, settings=settings, noise=noise)  # these two must be complete
+        suite = find_suite(values.pop("suite", DEFAULT_SUITE))
+        if "settings" in values:
+            values["settings"] = suite.from_dict(values["settings"])
+        return replace(parse(values, cls, source), noise=Noise.from_dict(values.get("noise")))  # it must be complete
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def collect(
     *,
     episodes_per_task: int,
     seed: int = 0,
-    settings: MetaWorldSettings | None = None,
+    settings: SimSettings | None = None,
     noise: Noise | None = None,
     extra_steps: int = 4,
     version: str = "v2.1",
@@ -135,10 +135,10 @@ def collect(
 
     Args:
         out: Folder; new, empty, or one with the same plan.
-        tasks: Names of Meta-World tasks.
+        tasks: Names of the suite's tasks.
         episodes_per_task: Demonstrations of each.
         seed: The data set's seed; other seeds give other layouts.
-        settings: Cameras, size, rate and length.
+        settings: The suite, its cameras, size, rate and length; None is Meta-World.
         noise: How the expert is disturbed; None not at all.
         extra_steps: Control steps recorded after success.
         version: "v2.1" or "v3.0".
@@ -152,11 +152,12 @@ def collect(
     """
     started_s = time.monotonic()
     root = Path(out)
+    settings = settings or find_suite(DEFAULT_SUITE)()
     plan = CollectionPlan(
-        canonical_names(tasks),
+        settings.task_names(tasks),
         episodes_per_task,
         seed,
-        settings or MetaWorldSettings(),
+        settings,
         noise or Noise(),
         extra_steps,
         version,
@@ -214,7 +215,7 @@ class DemonstrationRecorder:
             frames=demonstration.frames,
             state=demonstration.state,
             action=demonstration.action,
-            task=instruction(name, seed),
+            task=self._plan.settings.instruction(name, seed),
             metadata={"task_name": name, "environment_seed": seed, "failed_attempts": attempt},
         )
         return attempt
@@ -237,15 +238,15 @@ def _record_all(root: Path, plan: CollectionPlan, missing: Sequence[int], worker
 
 
 def _writer(root: Path, plan: CollectionPlan) -> LeRobotWriter:
-    settings = plan.settings
+    robot = plan.settings.embodiment
     return LeRobotWriter(
         root,
         version=plan.version,
-        fps=settings.rate_hz,
-        cameras=dict.fromkeys(settings.camera_keys, settings.size),
-        state_names=settings.embodiment.state_channels,
-        action_names=settings.embodiment.action_names,
-        robot_type=settings.embodiment.name,
+        fps=robot.rate_hz,
+        cameras=dict.fromkeys(robot.cameras, plan.settings.size),
+        state_names=robot.state_channels,
+        action_names=robot.action_names,
+        robot_type=robot.name,
         pix_fmt=plan.pix_fmt,
         crf=plan.crf,
     )
@@ -272,7 +273,7 @@ def _keep_plan(root: Path, plan: CollectionPlan) -> None:
 
 def _require_room(root: Path, plan: CollectionPlan) -> None:
     height, width = plan.settings.size
-    pixels = plan.num_episodes * TYPICAL_FRAMES * len(plan.settings.cameras) * height * width
+    pixels = plan.num_episodes * TYPICAL_FRAMES * len(plan.settings.embodiment.cameras) * height * width
     require_disk_space(root, int(pixels * BYTES_PER_PIXEL), "collecting demonstrations")
 
 

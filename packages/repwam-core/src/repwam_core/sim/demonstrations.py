@@ -70,12 +70,12 @@ class Demonstration:
 
     Attributes:
         frames: Camera key -> uint8 ``(T, H, W, 3)``.
-        state: float32 ``(T, S)``.
+        state: float32 ``(T, S)``; None where the robot tells none.
         action: float32 ``(T, C)``: what the expert wanted to do after frame i.
     """
 
     frames: dict[str, np.ndarray]
-    state: np.ndarray
+    state: np.ndarray | None
     action: np.ndarray
 
     def __len__(self) -> int:
@@ -115,7 +115,7 @@ def _demonstration(observations: list[Observation], actions: list[np.ndarray]) -
     cameras = observations[0].cameras
     frames = {camera: np.concatenate([seen.frames(camera) for seen in observations]) for camera in cameras}
     states = [states for seen in observations if (states := seen.states()) is not None]
-    return Demonstration(frames, np.concatenate(states), np.stack(actions))
+    return Demonstration(frames, np.concatenate(states) if states else None, np.stack(actions))
 
 
 class _Disturbance:

@@ -15,9 +15,8 @@ from repvitok.progress import progress
 
 from repwam_core.interface import ActionChunk, BasePolicy, BatchedBasePolicy, Observation
 from repwam_core.policy.chunking import actions_to_execute
+from repwam_core.sim.base import DEFAULT_SUITE, SimSettings, find_suite
 from repwam_core.sim.host import Progress, SimHost
-from repwam_core.sim.instructions import instruction
-from repwam_core.sim.metaworld import MetaWorldSettings, canonical_names
 from repwam_core.sim.results import EpisodeResult
 from repwam_core.sim.rollouts import RolloutFolder
 from repwam_core.sim.seeds import require_evaluation_seeds
@@ -33,8 +32,8 @@ def evaluate(
     tasks: Sequence[str],
     seeds: Sequence[int],
     *,
-    settings: MetaWorldSettings | None = None,
-    instruction_of: InstructionOf = instruction,
+    settings: SimSettings | None = None,
+    instruction_of: InstructionOf | None = None,
     execute: int | None = 4,
     batch_size: int = 20,
     workers: int | None = None,
@@ -51,10 +50,10 @@ def evaluate(
 
     Args:
         policy: Plans for a batch; or a function that makes a policy for one episode, called once per place in a batch.
-        tasks: Names of Meta-World tasks.
+        tasks: Names of the suite's tasks.
         seeds: Evaluation seeds, see ``seeds.evaluation_seeds``.
-        settings: Cameras, size, rate and length; the ones of the demonstrations.
-        instruction_of: (task, seed) -> what the policy is told; None for nothing.
+        settings: The suite, its cameras, size, rate and length; the ones of the demonstrations. None is Meta-World.
+        instruction_of: (task, seed) -> what the policy is told, or None for nothing; by default the suite's own.
         execute: Actions carried out before planning again; None for whole chunks.
         batch_size: Episodes in step.
         workers: Processes; None as many as there are cores.
@@ -67,15 +66,17 @@ def evaluate(
     Returns:
         One result per episode, all tasks of the first seed, then of the next.
     """
-    names, seeds = canonical_names(tasks), list(seeds)
+    settings = settings or find_suite(DEFAULT_SUITE)()
+    instruction_of = instruction_of or settings.instruction
+    names, seeds = settings.task_names(tasks), list(seeds)
     require_evaluation_seeds(seeds)
     if batch_size < 1 or (execute is not None and execute < 1):
         raise UserError(f"batch_size and execute must be at least 1, got {batch_size} and {execute}")
-    settings = settings or MetaWorldSettings()
     driver = policy if isinstance(policy, BatchedBasePolicy) else OnePolicyEach(policy)
     planned = [EpisodeResult(name, seed, instruction_of(name, seed), False, 0) for seed in seeds for name in names]
     filmed = _filmed(planned, filmed_per_task)
     described = {
+        "suite": settings.suite,
         "settings": settings.to_dict(),
         "tasks": list(names),
         "seeds": seeds,
@@ -175,7 +176,7 @@ class _Batch:
 class _Simulators:
     """Slots spread over worker processes. A process that dies takes its episodes with it, and is replaced."""
 
-    def __init__(self, settings: MetaWorldSettings, workers: int) -> None:
+    def __init__(self, settings: SimSettings, workers: int) -> None:
         self._make = partial(SimHost, settings)
         self._workers = [Worker(self._make) for _ in range(workers)]
 

@@ -11,8 +11,7 @@ import numpy as np
 from repvitok.errors import UserError
 
 from repwam_core.interface import Observation, stack_observations
-from repwam_core.sim.base import SimTask
-from repwam_core.sim.metaworld import MetaWorldSettings, MetaWorldTask, TaskPool
+from repwam_core.sim.base import SimSettings, SimTask, TaskPool
 
 __all__ = ["Progress", "SimHost", "crash"]
 
@@ -41,9 +40,9 @@ class Progress:
 class SimHost:
     """Runs episodes in numbered slots; lives in a worker process. A crash ends its episode, not the host."""
 
-    def __init__(self, settings: MetaWorldSettings) -> None:
+    def __init__(self, settings: SimSettings) -> None:
         self._pool = TaskPool(settings)
-        self._slots: dict[int, MetaWorldTask] = {}
+        self._slots: dict[int, SimTask] = {}
 
     def start(self, episodes: dict[int, tuple[str, int]]) -> dict[int, Progress]:
         """Begin episodes, slot -> (task, seed); any earlier ones are over."""
@@ -62,7 +61,7 @@ class SimHost:
         self._pool.close()
 
     def _start(self, slot: int, name: str, seed: int) -> Progress:
-        task: MetaWorldTask | None = None
+        task: SimTask | None = None
         try:
             task = self._pool.take(name)
             observation = task.reset(seed)

@@ -15,7 +15,7 @@ from repvitok.files import write_json_atomic
 
 from repwam_core.sim.intervals import wilson_interval
 
-__all__ = ["EpisodeResult", "SuccessRate", "load_results", "mean_rate", "save_results", "success_rates"]
+__all__ = ["EpisodeResult", "SuccessRate", "load_results", "mean_rate", "mean_rates", "save_results", "success_rates"]
 
 FORMAT, FORMAT_VERSION = "repwam-evaluation", 1
 
@@ -86,6 +86,12 @@ def mean_rate(results: Sequence[EpisodeResult]) -> float:
     """Mean over tasks of their success rates."""
     rates = success_rates(results)
     return sum(rate.rate for rate in rates.values()) / len(rates)
+
+
+def mean_rates(results: Sequence[EpisodeResult], groups: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """`mean_rate` over each group of tasks of which any were run, in the groups' order."""
+    ran = {name: [result for result in results if result.task in tasks] for name, tasks in groups.items()}
+    return {name: mean_rate(members) for name, members in ran.items() if members}
 
 
 def save_results(path: str | Path, results: Sequence[EpisodeResult], **about: Any) -> None:

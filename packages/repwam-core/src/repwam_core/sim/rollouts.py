@@ -13,6 +13,7 @@ from typing import Any
 from repvitok.errors import UserError
 from repvitok.files import kind_of, sole_writer
 
+from repwam_core.sim.base import DEFAULT_SUITE
 from repwam_core.sim.films import film_key, load_films, save_films
 from repwam_core.sim.results import EpisodeResult, load_results, save_results
 
@@ -93,6 +94,8 @@ class RolloutFolder:
     def _take(self, results: Path, films: Path) -> None:
         """Read what an earlier run of this rollout has kept."""
         episodes, about = load_results(results)
+        if "suite" in self._about:
+            about = {"suite": DEFAULT_SUITE, **about}  # version 0.1 named none
         names = sorted({*about, *self._about} - set(WHEREABOUTS))
         pairs = [(name, about.get(name), self._about.get(name)) for name in names]
         if other := [f"{name} {_short(was)}, not {_short(now)}" for name, was, now in pairs if was != now]:

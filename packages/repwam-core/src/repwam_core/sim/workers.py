@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+from repvitok.errors import UserError
 
 __all__ = ["Worker", "WorkerDied", "default_workers", "map_jobs"]
 
@@ -27,12 +30,15 @@ class Worker:
     Args:
         make: Builds the object; called in the new process, so it must be picklable (a function of a module, or
             ``functools.partial`` of one).
+
+    Raises:
+        UserError: If it is not; where the new process cannot import it, from ``result``.
     """
 
     def __init__(self, make: Callable[[], Any]) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, child = context.Pipe()
-        self._process = context.Process(target=_serve, args=(child, make), daemon=True)
+        self._process = context.Process(target=_serve, args=(child, _pickled(make)), daemon=True)
         self._process.start()
         child.close()
 
@@ -156,7 +162,7 @@ def _spread(
             yield index, value
 
 
-def _serve(connection: Connection, make: Callable[[], Any]) -> None:
+def _serve(connection: Connection, make: bytes) -> None:
     """The worker's process: build the object at the first call, then answer calls until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     served: Any = None
@@ -164,7 +170,7 @@ def _serve(connection: Connection, make: Callable[[], Any]) -> None:
         while True:
             method, arguments = connection.recv()
             try:
-                served = make() if served is None else served
+                served = _unpickled(make)() if served is None else served
                 answer = (getattr(served, method)(*arguments), None, "")
             except Exception as error:
                 answer = (None, _picklable(error), traceback.format_exc())
@@ -174,6 +180,27 @@ def _serve(connection: Connection, make: Callable[[], Any]) -> None:
     finally:
         if served is not None:
             served.close()
+
+
+_NOT_IMPORTED = (
+    "worker processes cannot import what they should build ({}): define its classes and functions at the top of a "
+    "module that Python can import, not in a notebook or in a function"
+)
+
+
+def _pickled(make: Callable[[], Any]) -> bytes:
+    try:
+        return pickle.dumps(make)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise UserError(_NOT_IMPORTED.format(error)) from error
+
+
+def _unpickled(make: bytes) -> Callable[[], Any]:
+    """Read here and not by `multiprocessing`, where a failure would look like a simulator that died."""
+    try:
+        return pickle.loads(make)
+    except (ImportError, AttributeError) as error:
+        raise UserError(_NOT_IMPORTED.format(error)) from error
 
 
 def _picklable(error: Exception) -> Exception:

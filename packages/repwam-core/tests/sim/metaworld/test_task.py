@@ -3,16 +3,14 @@
 import numpy as np
 import pytest
 from repvitok.errors import UserError
-from repwam_core.sim.instructions import TASKS
+from repwam_core.sim.base import TaskPool
 from repwam_core.sim.metaworld import (
     SAME_SCENE_PAIR,
     MetaWorldSettings,
     MetaWorldTask,
-    TaskPool,
-    canonical_name,
-    canonical_names,
 )
-from repwam_core.sim.rendering import import_mujoco
+from repwam_core.sim.metaworld.instructions import TASKS
+from repwam_core.sim.metaworld.rendering import import_mujoco
 
 SMALL = MetaWorldSettings(size=(32, 32))
 
@@ -29,7 +27,7 @@ def states(task: MetaWorldTask, seed: int, steps: int = 12) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ["button-press-topdown", "button-press-topdown-v3"])
 def test_names_come_with_or_without_their_version(name):
-    assert canonical_name(name) == "button-press-topdown"
+    assert MetaWorldSettings.task_name(name) == "button-press-topdown"
 
 
 @pytest.mark.parametrize(
@@ -42,14 +40,14 @@ def test_names_come_with_or_without_their_version(name):
 )
 def test_an_unknown_task_names_the_closest_ones(name, words):
     with pytest.raises(UserError, match=words):
-        canonical_name(name)
+        MetaWorldSettings.task_name(name)
 
 
 def test_no_task_or_one_twice_is_refused():
     with pytest.raises(UserError, match="at least one task"):
-        canonical_names([])
+        MetaWorldSettings.task_names([])
     with pytest.raises(UserError, match="once only"):
-        canonical_names(["reach", "reach-v3"])
+        MetaWorldSettings.task_names(["reach", "reach-v3"])
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,9 @@
 from collections import Counter
 
 import pytest
-from repwam_core.sim.difficulty import difficulty, mean_rates
-from repwam_core.sim.instructions import TASKS
-from repwam_core.sim.results import EpisodeResult
+from repwam_core.sim.metaworld.difficulty import DIFFICULTIES, difficulty
+from repwam_core.sim.metaworld.instructions import TASKS
+from repwam_core.sim.results import EpisodeResult, mean_rates
 
 
 def result(task: str, seed: int, success: bool) -> EpisodeResult:
@@ -24,4 +24,4 @@ def test_an_unknown_task_is_refused():
 def test_means_are_over_tasks_and_absent_groups_are_left_out():
     episodes = [result("push", 0, True), result("drawer-open", 0, True)]
     episodes += [result("door-lock", seed, seed == 0) for seed in range(4)]
-    assert mean_rates(episodes) == {"easy": (1 + 1 / 4) / 2, "hard": 1.0}
+    assert mean_rates(episodes, DIFFICULTIES) == {"easy": (1 + 1 / 4) / 2, "hard": 1.0}

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from repvitok.errors import UserError
 
-from repwam_core.sim.instructions import TASKS
-from repwam_core.sim.results import EpisodeResult, mean_rate
+from repwam_core.sim.metaworld.instructions import TASKS
 
-__all__ = ["DIFFICULTIES", "difficulty", "mean_rates"]
+__all__ = ["DIFFICULTIES", "difficulty"]
 
 _HARDER = {
     "medium": (
@@ -19,22 +16,17 @@ _HARDER = {
     "hard": ("assembly", "hand-insert", "pick-out-of-hole", "pick-place", "push", "push-back"),
     "very hard": ("disassemble", "pick-place-wall", "shelf-place", "stick-pull", "stick-push"),
 }  # fmt: skip
-DIFFICULTIES = ("easy", *_HARDER)
+_EASY = tuple(task for task in TASKS if not any(task in harder for harder in _HARDER.values()))
+DIFFICULTIES: dict[str, tuple[str, ...]] = {"easy": _EASY, **_HARDER}
 """The groups of Seo et al., "Masked World Models for Visual Control" (2022), which LeRobot's evaluation uses too."""
 
 
 def difficulty(task: str) -> str:
-    """The group of a task by its canonical name; tasks of no harder group are easy.
+    """The group of a task by its canonical name.
 
     Raises:
-        ValueError: it is no task of Meta-World.
+        UserError: it is no task of Meta-World.
     """
     if task not in TASKS:
         raise UserError(f"expected one of Meta-World's {len(TASKS)} tasks by its canonical name, got {task!r}")
-    return next((name for name, tasks in _HARDER.items() if task in tasks), "easy")
-
-
-def mean_rates(results: Sequence[EpisodeResult]) -> dict[str, float]:
-    """Mean over its tasks of the success rate in each group that has any, the easiest first."""
-    groups = {name: [result for result in results if difficulty(result.task) == name] for name in DIFFICULTIES}
-    return {name: mean_rate(members) for name, members in groups.items() if members}
+    return next(name for name, tasks in DIFFICULTIES.items() if task in tasks)

@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from repvitok.documents import parse
 from repvitok.errors import UserError
 
 from repwam_core.embodiment import ActionChannel, Embodiment
 from repwam_core.interface import Observation
-from repwam_core.sim.base import SimTask
-from repwam_core.sim.instructions import TASKS
-from repwam_core.sim.rendering import CameraView, FrameRenderer, import_mujoco
+from repwam_core.sim.base import SimSettings, SimTask
+from repwam_core.sim.metaworld.difficulty import DIFFICULTIES
+from repwam_core.sim.metaworld.instructions import TASKS, instruction
+from repwam_core.sim.metaworld.rendering import CameraView, FrameRenderer, import_mujoco
 
-__all__ = [
-    "CAMERAS",
-    "SAME_SCENE_PAIR",
-    "MetaWorldSettings",
-    "MetaWorldTask",
-    "TaskPool",
-    "camera_key",
-    "canonical_name",
-    "canonical_names",
-]
+__all__ = ["CAMERAS", "SAME_SCENE_PAIR", "MetaWorldSettings", "MetaWorldTask", "camera_key"]
 
 ENVIRONMENT_RATE_HZ = 80
 MAX_SIDE = 4096
@@ -57,7 +46,7 @@ SAME_SCENE_PAIR = ("faucet-close", "faucet-open")
 
 
 @dataclass(frozen=True)
-class MetaWorldSettings:
+class MetaWorldSettings(SimSettings):
     """How Meta-World is run and seen. The same settings must serve collection and evaluation.
 
     Attributes:
@@ -68,6 +57,12 @@ class MetaWorldSettings:
         same_scene: Groups of tasks with one scene: every task of a group draws its layout from the first one's
             distribution and shows no goal markers, so that only the instruction tells them apart.
     """
+
+    suite = "metaworld"
+    title = "Meta-World"
+    tasks = TASKS
+    groups = DIFFICULTIES
+    packages = ("metaworld", "mujoco")
 
     cameras: tuple[str, ...] = ("corner2",)
     size: tuple[int, int] = (64, 64)
@@ -85,7 +80,7 @@ class MetaWorldSettings:
             raise UserError(f"act_repeat must be at least 1, got {self.act_repeat}")
         if not self.act_repeat <= self.max_env_steps <= 500:
             raise UserError(f"max_env_steps must lie in [act_repeat, 500], got {self.max_env_steps}")
-        tasks = [canonical_name(task) for group in self.same_scene for task in group]
+        tasks = [self.task_name(task) for group in self.same_scene for task in group]
         if len(set(tasks)) != len(tasks):
             raise UserError(f"a task may stand in one group of same_scene only, got {self.same_scene}")
 
@@ -106,57 +101,31 @@ class MetaWorldSettings:
 
     def scene_of(self, task: str) -> str | None:
         """The task whose layouts ``task`` shares, or None where it has its own."""
-        name = canonical_name(task)
+        name = self.task_name(task)
         for group in self.same_scene:
-            members = [canonical_name(member) for member in group]
+            members = [self.task_name(member) for member in group]
             if name in members:
                 return members[0]
         return None
 
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary; ``from_dict`` inverts it."""
-        values = asdict(self)
-        values |= {"cameras": list(self.cameras), "size": list(self.size)}
-        values["same_scene"] = [list(group) for group in self.same_scene]
-        return values
+    def instruction(self, task: str, seed: int) -> str:
+        return instruction(task, seed)
+
+    def make_task(self, name: str, renderer: FrameRenderer | None = None) -> MetaWorldTask:
+        return MetaWorldTask(name, self, renderer)
+
+    def make_renderer(self) -> FrameRenderer:
+        return FrameRenderer(self.size)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> MetaWorldSettings:
-        """Invert ``to_dict``; a wrong, missing or unknown field is a UserError."""
-        return parse(values, cls, "Meta-World settings", required=[field.name for field in fields(cls)])
+    def task_name(cls, task: str) -> str:
+        """``button-press-topdown`` for that name with or without Meta-World's version suffix."""
+        return super().task_name(task.removesuffix("-v3"))
 
 
 def camera_key(camera: str) -> str:
     """The key of a camera in observations and LeRobot data sets: ``observation.images.<camera>``."""
     return f"observation.images.{camera}"
-
-
-def canonical_name(task: str) -> str:
-    """``button-press-topdown`` for that name with or without Meta-World's version suffix.
-
-    Raises:
-        UserError: If there is no such task; names the closest ones.
-    """
-    name = task.removesuffix("-v3")
-    if name in TASKS:
-        return name
-    close = difflib.get_close_matches(name, TASKS, n=3, cutoff=0.3)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"the tasks are {', '.join(TASKS)}"
-    raise UserError(f"unknown Meta-World task {task!r}; {hint}")
-
-
-def canonical_names(tasks: Sequence[str]) -> tuple[str, ...]:
-    """Canonical names of the given tasks, each once.
-
-    Raises:
-        UserError: If there is none, one is unknown, or one is given twice.
-    """
-    names = tuple(canonical_name(task) for task in tasks)
-    if not names:
-        raise UserError("expected at least one task, got none")
-    if len(set(names)) != len(names):
-        raise UserError(f"a task may be given once only, got {list(tasks)}")
-    return names
 
 
 class MetaWorldTask(SimTask):
@@ -176,8 +145,8 @@ class MetaWorldTask(SimTask):
     def __init__(
         self, task: str, settings: MetaWorldSettings | None = None, renderer: FrameRenderer | None = None
     ) -> None:
-        self.name = canonical_name(task)
         self.settings = settings or MetaWorldSettings()
+        self.name = self.settings.task_name(task)
         self.embodiment = self.settings.embodiment
         self.max_steps = self.settings.max_env_steps // self.settings.act_repeat
         if renderer is not None and renderer.size != self.settings.size:
@@ -266,41 +235,6 @@ class MetaWorldTask(SimTask):
             raise UserError(f"tasks {scene!r} and {self.name!r} are built from different models; they share no scene")
         self._env._random_reset_space = other._random_reset_space
         other.close()
-
-
-class TaskPool:
-    """Simulators to borrow, with one renderer among them; all are closed together.
-
-    Args:
-        settings: What every task of the pool is made with.
-        keep: Idle simulators kept for the next ``take``, each about 20 MB; the longest idle ones are closed first.
-    """
-
-    def __init__(self, settings: MetaWorldSettings, keep: int = 64) -> None:
-        self._settings, self._keep = settings, keep
-        self._renderer = FrameRenderer(settings.size)
-        self._idle: list[MetaWorldTask] = []
-
-    def take(self, name: str) -> MetaWorldTask:
-        """A simulator of this task that nobody else has."""
-        for task in reversed(self._idle):
-            if task.name == name:
-                self._idle.remove(task)
-                return task
-        return MetaWorldTask(name, self._settings, self._renderer)
-
-    def give_back(self, task: MetaWorldTask) -> None:
-        """Return what ``take`` gave."""
-        self._idle.append(task)
-        while len(self._idle) > self._keep:
-            self._idle.pop(0).close()
-
-    def close(self) -> None:
-        """Close the idle simulators and the renderer."""
-        for task in self._idle:
-            task.close()
-        self._idle.clear()
-        self._renderer.close()
 
 
 def _make_environment(name: str) -> tuple[Any, Any]:

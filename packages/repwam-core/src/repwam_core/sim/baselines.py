@@ -98,7 +98,8 @@ def demonstrated_actions(root: str | Path, tasks: Sequence[str]) -> dict[str, li
     for episode in reader.episodes:
         name = episode.metadata.get("task_name")
         if name in actions:
-            actions[name].append(reader.episode(episode.index, ["action"])["action"])
+            recorded = reader.episode(episode.index, ["action"])["action"]
+            actions[name].append(recorded.reshape(len(recorded), -1))  # of one channel, rows are read as numbers
     without = [name for name, found in actions.items() if not found]
     if without:
         raise UserError(f"{root} holds no demonstrations of {', '.join(without)} made by `repwam collect`")

@@ -46,7 +46,7 @@ PROGRAMS: dict[str, Sequence[Command | RawCommand]] = {
     "repwam": repwam_core.cli.COMMANDS,
 }
 BAD = ["-1", "0", "1000000000", "1e9", "inf", "-inf", "nan", "1e400", "", " ", "x", "9" * 5000, "1\0", "\udcff"]
-GOOD = ["x", "0/2", "64", "16", "1", "0.5"]
+GOOD = ["x", "0/2", "64", "16", "1", "0.5", "{}"]
 """One of these is a value that any option takes."""
 FREE_TEXT = {"instruction"}
 """Options for which nothing is something, too."""

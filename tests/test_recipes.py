@@ -125,7 +125,13 @@ def test_quickstart_recipes_run_two_steps_one_after_the_other(tmp_path, shared_v
     from repwam_core.quickstart.plan import load_plan
 
     arguments = argparse.Namespace(
-        tasks=None, episodes=None, eval_episodes=None, size=[32, 48], budget=1e-6, dataset=shared_video_dataset
+        tasks=None,
+        suite=None,
+        episodes=None,
+        eval_episodes=None,
+        size=[32, 48],
+        budget=1e-6,
+        dataset=shared_video_dataset,
     )
     plan = load_plan(QUICKSTART / "dataset.yaml", arguments)
     common = {"plan": plan, "seed": 0}

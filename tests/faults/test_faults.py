@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 from faults.chain import VERBS, Chain, Ended, Verb, contents, difference, run, start
-from repwam_core.policy.parts import PolicyParts
+from repwam_core.policy.folder import PolicyParts
 from repwam_core.policy.policy import Policy
 from repwam_core.policy.serving import PolicyServer, PolicyServerError, ServeSettings
 from repwam_core.policy.serving.command import metadata_of

@@ -12,11 +12,10 @@ import time
 from collections.abc import Callable
 
 import torch
-from repwam_core.model.attention import make_attend
+from repwam_core.model.attention import flex_block_mask, make_attend
+from repwam_core.model.blocked import block_plan
 from repwam_core.model.config import ActionSpace, WAMConfig
-from repwam_core.model.flex import flex_block_mask
 from repwam_core.model.inputs import WAMInputs
-from repwam_core.model.plans import block_plan
 from repwam_core.model.sequence import SequenceLayout, concat, training_layout
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.sizing import document_counts, training_flops

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from repvitok import RepViTok, RepViTokConfig
 from repvitok.interface import num_latent_frames, require_latents, require_video, token_grid
-from repvitok.nn.patch import Patchify, Unpatchify
+from repvitok.nn.codec import Patchify, Unpatchify
 from torch import Tensor
 from torch.nn.functional import conv_transpose3d
 

@@ -10,10 +10,9 @@ from repvitok.optim import build_optimizer, parameter_groups
 from repwam_core.cli import main
 from repwam_core.model.attention import make_attend
 from repwam_core.model.config import ActionSpace, Recompute, WAMConfig
-from repwam_core.model.inputs import WAMInputs, document_inputs, pack
+from repwam_core.model.inputs import WAMInputs, document_inputs, pack, read_tokens, without_unread
 from repwam_core.model.masks import dense_mask
 from repwam_core.model.sequence import concat, training_layout
-from repwam_core.model.unread import read_tokens, without_unread
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.sizing import (
     SequenceCounts,

@@ -19,10 +19,10 @@ from repvitok.data.shards import (
     remove_work,
     replace_instructions,
 )
-from repvitok.devices import find_device
 from repvitok.documents import load_json
 from repvitok.errors import UserError, require_disk_space
 from repvitok.files import atomic_file, is_held, sole_writer, write_json_atomic
+from repvitok.pretrained import find_device
 from repvitok.progress import progress
 from torch import Tensor
 

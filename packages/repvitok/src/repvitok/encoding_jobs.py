@@ -13,12 +13,12 @@ import torch
 
 from repvitok.data.contents import describe_contents
 from repvitok.data.episodes import open_episodes
-from repvitok.devices import find_device
 from repvitok.encoding import encode_dataset
 from repvitok.encoding_plan import EpisodeReader, Share, choose_cameras, infos_of, share_of_episodes
 from repvitok.errors import MOST_PROCESSES, UserError, run_cli
 from repvitok.merging import merge_latents
 from repvitok.model import load_tokenizer
+from repvitok.pretrained import find_device
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def document_counts(
         state: whether clean frames have a state token.
         text: padded length of the instructions, without the null token.
         copies: documents of this kind.
-        read: without the clean tokens of the last chunk that nothing reads, as `unread.without_unread` leaves them out.
+        read: without the clean tokens of the last chunk that nothing reads, as `inputs.without_unread` leaves them out.
     """
     transitions, joint = sum(chunk_sizes), config.coupling == "joint"
     vectors_clean = vectors * int(config.action_history)

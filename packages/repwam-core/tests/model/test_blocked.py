@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from repwam_core.model import blocked
-from repwam_core.model.blocked import Block, BlockPlan, Column, Group, blocked_attention
-from repwam_core.model.plans import block_plan
+from repwam_core.model.blocked import Block, BlockPlan, Column, Group, block_plan, blocked_attention
 from repwam_core.model.sequence import training_layout
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention

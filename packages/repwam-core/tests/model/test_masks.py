@@ -6,10 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from repwam_core.model.attention import masked_attend
-from repwam_core.model.flex import flex_mask_mod
+from repwam_core.model.attention import flex_mask_mod, masked_attend
+from repwam_core.model.blocked import block_plan
 from repwam_core.model.masks import dense_mask
-from repwam_core.model.plans import block_plan
 from repwam_core.model.sequence import Modality, SequenceLayout, concat, training_layout
 
 COUPLINGS = st.sampled_from(["joint", "sequential"])

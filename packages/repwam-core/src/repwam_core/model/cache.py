@@ -17,8 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from repwam_core.model.config import WAMConfig
 from repwam_core.model.masks import pairs
-from repwam_core.model.sequence import PADDING, SequenceLayout, TokenFields
-from repwam_core.model.tokens import Modality
+from repwam_core.model.sequence import PADDING, Modality, SequenceLayout, TokenFields
 
 KeysValues = tuple[Float[Tensor, "b heads slots c"], Float[Tensor, "b heads slots c"]]
 

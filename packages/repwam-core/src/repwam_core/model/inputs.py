@@ -1,9 +1,17 @@
-"""What goes into the world action model, and what comes out: tensors beside the layout that explains them."""
+"""What goes into the world action model, and what comes out: tensors beside the layout that explains them.
+
+Clean tokens that no prediction depends on are left out of a teacher-forced pass (`without_unread`). The last chunk of a
+document has no successor that could read it: in `joint` none of its clean tokens matter, in `sequential` only its video
+does, which its own noisy actions see. In segments of six transitions that is one token in fourteen. Outputs and
+gradients stay what they are.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -12,7 +20,7 @@ from repvitok.errors import UserError
 from torch import Tensor
 
 from repwam_core.model.config import LATENT_SPACE, WAMConfig
-from repwam_core.model.sequence import SequenceLayout, concat
+from repwam_core.model.sequence import KEPT_LAYOUTS, Modality, Run, SequenceLayout, concat, runs
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,3 +159,44 @@ def _pad(values: Tensor, size: int, axis: int) -> Tensor:
 def _require_shape(name: str, values: Tensor, expected: tuple[int, ...]) -> None:
     if tuple(values.shape) != expected:
         raise UserError(f"{name}: the layout and the model expect shape {expected}, got {tuple(values.shape)}.")
+
+
+class Read(NamedTuple):
+    """The tokens that matter, and where they stand among those of their modality."""
+
+    layout: SequenceLayout
+    video: list[Run]
+    actions: list[Run]
+    states: list[Run]
+
+
+def without_unread(inputs: WAMInputs, coupling: str) -> WAMInputs:
+    """The same batch without the clean tokens that nothing reads."""
+    read = read_tokens(inputs.layout, coupling)
+    return replace(
+        inputs,
+        layout=read.layout,
+        video=_chosen(inputs.video, read.video),
+        actions=_chosen(inputs.actions, read.actions),
+        states=None if inputs.states is None else _chosen(inputs.states, read.states),
+    )
+
+
+@lru_cache(maxsize=KEPT_LAYOUTS)
+def read_tokens(layout: SequenceLayout, coupling: str) -> Read:
+    """The tokens of a layout of `training_layout`, or of several packed, that some prediction depends on."""
+    last = torch.zeros(layout.documents, dtype=torch.long)
+    last.scatter_reduce_(0, layout.document, layout.chunk, "amax")
+    unread = ~layout.noisy & (layout.chunk == last[layout.document])
+    if coupling == "sequential":
+        unread &= layout.modality != Modality.VIDEO
+    keep = ~unread
+    return Read(
+        layout.take(keep.nonzero()[:, 0]),
+        *(runs(keep[index].nonzero()[:, 0]) for index in (layout.video, layout.actions, layout.states)),
+    )
+
+
+def _chosen(values: Tensor, ranges: list[Run]) -> Tensor:
+    """(b, n, c) -> (b, m, c): the tokens in `ranges`."""
+    return torch.cat([values[:, start:stop] for start, stop in ranges], dim=1) if ranges else values[:, :0]

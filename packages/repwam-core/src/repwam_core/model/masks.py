@@ -11,8 +11,7 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Bool
 from torch import Tensor
 
-from repwam_core.model.sequence import PADDING, SequenceLayout, TokenFields
-from repwam_core.model.tokens import Modality
+from repwam_core.model.sequence import PADDING, Modality, SequenceLayout, TokenFields
 
 
 @runtime_checkable

@@ -21,9 +21,8 @@ from repwam_core.model.cache import CachedAttend, KeyValueCache
 from repwam_core.model.flow import time_grid
 from repwam_core.model.inputs import Velocities, WAMInputs
 from repwam_core.model.masks import Attend
-from repwam_core.model.passes import PassPlan
 from repwam_core.model.sequence import SequenceLayout, chunk_layout, history_layout
-from repwam_core.model.wam import WorldActionModel
+from repwam_core.model.wam import PassPlan, WorldActionModel
 from repwam_core.planning import PlanSettings
 
 VIDEO_MODES = ("imagine", "skip")

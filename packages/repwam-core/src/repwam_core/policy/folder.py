@@ -20,13 +20,12 @@ from typing import Any
 
 import torch
 from repvitok.data.latents import LatentMeta
-from repvitok.devices import find_device
 from repvitok.documents import Digest, Size, load_json, parse, require_format
 from repvitok.errors import UserError, require_disk_space
 from repvitok.files import atomic_folder, readable, refuse_foreign
 from repvitok.interface import VideoTokenizer
 from repvitok.model import load_tokenizer
-from repvitok.pretrained import DIFFUSERS_WEIGHTS_FILE, MODEL_FILES, copy_model
+from repvitok.pretrained import DIFFUSERS_WEIGHTS_FILE, MODEL_FILES, copy_model, find_device
 
 from repwam_core.embodiment import Embodiment
 from repwam_core.model.wam import WorldActionModel

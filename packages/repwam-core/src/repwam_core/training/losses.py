@@ -13,10 +13,9 @@ from torch import Tensor, distributed
 
 from repwam_core.data.episodes import SegmentBatch
 from repwam_core.model.flow import UniformSNRSampler, interpolate, velocity_target
-from repwam_core.model.inputs import Velocities, WAMInputs, document_inputs, pack
+from repwam_core.model.inputs import Velocities, WAMInputs, document_inputs, pack, without_unread
 from repwam_core.model.masks import Attend
 from repwam_core.model.sequence import SequenceLayout, training_layout
-from repwam_core.model.unread import without_unread
 from repwam_core.model.wam import WorldActionModel
 
 

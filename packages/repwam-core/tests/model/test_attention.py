@@ -7,11 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from repwam_core.model import plans
-from repwam_core.model.attention import make_attend
-from repwam_core.model.flex import TILE, FlexAttend, bucket, compiled_flex, flex_block_mask
+from repwam_core.model import blocked
+from repwam_core.model.attention import TILE, FlexAttend, bucket, compiled_flex, flex_block_mask, make_attend
+from repwam_core.model.blocked import block_plan
 from repwam_core.model.masks import dense_mask
-from repwam_core.model.plans import block_plan
 from repwam_core.model.sequence import SequenceLayout, concat, training_layout
 
 
@@ -63,7 +62,7 @@ def test_sequences_of_one_budget_share_few_buckets():
 def test_a_plan_does_not_depend_on_how_much_is_worked_out_at_once(monkeypatch, rows):
     layout = packed([[2, 1, 3, 1, 2], [1, 1, 2]], tokens=3)
     whole = block_plan(layout, "sequential", 2)
-    monkeypatch.setattr(plans, "ROWS_AT_A_TIME", rows)
+    monkeypatch.setattr(blocked, "ROWS_AT_A_TIME", rows)
     assert block_plan(layout, "sequential", 2) == whole
 
 

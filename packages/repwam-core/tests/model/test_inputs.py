@@ -6,10 +6,9 @@ import pytest
 import torch
 from repwam_core.model.attention import DenseAttend
 from repwam_core.model.config import ActionSpace, WAMConfig
-from repwam_core.model.inputs import WAMInputs, document_inputs, pack
+from repwam_core.model.inputs import WAMInputs, document_inputs, pack, read_tokens
 from repwam_core.model.masks import dense_mask
 from repwam_core.model.sequence import Modality, training_layout
-from repwam_core.model.unread import read_tokens
 from repwam_core.model.wam import WorldActionModel
 from torch import Tensor
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from repvitok.nn.rope import Rotary, rotate
-from repwam_core.model.heads import EPSILON, Turn, join_heads, normalised_heads, split_heads
+from repwam_core.model.blocks import EPSILON, Turn, join_heads, normalised_heads, split_heads
 from torch import Tensor
 
 HEAD_DIM = 8

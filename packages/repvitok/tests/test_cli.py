@@ -18,7 +18,7 @@ from repvitok.checkpointing import read_checkpoint
 from repvitok.cli import main
 from repvitok.curves import read_curves
 from repvitok.data.video import VideoFile, write_video
-from repvitok.devices import find_device
+from repvitok.pretrained import find_device
 from repvitok.errors import UserError
 from repvitok.lightning_cli import several_processes
 from repvitok.training import RepViTokTraining

@@ -292,3 +292,15 @@ def test_every_public_name_is_there() -> None:
     assert all(getattr(repvitok, name) is not None for name in repvitok.__all__)
     with pytest.raises(AttributeError, match="module 'repvitok' has no attribute 'nothing'; it has Clip, "):
         _ = repvitok.nothing
+
+
+def test_a_tokenizer_is_loaded_by_nothing_that_trains(tok: RepViTok, tmp_path: Path) -> None:
+    tok.save_pretrained(tmp_path / "tokenizer")
+    code = (
+        "import sys; from repvitok.model import RepViTok, load_tokenizer; folder = sys.argv[1]; "
+        "assert load_tokenizer(folder).digest() == RepViTok.from_pretrained(folder).digest(); "
+        "print(*(name for name in sys.modules if name.partition('.')[0] in ('lightning', 'torchmetrics', 'diffusers') "
+        "or name in ('repvitok.training', 'repvitok.finite', 'repvitok.optim', 'repvitok.losses')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "tokenizer"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr or done.stdout

@@ -18,9 +18,9 @@ from repvitok.checkpointing import read_checkpoint
 from repvitok.cli import main
 from repvitok.curves import read_curves
 from repvitok.data.video import VideoFile, write_video
-from repvitok.pretrained import find_device
 from repvitok.errors import UserError
 from repvitok.lightning_cli import several_processes
+from repvitok.pretrained import find_device
 from repvitok.training import RepViTokTraining
 from safetensors.torch import load_file
 

@@ -18,7 +18,7 @@ from repvitok.checkpointing import read_checkpoint
 from repvitok.curves import read_curves
 
 _RUN_VERB = Path(__file__).with_name("run_verb.py")
-_TIMEOUT_S = 600
+TIMEOUT_S = 600
 # What may differ from run to run: locks, wall times, and the resolved configuration, which names its own folder.
 _UNCOMPARED = (".lock", "config.yaml")
 
@@ -169,7 +169,7 @@ def run(verb: Verb, root: Path, out: Path) -> Ended:
     with tempfile.TemporaryDirectory() as folder:  # not beside the output, whose disk may be full
         said, begun_s = Path(folder) / "said", time.monotonic()
         process = start(verb, root, out, said)
-        process.join(_TIMEOUT_S)
+        process.join(TIMEOUT_S)
         seconds = time.monotonic() - begun_s
         text = said.read_text(errors="replace") if said.exists() else ""
         if process.is_alive():

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from faults.chain import VERBS, Chain, Ended, Verb, contents, difference, run, start
+from faults.chain import TIMEOUT_S, VERBS, Chain, Ended, Verb, contents, difference, run, start
 from repwam_core.policy.folder import PolicyParts
 from repwam_core.policy.policy import Policy
 from repwam_core.policy.serving import PolicyServer, PolicyServerError, ServeSettings
@@ -145,7 +145,7 @@ def _two_at_once(chain: Chain, verb: Verb, folder: Path, drawn: random.Random) -
     time.sleep(drawn.uniform(0, 0.8) * chain.seconds[verb.name])
     second = start(verb, chain.root, out, folder / "second")
     for process in (first, second):
-        process.join(300)
+        process.join(TIMEOUT_S)
     codes = sorted([first.exitcode, second.exitcode])
     assert codes in ([0, 0], [0, 2]), (codes, (folder / "first").read_text(), (folder / "second").read_text())
     for name, process in (("first", first), ("second", second)):

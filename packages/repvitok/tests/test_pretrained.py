@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ import repvitok
 import repvitok.pretrained as pretrained
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from hypothesis import given
+from hypothesis import strategies as st
 from repvitok import PretrainedModel, RepViTok
 from repvitok.errors import UserError
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -66,6 +70,23 @@ def test_round_trip_is_bit_equal(tok: RepViTok, folder: Path, make_video: Callab
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     assert [path.name for path in folder.parent.iterdir()] == ["tokenizer"]
+
+
+def test_a_model_saved_again_is_the_same_bytes(tok: RepViTok, tmp_path: Path) -> None:
+    for number in range(8):  # safetensors orders its metadata by chance
+        tok.save_pretrained(tmp_path / str(number))
+    for name in pretrained.MODEL_FILES[:2]:
+        assert len({(tmp_path / str(number) / name).read_bytes() for number in range(8)}) == 1, name
+
+
+@given(st.dictionaries(st.text(), st.text(), max_size=5))
+def test_any_metadata_can_be_read_again(metadata: dict[str, str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "file.safetensors"
+        pretrained.save_tensors({"x": torch.arange(3.0)}, path, metadata)
+        with safe_open(path, framework="pt") as file:
+            assert (file.metadata() or {}) == metadata
+            assert file.get_tensor("x").tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -262,7 +283,7 @@ def test_the_hub_is_asked_for_names_and_its_failure_is_clear(
 
     monkeypatch.setattr(pretrained, "snapshot_download", snapshot)
     assert RepViTok.from_pretrained("hf://someone/tokenizer", revision="v1").config.width == 32
-    files = {"allow_patterns": ["config.json", "model.safetensors"]}
+    files = {"allow_patterns": ["config.json", "model.safetensors"], "local_files_only": False}
     assert asked == [("someone/tokenizer", {"revision": "v1", **files})]
     with pytest.raises(FileNotFoundError, match=r"gave no model someone/offline \(cannot reach the hub\)"):
         RepViTok.from_pretrained("hf://someone/offline")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from repvitok.data.split import parse_episodes
+from repvitok.documents import MAX_SIDE
 from repvitok.errors import UserError
 
 
@@ -146,8 +147,6 @@ def command_parser(
 
 MANY = 10**9
 """The largest number that an option takes where no smaller bound is due: what is counted here is never more."""
-MAX_SIDE = 8192
-"""Pixels of a picture's side."""
 SEEDS = 2**63 - 1
 """The largest seed that all generators take."""
 

@@ -16,7 +16,7 @@ from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeGuard, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 import yaml
@@ -35,7 +35,8 @@ MAX_STRIDE = 10_000
 """Raw frames between two that are used: minutes of video."""
 Frames = Annotated[int, msgspec.Meta(ge=1, le=MAX_STRIDE)]
 """Of a clip, or from one of its frames to the next."""
-Side = Annotated[int, msgspec.Meta(ge=1, le=8192)]
+MAX_SIDE = 8192
+Side = Annotated[int, msgspec.Meta(ge=1, le=MAX_SIDE)]
 """Pixels of a picture's side."""
 Seed = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
 Above0 = Annotated[float, msgspec.Meta(gt=0)]
@@ -188,13 +189,13 @@ def parse(
 
 
 def _parsed(document: Any, kind: Any, source: str, unknown: bool, required: set[str]) -> Any:
-    if unknown and is_dataclass(kind) and isinstance(kind, type) and isinstance(document, Mapping):
+    if unknown and _is_dataclass_type(kind) and isinstance(document, Mapping):
         document = {key: value for key, value in document.items() if key in _annotations(kind)}
     for place, value in _leaves(document, ""):
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{source}: {_named(place)}expected a finite number, got {value}")
         if isinstance(value, int) and abs(value) >= 2**63:
-            raise UserError(f"{source}: {_named(place)}expected a whole number below 2**63, got {_short(value)}")
+            raise UserError(f"{source}: {_named(place)}expected a whole number below 2**63, got {short_json(value)}")
         if isinstance(value, str) and not value.isascii() and _is_no_text(value):
             raise UserError(f"{source}: {_named(place)}expected text, got half a character ({value[:40]!r})")
     extra = [] if unknown else list(_strays(document, kind, ""))
@@ -202,7 +203,7 @@ def _parsed(document: Any, kind: Any, source: str, unknown: bool, required: set[
     if extra or missing:
         told = f"unknown fields {extra}" if extra else ""
         told += f"{', ' if extra else ''}missing fields {missing}" if missing else ""
-        known = f"; there are {sorted(_annotations(kind))}" if is_dataclass(kind) and isinstance(kind, type) else ""
+        known = f"; there are {sorted(_annotations(kind))}" if _is_dataclass_type(kind) else ""
         raise UserError(f"{source}: {told}{known}. Another version's file?")
     try:
         return msgspec.convert(document, type=kind, strict=True)
@@ -217,7 +218,7 @@ def require_format(document: Any, name: str, version: int, source: str) -> dict[
         UserError: no JSON object, or of another format or version.
     """
     if not isinstance(document, dict):
-        raise UserError(f"{source}: expected a JSON object of format {name!r}, got {_short(document)}")
+        raise UserError(f"{source}: expected a JSON object of format {name!r}, got {short_json(document)}")
     content = dict(document)
     found = content.pop("format", None), content.pop("format_version", None)
     if found != (name, version) or isinstance(found[1], bool | float):
@@ -257,7 +258,7 @@ def _check(name: str, value: Any, kind: Any) -> None:
         _parsed(value, kind, name, unknown=False, required=set())
     except UserError as error:
         problem = str(error).removeprefix(f"{name}: ")
-        came = "" if f"({_short(value)})" in problem else f" ({_short(value)})"
+        came = "" if f"({short_json(value)})" in problem else f" ({short_json(value)})"
         raise UserError(f"{name}: {problem}{came}") from error
 
 
@@ -269,6 +270,10 @@ def _arguments(function: Callable[..., Any]) -> dict[str, Any]:
 
 def _has_range(kind: Any) -> bool:
     return get_origin(kind) is Annotated or any(map(_has_range, get_args(kind)))
+
+
+def _is_dataclass_type(kind: Any) -> TypeGuard[type]:
+    return is_dataclass(kind) and isinstance(kind, type)
 
 
 @lru_cache(maxsize=256)
@@ -334,7 +339,7 @@ def _strays(value: Any, kind: Any, place: str) -> Iterator[str]:
     if get_origin(kind) in (Annotated, Union, UnionType):
         for arm in arguments[:1] if get_origin(kind) is Annotated else arguments:
             yield from _strays(value, arm, place)
-    elif is_dataclass(kind) and isinstance(kind, type) and isinstance(value, Mapping):
+    elif _is_dataclass_type(kind) and isinstance(value, Mapping):
         known = _annotations(kind)
         for key, item in value.items():
             if key in known:
@@ -364,14 +369,14 @@ def _explained(message: str, document: Any, kind: Any) -> str:
     if problem.startswith("invalid enum value") and (choices := _choices(kind, place)):
         problem = f"expected one of {', '.join(map(repr, choices))}"
     value = _value_at(document, place)
-    came = "" if value is _NOTHING or value is None or "missing" in problem else f" ({_short(value)})"
+    came = "" if value is _NOTHING or value is None or "missing" in problem else f" ({short_json(value)})"
     return f"{_named(place)}{problem}{came}"
 
 
 def _choices(kind: Any, place: str) -> tuple[Any, ...]:
     """What a field of dataclasses may be, where it is a `Literal`."""
     for name in re.findall(r"\.([^.\[\]]+)", place):
-        kind = _annotations(kind).get(name) if is_dataclass(kind) and isinstance(kind, type) else None
+        kind = _annotations(kind).get(name) if _is_dataclass_type(kind) else None
     return get_args(kind) if get_origin(kind) is Literal else ()
 
 
@@ -392,7 +397,8 @@ def _named(place: str) -> str:
     return f"field {place.lstrip('.')!r}: " if place else ""
 
 
-def _short(value: Any) -> str:
+def short_json(value: Any) -> str:
+    """A value as an error shows it: JSON of at most 60 letters."""
     try:
         text = json.dumps(value, default=str)
     except (RecursionError, ValueError):  # ValueError: a whole number of thousands of digits

@@ -3,6 +3,7 @@
 # pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any
@@ -49,7 +50,7 @@ class FiniteCheck:
         told = ", ".join(f"{norm.item():.4g}" for norm in norms)
         for losses, batch in noted:
             values = {name: loss.item() for name, loss in losses.items()}
-            if not all(map(_is_finite, values.values())):
+            if not all(map(math.isfinite, values.values())):
                 self._stop(module, "loss", values, told, batch)
         losses, batch = noted[-1]
         self._stop(module, "gradient", {name: loss.item() for name, loss in losses.items()}, told, batch)
@@ -87,7 +88,3 @@ def require_finite_weights(module: Any) -> None:
         f"{bad or 'a weight of another rank'} is not finite at step {module.global_step}: this state is not saved, the "
         "last checkpoint stays. Lower the learning rate or lengthen the warmup, then resume with --ckpt_path last"
     )
-
-
-def _is_finite(value: float | int) -> bool:
-    return value - value == 0

@@ -97,7 +97,7 @@ class PretrainedModel(nn.Module):
         config = self.describe()
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         hashes = {"config_sha256": config_sha256(config), "weights_sha256": _add_weights(hashlib.sha256(), tensors)}
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt", **hashes})
+        save_tensors(tensors, folder / WEIGHTS_FILE, {"format": "pt", **hashes})
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -153,6 +153,28 @@ def _add_weights(sha: Any, tensors: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file of which equal contents are equal bytes, in every process.
+
+    safetensors writes its metadata in an order drawn by chance: they are put in order in the file's header, which keeps
+    its length.
+
+    Args:
+        tensors: on the CPU, contiguous.
+        path: a file that nobody reads yet.
+        metadata: texts by name.
+    """
+    save_file(tensors, path, metadata=dict(metadata))
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(ordered) <= length, f"{path}: a header of {length} bytes became {len(ordered)}"
+        file.seek(8)
+        file.write(ordered.ljust(length))
+
+
 def config_sha256(config: Mapping[str, Any]) -> str:
     """sha256 (hex) of a config's values, whatever the order of its keys or the layout of its file."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
@@ -190,7 +212,7 @@ def find_folder(source: str | Path, files: tuple[str, ...], revision: str | None
     """
     folder = Path(source)
     if (name := hub_id(source)) is not None:
-        folder = _fetched(name, files, revision) if asks_hub(source) else _cached(name, files, revision)
+        folder = _hub_folder(name, files, revision, ask=asks_hub(source))
     if not folder.is_dir():
         kind = "is a file" if folder.exists() else "does not exist"
         raise FileNotFoundError(
@@ -371,24 +393,17 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") if names else "none"
 
 
-def _fetched(name: str, files: tuple[str, ...], revision: str | None) -> Path:
-    """The files of a model of the hub, fetched unless they are in its cache."""
+def _hub_folder(name: str, files: tuple[str, ...], revision: str | None, *, ask: bool) -> Path:
+    """The files of a model of the hub: in its cache on this machine, or fetched where the hub may be asked."""
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
+        folder = snapshot_download(name, revision=revision, allow_patterns=list(files), local_files_only=not ask)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(
             f"the Hugging Face hub gave no model {name} ({reason}); check the spelling and the network, or give the "
             "path of a folder"
-        ) from error
-
-
-def _cached(name: str, files: tuple[str, ...], revision: str | None) -> Path:
-    """The files of a model in the hub's cache; the hub is not asked."""
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files), local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"{name} does not exist; expected a folder, or a model that the Hugging Face hub has given before; "
+            if ask
+            else f"{name} does not exist; expected a folder, or a model that the Hugging Face hub has given before; "
             f"{HUB}{name} asks the hub"
         ) from error
+    return Path(folder)

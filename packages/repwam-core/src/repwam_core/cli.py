@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from repvitok.commands import (
     EPISODES,
-    MAX_SIDE,
     SEEDS,
     Command,
     TrainingStage,
@@ -20,7 +19,7 @@ from repvitok.commands import (
     training_commands,
     whole_number,
 )
-from repvitok.documents import parse, parse_json
+from repvitok.documents import MAX_SIDE, parse, parse_json
 from repvitok.errors import MOST_PROCESSES, UserError, run_cli
 
 from repwam_core.plan_options import add_plan_arguments, given_plan

@@ -20,9 +20,8 @@ from jaxtyping import Bool, Float
 from repvitok.documents import parse, parse_json
 from repvitok.errors import UserError
 from repvitok.files import atomic_file
-from repvitok.pretrained import HUB, asks_hub, first_not_finite, hub_id
+from repvitok.pretrained import HUB, asks_hub, first_not_finite, hub_id, save_tensors
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from repwam_core.interface import MAX_INSTRUCTION_BYTES
@@ -95,7 +94,7 @@ class TextEncoder:
         metadata = {"text_encoder": self.name, "instructions": json.dumps(texts)}
         metadata["sha256"] = _states_digest(metadata, states)
         with atomic_file(path) as partial:
-            partial.write_bytes(save(states, metadata))
+            save_tensors(states, partial, metadata)
 
     @property
     def known(self) -> tuple[str, ...]:

@@ -11,13 +11,12 @@ behind a stop-gradient, attend to the codes and predicts the pixels of x_{t+1}. 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
-import msgspec
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
-from repvitok.documents import Layers, Size, check_fields, parse
+from repvitok.documents import Layers, Side, Size, check_fields, parse
 from repvitok.errors import UserError
 from repvitok.pretrained import PretrainedModel
 from torch import Tensor, nn
@@ -27,7 +26,6 @@ from latent_action.baselines.nsvq import NoiseSubstitution
 from latent_action.grid import position_feature_size, position_features
 
 _FREQUENCIES = 4
-Side = Annotated[int, msgspec.Meta(ge=1, le=8192)]
 
 
 @dataclass(frozen=True, kw_only=True)

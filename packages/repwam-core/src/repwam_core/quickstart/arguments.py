@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from repvitok.commands import MAX_SIDE, episodes_argument, number, path_argument, text_argument, whole_number
+from repvitok.commands import episodes_argument, number, path_argument, text_argument, whole_number
+from repvitok.documents import MAX_SIDE
 from repvitok.errors import MOST_PROCESSES
 
 

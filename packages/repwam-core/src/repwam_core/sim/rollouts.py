@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from repvitok.documents import short_json
 from repvitok.errors import UserError
 from repvitok.files import kind_of, sole_writer
 
@@ -98,13 +99,8 @@ class RolloutFolder:
             about = {"suite": DEFAULT_SUITE, **about}  # version 0.1 named none
         names = sorted({*about, *self._about} - set(WHEREABOUTS))
         pairs = [(name, about.get(name), self._about.get(name)) for name in names]
-        if other := [f"{name} {_short(was)}, not {_short(now)}" for name, was, now in pairs if was != now]:
+        if other := [f"{name} {short_json(was)}, not {short_json(now)}" for name, was, now in pairs if was != now]:
             raise UserError(f"{results}: these episodes ran with {'; '.join(other)}: name another folder")
         seen = load_films(films) if films.exists() else {}
         for episode in episodes:
             self._ended[episode.task, episode.seed] = replace(episode, frames=seen.get(film_key(episode)))
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -20,7 +20,8 @@ from repvitok.curves import read_curves
 _RUN_VERB = Path(__file__).with_name("run_verb.py")
 TIMEOUT_S = 600
 # What may differ from run to run: locks, wall times, and the resolved configuration, which names its own folder.
-_UNCOMPARED = (".lock", "config.yaml")
+# Which state the one before the last is, the last interruption decides.
+_UNCOMPARED = (".lock", "config.yaml", "last.1.ckpt")
 
 
 @dataclass(frozen=True)
@@ -196,11 +197,15 @@ def contents(verb: Verb, out: Path) -> dict[str, str]:
 
 
 def _plain(value: Any) -> Any:
-    """A checkpoint as JSON: tensors by their bytes; without the record of when batches were handed out."""
+    """A checkpoint as JSON: tensors by their bytes; without the loops' and the curves' record of where they stand.
+
+    Of a run that was killed in its last validation, and then makes up for it, no step is left to save after.
+    """
     if isinstance(value, torch.Tensor):
         return hashlib.sha256(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items() if key not in ("loops", "callbacks")}
+        standing = ("loops", "epoch", "run", "callbacks")
+        return {str(key): _plain(item) for key, item in value.items() if key not in standing}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value if isinstance(value, str | int | float | bool | None) else repr(value)

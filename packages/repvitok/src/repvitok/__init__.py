@@ -16,30 +16,25 @@ if TYPE_CHECKING:
     from repvitok.model import RepViTok
     from repvitok.pretrained import PretrainedModel
     from repvitok.streaming import StreamState, TokenizerStream
-    from repvitok.types import Clip, VideoLatents
 
 __version__ = version("repvitok")
 
 _HOMES = {
-    "Clip": "types",
     "PretrainedModel": "pretrained",
     "RepViTok": "model",
     "RepViTokConfig": "config",
     "StreamState": "streaming",
     "TokenizerStream": "streaming",
     "UserError": "errors",
-    "VideoLatents": "types",
 }
 
 __all__ = [
-    "Clip",
     "PretrainedModel",
     "RepViTok",
     "RepViTokConfig",
     "StreamState",
     "TokenizerStream",
     "UserError",
-    "VideoLatents",
     "__version__",
 ]
 

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 from repvitok.documents import parse
 from repvitok.errors import UserError
 
@@ -89,46 +88,18 @@ class Embodiment:
         return parse(values, cls, "embodiment")
 
 
-@dataclass(frozen=True)
-class ChannelLayout:
-    """One order of named action channels that several embodiments share."""
+def shared_channels(embodiments: Sequence[Embodiment]) -> tuple[str, ...]:
+    """One order of named action channels for several embodiments: their union, in order of first appearance.
 
-    names: tuple[str, ...]
-
-    @classmethod
-    def of(cls, embodiments: Sequence[Embodiment]) -> ChannelLayout:
-        """Return the union of the embodiments' channels, in order of first appearance.
-
-        Raises:
-            ValueError: when one name comes with two units.
-        """
-        units: dict[str, str] = {}
-        for embodiment in embodiments:
-            for channel in embodiment.action_channels:
-                if units.setdefault(channel.name, channel.unit) != channel.unit:
-                    raise UserError(
-                        f"action channel {channel.name!r} has unit {channel.unit!r} in {embodiment.name!r} but "
-                        f"{units[channel.name]!r} elsewhere; convert one of them or rename the channel"
-                    )
-        return cls(tuple(units))
-
-    def mask(self, embodiment: Embodiment) -> np.ndarray:
-        """Return bool (c,): which of the layout's channels `embodiment` has."""
-        own = set(embodiment.action_names)
-        return np.array([name in own for name in self.names])
-
-    def scatter(self, actions: np.ndarray, embodiment: Embodiment) -> np.ndarray:
-        """Place actions (..., c_embodiment) into the layout (..., c); absent channels are zero."""
-        out = np.zeros((*actions.shape[:-1], len(self.names)), dtype=actions.dtype)
-        out[..., self._columns(embodiment)] = actions
-        return out
-
-    def gather(self, actions: np.ndarray, embodiment: Embodiment) -> np.ndarray:
-        """Invert `scatter`: take the embodiment's channels out of (..., c)."""
-        return actions[..., self._columns(embodiment)]
-
-    def _columns(self, embodiment: Embodiment) -> list[int]:
-        missing = [name for name in embodiment.action_names if name not in self.names]
-        if missing:
-            raise UserError(f"embodiment {embodiment.name!r} has channels the layout lacks: {missing}")
-        return [self.names.index(name) for name in embodiment.action_names]
+    Raises:
+        UserError: when one name comes with two units.
+    """
+    units: dict[str, str] = {}
+    for embodiment in embodiments:
+        for channel in embodiment.action_channels:
+            if units.setdefault(channel.name, channel.unit) != channel.unit:
+                raise UserError(
+                    f"action channel {channel.name!r} has unit {channel.unit!r} in {embodiment.name!r} but "
+                    f"{units[channel.name]!r} elsewhere; convert one of them or rename the channel"
+                )
+    return tuple(units)

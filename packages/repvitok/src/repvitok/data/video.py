@@ -142,21 +142,6 @@ class VideoFile:
         earlier = wanted - shown[before] <= shown[after] - wanted + rounding_s
         return np.asarray(among.start + np.where(earlier, before, after))
 
-    def frame_at(self, time_s: float | int, tolerance_s: float | None = None) -> int:
-        """Index of the frame shown nearest to `time_s`.
-
-        Raises:
-            ValueError: none lies within `tolerance_s` (default: `self.tolerance_s`).
-        """
-        tolerance_s = self.tolerance_s if tolerance_s is None else tolerance_s
-        index = int(self.nearest(float(time_s)))
-        if not abs(self.times_s[index] - time_s) <= tolerance_s:
-            raise UserError(
-                f"{self.name}: no frame within {tolerance_s:.4f} s of {time_s:.4f} s; the nearest is frame {index} "
-                f"at {self.times_s[index]:.4f} s of {len(self)} frames"
-            )
-        return index
-
     def read(
         self,
         frames: Sequence[int] | None = None,

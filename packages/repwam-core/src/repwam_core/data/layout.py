@@ -2,7 +2,7 @@
 
 A layout is a YAML file. It names an embodiment and, for `action` and `state`, the columns of the data set that are put
 side by side, with a name for each of their numbers; channels of one name mean the same in every layout, so that data
-sets of several robots share one order of channels (`repwam_core.embodiment.ChannelLayout`).
+sets of several robots share one order of channels (`repwam_core.embodiment.shared_channels`).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from repvitok.documents import Above0, check_arguments
 from repvitok.errors import UserError
 
 from repwam_core.data.episodes import MEMORY_LIMIT_GB, EpisodeStore
-from repwam_core.embodiment import ChannelLayout, Embodiment
+from repwam_core.embodiment import Embodiment, shared_channels
 from repwam_core.model.config import LATENT_SPACE
 from repwam_core.statistics import ActionKind, Statistics
 from repwam_core.text import EMBEDDED
@@ -136,7 +136,7 @@ def _action_layout(settings: Sequence[DataSetSettings], metas: Sequence[LatentMe
                     f"data_sets: action channel {name!r} is {entry.action_kind} in {entry.latents} and {kinds[name]} "
                     "elsewhere; rename one of them"
                 )
-    return ChannelLayout.of(robots).names
+    return shared_channels(robots)
 
 
 def _check_common(what: str, values: Sequence[str], shards: Sequence[LatentShards]) -> None:

@@ -5,7 +5,7 @@ The only home of noise time in this package: t = 0 is noise, t = 1 is data (RepW
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -29,20 +29,6 @@ def interpolate(noise: Float[Tensor, "*x"], data: Float[Tensor, "*x"], t: Float[
 def velocity_target(noise: Float[Tensor, "*x"], data: Float[Tensor, "*x"]) -> Float[Tensor, "*x"]:
     """The velocity data - noise of the straight path, what the model learns, RepWAM Eq. 6-7."""
     return data - noise
-
-
-def clean_estimate(
-    x: Float[Tensor, "*x"], velocity: Float[Tensor, "*x"], t: Float[Tensor, " ..."]
-) -> Float[Tensor, "*x"]:
-    """The data x + (1 - t) * velocity at the end of the straight path through `x` at time t."""
-    return x + (1 - _over(t, x)) * velocity
-
-
-def noise_estimate(
-    x: Float[Tensor, "*x"], velocity: Float[Tensor, "*x"], t: Float[Tensor, " ..."]
-) -> Float[Tensor, "*x"]:
-    """The noise x - t * velocity at the start of the straight path through `x` at time t."""
-    return x - _over(t, x) * velocity
 
 
 def shift_noise_level(level: Float[Tensor, "*x"], shift: float) -> Float[Tensor, "*x"]:
@@ -93,23 +79,12 @@ def time_grid(steps: int, shift: float = 1.0, device: torch.device | str | None 
 
 
 def euler(
-    velocity_fn: Callable[[Tensor, Tensor], Tensor],
-    noise: Float[Tensor, "*x"],
-    steps: int,
-    shift: float = 1.0,
+    velocity: Callable[[Tensor, float], Tensor], noise: Float[Tensor, "*x"], times: Sequence[float]
 ) -> Float[Tensor, "*x"]:
-    """Integrate dx/dt = velocity_fn(x, t) from `noise` at t = 0 to data at t = 1.
-
-    Args:
-        velocity_fn: takes x and the scalar tensor t.
-        noise: x at t = 0.
-        steps: evaluations of `velocity_fn`.
-        shift: bends the time grid, see `time_grid`.
-    """
-    times = time_grid(steps, shift, noise.device)
+    """Integrate dx/dt = velocity(x, t) from `noise` at `times[0]` to `times[-1]`, one evaluation a step."""
     x = noise
     for t, t_next in pairwise(times):
-        x = x + (t_next - t) * velocity_fn(x, t)
+        x = x + (t_next - t) * velocity(x, t)
     return x
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from repwam_core.model.blocks import TextContext
 from repwam_core.model.cache import CachedAttend, KeyValueCache
-from repwam_core.model.flow import time_grid
+from repwam_core.model.flow import euler, time_grid
 from repwam_core.model.inputs import Velocities, WAMInputs
 from repwam_core.model.masks import Attend
 from repwam_core.model.sequence import SequenceLayout, chunk_layout, history_layout
@@ -342,12 +341,9 @@ class Rollout:
         self, video: Tensor, action: Tensor, video_times: list[float], action_times: list[float]
     ) -> tuple[Tensor, Tensor]:
         """First the video, then the actions that lead to it."""
-        for t, t_next in pairwise(video_times):
-            video = video + (t_next - t) * self.velocities(video, None, video_time=t)[0]
+        video = euler(lambda x, t: self.velocities(x, None, video_time=t)[0], video, video_times)
         self.imagine(video)
-        for t, t_next in pairwise(action_times):
-            action = action + (t_next - t) * self.velocities(None, action, action_time=t)[1]
-        return video, action
+        return video, euler(lambda x, t: self.velocities(None, x, action_time=t)[1], action, action_times)
 
     def _inputs(
         self, layout: SequenceLayout, video: Tensor | None, actions: Tensor | None, states: Tensor | None,

@@ -120,7 +120,7 @@ def line_chart(series: Curves, x_label: str, y_label: str) -> Markup:
         np.concatenate([np.concatenate([line[2], line[3]]) for line in lines.values()]),
     )
     keys = [Markup('<span><i class="swatch s{}"></i>{}</span>').format(i % 5, name) for i, name in enumerate(lines)]
-    legend = Markup('<div class="legend">{}</div>').format(Markup().join(keys)) if len(lines) > 1 else ""
+    legend = Markup('<div class="legend">{}</div>').format(Markup().join(keys)) if len(lines) > 1 else Markup()
     drawn = Markup().join(draw_line(axes, line, index % 5) for index, line in enumerate(lines.values()))
     label = f"{y_label} against {x_label}: {', '.join(lines)}"
     svg = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}{}</svg>')

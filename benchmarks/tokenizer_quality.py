@@ -125,7 +125,7 @@ def train(options: argparse.Namespace, arm: str, align: float, seed: int, weight
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "overlay.yaml").write_text(yaml.safe_dump(overlay))
-    recipes = [RECIPES / "base.yaml", RECIPES / "tiny.yaml", folder / "overlay.yaml"]
+    recipes = [RECIPES / "tiny.yaml", folder / "overlay.yaml"]
     started_s = time.process_time()
     code = repvitok(["fit", *(part for path in recipes for part in ("-c", str(path))), "--ckpt_path", "last"])
     if code:

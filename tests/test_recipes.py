@@ -84,9 +84,18 @@ def test_overlays_shown_in_the_tokenizers_readme_parse(tmp_path):
     for number, block in enumerate(blocks):
         path = tmp_path / f"{number}.yaml"
         path.write_text(block)
-        recipes = [str(RECIPES / "1_repvitok" / name) for name in ("base.yaml", "tiny.yaml")]
-        config = parse_recipe("test", [*recipes, str(path)], REPVITOK, [DATA[REPVITOK.name]])
+        config = parse_recipe(
+            "test", [str(RECIPES / "1_repvitok" / "tiny.yaml"), str(path)], REPVITOK, [DATA[REPVITOK.name]]
+        )
         assert config.model.test_features[0].class_path == "repvitok.features.I3DFeatures"
+
+
+def test_the_tiny_recipes_are_the_files_that_the_quickstart_runs():
+    """Once each (docs/decisions/062): a recipe of its own beside the package's would be a second truth."""
+    tiny = ("1_repvitok/tiny", "2_latent_action/tiny", "3_repwam/tiny_pretrain", "3_repwam/tiny_adapt")
+    for name, packaged in zip(tiny, QUICKSTART_STAGES, strict=True):
+        assert (RECIPES / f"{name}.yaml").samefile(QUICKSTART / packaged), name
+    assert {path.name for path in QUICKSTART.glob("*.yaml")} == PLANS | set(QUICKSTART_STAGES)
 
 
 def test_the_papers_numbers_stand_in_the_base_recipes():

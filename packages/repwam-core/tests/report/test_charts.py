@@ -22,7 +22,6 @@ from repwam_core.report.charts import (
 )
 from repwam_core.report.data import Count, Curve
 from repwam_core.report.figures import evenly, side_by_side
-from repwam_core.report.markup import Markup, el
 
 values = st.lists(st.floats(-1e6, 1e6, allow_subnormal=False), min_size=1, max_size=300)
 
@@ -89,10 +88,13 @@ def test_numbers_have_three_digits(value: float, text: str) -> None:
     assert number(value) == text
 
 
-def test_elements_escape_text_and_attributes() -> None:
-    assert el("p", "a<b", title='"&') == '<p title="&quot;&amp;">a&lt;b</p>'
-    assert el("p", Markup("<b>x</b>")) == "<p><b>x</b></p>"
-    assert el("img", alt=None, class_="a") == '<img class="a"/>'
+def test_names_are_escaped_in_text_and_attributes() -> None:
+    chart = line_chart({'<b>"&': Curve([0, 1], [1.0, 2.0]), "other": Curve([0, 1], [2.0, 3.0])}, "<i>", "'<u>'")
+    assert not re.search("<[biu]>", chart)
+    assert '<span><i class="swatch s0"></i>&lt;b&gt;&#34;&amp;</span>' in chart
+    assert 'aria-label="&#39;&lt;u&gt;&#39; against &lt;i&gt;: &lt;b&gt;&#34;&amp;, other"' in chart
+    assert "&lt;b&gt;" in bars({"<b>": 1.0}, "<i>")
+    assert "<i>" not in bars({"<b>": 1.0}, "<i>")
 
 
 def test_even_spread_keeps_both_ends() -> None:

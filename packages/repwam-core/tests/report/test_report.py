@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import fields, is_dataclass
 from html.parser import HTMLParser
 
 import numpy as np
@@ -198,6 +199,30 @@ def test_instructions_and_names_are_escaped() -> None:
     assert "script" not in page.tags
     assert attack in page.text
     assert not [ref for ref in page.references if "example.org" in ref]
+
+
+def _attacked(value, attack: str):
+    """The same data with every text, and every key of a mapping, replaced by hostile text."""
+    if isinstance(value, str):
+        return attack
+    if isinstance(value, dict):
+        return {f"{attack}{key}": _attacked(of, attack) for key, of in value.items()}
+    if isinstance(value, list):
+        return [_attacked(of, attack) for of in value]
+    if is_dataclass(value):
+        given = {field.name: _attacked(getattr(value, field.name), attack) for field in fields(value)}
+        return type(value)(**{**given, **({"measured": value.measured} if isinstance(value, ReportData) else {})})
+    return value
+
+
+def test_no_text_of_the_data_becomes_markup() -> None:
+    """Task, channel, stage, clip and curve names, notes, units, commands: whatever is text stays text."""
+    attack = "<script>alert(1)</script>'\"><img src=http://example.org/a onerror=x>{{ 7 * 7 }}"
+    plain, page = Page(render_report(full_report())), Page(render_report(_attacked(full_report(), attack)))
+    assert page.tags.count("img") == plain.tags.count("img")
+    assert "script" not in page.tags
+    assert not [ref for ref in page.references if "example.org" in ref]
+    assert all(attack in page.sections[anchor] for anchor in ANCHORS)
 
 
 def test_size_is_bounded_for_many_rollouts_and_large_frames() -> None:

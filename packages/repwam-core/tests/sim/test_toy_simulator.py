@@ -10,8 +10,7 @@ from repvitok.data import LeRobotReader
 from repvitok.errors import UserError
 from repwam_core.cli import main
 from repwam_core.interface import ActionChunk, BasePolicy
-from repwam_core.report.data import Count, SuccessRow
-from repwam_core.report.results import success_table
+from repwam_core.report import Count, ReportData, RunInfo, SuccessRow, render_report
 from repwam_core.sim.base import SimSettings, find_suite
 from repwam_core.sim.baselines import run_baseline
 from repwam_core.sim.collect import CollectionPlan, collect, read_plan
@@ -77,7 +76,8 @@ def test_success_rates_reach_the_report_s_table(toy, tmp_path):
     }
     assert counts["policy"] == counts["expert"] == dict.fromkeys(TASKS, Count(3, 3))
     assert counts["random"] == counts["told the other"] == dict.fromkeys(TASKS, Count(0, 3))
-    table = str(success_table([SuccessRow(who, per_task) for who, per_task in counts.items()]))
+    rows = [SuccessRow(who, per_task) for who, per_task in counts.items()]
+    table = render_report(ReportData(RunInfo("toy", "repwam"), success=rows))
     assert all(said in table for said in (*TASKS, "told the other", "6/6"))
     _, about = load_results(tmp_path / "policy/results.json")
     assert (about["suite"], toy.ToySettings.from_dict(about["settings"])) == ("toy", settings)

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
+from markupsafe import Markup
 from repvitok.errors import UserError
 
 from repwam_core.report.data import Count, Curve, Curves, as_curve
-from repwam_core.report.markup import Markup, el, join
 
 WIDTH, HEIGHT = 340, 214
 LEFT, RIGHT, TOP, BOTTOM = 50, 10, 8, 36
@@ -114,90 +114,79 @@ def line_chart(series: Curves, x_label: str, y_label: str) -> Markup:
     lines = {name: binned(as_curve(curve)) for name, curve in series.items()}
     lines = {name: line for name, line in lines.items() if len(line[0])}
     if not lines:
-        return el("p", f"No finite values of {y_label}.", class_="absent")
+        return Markup('<p class="absent">No finite values of {}.</p>').format(y_label)
     axes = Axes(
         np.concatenate([line[0] for line in lines.values()]),
         np.concatenate([np.concatenate([line[2], line[3]]) for line in lines.values()]),
     )
-    drawn = [draw_line(axes, line, index) for index, line in enumerate(lines.values())]
-    svg = el(
-        "svg",
-        draw_grid(axes, x_label, y_label),
-        *drawn,
-        viewBox=f"0 0 {WIDTH} {HEIGHT}",
-        role="img",
-        aria_label=f"{y_label} against {x_label}: {', '.join(lines)}",
-        class_="chart",
-    )
-    return join(legend(list(lines)) if len(lines) > 1 else None, svg)
+    keys = [Markup('<span><i class="swatch s{}"></i>{}</span>').format(i % 5, name) for i, name in enumerate(lines)]
+    legend = Markup('<div class="legend">{}</div>').format(Markup().join(keys)) if len(lines) > 1 else Markup()
+    drawn = Markup().join(draw_line(axes, line, index % 5) for index, line in enumerate(lines.values()))
+    label = f"{y_label} against {x_label}: {', '.join(lines)}"
+    svg = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}{}</svg>')
+    return legend + svg.format(WIDTH, HEIGHT, label, draw_grid(axes, x_label, y_label), drawn)
 
 
-def draw_line(axes: Axes, line: tuple, index: int) -> Markup:
+def draw_line(axes: Axes, line: tuple, colour: int) -> Markup:
+    """The means, as a line where there are several, over the range of each bin."""
     x, mean, low, high = line
-    band = None
-    if np.any(high > low):
-        band = el(
-            "polygon",
-            points=axes.path(np.concatenate([x, x[::-1]]), np.concatenate([high, low[::-1]])),
-            class_=f"band s{index % 5}",
-        )
+    dot = Markup('<circle class="dot s{}" cx="{}" cy="{}" r="{}"/>')
     if len(x) == 1:
-        return el("circle", cx=axes.x(x[0]), cy=axes.y(mean[0]), r=3, class_=f"dot s{index % 5}")
-    sparse = len(x) <= 12
-    dots = [
-        el("circle", cx=axes.x(a), cy=axes.y(b), r=2.2, class_=f"dot s{index % 5}")
-        for a, b in zip(x, mean, strict=True)
-    ]
-    return join(band, el("polyline", points=axes.path(x, mean), class_=f"line s{index % 5}"), *(dots if sparse else ()))
+        return dot.format(colour, axes.x(x[0]), axes.y(mean[0]), 3)
+    drawn = Markup()
+    if np.any(high > low):
+        outline = axes.path(np.concatenate([x, x[::-1]]), np.concatenate([high, low[::-1]]))
+        drawn += Markup('<polygon class="band s{}" points="{}"/>').format(colour, outline)
+    drawn += Markup('<polyline class="line s{}" points="{}"/>').format(colour, axes.path(x, mean))
+    if len(x) <= 12:
+        drawn += Markup().join(dot.format(colour, axes.x(a), axes.y(b), 2.2) for a, b in zip(x, mean, strict=True))
+    return drawn
 
 
 def draw_grid(axes: Axes, x_label: str, y_label: str) -> Markup:
+    """Horizontal grid lines, ticks with their numbers, and what the axes are."""
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    row = Markup(
+        '<line class="grid" x1="{0}" x2="{1}" y1="{2}" y2="{2}"/><text x="{3}" y="{4}" text-anchor="end">{5}</text>'
+    )
+    column = Markup(
+        '<line class="axis" x1="{0}" x2="{0}" y1="{1}" y2="{2}"/><text x="{0}" y="{3}" text-anchor="middle">{4}</text>'
+    )
+    axis = Markup('<line class="axis" x1="{0}" x2="{1}" y1="{2}" y2="{2}"/>').format(LEFT, right, bottom)
+    label = Markup('<text class="label" transform="translate({} {}) rotate({})" text-anchor="middle">{}</text>')
     parts: list[Markup] = []
     for value in log_ticks(axes.y_low, axes.y_high) if axes.log else ticks(axes.y_low, axes.y_high):
         y = axes.y(value)
-        parts.append(el("line", x1=LEFT, x2=right, y1=y, y2=y, class_="grid"))
-        parts.append(el("text", tick_label(value), x=LEFT - 6, y=y + 3.5, text_anchor="end"))
+        parts.append(row.format(LEFT, right, y, LEFT - 6, y + 3.5, tick_label(value)))
     for value in ticks(axes.x_low, axes.x_high):
-        x = axes.x(value)
-        parts.append(el("line", x1=x, x2=x, y1=bottom, y2=bottom + 4, class_="axis"))
-        parts.append(el("text", tick_label(value), x=x, y=bottom + 15, text_anchor="middle"))
-    parts.append(el("line", x1=LEFT, x2=right, y1=bottom, y2=bottom, class_="axis"))
-    parts.append(el("text", x_label, x=(LEFT + right) / 2, y=HEIGHT - 4, text_anchor="middle", class_="label"))
-    middle = (TOP + bottom) / 2
-    turned = f"translate(10 {middle}) rotate(-90)"
-    name = y_label + (", log scale" if axes.log else "")
-    parts.append(el("text", name, transform=turned, text_anchor="middle", class_="label"))
-    return join(*parts)
-
-
-def legend(names: list[str]) -> Markup:
-    keys = [el("span", el("i", class_=f"swatch s{i % 5}"), name) for i, name in enumerate(names)]
-    return el("div", *keys, class_="legend")
+        parts.append(column.format(axes.x(value), bottom, bottom + 4, bottom + 15, tick_label(value)))
+    parts.append(axis + label.format((LEFT + right) / 2, HEIGHT - 4, 0, x_label))
+    parts.append(label.format(10, (TOP + bottom) / 2, -90, y_label + (", log scale" if axes.log else "")))
+    return Markup().join(parts)
 
 
 def interval_bar(count: Count) -> Markup:
     """A success rate as a dot on a 0 to 100 % track, its 95 % interval as a thicker line."""
-    low, high = count.interval
-    at = [round(4 + 92 * share, 1) for share in (low, high, count.rate)]
-    return el(
-        "svg",
-        el("line", x1=4, x2=96, y1=5, y2=5, class_="track"),
-        el("line", x1=at[0], x2=at[1], y1=5, y2=5, class_="whisker"),
-        el("circle", cx=at[2], cy=5, r=3.2, class_="dot"),
-        viewBox="0 0 100 10",
-        class_="interval",
-        aria_hidden="true",
+    low, high, rate = (round(4 + 92 * share, 1) for share in (*count.interval, count.rate))
+    return Markup(
+        '<svg class="interval" viewBox="0 0 100 10" aria-hidden="true">'
+        '<line x1="4" x2="96" y1="5" y2="5" class="track"/>'
+        '<line x1="{}" x2="{}" y1="5" y2="5" class="whisker"/><circle cx="{}" cy="5" r="3.2" class="dot"/></svg>'
+    ).format(low, high, rate)
+
+
+def bars(values: Mapping[str, float | None], unit: str = "") -> Markup:
+    """Horizontal bars from zero, one per name that has a value, each with its number; negative values get no bar."""
+    known = {name: float(value) for name, value in values.items() if value is not None}
+    most = max([v for v in known.values() if math.isfinite(v)] + [1e-12])
+    row = Markup(
+        '<div><span class="bar-name">{}</span><span class="bar">'
+        '<span class="fill{}" style="width:{:.1f}%"></span></span><b>{}</b></div>'
     )
-
-
-def bars(values: Mapping[str, float], unit: str = "") -> Markup:
-    """Horizontal bars from zero, one per name, each with its number; negative values get no bar."""
-    most = max([v for v in values.values() if math.isfinite(v)] + [1e-12])
     rows = []
-    for index, (name, value) in enumerate(values.items()):
+    for name, value in known.items():
         share = max(0.0, min(1.0, value / most)) if math.isfinite(value) else 0.0
-        fill = el("span", class_=f"fill {'main' if index == 0 else ''}".strip(), style=f"width:{100 * share:.1f}%")
-        text = el("b", number(value) + (f" {unit}" if unit else ""))
-        rows.append(el("div", el("span", name, class_="bar-name"), el("span", fill, class_="bar"), text))
-    return el("div", *rows, class_="bars")
+        rows.append(
+            row.format(name, "" if rows else " main", 100 * share, number(value) + (f" {unit}" if unit else ""))
+        )
+    return Markup('<div class="bars">{}</div>').format(Markup().join(rows))

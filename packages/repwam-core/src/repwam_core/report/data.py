@@ -118,6 +118,16 @@ class LatentActions:
     #: control -> channel -> R^2, such as {"untrained tokenizer": {...}, "head on both latents": {...}}
     probe_controls: Mapping[str, Mapping[str, Number]] = field(default_factory=dict)
 
+    @property
+    def losses(self) -> dict[str, float]:
+        """The measured losses, in words."""
+        named = {
+            "with the latent action": self.forward_loss,
+            "with a zero action": self.zero_action_loss,
+            "copy of the current latents": self.copy_loss,
+        }
+        return {name: float(value) for name, value in named.items() if value is not None}
+
 
 @dataclass(frozen=True)
 class ImaginedClip:
@@ -253,6 +263,11 @@ class OpenLoop:
     channels: Sequence[ChannelError]
     traces: Sequence[ActionTrace] = ()
     note: str = ""  #: how the error was measured: episodes, horizon, what the policy saw
+
+    @property
+    def won(self) -> int:
+        """On how many channels the policy's error is below every baseline's."""
+        return sum(bool(c.baselines) and c.error < min(c.baselines.values()) for c in self.channels)
 
 
 @dataclass(frozen=True)

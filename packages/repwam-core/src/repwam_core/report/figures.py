@@ -5,17 +5,43 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from repwam_core.report.markup import Markup, el, join
+from repwam_core.report.data import Rollout
 
 MAX_HEIGHT = 144  #: pixels stored per frame; larger frames are reduced with a box filter
 STRIP_WIDTH = 1060  #: CSS pixels a strip may take on a desktop screen
 GAP = 4  #: CSS pixels between the frames of a strip
 MAX_ANIMATION_FRAMES = 60
 HOLD_S = 1.2  #: how long an animation rests on its last frame
+
+
+class Picture(NamedTuple):
+    """What an ``img`` needs; width and height in CSS pixels."""
+
+    src: str
+    alt: str
+    width: int
+    height: int
+
+
+class Strips(NamedTuple):
+    """Rows of frames under each other, and the indices of the frames, each so wide and with so much after it."""
+
+    rows: list[tuple[str, Picture]]
+    indices: list[int]
+    width: int
+    gap: int
+
+
+class Animation(NamedTuple):
+    """A looping picture, and its last frame for readers who ask their system for less motion."""
+
+    picture: Picture
+    last: str
 
 
 def reduce(frames: np.ndarray) -> np.ndarray:
@@ -44,19 +70,12 @@ def data_uri(image: Image.Image, **options: object) -> str:
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def still(image: np.ndarray, alt: str, target: int = 128, class_: str = "") -> Markup:
+def still(image: np.ndarray, alt: str, target: int = 128) -> Picture:
     """One image (H, W, 3), enlarged by a whole number to about ``target`` CSS pixels."""
     image = reduce(image[None])[0]
     height, width = image.shape[:2]
     scale = zoom(height, target)
-    return el(
-        "img",
-        src=data_uri(Image.fromarray(image)),
-        alt=alt,
-        width=width * scale,
-        height=height * scale,
-        class_=f"px {class_}".strip(),
-    )
+    return Picture(data_uri(Image.fromarray(image)), alt, width * scale, height * scale)
 
 
 def side_by_side(frames: np.ndarray, gap: int) -> np.ndarray:
@@ -70,12 +89,12 @@ def side_by_side(frames: np.ndarray, gap: int) -> np.ndarray:
     return picture
 
 
-def strips(rows: Sequence[tuple[str, np.ndarray]], alt: str, target: int = 128) -> Markup:
-    """Rows of frames under each other, the same frames of each, in one box that scrolls sideways on its own.
+def strips(rows: Sequence[tuple[str, np.ndarray]], alt: str, target: int = 128) -> Strips:
+    """Rows of frames, the same frames of each.
 
     Args:
         rows: (label, frames (n, H, W, 3)) of one shape. At most as many frames as fit a desktop line are shown.
-        alt: what the picture shows, for readers who do not see it.
+        alt: what the pictures show, for readers who do not see them.
         target: height of a frame in CSS pixels.
     """
     frames = [(label, reduce(array)) for label, array in rows]
@@ -83,45 +102,29 @@ def strips(rows: Sequence[tuple[str, np.ndarray]], alt: str, target: int = 128) 
     scale = zoom(height, target)
     gap = max(1, GAP // scale)
     shown = evenly(n, max(4, (STRIP_WIDTH + gap * scale) // ((width + gap) * scale)))
-    parts: list[Markup] = []
+    pictures = []
     for label, array in frames:
         picture = side_by_side(array[shown], gap)
-        parts.append(el("div", label, class_="strip-label"))
-        parts.append(
-            el(
-                "img",
-                src=data_uri(Image.fromarray(picture)),
-                alt=f"{alt}: {label}",
-                width=picture.shape[1] * scale,
-                height=height * scale,
-                class_="px",
-            )
-        )
-    ticks = [el("span", i, style=f"width:{width * scale}px;margin-right:{gap * scale}px") for i in shown]
-    return el("div", *parts, el("div", *ticks, class_="ticks"), class_="scroll strips", tabindex=0)
+        size = (picture.shape[1] * scale, height * scale)
+        pictures.append((label, Picture(data_uri(Image.fromarray(picture)), f"{alt}: {label}", *size)))
+    return Strips(pictures, shown, width * scale, gap * scale)
 
 
-def animation(frames: np.ndarray, frame_rate_hz: float, alt: str, target: int = 192) -> Markup:
-    """Frames (n, H, W, 3) as a looping picture in real time, resting on the last frame.
-
-    Readers who ask their system for less motion get the last frame as a still.
-    """
-    frames = reduce(frames)
+def animation(rollout: Rollout, alt: str, target: int = 192) -> Animation:
+    """A rollout's frames as a looping picture in real time, resting on the last frame."""
+    frames = reduce(rollout.frames)
     shown = evenly(len(frames), MAX_ANIMATION_FRAMES)
     images = [Image.fromarray(frames[i]) for i in shown]
-    step_ms = 1000 * len(frames) / len(shown) / frame_rate_hz
-    durations = [max(20, round(step_ms))] * (len(shown) - 1) + [round(1000 * HOLD_S)]
+    step_ms = 1000 * len(frames) / len(shown) / rollout.frame_rate_hz
     moving = data_uri(
         images[0],
         lossless=False,
         quality=82,
         save_all=True,
         append_images=images[1:],
-        duration=durations,
+        duration=[max(20, round(step_ms))] * (len(shown) - 1) + [round(1000 * HOLD_S)],
         loop=0,
     )
     height, width = frames.shape[1:3]
     scale = zoom(height, target)
-    picture = el("img", src=moving, alt=alt, width=width * scale, height=height * scale, class_="px")
-    quiet = el("source", srcset=data_uri(images[-1]), media="(prefers-reduced-motion: reduce)")
-    return el("picture", join(quiet, picture))
+    return Animation(Picture(moving, alt, width * scale, height * scale), data_uri(images[-1]))

@@ -51,7 +51,7 @@ def test_label_and_probe(lat_folder, blobs, tmp_path, capsys):
             ["label", "--lat", "{lat}", "--latents", "{blobs}", "--out", "{tmp}/o", "--shard", "2/2"],
             "expected I/N with 0 <= I < N",
         ),
-        (["label", "--lat", "{lat}", "--latents", "{blobs}"], "--out"),
+        (["label", "--lat", "{lat}", "--out", "{tmp}/o"], "--latents"),
         (["probe", "--lat", "{lat}", "--latents", "{tmp}"], "meta.json"),
         (["label", "--lat", "{lat}", "--latents", "{blobs}", "--out", "{lat}"], "holds no unfinished latents but a"),
         (["export", "--ckpt", "{tmp}/none.ckpt", "--out", "{tmp}/o"], "no checkpoint"),

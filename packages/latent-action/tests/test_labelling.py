@@ -1,15 +1,24 @@
 """Labelled shards hold what the tokenizer says, come back after interruptions, and refuse strangers."""
 
+import copy
 import dataclasses
+import json
+import os
+import shutil
 from contextvars import Context
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from latent_action.labelling import label_latents, label_shards
 from latent_action.model import LatentActionTokenizer
-from repvitok.data.shards import LatentShards
+from repvitok.data import shards as shards_module
+from repvitok.data.shards import LatentShards, LatentShardWriter, replace_instructions
 from repvitok.errors import UserError
+from repvitok.merging import merge_latents
+
+FILES = ["labels-000000.tar", "latents-000000.tar", "meta.json"]
 
 
 def test_labels_are_the_tokenizers_own(fitted_lat, blobs, tmp_path):
@@ -32,7 +41,7 @@ def test_labels_are_the_tokenizers_own(fitted_lat, blobs, tmp_path):
     np.testing.assert_array_equal(labelled.meta.mean, source.meta.mean)
     np.testing.assert_allclose(labelled.meta.latent_action_mean, np.concatenate(everything).mean(0), atol=1e-5)
     np.testing.assert_allclose(labelled.meta.latent_action_std, np.concatenate(everything).std(0), rtol=1e-4)
-    assert sorted(p.suffix for p in (tmp_path / "out").iterdir()) == [".json", ".tar"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == FILES
 
 
 def test_long_episodes_in_pieces_equal_one_piece(fitted_lat, monkeypatch):
@@ -136,4 +145,187 @@ def test_a_second_labelling_of_one_folder_is_refused_and_shares_work_side_by_sid
     label_shards(fitted_lat, blobs, tmp_path / "alone")
     for one, two in zip(LatentShards(out).paths, LatentShards(tmp_path / "alone").paths, strict=True):
         assert one.read_bytes() == two.read_bytes()
-    assert sorted(path.suffix for path in out.iterdir()) == [".json", ".tar"]
+    assert sorted(path.name for path in out.iterdir()) == FILES
+
+
+def as_version_0_1(lat, source, out):
+    """Labelled as version 0.1 did: every shard again, with the latent actions inside."""
+    shards = LatentShards(source)
+    meta = dataclasses.replace(shards.meta, lat_digest=lat.digest())
+    with LatentShardWriter(out, meta, measure=False, provenance=shards.provenance) as writer:
+        for episode in shards:
+            labels = label_latents(lat, torch.from_numpy(episode.latents), shards.meta.grid).numpy()
+            writer.add(dataclasses.replace(episode, latent_actions=labels))
+    document = json.loads((out / "meta.json").read_text())
+    assert not any("labels" in shard for shard in document["shards"])
+    return out
+
+
+def another(lat):
+    other = copy.deepcopy(lat)
+    with torch.no_grad():
+        other.inverse_dynamics.mlp.first.bias += 1
+    return other
+
+
+def small_shards(blobs, out):
+    """The same latents in several shards, in a folder that a test may change."""
+    source = LatentShards(blobs)
+    with LatentShardWriter(out, source.meta, shard_bytes=2**17) as writer:
+        for episode in source:
+            writer.add(episode)
+    assert len(LatentShards(out).paths) > 2
+    return out
+
+
+def test_labels_lie_beside_shards_that_stay_as_they_are(fitted_lat, blobs, tmp_path):
+    here = small_shards(blobs, tmp_path / "here")
+    before = {path: (path.stat().st_ino, path.stat().st_mtime_ns, path.read_bytes()) for path in here.glob("*.tar")}
+    meta = label_shards(fitted_lat, here, tmp_path / "out")
+    for folder in (here, tmp_path / "out", tmp_path / "moved"):
+        if folder.name == "moved":  # alone, as on another machine
+            shutil.copytree(tmp_path / "out", folder)
+            shutil.rmtree(tmp_path / "out")
+            shutil.rmtree(here)
+        elif folder == here:
+            assert label_shards(fitted_lat, here).to_dict() == meta.to_dict()
+            assert {p: (p.stat().st_ino, p.stat().st_mtime_ns, p.read_bytes()) for p in before} == before
+        else:
+            assert all(path.samefile(here / path.name) for path in folder.glob("latents-*.tar"))
+        shards = LatentShards(folder)
+        shards.verify()
+        assert shards.meta.to_dict() == meta.to_dict()
+        assert shards.statistics.count == LatentShards(blobs).statistics.count
+        assert {p.name for p in folder.iterdir()} == {"meta.json"} | {
+            f"{what}-{number:06d}.tar" for what in ("latents", "labels") for number in range(len(before))
+        }
+        for index, source in enumerate(LatentShards(blobs)):
+            labels = label_latents(fitted_lat, torch.from_numpy(source.latents), meta.grid).numpy()
+            np.testing.assert_array_equal(shards[index].latent_actions, labels)
+            np.testing.assert_array_equal(shards.mapped(index)["latent_actions"], labels)
+            np.testing.assert_array_equal(shards.mapped(index)["latents"], source.latents)
+
+
+def test_folders_that_version_0_1_labelled_are_finished_and_hold_the_same(fitted_lat, blobs, tmp_path):
+    old = as_version_0_1(fitted_lat, blobs, tmp_path / "old")
+    content = {path.name: path.read_bytes() for path in old.iterdir()}
+    new = label_shards(fitted_lat, blobs, tmp_path / "new")
+    for meta in (label_shards(fitted_lat, blobs, old), label_shards(fitted_lat, old)):  # from its source, and in place
+        assert meta.to_dict() == new.to_dict()
+    assert {path.name: path.read_bytes() for path in old.iterdir()} == content
+    for index, (one, two) in enumerate(zip(LatentShards(old), LatentShards(tmp_path / "new"), strict=True)):
+        np.testing.assert_array_equal(one.latent_actions, two.latent_actions)
+        np.testing.assert_array_equal(LatentShards(old).mapped(index)["latent_actions"], one.latent_actions)
+    with pytest.raises(UserError, match="labelled by LAT"):
+        label_shards(another(fitted_lat), old)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_another_lat_labels_in_another_folder(fitted_lat, blobs, tmp_path, inside):
+    first, other = tmp_path / "first", another(fitted_lat)
+    if inside:
+        as_version_0_1(fitted_lat, blobs, first)
+    else:
+        label_shards(fitted_lat, small_shards(blobs, first))
+    before = [episode.latent_actions for episode in LatentShards(first)]
+    meta = label_shards(other, first, tmp_path / "second")
+    second = LatentShards(tmp_path / "second")
+    assert meta.lat_digest == second.meta.lat_digest == other.digest()
+    for index, labels in enumerate(before):
+        expected = label_latents(other, torch.from_numpy(second[index].latents), meta.grid).numpy()
+        np.testing.assert_array_equal(second[index].latent_actions, expected)
+        np.testing.assert_array_equal(second.mapped(index)["latent_actions"], expected)
+        assert not np.allclose(expected, labels)
+        np.testing.assert_array_equal(LatentShards(first)[index].latent_actions, labels)
+
+
+def test_a_finished_folder_of_other_latents_is_refused(fitted_lat, blobs, tmp_path):
+    label_shards(fitted_lat, blobs, tmp_path / "out")
+    source = LatentShards(blobs)
+    with LatentShardWriter(tmp_path / "others", source.meta) as writer:
+        for episode in source:  # of the same tokenizer, under the same names
+            writer.add(dataclasses.replace(episode, latents=episode.latents + 1))
+    with pytest.raises(UserError, match="others"):
+        label_shards(fitted_lat, tmp_path / "others", tmp_path / "out")
+    label_shards(fitted_lat, blobs, tmp_path / "begun", shard=(0, 2))
+    with pytest.raises(UserError, match="unfinished labels of other latents"):
+        label_shards(fitted_lat, tmp_path / "others", tmp_path / "begun")
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut", "removed", "another folder's"])
+def test_damaged_or_foreign_labels_are_refused(fitted_lat, blobs, tmp_path, damage):
+    root = small_shards(blobs, tmp_path / "latents")
+    label_shards(fitted_lat, root)
+    path = root / "labels-000001.tar"
+    whole = path.read_bytes()
+    data = bytearray(whole)
+    data[len(data) // 2] ^= 1
+    if damage == "another folder's":
+        label_shards(another(fitted_lat), root, tmp_path / "out")
+        shutil.copy(tmp_path / "out" / path.name, path)
+    elif damage == "removed":
+        path.unlink()
+    else:
+        path.write_bytes(data[:-512] if damage == "cut" else data)
+    with pytest.raises(UserError, match=path.name):
+        [episode.latent_actions for episode in LatentShards(root)]
+    with pytest.raises(UserError, match=path.name):
+        LatentShards(root).verify()
+    label_shards(fitted_lat, root)  # makes them again, as the latents are there
+    assert path.read_bytes() == whole
+    LatentShards(root).verify()
+
+
+@pytest.mark.parametrize("place", ["here", "elsewhere"])
+@pytest.mark.parametrize("links", [True, False])
+def test_a_call_killed_at_any_write_is_made_up_for(fitted_lat, blobs, tmp_path, monkeypatch, place, links):
+    label_shards(fitted_lat, small_shards(blobs, tmp_path / "undisturbed"))
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "undisturbed").iterdir()}
+    latents = small_shards(blobs, tmp_path / "latents")
+    out = latents if place == "here" else tmp_path / "out"
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+    label_shards(fitted_lat, latents, out, shard=(0, 1))
+    for call in range(100):
+        with monkeypatch.context() as patch:
+            calls = []
+
+            def killed(*arguments, real, calls=calls, call=call, **more):
+                calls.append(arguments)
+                if len(calls) > call:
+                    raise KeyboardInterrupt
+                return real(*arguments, **more)
+
+            for name in ("atomic_file", "link_or_copy", "_describe_tar"):
+                patch.setattr(shards_module, name, partial(killed, real=getattr(shards_module, name)))
+            try:
+                label_shards(fitted_lat, latents, out)
+                break
+            except KeyboardInterrupt:
+                assert not (out / "meta.json").exists() or LatentShards(out).meta.lat_digest is None
+                assert len(LatentShards(latents)) == len(LatentShards(blobs))  # what is there can be read all the while
+    assert call > 6
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == expected
+
+
+def test_work_under_way_in_finished_latents_is_left_alone(fitted_lat, blobs, tmp_path):
+    latents = small_shards(blobs, tmp_path / "latents")
+    label_shards(fitted_lat, latents, shard=(0, 2))
+    merge_latents(latents)  # what a finished `encode` does when it is called again
+    assert len(list((latents / ".labels").glob("*.npy"))) == 20
+    replace_instructions(LatentShards(latents), {3: "lift"}, "tasks")
+    label_shards(fitted_lat, latents)
+    replace_instructions(LatentShards(latents), {4: "turn"}, "tasks")
+    labelled = LatentShards(latents)
+    assert [labelled.infos[number].task for number in (2, 3, 4)] == ["move", "lift", "turn"]
+    assert labelled.meta.lat_digest == fitted_lat.digest()
+    assert labelled[4].latent_actions is not None
+
+
+def test_instructions_corrected_while_labels_are_written_stay(fitted_lat, blobs, tmp_path):
+    latents = small_shards(blobs, tmp_path / "latents")
+    opened = LatentShards(latents)
+    label_shards(fitted_lat, latents)
+    replace_instructions(opened, {3: "lift"}, "tasks")  # by somebody who had looked before there were labels
+    assert LatentShards(latents)[3].latent_actions is not None
+    assert LatentShards(latents)[3].task == "lift"

@@ -39,12 +39,14 @@ def _label_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--latents", type=path_argument, required=True, help="folder of latent shards (repvitok encode)"
     )
-    parser.add_argument("--out", type=path_argument, required=True, help="folder for the labelled shards")
+    parser.add_argument(
+        "--out", type=path_argument, help="folder for labelled latents of their own (default: beside the shards)"
+    )
     parser.add_argument(
         "--shard",
         type=parse_share,
         metavar="I/N",
-        help="label every N-th episode from I only (a job array); a last call without it writes the shards",
+        help="label every N-th episode from I only (a job array); a last call without it finishes them",
     )
     parser.add_argument("--device", type=text_argument, default="cpu", help="cpu, cuda, ... (default: %(default)s)")
 
@@ -54,11 +56,12 @@ def _label(arguments: argparse.Namespace) -> int:
     from latent_action.model import LatentActionTokenizer
 
     lat = LatentActionTokenizer.from_pretrained(arguments.lat)
-    meta = label_shards(lat, arguments.latents, arguments.out, shard=arguments.shard, device=arguments.device)
+    out = arguments.out or arguments.latents
+    meta = label_shards(lat, arguments.latents, out, shard=arguments.shard, device=arguments.device)
     if meta is None:
-        print(f"labelled share {arguments.shard[0]}/{arguments.shard[1]} into {arguments.out}")
+        print(f"labelled share {arguments.shard[0]}/{arguments.shard[1]} into {out}")
     else:
-        print(f"{arguments.out}: labelled by LAT {lat.digest()[:16]}, std {meta.latent_action_std}")
+        print(f"{out}: labelled by LAT {lat.digest()[:16]}, std {meta.latent_action_std}")
     return 0
 
 
@@ -204,7 +207,7 @@ def _lapa(argv: list[str]) -> int:
 
 COMMANDS = (
     *training_commands(STAGE),
-    Command("label", "latent shards in, the same with latent actions out", _label, _label_arguments),
+    Command("label", "latent shards in, latent actions beside them out", _label, _label_arguments),
     Command("probe", "how well latent actions predict robot actions", _probe, _probe_arguments),
     Command("visualize", "a picture of where latent actions act", _visualize, _visualize_arguments),
     Command("export", "from a training checkpoint to a model folder", _export, _export_arguments),

@@ -1,25 +1,28 @@
-"""Latent shards in, the same shards with latent actions out."""
+"""Latent shards in, latent actions beside them out."""
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from repvitok.data.latents import LatentEpisode, LatentMeta
+from repvitok.data.latents import EpisodeInfo, LatentMeta
 from repvitok.data.shards import (
+    LABEL_WORK,
     LatentShards,
-    LatentShardWriter,
     refuse_foreign_tars,
     remove_work,
     replace_instructions,
+    write_labels,
 )
-from repvitok.documents import load_json
+from repvitok.data.verified import sha256_of
+from repvitok.documents import read_json
 from repvitok.errors import UserError, require_disk_space
 from repvitok.files import atomic_file, is_held, sole_writer, write_json_atomic
 from repvitok.pretrained import find_device
@@ -31,63 +34,68 @@ from latent_action.model import LatentActionTokenizer
 
 # Transitions per forward pass: 1,024 tokens * 512 * 256 hidden units in float32 are 0.5 GB.
 TOKENS_PER_BATCH = 2**19 // 8
-_PARTS = ".labels"
 
 
 def label_shards(
     lat: LatentActionTokenizer,
     source: str | Path,
-    out: str | Path,
+    out: str | Path | None = None,
     *,
     shard: tuple[int, int] | None = None,
     device: str | torch.device = "cpu",
     force_progress: bool = False,
 ) -> LatentMeta | None:
-    """Give every transition of `source` its latent action, and write the result to `out`.
+    """Give every transition of `source` its latent action, in tars of their own beside those of the latents.
 
-    The latents are copied as they are; the meta gains the LAT's digest and the mean and standard deviation of
-    the latent actions, and keeps the rest, the visual tokenizer's digest and how they were encoded included. Latents
-    are standardised with the statistics in the LAT's config, not with those of `source`: so the same motion has the
-    same latent action in every data set.
-    Interrupted work resumes at the next episode; a finished `out` of the same LAT is returned as it is.
+    The latents stay as they are. The meta gains the LAT's digest and the mean and standard deviation of the latent
+    actions, and keeps the rest, the visual tokenizer's digest and how they were encoded included. Latents are
+    standardised with the statistics in the LAT's config, not with those of `source`: so the same motion has the same
+    latent action in every data set.
+    Interrupted work resumes at the next episode; what is labelled by this LAT already is returned as it is, but
+    damaged labels in `source` itself are made again.
 
     Args:
         lat: the latent action tokenizer.
         source: folder of latent shards.
-        out: folder to write.
-        shard: (i, n): label only every n-th episode, from i (0 <= i < n), and write no shards yet. Once all n are
-            done, a call without `shard` finds their work in `out` and writes the shards.
+        out: None writes the labels into `source`. Another folder becomes latents of its own, labelled: its shards are
+            those of `source` by hard links (copies, where it is on another disk), so it can be moved without it.
+        shard: (i, n): label only every n-th episode, from i (0 <= i < n), and finish nothing yet. Once all n are
+            done, a call without `shard` finds their work and finishes it.
         device: where to compute.
         force_progress: show the bar also where stderr is no terminal.
 
     Returns:
-        The meta of `out`, or None where `shard` was given.
+        The meta of the labelled latents, or None where `shard` was given.
 
     Raises:
         FileNotFoundError: `source` does not exist.
-        ValueError: the shards come from another visual tokenizer than the LAT was trained on, `out` holds
-            something else or is being written by another process, or a latent action is not finite.
+        ValueError: the shards come from another visual tokenizer than the LAT was trained on, they or `out` are
+            labelled by another LAT, `out` holds something else or is being written by another process, or a latent
+            action is not finite.
     """
-    shards = LatentShards(source)
+    shards = LatentShards(source, labels=False)
     require_same_tokenizer(lat, shards)
-    out, digest = Path(out), lat.digest()
-    if (out / "meta.json").exists():
-        return _require_finished(out, shards, digest)
-    within = os.path.relpath(Path(source).resolve(), out.resolve()).split(os.sep)[0]
-    refuse_foreign_tars(out, within)  # the latents themselves may lie in `out`
-    mine = range(len(shards)) if shard is None else _share(len(shards), shard)
+    out, digest = Path(source if out is None else out), lat.digest()
+    if (meta := _finished(out, shards, digest)) is not None:
+        return meta
+    if not _same_folder(out, shards.root):
+        within = os.path.relpath(shards.root.resolve(), out.resolve()).split(os.sep)[0]
+        refuse_foreign_tars(out, within)  # the latents themselves may lie in `out`
     if shard is None:
-        require_disk_space(out, sum(path.stat().st_size for path in shards.paths), "labelled latent shards")
+        require_disk_space(out, _size_bytes(lat, shards, out), "labels of latents")
+    mine = range(len(shards)) if shard is None else _share(len(shards), shard)
     with _sole_labeller(out, shard):
-        if (out / "meta.json").exists():  # another process has made them meanwhile
-            return _require_finished(out, shards, digest)
+        if (meta := _finished(out, shards, digest)) is not None:  # another process has made them meanwhile
+            return meta
         parts = _open_parts(out, shards, digest)
         lat = lat.to(find_device(device)).eval()
         for index in progress(mine, desc="label", unit="episode", force=force_progress):
             _label_episode(lat, shards, index, parts)
         if shard is not None:
             return None
-        return _write_shards(shards, parts, out, digest, within)
+        meta = write_labels(shards, out, digest, lambda info: _read_part(parts, info))
+        remove_work(out, LABEL_WORK)
+        return meta
 
 
 @torch.no_grad()
@@ -148,11 +156,11 @@ def _sole_labeller(out: Path, shard: tuple[int, int] | None) -> Iterator[None]:
     busy = f"{out}: another process is labelling here; wait until it has ended, or choose another folder"
     if shard is None:
         with sole_writer(out, busy):
-            if any(map(is_held, (out / _PARTS).glob("share-*"))):
+            if any(map(is_held, (out / LABEL_WORK).glob("share-*"))):
                 raise UserError(busy)
             yield
         return
-    with sole_writer(out / _PARTS / f"share-{shard[0]}-of-{shard[1]}", busy):
+    with sole_writer(out / LABEL_WORK / f"share-{shard[0]}-of-{shard[1]}", busy):
         if is_held(out):
             raise UserError(busy)
         yield
@@ -160,54 +168,78 @@ def _sole_labeller(out: Path, shard: tuple[int, int] | None) -> Iterator[None]:
 
 def _open_parts(out: Path, shards: LatentShards, digest: str) -> Path:
     """The folder of labels already made for this LAT and source; one for anything else is an error."""
-    parts = out / _PARTS
-    claim = {"lat": digest, "tokenizer": shards.meta.tokenizer_digest, "episodes": len(shards)}
+    parts = out / LABEL_WORK
+    latents = hashlib.sha256(" ".join(_digests(shards)).encode()).hexdigest()
+    claim = {"lat": digest, "tokenizer": shards.meta.tokenizer_digest, "episodes": len(shards), "latents": latents}
     known = parts / "claim.json"
     if not known.exists():
         write_json_atomic(known, claim)
-    if (found := load_json(known)) != claim:
+    found = read_json(known, dict[str, Any])
+    if {"latents": latents, **found} != claim:  # version 0.1 did not say which latents
         raise UserError(
             f"{out} holds unfinished labels of other latents or another LAT ({found}, expected {claim}): "
-            "remove the folder, or choose another."
+            f"remove {parts}, or choose another folder (--out)."
         )
     return parts
 
 
-def _write_shards(shards: LatentShards, parts: Path, out: Path, digest: str, within: str) -> LatentMeta:
-    require_disk_space(out, sum(path.stat().st_size for path in shards.paths), "labelled latent shards")
-    meta = dataclasses.replace(shards.meta, lat_digest=digest, latent_action_mean=None, latent_action_std=None)
-    made = {"dtype": shards.dtype, "provenance": shards.provenance}
-    with LatentShardWriter(out, meta, measure=False, beside=(within,), **made) as writer:
-        for episode in _labelled(shards, parts):
-            writer.add(episode)
-    remove_work(out)
-    return writer.meta
+def _read_part(parts: Path, info: EpisodeInfo) -> np.ndarray:
+    """The labels of an episode that were made before, whole."""
+    path, expected = parts / f"{info.key}.npy", info.frames - 1
+    try:
+        actions = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it, the same command makes it again") from error
+    if actions.dtype != np.float32 or actions.ndim != 2 or len(actions) != expected:
+        raise UserError(f"{path} is damaged: expected {expected} latent actions; remove it and label again")
+    return actions
 
 
-def _labelled(shards: LatentShards, parts: Path) -> Iterator[LatentEpisode]:
-    for episode in shards:
-        path, expected = parts / f"{episode.key}.npy", len(episode.latents) - 1
-        try:
-            actions = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise UserError(f"{path} is damaged ({error}); remove it, the same command makes it again") from error
-        if actions.dtype != np.float32 or actions.ndim != 2 or len(actions) != expected:
-            raise UserError(f"{path} is damaged: expected {expected} latent actions; remove it and label again")
-        yield dataclasses.replace(episode, latent_actions=actions)
-
-
-def _require_finished(out: Path, shards: LatentShards, digest: str) -> LatentMeta:
-    """The meta of a finished `out`, if it is what this call would write."""
-    done = LatentShards(out, expect_digest=shards.meta.tokenizer_digest)
-    if done.meta.lat_digest != digest or done.keys != shards.keys:
+def _finished(out: Path, shards: LatentShards, digest: str) -> LatentMeta | None:
+    """The meta of `out` where it is what this call would write, None where that is still to be made."""
+    if not (out / "meta.json").exists():
+        return None
+    here = _same_folder(out, shards.root)
+    done = LatentShards(out, expect_digest=shards.meta.tokenizer_digest, labels=not here)
+    if here and done.meta.lat_digest is None:
+        return None
+    # Shards that version 0.1 labelled are copies with the latent actions inside, so only the names can be compared.
+    same = _digests(done) == _digests(shards) if done.has_labels_beside else done.keys == shards.keys
+    if done.meta.lat_digest != digest or not same:
+        by = f"labelled by LAT {done.meta.lat_digest[:16]}" if done.meta.lat_digest else "without labels"
         raise UserError(
-            f"{out} already holds latents labelled by LAT {str(done.meta.lat_digest)[:16]} ({len(done)} episodes); "
-            f"this call would write those of {digest[:16]} ({len(shards)} episodes). Choose another folder."
+            f"{out} already holds latents {by} ({len(done)} episodes); this call would write those of {digest[:16]} "
+            f"({len(shards)} episodes{'' if same else ', others'}). Choose another folder (--out)."
         )
+    if here and not _labels_are_whole(out):
+        return None  # the latents are there, so they can be made again
     # The instructions of the source may have been corrected since.
     replace_instructions(done, {info.episode_index: info.task for info in shards.infos}, shards.meta.instruction_source)
-    remove_work(out)
+    remove_work(out, LABEL_WORK)
     return done.meta
+
+
+def _labels_are_whole(folder: Path) -> bool:
+    try:
+        tars = [entry["labels"] for entry in LatentShards(folder).entries if entry.get("labels")]
+    except UserError:
+        return False
+    return all(sha256_of(folder / tar["name"]) == tar["sha256"] for tar in tars)
+
+
+def _digests(shards: LatentShards) -> list[str]:
+    return [entry["sha256"] for entry in shards.entries]
+
+
+def _same_folder(one: Path, other: Path) -> bool:
+    return one.exists() and one.samefile(other)
+
+
+def _size_bytes(lat: LatentActionTokenizer, shards: LatentShards, out: Path) -> int:
+    """What is about to be written: the labels twice, as parts and in their tars; the shards, where they are copied."""
+    place = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    copied = 0 if place.stat().st_dev == shards.root.stat().st_dev else sum(p.stat().st_size for p in shards.paths)
+    return copied + 2 * sum(4 * lat.config.action_dim * info.frames + 2048 for info in shards.infos)
 
 
 def _share(count: int, shard: tuple[int, int]) -> range:

@@ -300,8 +300,9 @@ def link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
-        shutil.copy(source, target)
-        sync_file(target)
+        with translated(target):
+            shutil.copy(source, target)
+            sync_file(target)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -62,10 +62,12 @@ def _merge(out: Path, progress: bool) -> LatentMeta:
             name = f"latents-{len(entries):06d}.tar"
             (out / name).unlink(missing_ok=True)  # of a merge that was killed
             link_or_copy(path, out / name)
+            entry.pop("labels", None)  # of a part that somebody labelled: they are made again, of the whole
             entries.append({**entry, "name": name})
         statistics.merge(part.statistics)
     mean, std = statistics.mean_std()
-    meta = dataclasses.replace(parts[0].meta, mean=mean, std=std)
+    unlabelled = dict.fromkeys(("lat_digest", "latent_action_mean", "latent_action_std"))
+    meta = dataclasses.replace(parts[0].meta, mean=mean, std=std, **unlabelled)
     write_latent_meta(out, meta, parts[0].dtype, entries, parts[0].provenance, statistics)
     remove_work(out)
     return meta

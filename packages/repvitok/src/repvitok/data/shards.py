@@ -1,4 +1,11 @@
-"""Latent episodes on disk: WebDataset tar shards of npy and json members, described by one meta.json."""
+"""Latent episodes on disk: WebDataset tar shards of npy and json members, described by one meta.json.
+
+    latents-000000.tar   episodes: latents, states, actions, instruction
+    labels-000000.tar    latent actions of the same episodes, once they are labelled
+    meta.json            what the latents are, and of every tar its size and SHA-256; written last
+
+A tar is never changed once it is written, so folders may share one by hard links.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +15,7 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +25,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
+from jaxtyping import Float
 
 from repvitok.data.last_used import LastUsed
 from repvitok.data.latents import ChannelStatistics, EpisodeInfo, InstructionSource, LatentEpisode, LatentMeta
@@ -25,7 +33,7 @@ from repvitok.data.split import parse_episodes
 from repvitok.data.verified import VerifiedFiles, sha256_of
 from repvitok.documents import Count, Digest, load_json, parse, require_format
 from repvitok.errors import UserError
-from repvitok.files import atomic_file, refuse_foreign, write_json_atomic
+from repvitok.files import atomic_file, link_or_copy, refuse_foreign, sole_writer, write_json_atomic
 
 __all__ = [
     "ChannelStatistics",
@@ -38,6 +46,7 @@ __all__ = [
     "read_episode_file",
     "replace_instructions",
     "write_episode_file",
+    "write_labels",
     "write_latent_meta",
 ]
 
@@ -48,9 +57,12 @@ OPEN_SHARDS = 256
 NPY_HEADER_BYTES = 1024
 _ARRAYS = ("latents", "state", "actions", "latent_actions")
 TARS = "latents-[0-9][0-9][0-9][0-9][0-9][0-9].tar"
+_LABEL_TARS = TARS.replace("latents", "labels", 1)
 _BEGUN = ".unfinished"
-_WORK = (_BEGUN, ".work", ".labels", ".parts")
+_WORK = (_BEGUN, ".work", ".parts")
 """What a folder holds beside its tars while they are being made."""
+LABEL_WORK = ".labels"
+"""What it holds while they are being labelled."""
 
 
 class LatentShardWriter:
@@ -171,19 +183,25 @@ class LatentShardWriter:
         self._open = None
         writing.close()
         described = [dataclasses.asdict(info) for info in held]
-        entry = {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
-        self._shards.append({**entry, "keys": [info.key for info in held], "episodes": described})
+        self._shards.append({**_describe_tar(path), "keys": [info.key for info in held], "episodes": described})
 
 
 @dataclass(frozen=True)
-class _Shard:
-    """What meta.json says of a tar."""
+class _Tar:
+    """What meta.json says of any tar."""
 
     name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][\w.-]*\.tar$")]
     bytes: Annotated[int, msgspec.Meta(ge=0)]
     sha256: Digest
+
+
+@dataclass(frozen=True)
+class _Shard(_Tar):
+    """What meta.json says of a tar of latents."""
+
     keys: list[str]
     episodes: list[EpisodeInfo] = field(default_factory=list)  # files of before 0.1 have none
+    labels: _Tar | None = None  # beside it; shards that version 0.1 labelled hold their latent actions themselves
 
     def __post_init__(self) -> None:
         if self.episodes and [info.key for info in self.episodes] != self.keys:
@@ -205,6 +223,8 @@ class _Document:
         keys = [key for shard in self.shards for key in shard.keys]
         if len(set(keys)) != len(keys) or len(keys) != self.num_episodes:
             raise UserError(f"num_episodes is {self.num_episodes}, the shards list {len(set(keys))} different keys")
+        if len({shard.labels is None for shard in self.shards}) > 1:
+            raise UserError("some of the shards have labels, others have none")
 
 
 class LatentShards(Sequence[Any]):  # of LatentEpisode; type checks at run time would read one of them at each call
@@ -215,13 +235,14 @@ class LatentShards(Sequence[Any]):  # of LatentEpisode; type checks at run time 
     Args:
         root: folder written by `LatentShardWriter`.
         expect_digest: refuse latents that another tokenizer made (`RepViTok.digest()`).
+        labels: False leaves out labels beside the shards, which then need not be whole.
 
     Raises:
         FileNotFoundError: the folder is missing.
         ValueError: it is unfinished, a shard is missing or truncated, or the digest differs.
     """
 
-    def __init__(self, root: str | os.PathLike[str], *, expect_digest: str | None = None) -> None:
+    def __init__(self, root: str | os.PathLike[str], *, expect_digest: str | None = None, labels: bool = True) -> None:
         self.root = Path(root)
         document = _read_document(self.root)
         self.meta = LatentMeta.from_dict(document["meta"], f"{self.root / 'meta.json'}, field 'meta'")
@@ -234,13 +255,16 @@ class LatentShards(Sequence[Any]):  # of LatentEpisode; type checks at run time 
         self.dtype: str = document["dtype"]
         self._sums: dict[str, Any] | None = document.get("statistics")
         self._shards: list[dict[str, Any]] = document["shards"]
-        for shard in self._shards:
-            self._check_shard(shard)
-        self._where = [(number, key) for number, shard in enumerate(self._shards) for key in shard["keys"]]
-        self._ranges: LastUsed[int, dict[str, tuple[int, int]]] = LastUsed(OPEN_SHARDS)
-        self._maps: LastUsed[int, np.memmap] = LastUsed(OPEN_SHARDS)
-        self._touched: set[int] = set()
-        self._verified = VerifiedFiles(self.root, sum(shard["bytes"] for shard in self._shards))
+        if not labels:
+            self._shards = [{**shard, "labels": None} for shard in self._shards]
+        self._tars = [tar for shard in self._shards for tar in (shard, shard.get("labels")) if tar]
+        for tar in self._tars:
+            self._check_tar(tar)
+        self._where = [(shard, key) for shard in self._shards for key in shard["keys"]]
+        self._ranges: LastUsed[str, dict[str, tuple[int, int]]] = LastUsed(2 * OPEN_SHARDS)
+        self._maps: LastUsed[str, np.memmap] = LastUsed(2 * OPEN_SHARDS)
+        self._touched: set[str] = set()
+        self._verified = VerifiedFiles(self.root, sum(tar["bytes"] for tar in self._tars))
 
     @property
     def keys(self) -> list[str]:
@@ -249,13 +273,18 @@ class LatentShards(Sequence[Any]):  # of LatentEpisode; type checks at run time 
 
     @property
     def paths(self) -> list[Path]:
-        """The tar files, readable by webdataset too."""
+        """The tars of latents, readable by webdataset too."""
         return [self.root / shard["name"] for shard in self._shards]
 
     @property
     def entries(self) -> list[dict[str, Any]]:
-        """What meta.json says of each tar: name, bytes, sha256, keys, episodes."""
+        """What meta.json says of each tar of latents: name, bytes, sha256, keys, episodes, perhaps labels."""
         return [dict(shard) for shard in self._shards]
+
+    @property
+    def has_labels_beside(self) -> bool:
+        """Whether latent actions lie in tars of their own; False where there are none, or where 0.1 wrote them."""
+        return len(self._tars) > len(self._shards)
 
     @property
     def statistics(self) -> ChannelStatistics:
@@ -281,13 +310,17 @@ class LatentShards(Sequence[Any]):  # of LatentEpisode; type checks at run time 
         return sorted({info.episode_index for info in self.infos}.union(*parse_episodes(left_out) if left_out else ()))
 
     def __getitem__(self, index: int) -> LatentEpisode:  # type: ignore[override]  # no slices
-        number, key = self._where[index]
-        episode = _read_episode(self._path(number), key, self._ranges_of(number))
+        shard, key = self._where[index]
+        path = self._path(shard)
+        episode = _read_episode(path, key, self._ranges_of(shard))
         if episode.latents.shape[1:] != (expected := (self.meta.tokens, self.meta.latent_dim)):
             raise UserError(
-                f"{self._path(number)}: episode {key} has latents {episode.latents.shape}, meta.json says (frames, "
+                f"{path}: episode {key} has latents {episode.latents.shape}, meta.json says (frames, "
                 f"{expected[0]}, {expected[1]}); encode the data set again"
             )
+        if shard.get("labels"):
+            labels = np.array(self.mapped(index)["latent_actions"], np.float32)
+            episode = dataclasses.replace(episode, latent_actions=labels)
         return dataclasses.replace(episode, task=self._tasks.get(key, episode.task))
 
     @cached_property
@@ -301,45 +334,49 @@ class LatentShards(Sequence[Any]):  # of LatentEpisode; type checks at run time 
         Returns:
             name of an array of `LatentEpisode` -> memory map, in the type it is stored in. Valid as long as it is held.
         """
-        number, key = self._where[index]
-        tar = self._maps.get_or_make(number, lambda: np.memmap(self._path(number), np.uint8, "r"))
-        ranges = self._ranges_of(number)
-        found = {name: ranges[f"{key}.{name}.npy"] for name in _ARRAYS if f"{key}.{name}.npy" in ranges}
-        where = f"{self._path(number)}: episode {key}"
+        shard, key = self._where[index]
+        where = f"{self.root / shard['name']}: episode {key}"
+        found: dict[str, np.ndarray] = {}
+        for tar in filter(None, (shard, shard.get("labels"))):  # labels beside a shard go before those inside it
+            ranges = self._ranges_of(tar)
+            content = self._maps.get_or_make(tar["name"], lambda tar=tar: np.memmap(self._path(tar), np.uint8, "r"))
+            for name in _ARRAYS:
+                if (member := f"{key}.{name}.npy") in ranges:
+                    start, length = ranges[member]
+                    found[name] = _array_at(content[start : start + length], f"{where}, {name}")
         if "latents" not in found:
             raise UserError(f"{where} has no latents; encode the data set again")
-        return {name: _array_at(tar[start : start + n], f"{where}, {name}") for name, (start, n) in found.items()}
+        return found
 
-    def _path(self, number: int) -> Path:
-        """A shard's file, whose content was compared with meta.json in this run or before."""
-        shard = self._shards[number]
-        path = self.root / shard["name"]
-        if number not in self._touched:
-            self._verified.require(path, shard["sha256"])
-            self._touched.add(number)
+    def _path(self, tar: Mapping[str, Any]) -> Path:
+        """The file of a tar, whose content was compared with meta.json in this run or before."""
+        path = self.root / tar["name"]
+        if tar["name"] not in self._touched:
+            self._verified.require(path, tar["sha256"])
+            self._touched.add(tar["name"])
         return path
 
-    def _ranges_of(self, number: int) -> dict[str, tuple[int, int]]:
-        return self._ranges.get_or_make(number, lambda: _member_ranges(self._path(number)))
+    def _ranges_of(self, tar: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+        return self._ranges.get_or_make(tar["name"], lambda: _member_ranges(self._path(tar)))
 
     def __iter__(self) -> Iterator[LatentEpisode]:
         return (self[index] for index in range(len(self)))
 
     def verify(self) -> None:
-        """Compares every shard's SHA-256 with meta.json, whenever it was last compared; UserError names the first that
+        """Compares every tar's SHA-256 with meta.json, whenever it was last compared; UserError names the first that
         differs.
         """
-        for shard, path in zip(self._shards, self.paths, strict=True):
-            self._verified.require(path, shard["sha256"], again=True)
+        for tar in self._tars:
+            self._verified.require(self.root / tar["name"], tar["sha256"], again=True)
 
-    def _check_shard(self, shard: dict[str, Any]) -> None:
-        path = self.root / shard["name"]
+    def _check_tar(self, tar: Mapping[str, Any]) -> None:
+        path = self.root / tar["name"]
         if not path.is_file():
-            raise UserError(f"{path}: missing, though meta.json lists it; copy the whole folder or encode again")
-        if path.stat().st_size != shard["bytes"]:
+            raise UserError(f"{path}: missing, though meta.json lists it; copy the whole folder or make it again")
+        if path.stat().st_size != tar["bytes"]:
             raise UserError(
-                f"{path}: expected {shard['bytes']} bytes, found {path.stat().st_size}; the shard is truncated or "
-                "damaged: copy it again or encode again"
+                f"{path}: expected {tar['bytes']} bytes, found {path.stat().st_size}; the shard is truncated or "
+                "damaged: copy it again or make it again"
             )
 
 
@@ -363,14 +400,51 @@ def replace_instructions(
     new = {key: tasks.get(info.episode_index, info.task) for key, info in infos.items()}
     changes = {info.episode_index: (info.task, new[key]) for key, info in infos.items() if info.task != new[key]}
     if changes:
-        entries = [
-            {**shard, "episodes": [{**dataclasses.asdict(infos[key]), "task": new[key]} for key in shard["keys"]]}
-            for shard in shards.entries
-        ]
-        meta = dataclasses.replace(shards.meta, instruction_source=source).to_dict()
-        document = {"format": FORMAT, "format_version": FORMAT_VERSION, **_read_document(shards.root)}
-        write_json_atomic(shards.root / "meta.json", {**document, "meta": meta, "shards": entries})
+        with sole_writer(shards.root):
+            document = _read_document(shards.root)  # it may have got labels since
+            for shard in document["shards"]:
+                shard["episodes"] = [{**dataclasses.asdict(infos[key]), "task": new[key]} for key in shard["keys"]]
+            document["meta"]["instruction_source"] = source
+            _write_document(shards.root, document)
     return changes
+
+
+def write_labels(
+    shards: LatentShards, out: Path, lat_digest: str, labels_of: Callable[[EpisodeInfo], Float[np.ndarray, "_ l"]]
+) -> LatentMeta:
+    """Puts latent actions beside finished latents, a tar for each shard; meta.json, written last, says which is whose.
+
+    Args:
+        shards: the latents. The tars of another `out` are theirs by hard links (copies, where it is another disk):
+            so the folder needs no other one, and costs no space.
+        out: their own folder, or one that holds nothing but what killed calls of this function left.
+        lat_digest: of the latent action tokenizer.
+        labels_of: gives the latent actions of an episode, (frames - 1, l).
+
+    Returns:
+        The meta of `out`.
+    """
+    with sole_writer(out):
+        document, statistics = _read_document(shards.root), ChannelStatistics()
+        infos, elsewhere = {info.key: info for info in shards.infos}, not out.samefile(shards.root)
+        for leftover in (*out.glob(TARS), *out.glob(f".partial-{TARS}")) if elsewhere else ():
+            leftover.unlink()
+        for number, shard in enumerate(document["shards"]):
+            path = out / f"labels-{number:06d}.tar"
+            with atomic_file(path) as partial, tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+                for key in shard["keys"]:
+                    array = labels_of(infos[key])
+                    if len(array):
+                        statistics.add(array)
+                    _add_member(tar, f"{key}.latent_actions.npy", _npy(array))
+            shard["labels"] = _describe_tar(path)
+            if elsewhere:
+                link_or_copy(shards.root / shard["name"], out / shard["name"])
+        meta = LatentMeta.from_dict(document["meta"])
+        mean, std = statistics.mean_std() if statistics.count else (None, None)
+        meta = dataclasses.replace(meta, lat_digest=lat_digest, latent_action_mean=mean, latent_action_std=std)
+        _write_document(out, {**document, "meta": meta.to_dict()})
+    return meta
 
 
 def write_latent_meta(
@@ -392,8 +466,6 @@ def write_latent_meta(
         statistics: the sums behind meta's mean and std, where they were measured here.
     """
     document = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
         "dtype": dtype,
         "num_episodes": sum(len(shard["keys"]) for shard in shards),
         "meta": meta.to_dict(),
@@ -401,7 +473,11 @@ def write_latent_meta(
         "statistics": None if statistics is None else statistics.to_dict(),
         "shards": list(shards),
     }
-    write_json_atomic(root / "meta.json", document)
+    _write_document(root, document)
+
+
+def _write_document(root: Path, document: Mapping[str, Any]) -> None:
+    write_json_atomic(root / "meta.json", {"format": FORMAT, "format_version": FORMAT_VERSION, **document})
 
 
 def refuse_foreign_tars(root: Path, *own: str) -> None:
@@ -414,13 +490,16 @@ def refuse_foreign_tars(root: Path, *own: str) -> None:
     Raises:
         UserError: says what stands there.
     """
-    begun = any((root / name).exists() for name in _WORK)
-    refuse_foreign(root, (TARS, *own) if begun else own, "unfinished latents")
+    begun = any((root / name).exists() for name in (*_WORK, LABEL_WORK))
+    refuse_foreign(root, (TARS, _LABEL_TARS, *own) if begun else own, "unfinished latents")
 
 
-def remove_work(root: Path) -> None:
-    """Removes what finished latents were made from: the last thing a verb does, or the first of the next one."""
-    for name in _WORK:
+def remove_work(root: Path, *more: str) -> None:
+    """Removes what finished latents were made from: the last thing a verb does, or the first of the next one.
+
+    Labels may be under way in finished latents, so who has made them names `LABEL_WORK`, too.
+    """
+    for name in (*_WORK, *more):
         shutil.rmtree(root / name, ignore_errors=True)
     with suppress(OSError):  # shards of others may be read-only
         (root / _BEGUN).unlink(missing_ok=True)
@@ -431,9 +510,7 @@ def add_episode_to_tar(tar: tarfile.TarFile, episode: LatentEpisode) -> None:
     for name in _ARRAYS:
         array = getattr(episode, name)
         if array is not None:
-            buffer = io.BytesIO()
-            np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
-            _add_member(tar, f"{episode.key}.{name}.npy", buffer.getvalue())
+            _add_member(tar, f"{episode.key}.{name}.npy", _npy(array))
     described = {"episode_index": episode.episode_index, "offset": episode.offset, "task": episode.task}
     _add_member(tar, f"{episode.key}.json", json.dumps(described, sort_keys=True).encode())
 
@@ -448,6 +525,16 @@ def write_episode_file(path: Path, episode: LatentEpisode, *, dtype: str = "floa
 def read_episode_file(path: Path) -> LatentEpisode:
     """Reads a file written by `write_episode_file`; its name without the suffix is the episode's key."""
     return _read_episode(path, path.stem, _member_ranges(path))
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _describe_tar(path: Path) -> dict[str, Any]:
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:

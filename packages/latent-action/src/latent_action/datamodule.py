@@ -141,9 +141,8 @@ class LatentActionData(L.LightningDataModule):
         meta, shards = self.meta, self._shards
         assert shards is not None
         self._require_memory(shards)
-        mean, std = torch.from_numpy(meta.mean), torch.from_numpy(meta.std)
         spans = split_latents(shards, self.held_out, 2 if self.first_transitions else 3)
-        table = load_transitions(shards, lambda raw: (raw - mean) / std)
+        table = load_transitions(shards, meta.standardizer.like(torch.empty(0)))
         if not self.first_transitions:
             table = table.where(table.place > 0)
         train, held_out = (table.where(lie_within(side, shards.infos, table.first)) for side in spans)

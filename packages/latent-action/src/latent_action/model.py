@@ -2,9 +2,10 @@
 
 from typing import ClassVar
 
-import torch
+import numpy as np
 from einops import rearrange
 from jaxtyping import Float
+from repvitok.data.latents import Standardizer
 from repvitok.errors import UserError
 from repvitok.pretrained import PretrainedModel
 from torch import Tensor
@@ -109,9 +110,8 @@ class LatentActionTokenizer(PretrainedModel):
                 "`latent-action fit`, or set both from the meta of the latents it was trained on."
             )
         self._require_latents(latents, "latents", "... channels")
-        mean = torch.tensor(self.config.latent_mean, dtype=latents.dtype, device=latents.device)
-        std = torch.tensor(self.config.latent_std, dtype=latents.dtype, device=latents.device)
-        return (latents - mean) / std
+        standardizer = Standardizer(np.array(self.config.latent_mean), np.array(self.config.latent_std))
+        return standardizer.like(latents)(latents)
 
     def _require_latents(self, z: Tensor, name: str, axes: str) -> None:
         if "..." not in axes and z.ndim != len(axes.split()):

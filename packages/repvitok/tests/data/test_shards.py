@@ -7,8 +7,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from repvitok.data.latents import LatentEpisode, LatentMeta
 from repvitok.data.shards import LatentShards, LatentShardWriter, read_episode_file, write_episode_file
+from repvitok.errors import UserError
 
 META = LatentMeta(
     tokenizer_digest="a" * 64,
@@ -100,8 +104,48 @@ def test_what_the_episodes_are_is_known_without_a_shard(tmp_path):
     document = json.loads((tmp_path / "older/meta.json").read_text())
     for shard in document["shards"]:
         del shard["episodes"]  # as folders of before this list
+    del document["sha256"]
     (tmp_path / "older/meta.json").write_text(json.dumps(document))
     assert LatentShards(tmp_path / "older").infos == shards.infos
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_changed_bit_in_meta_json_is_refused(tmp_path, data):
+    if not (tmp_path / "meta.json").exists():
+        write(tmp_path, [episode(number) for number in range(2)])
+        (tmp_path / "whole.json").write_bytes((tmp_path / "meta.json").read_bytes())
+    whole = (tmp_path / "whole.json").read_bytes()
+    changed = bytearray(whole)
+    start = data.draw(st.sampled_from([0, whole.index(b'"mean"'), whole.index(b'"std"'), whole.index(b'"statistics"')]))
+    changed[data.draw(st.integers(start, min(start + 400, len(whole) - 1)))] ^= 1 << data.draw(st.integers(0, 7))
+    (tmp_path / "meta.json").write_bytes(changed)
+    try:
+        same = json.loads(changed) == json.loads(whole)  # a space became a tab
+    except ValueError:
+        same = False
+    if not same:
+        with pytest.raises(UserError, match=r"meta\.json"):
+            LatentShards(tmp_path)
+    document = json.loads(whole)
+    del document["sha256"]  # as version 0.1 wrote it
+    (tmp_path / "meta.json").write_text(json.dumps(document))
+    assert len(LatentShards(tmp_path)) == 2
+
+
+def test_one_standardizer_for_arrays_and_tensors(tmp_path):
+    meta = dataclasses.replace(write(tmp_path, [episode(0, frames=6)]), std=np.array([0.3, 2, 1e-9, 1e-6, 7]))
+    raw = LatentShards(tmp_path)[0].latents
+    mean, std = meta.mean, np.maximum(meta.std, 1e-6)
+    z = meta.standardizer(raw)
+    np.testing.assert_array_equal(z, (raw - mean) / std)
+    np.testing.assert_array_equal(meta.standardizer.inverse(z), z * std + mean)
+    assert z.dtype == np.float32
+    on_cpu = meta.standardizer.like(torch.from_numpy(raw))
+    tensor = on_cpu(torch.from_numpy(raw))
+    np.testing.assert_array_equal(tensor.numpy(), z)
+    np.testing.assert_array_equal(on_cpu.inverse(tensor).numpy(), meta.standardizer.inverse(z))
+    assert meta.standardizer.like(tensor.bfloat16())(tensor.bfloat16()).dtype == torch.bfloat16
 
 
 def test_statistics_are_those_of_everything_written(tmp_path):

@@ -93,6 +93,35 @@ class LatentEpisode:
 
 
 @dataclass(frozen=True, eq=False)
+class Standardizer:
+    """z = (x - mean) / std along the last axis, and back: the scale in which every model meets latents.
+
+    Attributes:
+        mean, std: (d,) numpy arrays, for numpy arrays; or tensors, see `like`.
+        floor: the least deviation that is divided by, for channels that never move.
+    """
+
+    mean: Any
+    std: Any
+    floor: float = 1e-6
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "std", self.std.clip(self.floor))
+
+    def __call__(self, raw: Any) -> Any:
+        """From raw latents to standardised ones, (..., d)."""
+        return (raw - self.mean) / self.std
+
+    def inverse(self, z: Any) -> Any:
+        """From standardised latents to raw ones, (..., d)."""
+        return z * self.std + self.mean
+
+    def like(self, tensor: Any) -> Standardizer:
+        """The same for tensors of the type and on the device of this one. (Data sets are read without torch.)"""
+        return Standardizer(tensor.new_tensor(self.mean), tensor.new_tensor(self.std), self.floor)
+
+
+@dataclass(frozen=True, eq=False)
 class LatentMeta:
     """What a folder of latent shards holds and which tokenizer made it.
 
@@ -162,6 +191,11 @@ class LatentMeta:
             )
         if self.tokens > MAX_TOKENS:
             raise UserError(f"grid: expected at most {MAX_TOKENS} tokens, got {self.grid}")
+
+    @property
+    def standardizer(self) -> Standardizer:
+        """From these latents to mean 0 and deviation 1, and back; of numpy arrays."""
+        return Standardizer(self.mean, self.std)
 
     @property
     def frames_per_latent(self) -> int:

@@ -10,6 +10,7 @@ A tar is never changed once it is written, so folders may share one by hard link
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -218,6 +219,7 @@ class _Document:
     shards: list[_Shard]
     provenance: dict[str, Any] = field(default_factory=dict)
     statistics: dict[str, Any] | None = None
+    sha256: Digest | None = None  # of the rest; folders of version 0.1 have none
 
     def __post_init__(self) -> None:
         keys = [key for shard in self.shards for key in shard.keys]
@@ -246,6 +248,11 @@ class LatentShards(Sequence[Any]):  # of LatentEpisode; type checks at run time 
         self.root = Path(root)
         document = _read_document(self.root)
         self.meta = LatentMeta.from_dict(document["meta"], f"{self.root / 'meta.json'}, field 'meta'")
+        if document.get("sha256") not in (None, _document_digest(document)):
+            raise UserError(
+                f"{self.root / 'meta.json'}: its SHA-256 is not the one that it names: it was changed or damaged; copy "
+                'it again, or, if you changed it on purpose, remove its field "sha256"'
+            )
         if expect_digest is not None and expect_digest != self.meta.tokenizer_digest:
             raise UserError(
                 f"{self.root}: these latents were made by tokenizer {self.meta.tokenizer_digest[:16]}, expected "
@@ -477,7 +484,14 @@ def write_latent_meta(
 
 
 def _write_document(root: Path, document: Mapping[str, Any]) -> None:
-    write_json_atomic(root / "meta.json", {"format": FORMAT, "format_version": FORMAT_VERSION, **document})
+    document = {"format": FORMAT, "format_version": FORMAT_VERSION, **document}
+    write_json_atomic(root / "meta.json", {**document, "sha256": _document_digest(document)})
+
+
+def _document_digest(document: Mapping[str, Any]) -> str:
+    """SHA-256 of what meta.json says, but for its format and the digest itself."""
+    content = {name: value for name, value in document.items() if name not in ("format", "format_version", "sha256")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def refuse_foreign_tars(root: Path, *own: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from repvitok.data import LatentMeta, LatentShards
 from repvitok.data.contents import without_actions
+from repvitok.data.latents import Standardizer
 from repvitok.data.split import LatentSpan
 from repvitok.errors import UserError
 from torch import Tensor
@@ -68,8 +69,7 @@ class Scaling:
 
     def latents(self, raw: np.ndarray) -> Tensor:
         """Standardised latents (frames, tokens, d)."""
-        mean, std = np.asarray(self.meta.mean, np.float32), np.maximum(np.asarray(self.meta.std, np.float32), 1e-6)
-        return torch.from_numpy((np.asarray(raw, np.float32) - mean) / std)
+        return torch.from_numpy(self.meta.standardizer(np.asarray(raw, np.float32)))
 
     @property
     def from_state(self) -> bool:
@@ -96,8 +96,8 @@ class Scaling:
         """
         statistics = self.statistics.actions
         if self.space == LATENT_SPACE:
-            mean, std = np.array(statistics.mean), np.maximum(np.array(statistics.std), 1e-6)
-            scaled = ((raw - mean) / std)[:, None].astype(np.float32)
+            standardised = Standardizer(np.array(statistics.mean), np.array(statistics.std))(raw)
+            scaled = standardised[:, None].astype(np.float32)
         else:
             before = self.statistics.reference(state)[..., None, :] if self.from_state else 0.0
             scaled = statistics.normalise(raw - before)

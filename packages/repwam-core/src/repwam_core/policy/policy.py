@@ -77,8 +77,7 @@ class BatchedPolicy(BatchedBasePolicy):
         latents = parts.manifest.latents
         self.device = next(parts.wam.parameters()).device
         self.frames_per_latent = parts.tokenizer.config.tubelet_frames * latents.stride
-        self._mean = torch.from_numpy(latents.mean).to(self.device)
-        self._std = torch.from_numpy(latents.std).to(self.device)
+        self._standardizer = latents.standardizer.like(torch.empty(0, device=self.device))
         self.planned: Any = None
         self._now: _Episodes | None = None
 
@@ -157,11 +156,11 @@ class BatchedPolicy(BatchedBasePolicy):
         """Latents that the model expects of the chunk returned last, as the tokenizer speaks them; None if skipped."""
         if self.planned is None or self.planned.latents is None:
             return None
-        return self.planned.latents * self._std + self._mean
+        return self._standardizer.inverse(self.planned.latents)
 
     def observed_latents(self) -> Float[Tensor, "n frames tokens d"]:
         """Latents of the frames seen in the last `act`, as the tokenizer speaks them."""
-        return self._episodes().history[-1][0] * self._std + self._mean
+        return self._standardizer.inverse(self._episodes().history[-1][0])
 
     # -- observations --------------------------------------------------------------------------------------------
 
@@ -210,7 +209,7 @@ class BatchedPolicy(BatchedBasePolicy):
         ]
         z = now.stream.encode(torch.stack(clips).to(self.device))
         z = rearrange(z, "(n views) frames tokens d -> n frames (views tokens) d", views=latents.grid[0])
-        return (z - self._mean) / self._std
+        return self._standardizer(z)
 
     def _states(self, observations: Sequence[Observation]) -> Tensor | None:
         """Standardised states (n, frames, S) at the last raw frame of each new latent frame."""

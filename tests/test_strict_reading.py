@@ -22,7 +22,7 @@ from repvitok.errors import UserError
 from repwam_core.data.layout import LAYOUTS, DatasetLayout
 from repwam_core.embodiment import Embodiment
 from repwam_core.model.config import ActionSpace, WAMConfig
-from repwam_core.planning import PlanSettings
+from repwam_core.planning import ChunkSpec, PlanSettings
 from repwam_core.policy.folder import PolicyManifest
 from repwam_core.quickstart.plan import RECIPES, Plan
 from repwam_core.sim.collect import CollectionPlan
@@ -60,7 +60,7 @@ def _latents(root: Path) -> tuple[Any, Callable[[Any], Any]]:
 def _policy(root: Path) -> tuple[Any, Callable[[Any], Any]]:
     robot = Embodiment.from_names("arm", ["x"], ["p"], META.cameras, 30.0)
     digests = dict.fromkeys(("wam", "tokenizer", "statistics"), "b" * 64)
-    PolicyManifest("robot", robot, (32, 48), META, "minilm", PlanSettings(), digests).save(root)
+    PolicyManifest("robot", robot, (32, 48), META, "minilm", PlanSettings(), digests, CHUNKS).save(root)
 
     def load(document: Any) -> Any:
         (root / "policy.json").write_text(json.dumps(document))
@@ -94,6 +94,7 @@ def _plain(document: Any, load: Callable[[Any], Any]) -> Callable[[Path], tuple[
     return lambda _root: (_json(document), load)
 
 
+CHUNKS = ChunkSpec(smallest=1, largest=4)
 COLLECTION = CollectionPlan(("reach",), 3, 0, MetaWorldSettings(), Noise(), 4, "v2.1", "yuv444p", 10)
 WAM = WAMConfig.preset("tiny", spaces={"robot": ActionSpace(channels=7, vectors_per_transition=4)})
 DOCUMENTS: dict[str, Callable[[Path], tuple[Any, Callable[[Any], Any]]]] = {
@@ -177,7 +178,7 @@ def test_keys_are_all_there_and_no_others(name: str, tmp_path: Path) -> None:
     document, load = DOCUMENTS[name](tmp_path)
     optional = ("joint_actions", "recorded", "unit", "units", "select", "episodes", "crashed", "latent_action_mean")
     optional += ("latent_action_std", "execute_frames", "provenance", "statistics", "kind", "tubelet_frames")
-    optional += ("instruction_source", "traceback", "suite")
+    optional += ("instruction_source", "traceback", "suite", "chunks")
     for place in [(), *_places(document)]:
         section = document
         for key in place:

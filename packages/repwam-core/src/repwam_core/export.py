@@ -20,7 +20,7 @@ from repwam_core.data.episodes import text_cache
 from repwam_core.embodiment import Embodiment
 from repwam_core.model.config import LATENT_SPACE, WAMConfig
 from repwam_core.model.wam import WorldActionModel
-from repwam_core.planning import PlanSettings
+from repwam_core.planning import ChunkSpec, PlanSettings
 from repwam_core.policy.folder import PolicyManifest, PolicyParts, model_bytes, refuse_other_than_policy, write_policy
 from repwam_core.statistics import Statistics
 from repwam_core.text import TextEncoder
@@ -47,6 +47,7 @@ class _StoredRun:
     data_sets: list[dict[str, Any]]
     channels: list[str]
     state_channels: list[str]
+    chunks: ChunkSpec | None = None  # version 0.1 did not say
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class TrainedModel:
     latents: LatentMeta
     text_encoder: str
     plan: PlanSettings
+    chunks: ChunkSpec | None = None
 
 
 def read_trained(checkpoint: str | Path, data_set: int | None = None) -> TrainedModel:
@@ -102,6 +104,7 @@ def read_trained(checkpoint: str | Path, data_set: int | None = None) -> Trained
         latents=LatentMeta.from_dict(described.latents, f"{where}, latents"),
         text_encoder=stored.text_encoder,
         plan=stored.plan,
+        chunks=stored.chunks,
     )
 
 
@@ -215,13 +218,17 @@ def make_manifest(
     """The policy.json of a trained model and the tokenizer that made its latents; arguments as of `export_policy`."""
     _, rows, columns = trained.latents.grid
     patch = tokenizer.config.patch_size
+    planned = replace(trained.plan, **(plan or {}))
+    if trained.chunks is not None:
+        trained.chunks.require(planned.chunk_frames)
     return PolicyManifest(
         space=trained.space,
         embodiment=_embodiment(trained, name),
         size=(rows * patch, columns * patch),  # pixels of a camera as the tokenizer saw it
         latents=trained.latents,
         text_encoder=trained.text_encoder,
-        plan=replace(trained.plan, **(plan or {})),
+        plan=planned,
+        chunks=trained.chunks,
         digests={
             "tokenizer": trained.latents.tokenizer_digest,
             "wam": trained.wam.digest(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -14,11 +15,45 @@ Steps = Annotated[int, msgspec.Meta(ge=1, le=MOST_STEPS)]
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChunkSpec:
+    """The chunks that a model was trained on: a policy plans no others.
+
+    Attributes:
+        smallest, largest: latent frames of a chunk; every size between them was drawn, too.
+    """
+
+    smallest: Steps
+    largest: Steps
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.smallest > self.largest:
+            raise UserError(f"chunk_sizes: expected 1 <= smallest <= largest, got {(self.smallest, self.largest)}")
+
+    def require(self, frames: int) -> None:
+        """Raises UserError where chunks of so many latent frames were not trained."""
+        if not self.smallest <= frames <= self.largest:
+            raise UserError(
+                f"plan.chunk_frames: the model is trained on chunks of {self.smallest} to {self.largest} latent frames "
+                f"(model.chunk_sizes), got {frames}; plan such a chunk, or train on larger or smaller ones"
+            )
+
+    def require_borders(self, multiple: int) -> None:
+        """Raises UserError where a cut after a multiple of so many transitions may fall inside a chunk."""
+        if inside := [size for size in range(self.smallest, self.largest + 1) if multiple % size]:
+            raise UserError(
+                f"packing.chunk_multiple: expected a multiple of every chunk size from {self.smallest} to "
+                f"{self.largest} (model.chunk_sizes), got {multiple}, which {inside} do not divide; "
+                f"{math.lcm(*range(self.smallest, self.largest + 1))} would do"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanSettings:
     """Settings of one planning step; the defaults are the paper's (Sec. 4.1).
 
     Attributes:
-        chunk_frames: latent frames planned at a time.
+        chunk_frames: latent frames planned at a time; within the model's `ChunkSpec`.
         execute_frames: how many of them are carried out before planning again; None is all.
         video: "imagine" refines the video with the actions; "skip" leaves it at pure noise (`joint` coupling).
         video_steps, action_steps: Euler steps of each modality.

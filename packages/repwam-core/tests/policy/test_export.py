@@ -8,12 +8,15 @@ import torch
 import yaml
 from repvitok import RepViTok, RepViTokConfig
 from repvitok.data import LeRobotReader
+from repvitok.errors import UserError
 from repwam_core.cli import main
 from repwam_core.export import read_trained
 from repwam_core.interface import Observation
 from repwam_core.model.wam import WorldActionModel
+from repwam_core.planning import ChunkSpec
 from repwam_core.policy import Policy
-from repwam_core.policy.folder import PolicyManifest
+from repwam_core.policy.folder import PolicyManifest, PolicyParts
+from repwam_core.policy.policy import BatchedPolicy
 from repwam_core.statistics import Statistics
 
 
@@ -42,6 +45,22 @@ def checkpoint(world, tmp_path_factory):
 def _export(checkpoint, world, out, *more: str) -> int:
     tokenizer = world.policy / "tokenizer"
     return main(["export", "--ckpt", str(checkpoint), "--tokenizer", str(tokenizer), "--out", str(out), *more])
+
+
+def test_a_policy_plans_no_chunk_that_was_not_trained(checkpoint, world, tmp_path, capsys):
+    out = tmp_path / "policy"
+    assert _export(checkpoint, world, out) == 0
+    parts = PolicyParts.load(out)
+    assert parts.manifest.chunks == ChunkSpec(smallest=1, largest=1)
+    assert BatchedPolicy(parts).plan.chunk_frames == 1
+    with pytest.raises(UserError, match="trained on chunks of 1 to 1 latent frames"):
+        BatchedPolicy(parts, chunk_frames=2)
+    assert _export(checkpoint, world, tmp_path / "other", "--chunk-frames", "2") == 2
+    assert "trained on chunks of 1 to 1 latent frames" in capsys.readouterr().err
+    document = json.loads((out / "policy.json").read_text())
+    del document["chunks"]  # as version 0.1 wrote it
+    (out / "policy.json").write_text(json.dumps(document))
+    assert BatchedPolicy.from_pretrained(out, chunk_frames=2).plan.chunk_frames == 2
 
 
 def test_the_exported_policy_is_what_was_trained(checkpoint, world, tmp_path):

@@ -26,7 +26,7 @@ def exported(wan_world, tmp_path_factory):
             "preset": "tiny",
             "wam": {**sizes, "window": 2, "state_token": True},
             "space": "robot",
-            "chunk_sizes": [1, 1],
+            "chunk_sizes": [1, 2],
             "optimizer": {"name": "adamw", "lr": 1e-3, "warmup_steps": 1},
             "plan": {"chunk_frames": 2, "video_steps": 2, "action_steps": 2},
         },

@@ -117,6 +117,7 @@ def test_a_loss_that_is_no_number_stops_the_run(fit, tmp_path, capsys):
         (["--data.space=latent"], "model.space is 'robot', the data's space is 'latent'"),
         (["--model.chunk_sizes=[1,9]"], "a chunk of 9 latent frames does not fit segments of 3 transitions"),
         (["--model.chunk_sizes=[3,2]"], "1 <= smallest <= largest"),
+        (["--model.plan.chunk_frames=3"], "trained on chunks of 1 to 2 latent frames (model.chunk_sizes), got 3"),
         (["--data.latents=/no/such/folder"], "/no/such/folder"),
         (["--model.init_from=/no/such/folder"], "remove these fields of wam"),
         (["--model.wam.width=33"], "width"),

@@ -175,6 +175,10 @@ def test_several_robots_train_together_and_each_is_exported_with_its_own_channel
     [
         (["--data.packing.token_budget=20"], "packing.token_budget: expected at least"),
         (["--data.packing.token_budget=0"], "token_budget: expected int >= 1 (0)"),
+        (
+            ["--data.packing.chunk_multiple=3"],
+            "packing.chunk_multiple: expected a multiple of every chunk size from 1 to",
+        ),
         (["--data.latents=null"], "either data.latents or data.data_sets"),
         (["--model.scale.recompute=some"], "recompute"),
     ],

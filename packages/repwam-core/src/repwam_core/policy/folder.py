@@ -29,7 +29,7 @@ from repvitok.pretrained import DIFFUSERS_WEIGHTS_FILE, MODEL_FILES, copy_model,
 
 from repwam_core.embodiment import Embodiment
 from repwam_core.model.wam import WorldActionModel
-from repwam_core.planning import PlanSettings
+from repwam_core.planning import ChunkSpec, PlanSettings
 from repwam_core.statistics import Statistics
 from repwam_core.text import TextEncoder
 
@@ -60,6 +60,7 @@ class PolicyManifest:
         text_encoder: name of the text encoder.
         plan: how actions are planned, unless asked otherwise.
         digests: part -> sha256: "tokenizer", "wam", "statistics", and "lat" if there is one.
+        chunks: those that the model was trained on; None where version 0.1 wrote the folder.
     """
 
     space: str
@@ -69,6 +70,7 @@ class PolicyManifest:
     text_encoder: str
     plan: PlanSettings
     digests: dict[str, str]
+    chunks: ChunkSpec | None = None
 
     def save(self, folder: Path) -> None:
         """Write policy.json."""
@@ -82,6 +84,7 @@ class PolicyManifest:
             "text_encoder": self.text_encoder,
             "plan": asdict(self.plan),
             "digests": self.digests,
+            "chunks": None if self.chunks is None else asdict(self.chunks),
         }
         (folder / "policy.json").write_text(json.dumps(values, indent=2) + "\n")
 
@@ -119,6 +122,7 @@ class _StoredManifest:
     text_encoder: str
     plan: PlanSettings
     digests: dict[str, Digest]
+    chunks: ChunkSpec | None = None
 
     def __post_init__(self) -> None:
         if lacking := {"tokenizer", "wam", "statistics"} - set(self.digests):

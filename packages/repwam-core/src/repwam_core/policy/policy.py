@@ -73,6 +73,8 @@ class BatchedPolicy(BatchedBasePolicy):
 
     def __init__(self, parts: PolicyParts, *, compile_passes: bool = False, **plan: Any) -> None:
         self.parts, self.plan = parts, replace(parts.manifest.plan, **plan)
+        if parts.manifest.chunks is not None:
+            parts.manifest.chunks.require(self.plan.chunk_frames)
         self._run = _compiled(parts.wam) if compile_passes else None
         latents = parts.manifest.latents
         self.device = next(parts.wam.parameters()).device

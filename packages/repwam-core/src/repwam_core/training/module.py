@@ -28,7 +28,7 @@ from repwam_core.model.config import LATENT_SPACE
 from repwam_core.model.masks import Attend
 from repwam_core.model.sequence import SequenceLayout
 from repwam_core.model.wam import WorldActionModel
-from repwam_core.planning import PlanSettings
+from repwam_core.planning import ChunkSpec, PlanSettings
 from repwam_core.statistics import Statistics
 from repwam_core.training.banner import StepBanner
 from repwam_core.training.build import build_sharded_wam, build_wam
@@ -91,16 +91,15 @@ class WAMTraining(L.LightningModule):
     ) -> None:
         super().__init__()
         check_arguments(WAMTraining.__init__, locals())
-        low, high = chunk_sizes
-        if low > high:
-            raise UserError(f"chunk_sizes: expected 1 <= smallest <= largest, got {tuple(chunk_sizes)}")
         if init_from is not None and wam:
             raise UserError(f"init_from keeps the config of {init_from}; remove these fields of wam: {sorted(wam)}")
         self.preset, self.wam_fields, self.init_from = preset, dict(wam or {}), init_from
-        self.space, self.use_state, self.chunk_sizes = space, use_state, (low, high)
+        self.space, self.use_state = space, use_state
+        self.chunks = ChunkSpec(smallest=chunk_sizes[0], largest=chunk_sizes[1])
         self.loss_settings = loss or LossSettings()
         self.optimizer_settings = optimizer or OptimizerSettings()
         self.plan = plan or PlanSettings()
+        self.chunks.require(self.plan.chunk_frames)
         self.ema_decay, self.seed = ema_decay, seed
         self.scale = scale or ScaleSettings()
         self._finite = FiniteCheck()
@@ -292,6 +291,7 @@ class WAMTraining(L.LightningModule):
             "space": self.space,
             "text_encoder": store.text_encoder,
             "plan": asdict(self.plan),
+            "chunks": asdict(self.chunks),
             **_described(store),
             "data_sets": [_described(store) for store in self._mixture().stores],
             "channels": list(store.action_channels),
@@ -354,8 +354,8 @@ class WAMTraining(L.LightningModule):
 
     def chunk_size(self, batch: PackedBatch) -> int:
         """The chunk size of a packed sequence, drawn by its number."""
-        low, high = self.chunk_sizes
-        return int(np.random.default_rng((self.seed, 2, batch.index)).integers(low, high + 1))
+        draw = np.random.default_rng((self.seed, 2, batch.index))
+        return int(draw.integers(self.chunks.smallest, self.chunks.largest + 1))
 
     def _attend(self, layout: SequenceLayout, make: Callable[..., Attend] = make_attend) -> Attend:
         config = self._model().config
@@ -363,9 +363,9 @@ class WAMTraining(L.LightningModule):
 
     def _drawn_chunks(self, batch: SegmentBatch) -> tuple[int, ...]:
         """One chunk size per step, the same on every rank, so that ranks do equal work."""
-        low, high = self.chunk_sizes
         draw = np.random.default_rng((self.seed, self.trainer.global_step))
-        return equal_chunks(batch.valid.shape[1], int(draw.integers(low, high + 1)))
+        size = int(draw.integers(self.chunks.smallest, self.chunks.largest + 1))
+        return equal_chunks(batch.valid.shape[1], size)
 
     def _log_loss(self, split: str, terms: LossTerms) -> WAMLoss:
         """Log Eq. 7 over all ranks' numbers, and return it."""
@@ -376,8 +376,10 @@ class WAMTraining(L.LightningModule):
         return losses
 
     def _check_transitions(self) -> None:
-        data, largest = self.trainer.datamodule, self.chunk_sizes[1]  # type: ignore[attr-defined]
+        data, largest = self.trainer.datamodule, self.chunks.largest  # type: ignore[attr-defined]
         transitions = data.transitions
+        if data.packing is not None:
+            self.chunks.require_borders(data.packing.chunk_multiple)
         if data.packing is None and largest > transitions:
             raise UserError(
                 f"chunk_sizes: a chunk of {largest} latent frames does not fit segments of {transitions} transitions"

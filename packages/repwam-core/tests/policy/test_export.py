@@ -1,6 +1,7 @@
 """From a run's checkpoint to a policy folder: everything arrives, and parts that do not belong are refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -96,6 +97,15 @@ def test_an_earlier_policy_is_replaced_and_other_folders_are_left_alone(checkpoi
     assert _export(checkpoint, world, tmp_path / "mine") == 2
     assert "holds no policy" in capsys.readouterr().err
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
+
+
+def test_damaged_instructions_are_not_exported(checkpoint, world, tmp_path, capsys):
+    latents = shutil.copytree(world.shards, tmp_path / "latents")
+    path = latents / "text-minilm.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    assert _export(checkpoint, world, tmp_path / "policy", "--latents", str(latents)) == 2
+    assert f"{path} is damaged" in capsys.readouterr().err
+    assert not (tmp_path / "policy").exists()
 
 
 def test_another_tokenizer_is_refused(checkpoint, world, tmp_path, capsys):

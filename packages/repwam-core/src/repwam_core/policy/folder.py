@@ -193,9 +193,12 @@ def write_policy(
         text: file of embedded instructions to copy, if it is there.
 
     Raises:
-        UserError: the folder holds something else, another process is writing it, or it cannot be written.
+        UserError: the embedded instructions are damaged, the folder holds something else, another process is writing
+            it, or it cannot be written.
     """
     refuse_other_than_policy(out)
+    if text is not None and text.exists():
+        TextEncoder(manifest.text_encoder).load_cache(text)  # a damaged one is refused here, not on the robot
     copied = sum(file.stat().st_size for source in sources.values() for file in source.iterdir() if file.is_file())
     require_disk_space(out, copied + model_bytes(wam) + model_bytes(tokenizer), "export")
     with atomic_folder(out, POLICY_FILES) as fresh:

@@ -227,8 +227,9 @@ class SpaceProjections(nn.Module):
             self.action_out = nn.Linear(width, space.channels)
             self.slots = nn.Parameter(torch.zeros(1, space.vectors_per_transition, width))
             self.state_in = nn.Linear(space.state_channels, width) if state_token and space.state_channels else None
-        self.to_empty(device=torch.get_default_device())
-        draw_in_turn(self, "spaces")
+        if torch.get_default_device().type != "meta":
+            self.to_empty(device=torch.get_default_device())
+            draw_in_turn(self, "spaces")
 
 
 class Expert(nn.Module):

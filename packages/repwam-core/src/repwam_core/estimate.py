@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 from repvitok.config import RepViTokConfig
 from repvitok.errors import UserError
@@ -182,26 +181,29 @@ class DocumentCosts:
             text_mask=torch.ones(1, 1, self.text, dtype=torch.bool),
             space=self.space,
         )
-        flops: Counter[str] = Counter()
+        flops = 0
 
-        def count(name: str, module: nn.Module) -> Any:
-            def linear(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
-                flops[name] += 2 * model.get_submodule(name).weight.numel() * (output.numel() // output.shape[-1])
+        def count(of_token: int) -> Callable[..., None]:
+            def hook(_module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
+                nonlocal flops
+                flops += of_token * (output.numel() // output.shape[-1])
 
-            def cross_attention(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
-                width = model.get_submodule(f"{name}.projections.query").out_features
-                flops[name] += 4 * width * output.shape[1] * (self.text + 1)
+            return hook
 
-            return module.register_forward_hook(linear if isinstance(module, nn.Linear) else cross_attention)
-
-        hooks = [count(*item) for item in twin.named_modules() if isinstance(item[1], (nn.Linear, CrossAttention))]
+        hooks = []
+        for module, wide in zip(twin.modules(), model.modules(), strict=True):
+            if isinstance(wide, nn.Linear):
+                hooks.append(module.register_forward_hook(count(2 * wide.weight.numel())))
+            elif isinstance(wide, CrossAttention):  # a product with each text token's key, one with its value
+                of_token = 4 * wide.projections.query.out_features * (self.text + 1)
+                hooks.append(module.register_forward_hook(count(of_token)))
         with torch.no_grad():
             twin(inputs, lambda _layer, _queries, _keys, values: values)
         for hook in hooks:
             hook.remove()
         clean_video = int((~layout.noisy & (layout.modality == Modality.VIDEO)).sum())
         video, side = len(layout.video), len(layout.actions) + len(layout.states)
-        return SequenceCost(1, clean_video, video, side, self.text + 1, video // self.tokens, 0, flops.total())
+        return SequenceCost(1, clean_video, video, side, self.text + 1, video // self.tokens, 0, flops)
 
 
 def _layout(chunk_sizes: tuple[int, ...], tokens: int, vectors: int, state: bool, history: bool) -> SequenceLayout:

@@ -18,19 +18,12 @@ from typing import get_args
 
 import torch
 from repvitok.optim import build_optimizer
+from repwam_core.estimate import DocumentCosts, SequenceCost, activation_bytes, meta_model, peak_flops, state_bytes
 from repwam_core.model.attention import make_attend
 from repwam_core.model.config import ActionSpace, Recompute, WAMConfig
 from repwam_core.model.inputs import WAMInputs
 from repwam_core.model.sequence import SequenceLayout, concat, training_layout
 from repwam_core.model.wam import WorldActionModel
-from repwam_core.sizing import (
-    SequenceCounts,
-    activation_bytes,
-    document_counts,
-    peak_flops,
-    state_bytes,
-    training_flops,
-)
 from repwam_core.training.parallel import ScaleSettings, prepare_layers
 
 VECTORS = 4
@@ -39,9 +32,10 @@ LENGTHS = (96, 48, 24, 12, 6)
 SPACE = ActionSpace(channels=16, vectors_per_transition=VECTORS)
 
 
-def sequence(config: WAMConfig, tokens: int, grid: tuple[int, int, int]) -> tuple[SequenceLayout, SequenceCounts]:
+def sequence(config: WAMConfig, tokens: int, grid: tuple[int, int, int]) -> tuple[SequenceLayout, SequenceCost]:
     """Episodes of 96, 48 and 24 transitions in turn, shorter ones where these do not fit, in chunks of two."""
-    layouts, counts, left = [], SequenceCounts(), tokens
+    layouts, cost, left = [], SequenceCost(), tokens
+    costs = DocumentCosts(config, "robot", math.prod(grid), VECTORS, pruned=False)
     for number in itertools.count():
         fitting = [layout for size in LENGTHS if len(layout := _episode(size, grid)) <= left]
         if not fitting:
@@ -49,10 +43,10 @@ def sequence(config: WAMConfig, tokens: int, grid: tuple[int, int, int]) -> tupl
         layouts.append(fitting[number % 3] if len(fitting) == len(LENGTHS) else fitting[0])
         left -= len(layouts[-1])
         chunks = (2,) * (int(layouts[-1].frame.max()) // 2)
-        counts += document_counts(config, chunks, math.prod(grid), VECTORS, text=16, read=False)
+        cost += costs.of(chunks)
     if not layouts:
         raise SystemExit(f"no episode fits {tokens} tokens; choose a smaller --grid or more --tokens")
-    return concat(layouts), counts
+    return concat(layouts), cost
 
 
 def _episode(transitions: int, grid: tuple[int, int, int]) -> SequenceLayout:
@@ -81,7 +75,7 @@ def measure(options: argparse.Namespace, tokens: int) -> dict[str, object]:
     wam = WorldActionModel(config).to(options.device)
     prepare_layers(wam, ScaleSettings(recompute=options.recompute, compile=options.compile))
     optimizer = build_optimizer(wam, "muon", lr=1e-3, newton_schulz_dtype=options.newton_schulz)
-    layout, counts = sequence(config, tokens, tuple(options.grid))
+    layout, cost = sequence(config, tokens, tuple(options.grid))
     inputs, cuda = inputs_of(config, layout, options.device), options.device == "cuda"
     planned_s, spent_s = [], []
     if cuda:
@@ -100,9 +94,9 @@ def measure(options: argparse.Namespace, tokens: int) -> dict[str, object]:
             torch.cuda.synchronize()
         spent_s.append(time.perf_counter() - start_s)
     step_s = statistics.median(spent_s[options.steps // 2 :])  # the first ones compile
-    flops = training_flops(config, [counts], SPACE)
+    flops = cost.training_flops
     peak = peak_flops(torch.cuda.get_device_name()) if cuda else None
-    planned = activation_bytes(config, counts, options.recompute, bf16=cuda) + state_bytes(config).total
+    planned = activation_bytes(config, cost, options.recompute, bf16=cuda) + state_bytes(meta_model(config))
     return {
         "preset": options.preset,
         "tokens": len(layout),

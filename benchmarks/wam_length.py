@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable
 
 import torch
+from repwam_core.estimate import DocumentCosts
 from repwam_core.model.attention import flex_block_mask, make_attend
 from repwam_core.model.blocked import block_plan
 from repwam_core.model.config import ActionSpace, WAMConfig
 from repwam_core.model.inputs import WAMInputs
 from repwam_core.model.sequence import SequenceLayout, concat, training_layout
 from repwam_core.model.wam import WorldActionModel
-from repwam_core.sizing import document_counts, training_flops
 
 GRID, VECTORS, CHUNK = (1, 4, 4), 4, 2
 SPACE = ActionSpace(channels=4, vectors_per_transition=VECTORS)
@@ -105,10 +105,8 @@ def main() -> None:
         median = {name: statistics.median(values[1:]) for name, values in spent.items()}  # the first one warms up
         blocked, dense = median["blocked"], median.get("dense")
         chunks = (CHUNK,) * (int(layout.frame.max()) // CHUNK)
-        counts = document_counts(
-            config, chunks, GRID[1] * GRID[2], VECTORS, text=8, copies=layout.documents, read=False
-        )
-        rate = training_flops(config, [counts], SPACE) / blocked / 1e9
+        costs = DocumentCosts(config, "robot", GRID[1] * GRID[2], VECTORS, text=8, pruned=False)
+        rate = layout.documents * costs.of(chunks).training_flops / blocked / 1e9
         compared = f"{dense:.2f} | {dense / blocked:.1f}" if dense else "not run | "
         row = (f"{len(layout):,}", layout.documents, f"{blocked:.2f}", compared)
         print(f"| {' | '.join(map(str, row))} | {1e6 * blocked / len(layout):.0f} | {rate:.0f} |", flush=True)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from repvitok.commands import (
     EPISODES,
     SEEDS,
     Command,
     TrainingStage,
+    number,
     parse_held_out,
     path_argument,
     run_commands,
@@ -22,10 +25,11 @@ from repvitok.commands import (
 from repvitok.documents import MAX_SIDE, parse, parse_json
 from repvitok.errors import MOST_PROCESSES, UserError, run_cli
 
+from repwam_core.estimate import DEVICES, RunRequest, estimate_run, format_estimate
+from repwam_core.model.config import Recompute
 from repwam_core.plan_options import add_plan_arguments, given_plan
 from repwam_core.policy.serving.command import add_serve_arguments, serve
 from repwam_core.quickstart.arguments import add_quickstart_arguments
-from repwam_core.training_plan import plan_arguments, run_plan
 
 if TYPE_CHECKING:
     from repwam_core.policy.policy import BatchedPolicy
@@ -39,6 +43,7 @@ STAGE = TrainingStage(
     parallel_strategy="ddp_find_unused_parameters_true",  # stage two leaves latent actions' projections alone
     test_callbacks={"recorded": "repwam_core.recorded:RecordedEpisodes"},
 )
+MOST_TOKENS = 10**18
 NOISE_MODES = ("none", "pushes", "gaussian", "pushes+gaussian")
 BASELINES = ("expert", "random", "replay")
 
@@ -408,6 +413,59 @@ def _short(value: float | int | str) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def tokens_of(text: str) -> int:
+    """The argument type of a number of tokens: 160000, 160k, 0.2m or 100g."""
+    factors = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
+    letter = text[-1:].lower()
+    digits = text[:-1] if letter in factors else text
+    try:
+        value = float(digits) * factors.get(letter, 1.0)
+    except ValueError:
+        value = math.nan
+    if not 1 <= value <= MOST_TOKENS:
+        raise argparse.ArgumentTypeError(f"expected a number of tokens such as 160k or 100g, got {text!r}")
+    return round(value)
+
+
+def _estimate_arguments(parser: argparse.ArgumentParser) -> None:
+    default = RunRequest()
+    count, above_0 = whole_number(1, 10**6), number(0, 10**6, above=True)
+    parser.add_argument("--preset", choices=["tiny", "1.3b", "5b"], default=default.preset, help="model size")
+    parser.add_argument("--gpus", type=count, default=default.gpus, help="devices (default: %(default)s)")
+    parser.add_argument("--tokens", type=tokens_of, default="160k", help="of a packed sequence, such as 160k")
+    parser.add_argument("--gpu", choices=sorted(DEVICES), default=default.gpu, help="device (default: %(default)s)")
+    parser.add_argument("--total-tokens", type=tokens_of, default="100g", help="of the run (100g)")
+    parser.add_argument(
+        "--mfu", type=number(0, 1, above=True), default=default.mfu, help="assumed share of the peak (%(default)s)"
+    )
+    parser.add_argument("--shard-size", type=count, default=default.shard_size, help="devices per copy (%(default)s)")
+    parser.add_argument("--recompute", choices=get_args(Recompute), default=default.recompute)
+    parser.add_argument(
+        "--grid", type=whole_number(1, 4096), nargs=3, default=default.grid, metavar=("VIEWS", "H", "W")
+    )
+    parser.add_argument(
+        "--transitions", type=whole_number(1, 100_000), default=default.transitions, help="of an episode (%(default)s)"
+    )
+    parser.add_argument(
+        "--chunk", type=whole_number(1, 1024), default=default.chunk, help="latent frames (%(default)s)"
+    )
+    parser.add_argument(
+        "--vectors", type=whole_number(1, 10_000), default=default.vectors, help="actions per transition (%(default)s)"
+    )
+    parser.add_argument("--passes", type=above_0, default=default.passes, help="through the data (%(default)s)")
+
+
+def _estimate(options: argparse.Namespace) -> None:
+    values = {name: getattr(options, name) for name in RunRequest.__dataclass_fields__}
+    request = RunRequest(**{**values, "grid": tuple(options.grid)})
+    print("\n".join(format_estimate(request, estimate_run(request))))
+
+
+def _plan(options: argparse.Namespace) -> None:
+    print("repwam plan is now repwam estimate; the old name goes with the next version", file=sys.stderr)
+    _estimate(options)
+
+
 def _option_names(given: Iterable[str]) -> str:
     return ", ".join(f"--{name.replace('_', '-')}" for name in given)
 
@@ -420,7 +478,8 @@ COMMANDS = (
     Command("stats", "action and state statistics of latent shards", _stats, _stats_arguments),
     Command("export", "a checkpoint to a policy folder, or a model folder", _export, _export_arguments),
     Command("rollout", "a policy in closed loop on unseen seeds", _rollout, _rollout_arguments),
-    Command("plan", "what training on so many devices would take", run_plan, plan_arguments),
+    Command("estimate", "what training on so many devices would take", _estimate, _estimate_arguments),
+    Command("plan", "the old name of estimate", _plan, _estimate_arguments),
     Command("openloop", "a policy against recorded episodes", _openloop, _openloop_arguments),
     Command("serve", "a policy behind a websocket, for robots and openpi's client", serve, add_serve_arguments),
 )

@@ -109,11 +109,11 @@ def test_joint_prediction_costs_no_action_tokens(shards):
     """Its actions are channels of the video: what a step costs does not depend on the actions per transition."""
     joint = training(shards, wam={"joint_actions": 4}, space="latent")
     batch = next(iter(joint.trainer.datamodule.train_dataloader()))
-    flops = batch_flops(joint, batch)
+    flops = batch_flops(joint, batch, {})
     widened = [
         replace(d, segment=replace(d.segment, actions=d.segment.actions.repeat(1, 1, 3, 1))) for d in batch.documents
     ]
-    assert batch_flops(joint, replace(batch, documents=tuple(widened))) == flops
+    assert batch_flops(joint, replace(batch, documents=tuple(widened)), {}) == flops
 
 
 @pytest.mark.slow

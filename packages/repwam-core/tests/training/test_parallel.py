@@ -13,8 +13,8 @@ from repvitok.checkpointing import find_checkpoint, read_checkpoint
 from repvitok.curves import read_curves
 from repwam_core.export import read_trained
 from repwam_core.model.config import ActionSpace, WAMConfig
-from repwam_core.model.initial import initial_draws, initialise
-from repwam_core.model.wam import WorldActionModel
+from repwam_core.model.wam import WorldActionModel, initial_draws
+from repwam_core.training.build import initialise
 from repwam_core.training.distributed_checkpoint import _publish, read_whole
 
 RANK = Path(__file__).with_name("rank.py")

@@ -306,9 +306,7 @@ class ExpertLayer(nn.Module):
 
     def __init__(self, width: int, ffn: int, head_dim: int) -> None:
         super().__init__()
-        # In the order of `Modulation`; open gates: at first a plain pre-norm layer.
-        table = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0, 1.0])
-        self.table = nn.Parameter(table[None, :, None].repeat(1, 1, width))
+        self.table = nn.Parameter(torch.zeros(1, 6, width))  # in the order of `Modulation`
         self.cross_norm = nn.LayerNorm(width, eps=EPSILON)
         self.cross = CrossAttention(width, head_dim)
         self.ffn_in = nn.Linear(width, ffn)
@@ -428,8 +426,6 @@ class NoiseLevelEmbedding(nn.Module):
         self.time_in = nn.Linear(2 * self.frequencies, width)
         self.time_out = nn.Linear(width, width)
         self.project = nn.Linear(width, 6 * width)
-        nn.init.zeros_(self.project.weight)
-        nn.init.zeros_(self.project.bias)
 
     def forward(
         self, times: Float[Tensor, "b levels"]

@@ -6,7 +6,8 @@ function of tensors whose shapes do not change from chunk to chunk, which is wha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -18,10 +19,12 @@ from repvitok.pretrained import PretrainedModel
 from torch import Tensor, nn
 
 from repwam_core.model.blocks import (
+    ExpertLayer,
     Kept,
     LayerContext,
     NoiseLevelEmbedding,
     OutputHead,
+    Projections,
     StreamContext,
     TextContext,
     TextEmbedding,
@@ -142,6 +145,70 @@ def _narrowed(documents: Sequence[tuple[Run, int]], tokens: list[Run]) -> list[t
     return narrowed
 
 
+Draw = Callable[[tuple[int, ...], torch.Generator | None], Float[Tensor, "..."]]
+
+EMBEDDING_STD = 0.02
+ZERO_OUTPUTS = ("video_out", "action_out", "project", "joint_out")
+"""Linear layers that start at zero: velocities, and the modulation by the noise level."""
+
+
+def initial_draws(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter, Draw]]:
+    """Every parameter of a model, or of a part called `prefix`, with its name and how its initial value is drawn.
+
+    Xavier weights and zero biases, as in DiT; what enters and leaves an action space as torch has it; open gates, no
+    modulation by the noise level and zero velocities at first: a plain pre-norm transformer. Linear layers come first.
+    """
+    modules = sorted(module.named_modules(prefix=prefix), key=lambda item: not isinstance(item[1], nn.Linear))
+    for path, part in modules:
+        for leaf, parameter in part.named_parameters(recurse=False):
+            yield (f"{path}.{leaf}" if path else leaf), parameter, _draw(path, part, leaf)
+
+
+@torch.no_grad()
+def draw_in_turn(module: nn.Module, prefix: str = "") -> None:
+    """Draw all parameters from torch's generator, one after the other; on the meta device there is nothing to draw."""
+    for _, parameter, draw in initial_draws(module, prefix):
+        if not parameter.is_meta:
+            parameter.copy_(draw(tuple(parameter.shape), None))
+
+
+def _draw(path: str, module: nn.Module, leaf: str) -> Draw:
+    name = path.rpartition(".")[2]
+    if isinstance(module, nn.Linear):
+        of_space = path.startswith("spaces.")
+        if leaf == "bias" and not of_space:
+            return _constant(0.0)
+        fan = module.in_features + module.out_features
+        bound = 1 / math.sqrt(module.in_features) if of_space else math.sqrt(6 / fan)
+        return _uniform(bound, zero=name in ZERO_OUTPUTS)
+    if isinstance(module, (nn.LayerNorm, Projections)):
+        return _constant(0.0 if leaf == "bias" else 1.0)
+    if leaf == "table":
+        return _open_gates if isinstance(module, ExpertLayer) else _constant(0.0)
+    if leaf in ("views", "action_kinds", "slots", "null"):
+        return lambda shape, generator: torch.empty(shape).normal_(0, EMBEDDING_STD, generator=generator)
+    raise TypeError(f"no initial value is defined for {path}.{leaf} of a {type(module).__name__}")
+
+
+def _constant(value: float) -> Draw:
+    return lambda shape, _: torch.full(shape, value)
+
+
+def _uniform(bound: float, zero: bool) -> Draw:
+    """Uniform within a bound, or zeros that take as many random numbers: those after them do not depend on it."""
+
+    def draw(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+        values = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        return values.zero_() if zero else values
+
+    return draw
+
+
+def _open_gates(shape: tuple[int, ...], _: torch.Generator | None) -> Tensor:
+    """Of shift, scale and gate, of self-attention and then of the feed-forward, the gates at one."""
+    return torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0, 1.0])[None, :, None].expand(shape)
+
+
 class SpaceProjections(nn.Module):
     """Where one action space enters and leaves the model (docs/decisions/000, entry 7).
 
@@ -155,13 +222,14 @@ class SpaceProjections(nn.Module):
 
     def __init__(self, space: ActionSpace, width: int, state_token: bool) -> None:
         super().__init__()
-        self.action_in = nn.Linear(space.channels, width)
-        self.action_out = nn.Linear(width, space.channels)
-        self.slots = nn.Parameter(torch.zeros(1, space.vectors_per_transition, width))
-        self.state_in = nn.Linear(space.state_channels, width) if state_token and space.state_channels else None
-        nn.init.normal_(self.slots, std=0.02)
-        nn.init.zeros_(self.action_out.weight)
-        nn.init.zeros_(self.action_out.bias)
+        with torch.device("meta"):  # torch's own draws would come before ours, which are the same
+            self.action_in = nn.Linear(space.channels, width)
+            self.action_out = nn.Linear(width, space.channels)
+            self.slots = nn.Parameter(torch.zeros(1, space.vectors_per_transition, width))
+            self.state_in = nn.Linear(space.state_channels, width) if state_token and space.state_channels else None
+        if torch.get_default_device().type != "meta":
+            self.to_empty(device=torch.get_default_device())
+            draw_in_turn(self, "spaces")
 
 
 class Expert(nn.Module):
@@ -208,24 +276,9 @@ class WorldActionModel(PretrainedModel):
         self.action_kinds = nn.Parameter(torch.zeros(1, 2, config.action_width))
         self.layers = nn.ModuleList(WAMLayer(config) for _ in range(config.depth))
         self.spaces = nn.ModuleDict()
-        self._initialise()
+        draw_in_turn(self)
         for name, space in config.spaces.items():
             self.spaces[name] = SpaceProjections(space, config.action_width, config.state_token)
-
-    def _initialise(self) -> None:
-        """Xavier weights and zero biases, as in DiT; no modulation by the noise level and zero velocities at first."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        for expert in (self.video, self.action):
-            nn.init.zeros_(expert.levels.project.weight)
-        for head in (self.video_out, self.joint_out):
-            if head is not None:
-                nn.init.zeros_(head.weight)
-                nn.init.zeros_(head.bias)
-        for embedding in (self.views, self.action_kinds, self.video.text.null, self.action.text.null):
-            nn.init.normal_(embedding, std=0.02)
 
     def add_action_space(self, name: str, space: ActionSpace) -> None:
         """Give the model projections for a further action space; everything it knows is kept.

@@ -9,7 +9,7 @@ import lightning as L
 import torch
 
 from repwam_core.data.packed import PackedBatch, PackedLoader
-from repwam_core.sizing import SequenceCounts, document_counts, peak_flops, training_flops
+from repwam_core.estimate import DocumentCosts, SequenceCost, peak_flops
 from repwam_core.training.losses import equal_chunks
 
 
@@ -24,6 +24,7 @@ class StepBanner(L.Callback):
     def __init__(self) -> None:
         self._start_s = self._waited_s = 0.0
         self._tokens = self._budget = self._flops = 0.0
+        self._known: dict[tuple[int, int, bool, int], DocumentCosts] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
         """Start the clock."""
@@ -42,7 +43,7 @@ class StepBanner(L.Callback):
             return
         self._tokens += batch.tokens
         self._budget += batch.token_budget
-        self._flops += batch_flops(pl_module, batch)
+        self._flops += batch_flops(pl_module, batch, self._known)
         if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             pl_module.log_dict(self.report(trainer))
             self._restart(trainer)
@@ -74,18 +75,18 @@ def _waited_s(trainer: L.Trainer) -> float:
     return loader.waited_s if isinstance(loader, PackedLoader) else 0.0
 
 
-def batch_flops(training: Any, batch: PackedBatch) -> float:
-    """FLOPs of a step on one packed sequence, forward and backward; recomputation does not count."""
-    config = training.wam.config
-    counts = SequenceCounts()
-    for document in batch.documents:
-        segment = document.segment
-        counts += document_counts(
-            config,
-            equal_chunks(segment.valid.shape[1], training.chunk_size(batch)),
-            segment.latents.shape[2],
-            0 if config.joint_actions else segment.actions.shape[2],
-            state=config.has_state(training.space) and segment.state is not None,
-            text=max(item.segment.text.shape[1] for item in batch.documents),
-        )
-    return training_flops(config, [counts], config.space(training.space))
+def batch_flops(training: Any, batch: PackedBatch, known: dict[tuple[int, int, bool, int], DocumentCosts]) -> int:
+    """FLOPs of a step on one packed sequence, forward and backward; recomputation does not count.
+
+    `known` holds the costs of the kinds of documents that came before, and takes those of new kinds.
+    """
+    config, sequence = training.wam.config, SequenceCost()
+    text = max(item.segment.text.shape[1] for item in batch.documents)
+    for segment in (document.segment for document in batch.documents):
+        vectors = 0 if config.joint_actions else segment.actions.shape[2]
+        state = config.has_state(training.space) and segment.state is not None
+        kind = (segment.latents.shape[2], vectors, state, text)
+        if kind not in known:
+            known[kind] = DocumentCosts(config, training.space, *kind[:2], state=state, text=text)
+        sequence += known[kind].of(equal_chunks(segment.valid.shape[1], training.chunk_size(batch)))
+    return sequence.training_flops

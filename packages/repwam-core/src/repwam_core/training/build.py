@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from repvitok.errors import UserError
+from repvitok.sharded import copy_whole
+from torch import Tensor
 
 from repwam_core.data.mixture import Mixture
 from repwam_core.model.config import ActionSpace, WAMConfig
-from repwam_core.model.initial import initialise, load_whole
-from repwam_core.model.wam import WorldActionModel
+from repwam_core.model.wam import WorldActionModel, initial_draws
 from repwam_core.training.parallel import ShardedStrategy, shard
 
 if TYPE_CHECKING:
@@ -67,6 +70,24 @@ def build_sharded_wam(
     if pretrained is not None:
         load_whole(wam, pretrained.state_dict())
     return wam.train()
+
+
+def initialise(wam: WorldActionModel, seed: int) -> None:
+    """Draw every parameter, sharded or not, by a generator of its own, seeded by (seed, name).
+
+    A model that is spread over many ranks so starts from the same weights as in one process, and no rank ever holds
+    more than one whole parameter (docs/decisions/031).
+    """
+    for name, parameter, draw in initial_draws(wam):
+        state = np.random.SeedSequence((seed, zlib.crc32(name.encode()))).generate_state(1, np.uint64)
+        copy_whole(parameter, draw(tuple(parameter.shape), torch.Generator().manual_seed(int(state[0] >> 1))))
+
+
+def load_whole(wam: WorldActionModel, tensors: Mapping[str, Tensor]) -> None:
+    """Overwrite the parameters that `tensors` has, sharded or not, by values that every rank holds whole."""
+    for name, parameter in wam.named_parameters():
+        if name in tensors:
+            copy_whole(parameter, tensors[name])
 
 
 def _pretrained(training: WAMTraining) -> WorldActionModel:

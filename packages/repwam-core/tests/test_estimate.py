@@ -1,4 +1,4 @@
-"""The plan's arithmetic against the model itself: parameters exactly, matrix products exactly, kept bytes by hooks."""
+"""The estimate against the model itself: parameters and matrix products exactly, kept bytes by hooks."""
 
 import math
 from dataclasses import replace
@@ -6,27 +6,26 @@ from typing import get_args
 
 import pytest
 import torch
-from repvitok.optim import build_optimizer, parameter_groups
-from repwam_core.cli import main
+from repvitok.optim import build_optimizer
+from repwam_core.cli import main, tokens_of
+from repwam_core.estimate import (
+    DocumentCosts,
+    RunRequest,
+    SequenceCost,
+    activation_bytes,
+    estimate_run,
+    meta_model,
+    offloaded_bytes,
+    peak_flops,
+    state_bytes,
+)
 from repwam_core.model.attention import make_attend
 from repwam_core.model.config import ActionSpace, Recompute, WAMConfig
 from repwam_core.model.inputs import WAMInputs, document_inputs, pack, read_tokens, without_unread
 from repwam_core.model.masks import dense_mask
 from repwam_core.model.sequence import concat, training_layout
 from repwam_core.model.wam import WorldActionModel
-from repwam_core.sizing import (
-    SequenceCounts,
-    activation_bytes,
-    document_counts,
-    forward_flops,
-    hidden_parameters,
-    offloaded_bytes,
-    parameter_counts,
-    peak_flops,
-    state_bytes,
-)
 from repwam_core.training.parallel import ScaleSettings, prepare_layers
-from repwam_core.training_plan import PlanRequest, make_plan, tokens_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -41,8 +40,8 @@ def config(**changes: object) -> WAMConfig:
     return WAMConfig.preset("tiny", **settings)
 
 
-def inputs(config: WAMConfig) -> tuple[WAMInputs, SequenceCounts]:
-    documents, counts = [], SequenceCounts()
+def inputs(config: WAMConfig) -> tuple[WAMInputs, SequenceCost]:
+    documents, cost = [], SequenceCost()
     for chunks in CHUNKS:
         frames = sum(chunks) + 1
         state, history = config.has_state("robot"), config.action_history
@@ -61,8 +60,8 @@ def inputs(config: WAMConfig) -> tuple[WAMInputs, SequenceCounts]:
                 space="robot",
             )
         )
-        counts += document_counts(config, chunks, 16, 2, state=state, text=5)
-    return pack([without_unread(entry, config.coupling) for entry in documents]), counts
+        cost += DocumentCosts(config, "robot", 16, 2, state=state, text=5).of(chunks)
+    return pack([without_unread(entry, config.coupling) for entry in documents]), cost
 
 
 @pytest.mark.parametrize("coupling", ["joint", "sequential"])
@@ -73,21 +72,11 @@ def test_tokens_and_visible_pairs_are_the_layouts(coupling, history, state):
     layout = concat([training_layout(sum(c) + 1, c, GRID, 2, state=state, action_history=history) for c in CHUNKS])
     for read in (False, True):
         part = read_tokens(layout, coupling).layout if read else layout
-        one = [document_counts(model, chunks, 16, 2, state=state, read=read) for chunks in CHUNKS]
-        counts = sum(one, SequenceCounts())
-        assert counts.tokens == len(part)
-        assert counts.levels == len(part.levels)
-        assert counts.pairs == int(dense_mask(part, coupling, model.window).sum())
-
-
-@pytest.mark.parametrize("attention", ["shared", "per_modality"])
-@pytest.mark.parametrize("preset", ["tiny", "1.3b", "5b"])
-def test_parameters_are_the_models(preset, attention):
-    wanted = WAMConfig.preset(preset, attention=attention, state_token=True, spaces={"robot": SPACE})
-    with torch.device("meta"):
-        wam = WorldActionModel(wanted)
-    assert parameter_counts(wanted) == wam.parameter_counts()
-    assert hidden_parameters(wanted) == sum(parameter.numel() for parameter in parameter_groups(wam)[0])
+        costs = DocumentCosts(model, "robot", 16, 2, state=state, pruned=read)
+        cost = sum((costs.of(chunks) for chunks in CHUNKS), SequenceCost())
+        assert (cost.tokens, cost.video) == (len(part), len(part.video))
+        assert cost.clean_video == len(part.video) - len(part.noisy_video)
+        assert cost.pairs == int(dense_mask(part, coupling, model.window).sum())
 
 
 def test_bytes_of_the_state_are_those_of_a_step():
@@ -97,8 +86,7 @@ def test_bytes_of_the_state_are_those_of_a_step():
     optimizer.create_states()
     moments = sum(value.nbytes for state in optimizer.state.values() for value in state.values() if value.ndim)
     parameters = sum(parameter.nbytes for parameter in wam.parameters())
-    planned = state_bytes(wanted)
-    assert (planned.parameters, planned.gradients, planned.optimizer) == (parameters, parameters, moments)
+    assert state_bytes(meta_model(wanted)) == 3 * parameters + moments  # and gradients and averages
 
 
 @pytest.mark.parametrize("attention", ["shared", "per_modality"])
@@ -106,13 +94,13 @@ def test_bytes_of_the_state_are_those_of_a_step():
 def test_flops_are_those_of_the_matrix_products(attention, coupling):
     wanted = config(attention=attention, coupling=coupling)
     wam = WorldActionModel(wanted)
-    packed, counts = inputs(wanted)
+    packed, cost = inputs(wanted)
     attend = make_attend(packed.layout, coupling, wanted.window)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         velocities = wam(packed, attend)
         forward = counter.get_total_flops()
         (velocities.video.square().mean() + velocities.actions.square().mean()).backward()
-    assert forward == forward_flops(wanted, counts, SPACE)
+    assert forward == cost.flops
     assert counter.get_total_flops() == pytest.approx(3 * forward, rel=0.03)
 
 
@@ -154,17 +142,17 @@ def kept_bytes(wanted: WAMConfig, bf16: bool, recompute: Recompute = "none") -> 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_kept_bytes_are_those_of_the_saved_tensors(bf16):
     deep, shallow = config(depth=4), config(depth=2)
-    _, counts = inputs(deep)
+    _, cost = inputs(deep)
     measured = (kept_bytes(deep, bf16) - kept_bytes(shallow, bf16)) / 2
-    assert activation_bytes(config(depth=1), counts, "none", bf16) == pytest.approx(measured, rel=0.01)
+    assert activation_bytes(config(depth=1), cost, "none", bf16) == pytest.approx(measured, rel=0.01)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_recomputed_layers_keep_their_inputs_and_offloaded_ones_nothing(bf16):
     deep, shallow = config(depth=4), config(depth=2)
-    _, counts = inputs(deep)
+    _, cost = inputs(deep)
     full, offloaded = (kept_bytes(deep, bf16, name) - kept_bytes(shallow, bf16, name) for name in ("full", "offload"))
-    assert full == offloaded_bytes(config(depth=2), counts)
+    assert full == offloaded_bytes(config(depth=2), cost)
     assert offloaded == 0
 
 
@@ -172,7 +160,7 @@ def test_recomputed_layers_keep_their_inputs_and_offloaded_ones_nothing(bf16):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_offloaded_inputs_leave_the_gpu_until_the_backward_pass():
     wanted = config(depth=8)
-    packed, counts = inputs(wanted)
+    packed, cost = inputs(wanted)
     tensors = {name: value.cuda() for name, value in vars(packed).items() if isinstance(value, torch.Tensor)}
     packed = replace(packed, **tensors)
     kept, gradients = {}, {}
@@ -185,37 +173,43 @@ def test_offloaded_inputs_leave_the_gpu_until_the_backward_pass():
         kept[recompute] = torch.cuda.memory_allocated() - before
         (velocities.video.square().mean() + velocities.actions.square().mean()).backward()
         gradients[recompute] = [parameter.grad for parameter in wam.parameters() if parameter.grad is not None]
-    assert kept["full"] - kept["offload"] == pytest.approx(offloaded_bytes(wanted, counts), rel=0.2)
+    assert kept["full"] - kept["offload"] == pytest.approx(offloaded_bytes(wanted, cost), rel=0.2)
     torch.testing.assert_close(gradients["offload"], gradients["full"])
 
 
 def test_recomputation_keeps_less():
     wanted = WAMConfig.preset("1.3b")
-    counts = document_counts(wanted, (2,) * 48, 256, 4, copies=4)
-    none, selective, full, offload = (activation_bytes(wanted, counts, name) for name in get_args(Recompute))
+    cost = DocumentCosts(wanted, "latent", 256, 1).of((2,) * 48) * 4
+    none, selective, full, offload = (activation_bytes(wanted, cost, name) for name in get_args(Recompute))
     assert offload < full < selective < none / 4
-    assert full - offload == pytest.approx(offloaded_bytes(wanted, counts) * 29 / 30)
+    assert full - offload == pytest.approx(offloaded_bytes(wanted, cost) * 29 / 30)
 
 
-def test_the_plan_holds_together():
-    request = PlanRequest(preset="5b", gpus=128, tokens=160_000, gpu="h20")
-    plan = make_plan(request)
-    assert plan.parameters["video"] == pytest.approx(5.00e9, rel=0.01)
-    assert 0.9 * 160_000 < plan.counts.tokens <= 160_000
-    assert plan.step_s == pytest.approx(plan.flops * 4 / 3 / (148e12 * 0.4))
-    assert plan.days == pytest.approx(100e9 / (plan.counts.tokens * 128) * plan.step_s / 86400)
-    twice = make_plan(PlanRequest(preset="5b", gpus=256, tokens=160_000, gpu="h20"))
-    assert twice.days == pytest.approx(plan.days / 2)
-    six_flops_per_weight = 6 * 5.0e9 * plan.counts.tokens
-    assert 0.7 < plan.flops / six_flops_per_weight < 2
+def test_the_estimate_holds_together():
+    run = estimate_run(RunRequest(preset="5b", gpus=128, tokens=160_000, gpu="h20"))
+    assert run.parameters["video"] == pytest.approx(5.00e9, rel=0.01)
+    assert 0.9 * 160_000 < run.sequence.tokens <= 160_000
+    assert run.step_s == pytest.approx(run.flops * 4 / 3 / (148e12 * 0.4))
+    assert run.days == pytest.approx(100e9 / (run.sequence.tokens * 128) * run.step_s / 86400)
+    twice = estimate_run(RunRequest(preset="5b", gpus=256, tokens=160_000, gpu="h20"))
+    assert twice.days == pytest.approx(run.days / 2)
+    six_flops_per_weight = 6 * 5.0e9 * run.sequence.tokens
+    assert 0.7 < run.flops / six_flops_per_weight < 2
 
 
-def test_the_command_prints_the_plan(capsys):
-    assert main(["plan", "--preset", "5b", "--gpus", "128", "--tokens", "160k", "--gpu", "h20"]) == 0
-    text = capsys.readouterr().out
+def test_the_command_prints_the_estimate_under_its_old_name_too(capsys):
+    arguments = ["--preset", "5b", "--gpus", "128", "--tokens", "160k", "--gpu", "h20"]
+    assert main(["estimate", *arguments]) == 0
+    text, errors = capsys.readouterr()
+    assert errors == ""
+    assert main(["plan", *arguments]) == 0
+    assert capsys.readouterr() == (
+        text,
+        "repwam plan is now repwam estimate; the old name goes with the next version\n",
+    )
     assert all(word in text for word in ("5b on 128 x h20", "parameters", "GiB", "days", "latents"))
     assert "does not fit; with recompute offload" in text
-    assert main(["plan", "--recompute", "offload"]) == 0
+    assert main(["estimate", "--recompute", "offload"]) == 0
     assert "per device, fits" in capsys.readouterr().out
 
 
@@ -227,10 +221,11 @@ def test_the_command_prints_the_plan(capsys):
         ("--gpus 10", "--shard-size: expected a divisor of --gpus 10, got 8"),
         ("--mfu 2", "--mfu: expected a number above 0 to 1"),
         ("--tokens 100", "not even one chunk"),
+        ("--grid 4 256 256", "--grid: expected 1 to 65,536 tokens, got 262,144"),
     ],
 )
-def test_impossible_plans_are_refused(arguments, message, capsys):
-    assert main(["plan", *arguments.split()]) == 2
+def test_impossible_runs_are_refused(arguments, message, capsys):
+    assert main(["estimate", *arguments.split()]) == 2
     assert message in capsys.readouterr().err
 
 

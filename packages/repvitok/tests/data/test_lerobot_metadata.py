@@ -318,7 +318,8 @@ def test_placeholders_are_filled_in_as_written_or_refused(name, form, number):
         return
     assert path == text.format(**{name: number})
     assert len(path) < 120
-    assert int(path.removeprefix("data/").removesuffix(".parquet")) == number
+    if "}" not in form:  # else the placeholder ends there, and text follows
+        assert int(path.removeprefix("data/").removesuffix(".parquet")) == number
 
 
 @pytest.mark.parametrize("version", VERSIONS)

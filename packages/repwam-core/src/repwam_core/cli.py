@@ -386,7 +386,8 @@ def _openloop(options: argparse.Namespace) -> None:
     network = named_clip_features(options.clip_features)
     policy = BatchedPolicy.from_pretrained(options.policy, options.device, **given_plan(options))
     chosen = {"episodes": options.episodes, "cameras": options.cameras, "seed": options.seed}
-    result = evaluate_open_loop(policy, LeRobotReader(options.dataset), **chosen)
+    reader = LeRobotReader(options.dataset, depth_range=policy.parts.manifest.latents.depth_range)
+    result = evaluate_open_loop(policy, reader, **chosen)
     about = {**_about(policy, options), "dataset": str(options.dataset), "seed": options.seed}
     written = {"about": about, **result.to_dict(network)}
     write_json_atomic(options.out, written)

@@ -252,12 +252,13 @@ def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=path_argument, required=True, help="folder to write; videos are linked, not copied"
     )
+    parser.add_argument("--episodes", **EPISODES)
 
 
 def _prepare(options: argparse.Namespace) -> None:
     from repwam_core.data.layout import DatasetLayout, prepare
 
-    robot = prepare(options.dataset, options.out, DatasetLayout.load(options.layout))
+    robot = prepare(options.dataset, options.out, DatasetLayout.load(options.layout), options.episodes)
     print(f"{options.out}: {robot.name}, {len(robot.action_channels)} action channels, {robot.rate_hz:g} Hz")
 
 

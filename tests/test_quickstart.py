@@ -68,7 +68,7 @@ def test_data_set_run_ends_in_a_report_and_a_second_run_reuses_it(tmp_path, gapp
     for said in ("grip", "move the square", "Open loop", "episode 40: move the square", "1 held-out episodes"):
         assert said in page
     assert "observation.images.side" not in page
-    chosen = {"cameras": ["observation.images.top"], "episodes": ["2", "5,40"]}
+    chosen = {"cameras": ["observation.images.top"], "episodes": ["2", "5,40"], "depth_range": None}
     for stage in ("tokenizer", "encode"):
         settings = json.loads(next(out.glob(f"{stage}-*/stage.json")).read_text())["settings"]
         assert {name: settings[name] for name in chosen} == chosen
@@ -150,7 +150,8 @@ def _wait_for(condition, child, limit_s=300):
         (["--budget", "0"], "--budget"),
         (["--episodes", "1"], "--episodes"),
         (["--episodes", "0-9"], "--episodes must be one number"),
-        (["--cameras", "corner"], "--cameras chooses those of a data set"),
+        (["--depth-range", "0", "5"], "so they need --dataset"),
+        (["--cameras", "corner"], "--cameras and --depth-range are of a data set"),
     ],
 )
 def test_bad_options_are_one_line_and_exit_code_2(arguments, told, tmp_path, capfd):
@@ -166,6 +167,7 @@ def test_bad_options_are_one_line_and_exit_code_2(arguments, told, tmp_path, cap
     [
         ([], "declares the camera observation.images.side, but it was never recorded"),
         ([], "leave it out: --cameras observation.images.top"),
+        (["--depth-range", "9", "5"], "MIN below MAX; got [9.0, 5.0]"),
         (["--cameras", "observation.images.back"], "no camera 'observation.images.back'"),
         (["--cameras", "observation.images.top", "--episodes", "3"], "no episodes 3; there are 2,5,9,40"),
         (["--cameras", "observation.images.top", "--episodes", "a"], "numbers and ranges like 0-9,12, got 'a'"),

@@ -31,7 +31,9 @@ from repwam_core.sim.metaworld import MetaWorldSettings
 from repwam_core.sim.results import EpisodeResult, load_results, save_results
 from repwam_core.statistics import ActionStatistics, StateStatistics, Statistics
 
-META = LatentMeta("a" * 64, 30, 2, (1, 2, 3), ("observation.images.top",), 4, 5, "source", ("x",), ("p",))
+META = LatentMeta(
+    "a" * 64, 30, 2, (1, 2, 3), ("observation.images.top",), 4, 5, "source", ("x",), ("p",), depth_range=(10.0, 60.0)
+)
 STATISTICS = Statistics(
     ActionStatistics.from_values(np.arange(6.0).reshape(6, 1), ["x"]),
     StateStatistics.from_values(np.arange(6.0).reshape(6, 1), ["p"]),
@@ -178,7 +180,7 @@ def test_keys_are_all_there_and_no_others(name: str, tmp_path: Path) -> None:
     document, load = DOCUMENTS[name](tmp_path)
     optional = ("joint_actions", "recorded", "unit", "units", "select", "episodes", "crashed", "latent_action_mean")
     optional += ("latent_action_std", "execute_frames", "provenance", "statistics", "kind", "tubelet_frames")
-    optional += ("instruction_source", "traceback", "suite", "chunks")
+    optional += ("instruction_source", "traceback", "suite", "chunks", "depth_range")
     for place in [(), *_places(document)]:
         section = document
         for key in place:

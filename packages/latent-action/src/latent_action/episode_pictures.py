@@ -60,7 +60,8 @@ def write_episode_picture(
     out = Path(out)
     if out.suffix.lower() not in (".png", ".mp4"):
         raise UserError(f"{out}: expected a .png or .mp4 file to write.")
-    shards, reader = LatentShards(latents), LeRobotReader(dataset)
+    shards = LatentShards(latents)
+    reader = LeRobotReader(dataset, depth_range=shards.meta.depth_range)
     require_same_tokenizer(lat, shards)
     if missing := sorted(set(shards.meta.cameras) - set(reader.camera_keys)):
         raise UserError(f"{dataset} has no cameras {missing}, which {latents} were made from: give that data set.")

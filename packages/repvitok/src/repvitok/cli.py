@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Sequence
 
 from repvitok.commands import (
+    DEPTH_RANGE,
     EPISODES,
     Command,
     TrainingStage,
-    number,
     parse_share,
     parse_size,
     path_argument,
@@ -57,14 +57,7 @@ def _encode_arguments(parser: argparse.ArgumentParser) -> None:
     add("--stride", type=whole_number(1, MAX_STRIDE), default=1, help="take every n-th frame (default 1)")
     add("--offsets", type=whole_number(), nargs="+", default=[0], help="first raw frames to start from (default 0)")
     add("--cameras", type=text_argument, nargs="+", default=None, help="camera keys (default: all)")
-    add(
-        "--depth-range",
-        type=number(0, 1e9),
-        nargs=2,
-        default=None,
-        metavar=("MIN", "MAX"),
-        help="read depth maps, too: from MIN black to MAX white, in the numbers they store",
-    )
+    add("--depth-range", **DEPTH_RANGE)
     add("--episodes", **EPISODES)
     add("--dtype", choices=["float32", "float16"], default="float32", help="type on disk")
     add(

@@ -262,6 +262,14 @@ EPISODES: dict[str, Any] = {
 }
 """Keyword arguments of `add_argument("--episodes", ...)`, see `repvitok.data.split.choose_episodes`."""
 
+DEPTH_RANGE: dict[str, Any] = {
+    "type": number(0, 1e9),
+    "nargs": 2,
+    "metavar": ("MIN", "MAX"),
+    "help": "read depth maps, too: from MIN black to MAX white, in the numbers they store",
+}
+"""Keyword arguments of `add_argument("--depth-range", ...)`, see `repvitok.data.pictures.checked_range`."""
+
 
 def import_object(path: str) -> Any:
     """Imports "module:name"."""

@@ -196,6 +196,7 @@ def describe_latents(
         source=plan.source,
         tubelet_frames=tok.config.tubelet_frames,
         instruction_source=instruction_source(reader, episodes),
+        depth_range=plan.depth_range,
         action_names=reader.channel_names("action") if "action" in reader.features else (),
         state_names=reader.channel_names("observation.state") if "observation.state" in reader.features else (),
     )

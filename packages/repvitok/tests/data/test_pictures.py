@@ -26,6 +26,7 @@ from repvitok.data.folders import split_folder
 from repvitok.data.lerobot import LeRobotReader
 from repvitok.data.lerobot_writer import LeRobotWriter
 from repvitok.data.pictures import checked_range, depth_codes, depth_to_rgb, is_depth_feature, read_image
+from repvitok.data.shards import LatentShards
 from repvitok.data.sources import lerobot_sources
 from repvitok.data.tars import TarShards
 from repvitok.data.video import VideoFile
@@ -229,6 +230,7 @@ def test_encode_asks_for_depth_maps_by_a_range(tmp_path, capsys):
     assert f"'{DEPTH}' is a depth map" in capsys.readouterr().err
     assert main(list(map(str, [*command, *out, "--depth-range", 10, 60]))) == 0
     assert main(list(map(str, [*command, *out, "--depth-range", 10, 60]))) == 0  # nothing left to do
+    assert LatentShards(tmp_path / "out").meta.depth_range == (10, 60)
     capsys.readouterr()
     assert main(list(map(str, [*command, *out, "--depth-range", 10, 50]))) == 2
     assert "depth_range [10.0, 60.0] (now [10.0, 50.0])" in capsys.readouterr().err

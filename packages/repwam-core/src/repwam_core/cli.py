@@ -257,12 +257,13 @@ def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=path_argument, required=True, help="folder to write; videos are linked, not copied"
     )
+    parser.add_argument("--episodes", **EPISODES)
 
 
 def _prepare(options: argparse.Namespace) -> None:
     from repwam_core.data.layout import DatasetLayout, prepare
 
-    robot = prepare(options.dataset, options.out, DatasetLayout.load(options.layout))
+    robot = prepare(options.dataset, options.out, DatasetLayout.load(options.layout), options.episodes)
     print(f"{options.out}: {robot.name}, {len(robot.action_channels)} action channels, {robot.rate_hz:g} Hz")
 
 
@@ -391,7 +392,8 @@ def _openloop(options: argparse.Namespace) -> None:
     network = named_clip_features(options.clip_features)
     policy = BatchedPolicy.from_pretrained(options.policy, options.device, **given_plan(options))
     chosen = {"episodes": options.episodes, "cameras": options.cameras, "seed": options.seed}
-    result = evaluate_open_loop(policy, LeRobotReader(options.dataset), **chosen)
+    reader = LeRobotReader(options.dataset, depth_range=policy.parts.manifest.latents.depth_range)
+    result = evaluate_open_loop(policy, reader, **chosen)
     about = {**_about(policy, options), "dataset": str(options.dataset), "seed": options.seed}
     written = {"about": about, **result.to_dict(network)}
     write_json_atomic(options.out, written)

@@ -71,7 +71,7 @@ class RecordedEpisodes(L.Callback):
                 "along (--recorded.episodes)"
             )
         self._network = named_clip_features(self.clip_features)
-        self._reader = LeRobotReader(self.dataset)
+        self._reader = LeRobotReader(self.dataset, depth_range=store.meta.depth_range)
         self._chosen = {"held_out": held_out, "all": None}.get(str(self.episodes), self.episodes)
         cameras = choose_cameras(self._reader, self.cameras or store.meta.cameras)
         require_recorded(self._reader, cameras, [info.index for info in infos_of(self._reader, self._chosen)])

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
-from repvitok.data import LeRobotReader, LeRobotWriter
+from repvitok.data import LeRobotReader, LeRobotWriter, lerobot_finalize
 from repwam_core.cli import main
 from repwam_core.data import layout as layout_module
 from repwam_core.data.layout import DatasetLayout, known_layouts, prepare
@@ -320,6 +320,70 @@ def test_statistics_of_other_programs_are_kept_or_named(source, tmp_path):
         path.write_text(before)
 
 
+@pytest.mark.parametrize(("version", "own_files"), [("v2.0", 1), ("v2.1", 1), ("v3.0", 1), ("v3.0", 0)])
+def test_some_episodes_alone_read_as_they_did(tmp_path, version, own_files, capsys, monkeypatch):
+    """Of five episodes three; in version 3 they share a table and videos with the others, or each has its own."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    if own_files:
+        monkeypatch.setattr(lerobot_finalize, "DATA_FILE_MB", 1e-9)
+        monkeypatch.setattr(lerobot_finalize, "VIDEO_FILE_MB", 1e-9)
+    _written(source, "v3.0" if version == "v3.0" else "v2.1", (4, 5, 6, 7, 5))
+    info = json.loads((source / "meta/info.json").read_text()) | {"codebase_version": version}
+    (source / "meta/info.json").write_text(json.dumps(info))
+    command = ["prepare", "--dataset", str(source), "--out", str(out), "--layout", str(tmp_path / "layout.yaml")]
+    parts = {
+        key: [{"column": column, "names": ["x"]}]
+        for key, column in (("action", "action"), ("state", "observation.state"))
+    }
+    _layout(tmp_path, **parts)
+    for _ in range(2):  # the second run finds it done
+        assert main([*command, "--episodes", "1", "3-4"]) == 0
+    for others in (["--episodes", "1"], []):
+        assert main([*command, *others]) == 2
+        assert "prepared otherwise" in capsys.readouterr().err
+
+    old, new, row = LeRobotReader(source), LeRobotReader(out), 0
+    assert [(e.index, e.length, e.task) for e in new.episodes] == [(1, 5, "go 1"), (3, 7, "go 1"), (4, 5, "go 0")]
+    for episode in new.episodes:
+        before, after = old.episode(episode.index), new.episode(episode.index)
+        assert after.pop("index").tolist() == list(range(row, row := row + episode.length))
+        del before["index"]
+        assert before.keys() == after.keys()
+        for key, values in before.items():
+            np.testing.assert_array_equal(after[key], values)
+        assert (new.episodes[0].metadata, new.num_episodes) == (old.episodes[1].metadata, 3)
+        np.testing.assert_array_equal(new.frames(episode.index, CAMERAS[0]), old.frames(episode.index, CAMERAS[0]))
+    info = new.metadata.info
+    assert (info["total_episodes"], info["total_frames"], info["splits"]) == (3, 17, {"train": "0:3"})
+    assert len(list(out.glob("videos/**/*.mp4"))) == len(list(out.glob("data/**/*.parquet"))) == (3 if own_files else 1)
+    if version == "v3.0":
+        whole = json.loads((out / "meta/stats.json").read_text())
+        shown = np.concatenate([new.frames(episode.index, CAMERAS[0]) for episode in new.episodes]) / 255
+        np.testing.assert_allclose(np.ravel(whole[CAMERAS[0]]["mean"]), shown.mean(axis=(0, 1, 2)), atol=0.01)
+        assert (whole["episode_index"]["min"], whole["index"]["max"], whole["action"]["count"]) == ([1], [16], [17])
+        assert [row.rows for row in new.metadata.episodes.values()] == [(0, 5), (5, 12), (12, 17)]
+    elif version == "v2.1":
+        lines = [json.loads(line) for line in (out / "meta/episodes_stats.jsonl").read_text().splitlines()]
+        assert [(line["episode_index"], line["stats"]["index"]["min"]) for line in lines] == [
+            (1, [0]),
+            (3, [5]),
+            (4, [12]),
+        ]
+
+
+def _written(root, version, lengths):
+    writer = LeRobotWriter(
+        root, version=version, fps=10, cameras={CAMERAS[0]: (16, 16)}, state_names=["x"], action_names=["x"],
+        robot_type="arm",
+    )  # fmt: skip
+    for index, length in enumerate(lengths):
+        rows = (10 * index + np.arange(length, dtype="f4"))[:, None]
+        shade = np.broadcast_to(4 * rows.astype(np.uint8)[..., None, None], (length, 16, 16, 3))
+        frames, task = {CAMERAS[0]: shade}, f"go {index % 2}"
+        writer.add_episode(index, frames=frames, state=rows, action=-rows, task=task, metadata={"seed": index})
+    writer.finalize()
+
+
 @pytest.mark.parametrize("source", ["v3.0"], indirect=True)
 def test_a_table_of_no_episodes_is_kept(source, tmp_path):
     first = source / "meta/episodes/chunk-000/file-000.parquet"
@@ -339,9 +403,10 @@ def test_what_was_not_recorded_is_told_with_what_this_command_can_do(source, tmp
         ("data/chunk-000/episode_000001.parquet", "tables of episodes 1 are missing"),
     ):
         (source / missing).unlink()
-        with pytest.raises(ValueError, match=rf"{told}.*take them out of the table of episodes") as error:
+        with pytest.raises(ValueError, match=rf"{told}.* --episodes 0$"):
             prepare(source, tmp_path / "out", layout)
-        assert "--" not in str(error.value)
+    prepare(source, tmp_path / "out", layout, [0])
+    assert [episode.index for episode in LeRobotReader(tmp_path / "out").episodes] == [0]
 
 
 def test_a_broken_layout_is_one_line(tmp_path, capsys):

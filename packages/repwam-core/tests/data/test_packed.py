@@ -101,6 +101,12 @@ def test_data_sets_that_do_not_go_together_are_refused(folders, tmp_path, write_
     other = write_shards(tmp_path / "other", episodes=3, digest="1" * 64)
     with pytest.raises(ValueError, match="the tokenizer of the latents to be the same"):
         Mixture([DataSetSettings(latents=folders[0]), DataSetSettings(latents=other)])
+    ranged, source = [tmp_path / "near", tmp_path / "far"], LatentShards(folders[0])
+    for root, reach_m in zip(ranged, (2.0, 5.0), strict=True):
+        with LatentShardWriter(root, dataclasses.replace(source.meta, depth_range=(0.0, reach_m))) as writer:
+            writer.add(source[0])
+    with pytest.raises(ValueError, match="the depth range of the latents to be the same"):
+        Mixture([DataSetSettings(latents=root) for root in (folders[0], *ranged)])
     with pytest.raises(ValueError, match="'y' is relative"):
         Mixture([DataSetSettings(latents=folders[0]), DataSetSettings(latents=folders[1], action_kind="relative")])
     units = [DataSetSettings(latents=folders[0]), DataSetSettings(latents=folders[1], action_units=["m", "1"])]

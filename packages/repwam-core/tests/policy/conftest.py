@@ -1,5 +1,6 @@
 """A tiny untrained policy folder and a LeRobot data set it fits."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from repwam_core.statistics import Statistics
 
 CAMERAS = ("observation.images.left", "observation.images.right")
 SIZE = (32, 16)
+DEPTH_RANGE = (50.0, 200.0)
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,24 @@ def wan_world(tmp_path_factory, write_text_cache) -> World:
     return _world(tmp_path_factory.mktemp("wan-policy"), tokenizer, write_text_cache)
 
 
-def _world(root: Path, tokenizer: VideoTokenizer, write_text_cache) -> World:
+@pytest.fixture(scope="session")
+def depth_world(tmp_path_factory, write_text_cache) -> World:
+    """The same as `world`, but the right camera is a depth map."""
+    torch.manual_seed(0)
+    tokenizer = RepViTok(RepViTokConfig(width=32, depth=1, heads=2, latent_dim=8, episode_window=2)).eval()
+    return _world(tmp_path_factory.mktemp("depth-policy"), tokenizer, write_text_cache, DEPTH_RANGE)
+
+
+def _world(root: Path, tokenizer: VideoTokenizer, write_text_cache, depth_range=None) -> World:
     (root / "tokenizer").mkdir()
     tokenizer.write_into(root / "tokenizer")
     _write_dataset(root / "data")
-    encode_dataset(tokenizer, LeRobotReader(root / "data"), root / "shards", size=SIZE)
+    if depth_range is not None:
+        info = json.loads((root / "data/meta/info.json").read_text())
+        info["features"][CAMERAS[1]]["info"]["video.is_depth_map"] = True
+        (root / "data/meta/info.json").write_text(json.dumps(info))
+    reader = LeRobotReader(root / "data", depth_range=depth_range)
+    encode_dataset(tokenizer, reader, root / "shards", size=SIZE)
     write_text_cache(root / "shards")
     store = EpisodeStore(root / "shards")
     wam = _random_wam(store)

@@ -62,14 +62,15 @@ def load_frame_table(latents: str | Path, dataset: str | Path, size: tuple[int, 
     """Read the last raw frame of every latent frame, so that transition i of the latents is transition i here.
 
     Args:
-        latents: folder of latent shards; says which episodes, offsets, stride and cameras.
+        latents: folder of latent shards; says which episodes, offsets, stride, cameras and depth range.
         dataset: the LeRobot data set they were made from.
         size: height and width of a frame with all its cameras side by side, in pixels.
 
     Raises:
         ValueError: the data set lacks a camera or an episode of the shards, or no episode has a transition.
     """
-    shards, reader = LatentShards(latents), LeRobotReader(dataset)
+    shards = LatentShards(latents)
+    reader = LeRobotReader(dataset, depth_range=shards.meta.depth_range)
     cameras = shards.meta.cameras
     if missing := sorted(set(cameras) - set(reader.camera_keys)):
         raise UserError(f"{dataset} has no cameras {missing}, which {latents} were made from: give that data set.")

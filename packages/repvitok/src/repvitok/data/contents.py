@@ -26,7 +26,6 @@ from repvitok.documents import load_json, load_json_lines
 from repvitok.errors import UserError
 
 ACTION, STATE = "action", "observation.state"
-OUT_OF_META = "take them out of the table of episodes in the meta folder"
 MAX_CHANNELS = 512
 """A column of more numbers is a picture or a point cloud, not what a robot does."""
 
@@ -263,7 +262,7 @@ def require_recorded(reader: Any, cameras: Sequence[str], episodes: Sequence[int
         reader: the data set, a `LeRobotReader`.
         cameras: those that are taken.
         episodes: numbers of those that are taken.
-        layout: cameras are named by a layout and all episodes are taken, so that no option leaves them out.
+        layout: cameras are named by a layout, not by an option.
 
     Raises:
         UserError: names the camera or the episodes, and what leaves them out.
@@ -274,8 +273,7 @@ def require_recorded(reader: Any, cameras: Sequence[str], episodes: Sequence[int
         left = f"--episodes {format_episodes(set(episodes) - set(absent))}"
         raise UserError(
             f"{reader.root}: the tables of episodes {format_episodes(absent)} are missing, first "
-            f"{tables[absent[0]]}; copy the data set again, or "
-            + (OUT_OF_META if layout else f"take the others only, {left}")
+            f"{tables[absent[0]]}; copy the data set again, or take the others only, {left}"
         )
     for camera in cameras:
         if reader.features[camera]["dtype"] == "image":
@@ -326,7 +324,7 @@ def _absent_camera(
     left = f"--episodes {format_episodes(set(episodes) - set(absent))}"
     return (
         f"{reader.root}: the camera {camera} was not recorded in episodes {format_episodes(absent)} ({first}); leave "
-        f"it out: {without}, or these episodes: {OUT_OF_META if layout else left}"
+        f"it out: {without}, or these episodes: {left}"
     )
 
 

@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 from jaxtyping import Float
 
+from repvitok.data.pictures import checked_range
 from repvitok.documents import Count, From0, parse
 from repvitok.errors import UserError
 
@@ -141,6 +142,8 @@ class LatentMeta:
         tubelet_frames: encoded frames per latent but the first, f of the tokenizer. 4 in shards of version 0.1.
         instruction_source: where the episodes' instructions come from, see `InstructionSource`. Shards of version 0.1
             took them from the episode's `tasks`.
+        depth_range: (MIN, MAX) of the depth maps among the cameras, which became black and white; None: there were none
+            to read. Who opens the source again for these latents opens it with this range.
     """
 
     tokenizer_digest: str
@@ -160,11 +163,13 @@ class LatentMeta:
     latent_action_std: Float[np.ndarray, " l"] | None = None
     tubelet_frames: int = 4
     instruction_source: InstructionSource = "tasks"
+    depth_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         for name in ("cameras", "action_names", "state_names"):
             object.__setattr__(self, name, tuple(str(value) for value in getattr(self, name)))
         object.__setattr__(self, "grid", tuple(int(n) for n in self.grid))
+        object.__setattr__(self, "depth_range", checked_range(self.depth_range))
         if not 1 <= self.latent_dim <= MAX_TOKENS:
             raise UserError(f"latent_dim: expected 1 to {MAX_TOKENS} channels, got {self.latent_dim}")
         for name, value in (("stride", self.stride), ("window", self.window), ("tubelet_frames", self.tubelet_frames)):

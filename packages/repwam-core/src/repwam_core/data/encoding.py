@@ -14,7 +14,9 @@ import torch
 from latent_action import LatentActionTokenizer
 from latent_action.labelling import label_shards
 from repvitok.data.contents import describe_contents
-from repvitok.data.episodes import open_episodes
+from repvitok.data.episodes import VideoEpisodes, open_episodes
+from repvitok.data.lerobot import LeRobotReader
+from repvitok.data.pictures import checked_range
 from repvitok.documents import Count, Frames, Side, check_arguments
 from repvitok.encoding import encode_dataset
 from repvitok.encoding_plan import choose_cameras, infos_of
@@ -35,6 +37,7 @@ class EncodingSettings:
         offsets: raw frames at which each episode's encodings begin.
         cameras: camera keys, in the order of their tokens; all of the data set's when None.
         episodes: their numbers in the data set, also ranges like "0-9,12"; all when None.
+        depth_range: reads depth maps, too: (MIN, MAX) in the numbers they store become black and white.
         out: where the latents are kept, a folder for each data set and way of encoding it.
         workers: threads that decode.
     """
@@ -46,11 +49,13 @@ class EncodingSettings:
     offsets: list[Count] = field(default_factory=lambda: [0])
     cameras: list[str] | None = None
     episodes: list[int] | int | str | None = None
+    depth_range: tuple[float, float] | None = None
     out: str | Path = "runs/latents"
     workers: Annotated[int, msgspec.Meta(ge=1, le=MOST_PROCESSES)] = 1
 
     def __post_init__(self) -> None:
         check_arguments(EncodingSettings, vars(self))
+        object.__setattr__(self, "depth_range", checked_range(self.depth_range))
 
 
 class LatentsOnDemand:
@@ -71,6 +76,7 @@ class LatentsOnDemand:
         settings, source = self.settings, Path(dataset).resolve()
         made_by = [str(source), self._digests, settings.size, settings.stride, settings.offsets, settings.cameras]
         made_by += [] if settings.episodes is None else [settings.episodes]  # folders of version 0.1 keep their names
+        made_by += [] if settings.depth_range is None else [{"depth_range": settings.depth_range}]
         digest = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()
         return Path(settings.out) / f"{source.name}-{digest[:10]}"
 
@@ -84,7 +90,7 @@ class LatentsOnDemand:
         Raises:
             UserError: there are no robot actions, no such camera or episode, or a file that will be read is missing.
         """
-        reader = open_episodes(str(dataset))
+        reader = self._open(dataset)
         cameras, infos = choose_cameras(reader, self.settings.cameras), infos_of(reader, self.settings.episodes)
         describe_contents(reader, cameras, infos).announce(needs_actions=needs_actions)
 
@@ -102,7 +108,7 @@ class LatentsOnDemand:
             UserError: another run is at it.
             ValueError: the data set does not fit the settings, or has changed since its latents were made.
         """
-        settings, reader, folder = self.settings, open_episodes(str(dataset)), self.folder(dataset)
+        settings, reader, folder = self.settings, self._open(dataset), self.folder(dataset)
         with sole_writer(folder, f"{folder}: another run is making these latents; start this one when it has"):
             unlabelled = folder if self._lat is None else folder / "unlabelled"
             encode_dataset(
@@ -120,6 +126,9 @@ class LatentsOnDemand:
             if self._lat is not None:
                 label_shards(self._lat, unlabelled, folder, device=device)
         return folder
+
+    def _open(self, dataset: str | Path) -> LeRobotReader | VideoEpisodes:
+        return open_episodes(str(dataset), depth_range=self.settings.depth_range)
 
     @cached_property
     def _tokenizer(self) -> Any:

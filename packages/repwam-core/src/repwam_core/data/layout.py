@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ from repvitok.data.lerobot_format import arrow_type, huggingface_metadata, numbe
 from repvitok.data.lerobot_metadata import read_parquet
 from repvitok.data.lerobot_stats import column_statistics, pooled_statistics
 from repvitok.data.lerobot_tables import Where, robot_numbers, to_numpy
+from repvitok.data.split import EpisodeNumbers, choose_episodes, format_episodes
 from repvitok.documents import Count, load_json, load_json_lines, load_yaml, parse, read_json
 from repvitok.errors import UserError
 from repvitok.files import sole_writer
@@ -102,7 +103,7 @@ def known_layouts() -> list[str]:
     return sorted(path.stem for path in LAYOUTS.glob("*.yaml"))
 
 
-def prepare(source: Path, out: Path, layout: DatasetLayout) -> Embodiment:
+def prepare(source: Path, out: Path, layout: DatasetLayout, episodes: EpisodeNumbers | None = None) -> Embodiment:
     """Write a LeRobot data set whose `action` and `observation.state` are the layout's channels.
 
     Only these two columns are rewritten, with their statistics. Every other column, file and row of the meta folder is
@@ -110,24 +111,30 @@ def prepare(source: Path, out: Path, layout: DatasetLayout) -> Embodiment:
     not. What was written is read back and compared before it becomes visible. A folder that is there and complete is
     left as it is, so that the tasks of a job array can be run again; one of a run that was killed is made anew.
 
+    Of some `episodes` only, the rest of tables and meta folder is left out, with the videos that none of them uses.
+    They keep their numbers; `index`, the place of a row in the whole data set, is counted anew.
+
     Args:
         source: LeRobot data set, v2.0, v2.1 or v3.0.
-        out: folder to write; empty, or of an earlier `prepare` of the same data and layout.
+        out: folder to write; empty, or of an earlier `prepare` of the same data, layout and episodes.
         layout: which columns become what.
+        episodes: numbers of those that are kept; all when None.
 
     Raises:
-        ValueError: when the data set lacks a column or a camera, a column has another size than the layout says, or
-            `out` is the data set itself or holds something else.
+        ValueError: when the data set lacks a column, a camera or an episode, a column has another size than the layout
+            says, or `out` is the data set itself or holds something else.
     """
     reader = LeRobotReader(source)
-    robot, info = layout.robot(reader.fps), _info(reader, layout)
+    kept = frozenset(choose_episodes(episodes, [episode.index for episode in reader.episodes], str(source)))
+    robot, info = layout.robot(reader.fps), _info(reader, layout, kept)
     apart = (source.resolve(), out.resolve())
     if apart[0] in (apart[1], *apart[1].parents) or apart[1] in apart[0].parents:
         raise UserError(f"{out}: expected a folder apart from the data set {source}, or it would be overwritten")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; name a folder")
     files = _files(source)
-    record = {"layout": json.loads(json.dumps(asdict(layout))), "source": _digest(source, files)}
+    part = None if len(kept) == reader.num_episodes else format_episodes(kept)
+    record = {"layout": json.loads(json.dumps(asdict(layout))), "source": _digest(source, files), "episodes": part}
     there = sorted(entry.name for entry in out.iterdir() if not entry.name.startswith(".")) if out.is_dir() else []
     if there and not (out / RECORD).is_file():
         raise UserError(f"{out} holds something else ({', '.join(there[:3])}); choose another folder")
@@ -136,7 +143,7 @@ def prepare(source: Path, out: Path, layout: DatasetLayout) -> Embodiment:
         if (out / RECORD).is_file():
             before = read_json(out / RECORD, _Prepared)
             if (out / "meta/info.json").is_file():
-                if {"layout": before.layout, "source": before.source} != record:
+                if {name: getattr(before, name) for name in record} != record:
                     raise UserError(f"{out} holds data prepared otherwise; remove the folder or choose another")
                 return robot
             for name in (*before.entries, "meta"):  # killed while it was moved into place
@@ -144,21 +151,21 @@ def prepare(source: Path, out: Path, layout: DatasetLayout) -> Embodiment:
         partial = out / ".partial"
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            _fill(partial, reader, layout, info, files)
-            _verify(reader, LeRobotReader(partial), layout)
+            _fill(partial, reader, layout, info, files, kept)
+            _verify(reader, LeRobotReader(partial), layout, kept)
             _publish(partial, out, record)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return robot
 
 
-def _info(reader: LeRobotReader, layout: DatasetLayout) -> dict[str, Any]:
+def _info(reader: LeRobotReader, layout: DatasetLayout, episodes: frozenset[int]) -> dict[str, Any]:
     """info.json of the prepared data set; complains of what the source lacks."""
     source, features = reader.root, reader.features
     colours = [camera for camera in layout.cameras if camera in reader.camera_keys]
     if missing := [camera for camera in layout.cameras if camera not in _pictured(reader)]:
         raise UserError(f"{source}: no cameras {missing}; there are {_pictured(reader)}")
-    require_recorded(reader, colours, [episode.index for episode in reader.episodes], layout=True)
+    require_recorded(reader, colours, sorted(episodes), layout=True)
     for part in (*layout.action, *layout.state):
         if part.column not in features:
             raise UserError(f"{source}: no column {part.column!r}; there are {sorted(features)}")
@@ -177,7 +184,15 @@ def _info(reader: LeRobotReader, layout: DatasetLayout) -> dict[str, Any]:
     info = {**reader.metadata.info, "robot_type": layout.embodiment, "features": kept}
     if "total_videos" in info:
         videos = [key for key, feature in kept.items() if feature["dtype"] == "video"]
-        info["total_videos"] = len(videos) * reader.num_episodes
+        info["total_videos"] = len(videos) * len(episodes)
+    if len(episodes) < reader.num_episodes:
+        counted = {
+            "total_episodes": len(episodes),
+            "total_frames": sum(episode.length for episode in reader.episodes if episode.index in episodes),
+            "total_chunks": len({number // reader.metadata.chunks_size for number in episodes}),
+            "splits": {"train": f"0:{len(episodes)}"},
+        }
+        info |= {key: value for key, value in counted.items() if key in info}
     return info
 
 
@@ -221,18 +236,31 @@ def _digest(root: Path, files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _fill(partial: Path, reader: LeRobotReader, layout: DatasetLayout, info: dict[str, Any], files: list[Path]) -> None:
+def _fill(
+    partial: Path,
+    reader: LeRobotReader,
+    layout: DatasetLayout,
+    info: dict[str, Any],
+    files: list[Path],
+    kept: frozenset[int],
+) -> None:
     """Write or link every file of the prepared data set but its statistics, then those."""
+    rows = _first_rows(reader, kept)
     tables = {reader.metadata.table_of(episode.index) for episode in reader.episodes}
-    left_out = _videos(reader, [key for key in _dropped(reader, layout) if key in reader.camera_keys])
+    others = {episode.index for episode in reader.episodes} - kept
+    videos = [key for key in _pictured(reader) if reader.features[key]["dtype"] == "video"]
+    left_out = _videos(reader, [key for key in _dropped(reader, layout) if key in videos], kept | others)
+    left_out |= _videos(reader, videos, others) - _videos(reader, videos, kept)
+    left_out |= tables - {reader.metadata.table_of(episode) for episode in kept}
     meta = {Path("meta/info.json"), Path(RECORD), Path("meta/stats.json"), Path("meta/episodes_stats.jsonl")}
+    meta |= {Path("meta/episodes.jsonl")} if others else set()
     for file in progress(files, desc="prepare", unit="file"):
         path, target = reader.root / file, partial / file
         if file in meta or path in left_out or file.parts[:2] == ("meta", "episodes"):
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         if path in tables:
-            _rewrite(path, target, reader, layout)
+            _rewrite(path, target, reader, layout, rows)
         elif file.parts[0] == "meta" or len(file.parts) == 1:  # a label that is mended here stays as it was there
             shutil.copyfile(path, target)
         else:
@@ -241,17 +269,54 @@ def _fill(partial: Path, reader: LeRobotReader, layout: DatasetLayout, info: dic
     for file in files:
         if file.parts[:2] == ("meta", "episodes"):
             (partial / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(reader.root / file, partial / file)
+            if rows is not None and file.suffix == ".parquet":
+                _keep_episode_rows(reader.root / file, partial / file, rows)
+            else:
+                shutil.copyfile(reader.root / file, partial / file)
+        elif others and file == Path("meta/episodes.jsonl"):
+            lines = [line for place, line in load_json_lines(reader.root / file) if _episode_of(place, line) in kept]
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            (partial / file).write_text(text, encoding="utf-8")
     (partial / "meta/info.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-    _write_statistics(partial, reader, layout, files)
+    _write_statistics(partial, reader, layout, files, rows)
 
 
-def _videos(reader: LeRobotReader, cameras: Sequence[str]) -> set[Path]:
+def _first_rows(reader: LeRobotReader, kept: frozenset[int]) -> dict[int, int] | None:
+    """Number of each kept episode -> its first row in a data set of these alone; None where all are kept."""
+    if len(kept) == reader.num_episodes:
+        return None
+    infos = [episode for episode in reader.episodes if episode.index in kept]
+    ends = np.cumsum([0] + [info.length for info in infos]).tolist()
+    return {info.index: first for info, first in zip(infos, ends, strict=False)}
+
+
+def _of_episodes(table: pa.Table, episodes: Iterable[int]) -> pa.Table:
+    """The rows of a table that are of these episodes."""
+    return table.filter(np.isin(table["episode_index"].to_numpy(), list(episodes)))
+
+
+def _keep_episode_rows(path: Path, target: Path, rows: dict[int, int]) -> None:
+    """An episode table of version 3 with the rows of these episodes only, and where their rows are now."""
+    table = _of_episodes(read_parquet(path), rows)
+    first = np.array([rows[index] for index in table["episode_index"].to_pylist()], np.int64)
+    for name, values in (("dataset_from_index", first), ("dataset_to_index", first + np.array(table["length"]))):
+        if name in table.column_names:
+            place = table.column_names.index(name)
+            table = table.set_column(place, name, pa.array(values).cast(table.schema.field(name).type))
+    pq.write_table(table, target)
+
+
+def _episode_of(place: str, line: Any) -> int:
+    """The number of the episode that a line of version 2 is about; `place` is what an error calls it."""
+    return parse(line, _EpisodeNumber, place, unknown=True).episode_index
+
+
+def _videos(reader: LeRobotReader, cameras: Sequence[str], episodes: Iterable[int]) -> set[Path]:
     found = set()
     for camera in cameras:
-        for episode in reader.episodes:
-            with suppress(UserError):  # pictures in the tables, or a camera that was never recorded
-                found.add(reader.video_path(episode.index, camera))
+        for episode in episodes:
+            with suppress(UserError):  # a camera that was never recorded
+                found.add(reader.metadata.video_of(episode, camera))
     return found
 
 
@@ -266,10 +331,24 @@ def _link(path: Path, target: Path) -> None:
             shutil.copyfile(path, target)
 
 
-def _rewrite(path: Path, target: Path, reader: LeRobotReader, layout: DatasetLayout) -> None:
-    """Write a table with the layout's columns in place of the recorded ones, all others as they are."""
+def _rewrite(
+    path: Path, target: Path, reader: LeRobotReader, layout: DatasetLayout, rows: dict[int, int] | None
+) -> None:
+    """Write a table with the layout's columns in place of the recorded ones, all others as they are.
+
+    Of some episodes only, with their `rows` in the whole data set.
+    """
     table = read_parquet(path)
     told = dict(table.schema.metadata or {})
+    if rows is not None:
+        table = _of_episodes(table, rows)
+        if "index" in table.column_names:
+            index = table["episode_index"].to_numpy()
+            begins = np.flatnonzero(np.diff(index, prepend=-1))
+            within = np.arange(len(index)) - np.repeat(begins, np.diff([*begins, len(index)]))
+            values = pa.array(within + [rows[episode] for episode in index.tolist()])
+            column = values.cast(table.schema.field("index").type)
+            table = table.set_column(table.column_names.index("index"), "index", column)
     for key, parts in _rewritten(layout).items():
         values = np.concatenate([_numbers(table, part, path, reader) for part in parts], axis=1)
         kind = arrow_type(number_feature("float32", [values.shape[1]], None))
@@ -310,9 +389,17 @@ def _selected(values: np.ndarray, part: Part, where: Where) -> np.ndarray:
     return robot_numbers(values if part.select is None else values[:, slice(*part.select)], part.names, where)
 
 
-def _write_statistics(partial: Path, reader: LeRobotReader, layout: DatasetLayout, files: list[Path]) -> None:
-    """The data set's own statistics: those of rewritten columns counted anew, of left out ones removed."""
+def _write_statistics(
+    partial: Path, reader: LeRobotReader, layout: DatasetLayout, files: list[Path], rows: dict[int, int] | None
+) -> None:
+    """The data set's own statistics: those of rewritten columns counted anew, of left out ones removed.
+
+    Of some episodes only, those of the whole are counted anew for all numbers, and pooled for cameras where the
+    episodes' own are there; of cameras of version 2.0 they stay what they were.
+    """
     prepared, keys = LeRobotReader(partial), list(_rewritten(layout))
+    if rows is not None and "index" in prepared.features:
+        keys.append("index")
     gone = {*_dropped(reader, layout), *keys}
     counted = {}
     for episode in prepared.episodes:
@@ -323,16 +410,37 @@ def _write_statistics(partial: Path, reader: LeRobotReader, layout: DatasetLayou
         if file == Path("meta/stats.json"):
             kept = _kept_statistics(load_json(reader.root / file), gone, str(reader.root / file))
             pooled = {key: pooled_statistics([of[key] for of in counted.values()]) for key in keys}
+            if rows is not None:
+                pooled |= _pooled_anew(prepared, kept)
             path.write_text(json.dumps(kept | pooled, indent=2) + "\n", encoding="utf-8")
         elif file == Path("meta/episodes_stats.jsonl"):
             lines = []
             for place, line in load_json_lines(reader.root / file):
-                episode = parse(line, _EpisodeNumber, place, unknown=True).episode_index
+                episode = _episode_of(place, line)
+                if rows is not None and episode not in rows:
+                    continue
                 kept = _kept_statistics(line.get("stats"), gone, f"{place}: field 'stats'")
                 lines.append(json.dumps({**line, "stats": kept | counted.get(episode, {})}) + "\n")
             path.write_text("".join(lines), encoding="utf-8")
         elif file.parts[:2] == ("meta", "episodes") and file.suffix == ".parquet":
             _write_episode_table(path, counted, gone)
+
+
+def _pooled_anew(prepared: LeRobotReader, keys: Iterable[str]) -> dict[str, Any]:
+    """Statistics over all prepared episodes: counted for numbers, pooled for cameras whose episodes' own are there."""
+    tables = [read_parquet(path) for path in sorted((prepared.root / "meta/episodes").rglob("*.parquet"))]
+    found: dict[str, Any] = {}
+    for key in (key for key in keys if key in prepared.features):
+        if prepared.metadata.features[key].is_number:
+            parts = [column_statistics(prepared.episode(info.index, [key])[key]) for info in prepared.episodes]
+        else:
+            names = {name: f"stats/{key}/{name}" for name in ("min", "max", "mean", "std", "count")}
+            known = [table for table in tables if set(names.values()) <= set(table.column_names)]
+            rows = [row for table in known for row in table.select(list(names.values())).to_pylist()]
+            parts = [{name: row[column] for name, column in names.items()} for row in rows if None not in row.values()]
+        if len(parts) == prepared.num_episodes:
+            found[key] = pooled_statistics(parts)
+    return found
 
 
 def _kept_statistics(stats: Any, gone: set[str], source: str) -> dict[str, Any]:
@@ -357,7 +465,7 @@ def _write_episode_table(path: Path, counted: dict[int, dict[str, Any]], gone: s
     pq.write_table(table, path)
 
 
-def _verify(reader: LeRobotReader, prepared: LeRobotReader, layout: DatasetLayout) -> None:
+def _verify(reader: LeRobotReader, prepared: LeRobotReader, layout: DatasetLayout, kept: frozenset[int]) -> None:
     """Read back what was written and compare it with the source, all but the pixels between first and last frame.
 
     Raises:
@@ -374,21 +482,25 @@ def _verify(reader: LeRobotReader, prepared: LeRobotReader, layout: DatasetLayou
         (prepared.version, prepared.fps, prepared.tasks) == (reader.version, reader.fps, reader.tasks),
         "the meta folder",
     )
-    require(list(prepared.episodes) == list(reader.episodes), "the table of episodes")
+    infos = [episode for episode in reader.episodes if episode.index in kept]
+    require(list(prepared.episodes) == infos, "the table of episodes")
     changed = {*_rewritten(layout), *_dropped(reader, layout)}
-    for path in dict.fromkeys(reader.metadata.table_of(episode.index) for episode in reader.episodes):
+    if len(infos) < reader.num_episodes:
+        changed.add("index")
+    for path in dict.fromkeys(reader.metadata.table_of(episode.index) for episode in infos):
         old, new = read_parquet(path), read_parquet(prepared.root / path.relative_to(reader.root))
-        kept = [name for name in old.column_names if name not in changed]
-        require([name for name in new.column_names if name not in _rewritten(layout)] == kept, f"{path}: the columns")
-        for name in kept:
+        old = _of_episodes(old, kept) if len(infos) < reader.num_episodes else old
+        same = [name for name in old.column_names if name not in changed]
+        require([name for name in new.column_names if name not in changed] == same, f"{path}: the columns")
+        for name in same:
             require(_equal(old[name], new[name]), f"{path}: column {name!r}")
-    for episode in progress(reader.episodes, desc="verify", unit="episode"):
+    for episode in progress(infos, desc="verify", unit="episode"):
         written = prepared.episode(episode.index, list(_rewritten(layout)))
         for key, parts in _rewritten(layout).items():
             columns = reader.episode(episode.index, list(dict.fromkeys(part.column for part in parts)))
             values = [_selected(columns[part.column], part, str) for part in parts]
-            same = np.array_equal(np.concatenate(values, axis=1), written[key].reshape(episode.length, -1))
-            require(same, f"episode {episode.index}: {key}")
+            equal = np.array_equal(np.concatenate(values, axis=1), written[key].reshape(episode.length, -1))
+            require(equal, f"episode {episode.index}: {key}")
         for camera in layout.cameras:
             require(_same_frames(reader, prepared, episode.index, camera), f"episode {episode.index}: camera {camera}")
 
@@ -428,6 +540,7 @@ class _Prepared:
 
     layout: dict[str, Any]
     source: str
+    episodes: str | None = None
     entries: list[Annotated[str, msgspec.Meta(pattern=r"^(?!\.{1,2}$)[^/]+$")]] = field(default_factory=list)
 
 

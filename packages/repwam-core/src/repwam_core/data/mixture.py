@@ -57,8 +57,8 @@ class Mixture:
         chunk_frames: latent frames of the longest chunk that is learned, see `count_statistics`.
 
     Raises:
-        ValueError: latents of different tokenizers, a different number of action vectors per transition, or one channel
-            name with two units or two kinds.
+        ValueError: latents of different tokenizers or depth ranges, a different number of action vectors per
+            transition, or one channel name with two units or two kinds.
     """
 
     def __init__(
@@ -74,6 +74,8 @@ class Mixture:
         shards = [LatentShards(entry.latents, expect_digest=tokenizer_digest) for entry in settings]
         metas = [entry.meta for entry in shards]
         _check_common("the tokenizer of the latents", [meta.tokenizer_digest[:16] for meta in metas], shards)
+        ranged = [entry for entry in shards if entry.meta.depth_range is not None]
+        _check_common("the depth range of the latents", [str(entry.meta.depth_range) for entry in ranged], ranged)
         several = len(settings) > 1 and space != LATENT_SPACE
         layout = _action_layout(settings, metas) if several else None
         states = list(dict.fromkeys(name for meta in metas for name in meta.state_names)) if several else None

@@ -172,7 +172,8 @@ def evaluate_open_loop(
 
     Args:
         policy: what is evaluated; how it plans is its own setting.
-        reader: the data set, with the policy's cameras, state and action channels.
+        reader: the data set, with the policy's cameras, state and action channels, opened with the depth range of the
+            policy's latents (`policy.parts.manifest.latents.depth_range`).
         episodes: their numbers in the data set; None is all of them.
         cameras: the data set's cameras that the policy's stand for, in the policy's order; None where they are called
             the same.
@@ -289,7 +290,11 @@ class _Replay:
 
 
 def _check_data(policy: BatchedPolicy, reader: LeRobotReader, cameras: Sequence[str]) -> None:
-    """The data set must be of the policy's robot."""
+    """The data set must be of the policy's robot, and its depth maps be read as those that were trained on."""
+    if reader.depth_range != (known := policy.parts.manifest.latents.depth_range):
+        raise UserError(
+            f"{reader.root}: opened with depth_range {reader.depth_range}, the policy's latents were made with {known}"
+        )
     if missing := [camera for camera in cameras if camera not in reader.camera_keys]:
         raise UserError(
             f"{reader.root}: the policy needs the cameras {missing}, there are {reader.camera_keys}; name those that "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from repvitok.commands import episodes_argument, number, path_argument, text_argument, whole_number
+from repvitok.commands import DEPTH_RANGE, episodes_argument, number, path_argument, text_argument, whole_number
 from repvitok.documents import MAX_SIDE
 from repvitok.errors import MOST_PROCESSES
 
@@ -50,6 +50,7 @@ def add_quickstart_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cameras", type=text_argument, nargs="+", help="with --dataset: cameras to use (default: all)"
     )
+    parser.add_argument("--depth-range", **{**DEPTH_RANGE, "help": f"with --dataset: {DEPTH_RANGE['help']}"})
     parser.add_argument(
         "--eval-episodes",
         type=whole_number(1, 100_000),

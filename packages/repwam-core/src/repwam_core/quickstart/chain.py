@@ -44,6 +44,7 @@ class DataSet:
         action_units: of the action channels where they are known; a LeRobot data set does not hold them.
         cameras: those that are used; None for all.
         episodes: numbers of those that are used; None for all.
+        depth_range: what becomes black and what white of depth maps; None where none is used.
     """
 
     folder: Path
@@ -51,10 +52,15 @@ class DataSet:
     action_units: tuple[str, ...] = ()
     cameras: tuple[str, ...] | None = None
     episodes: tuple[str, ...] | None = None
+    depth_range: tuple[float, float] | None = None
 
     def read(self) -> dict[str, Any]:
         """What the stages that read it are given."""
-        return {"dataset": self.folder, "cameras": self.cameras, "episodes": self.episodes}
+        return {"dataset": self.folder, **self.chosen()}
+
+    def chosen(self) -> dict[str, Any]:
+        """What of it is used, and how."""
+        return {"cameras": self.cameras, "episodes": self.episodes, "depth_range": self.depth_range}
 
 
 @dataclass(frozen=True)
@@ -105,8 +111,7 @@ def train(this: Run, data: DataSet) -> Trained:
         size=plan.size,
         stride=plan.stride,
         held_out=plan.held_out,
-        cameras=data.cameras,
-        episodes=data.episodes,
+        **data.chosen(),
     )
     return train_on_latents(this, data, tokenizer)
 
@@ -131,8 +136,7 @@ def train_on_latents(
         size=plan.size,
         stride=plan.stride,
         offsets=plan.offsets,
-        cameras=data.cameras,
-        episodes=data.episodes,
+        **data.chosen(),
     )
     latents = encoded.folder / "latents"
     lat = this.stage(

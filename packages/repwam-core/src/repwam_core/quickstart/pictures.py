@@ -64,10 +64,11 @@ def measured_episodes(this: Run, trained: Trained) -> tuple[list[int], bool]:
 
 def reconstruction(this: Run, trained: Trained, episodes: Sequence[int]) -> Reconstruction:
     """Episodes through the tokenizer's stream and back, beside two trivial baselines."""
-    reader = LeRobotReader(trained.prepared.data.folder)
+    meta = LatentShards(trained.prepared.latents).meta
+    reader = LeRobotReader(trained.prepared.data.folder, depth_range=meta.depth_range)
     lengths = {info.index: info.length for info in reader.episodes}
     tokenizer = RepViTok.from_pretrained(trained.prepared.tokenizer_folder)
-    camera, size = LatentShards(trained.prepared.latents).meta.cameras[0], this.plan.size
+    camera, size = meta.cameras[0], this.plan.size
     per_latent = tokenizer.config.tubelet_frames * this.plan.stride
     clips, baselines = [], []
     for index in episodes:
@@ -104,9 +105,9 @@ def _quality(video_hat: Tensor, video: Tensor) -> tuple[float, float]:
 
 def latent_actions(this: Run, trained: Trained, episodes: Sequence[int]) -> LatentActions:
     """Where latent actions of some episodes act, and how much of the next latents they explain."""
-    reader = LeRobotReader(trained.prepared.data.folder)
     lat = LatentActionTokenizer.from_pretrained(trained.prepared.lat_folder)
     shards = LatentShards(trained.prepared.latents)
+    reader = LeRobotReader(trained.prepared.data.folder, depth_range=shards.meta.depth_range)
     by_index = {e.episode_index: e for e in shards if e.offset == 0 and e.episode_index in episodes}
     pictures = [_transition(this, reader, lat, by_index[index], shards.meta) for index in episodes if index in by_index]
     names = ("forward_loss", "copy_loss", "zero_action_loss")
@@ -148,8 +149,9 @@ def _transition(
 
 def open_loop(this: Run, trained: Trained, episodes: Sequence[int], measured: str = "held-out") -> OpenLoopFindings:
     """The policy's actions and imagined video along some episodes, ``measured`` ones: held-out or training."""
-    reader = LeRobotReader(trained.prepared.data.folder)
     policy = BatchedPolicy.from_pretrained(trained.policy, video="imagine")
+    latents = policy.parts.manifest.latents
+    reader = LeRobotReader(trained.prepared.data.folder, depth_range=latents.depth_range)
     result = evaluate_open_loop(policy, reader, episodes, seed=this.seed)
     errors = result.errors()
     baselines = {name: values for name, values in errors.items() if name != "policy"}

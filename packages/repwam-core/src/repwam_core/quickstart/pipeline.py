@@ -42,8 +42,8 @@ def run(arguments: argparse.Namespace, repwam: training.Main) -> int:
 def _checked(arguments: argparse.Namespace, plan: Plan) -> Plan:
     """Find what would stop a later stage before the first one starts; fit the frame size to a data set's camera."""
     if arguments.dataset is None:
-        if arguments.cameras:
-            raise UserError("--cameras chooses those of a data set, so it needs --dataset")
+        if arguments.cameras or arguments.depth_range:
+            raise UserError("--cameras and --depth-range are of a data set, so they need --dataset")
         settings = closed_loop.settings_of(plan)
         settings.make_task(settings.task_names(plan.all_tasks)[0]).close()  # is the simulator installed, does it start?
         return plan
@@ -54,7 +54,7 @@ def _checked(arguments: argparse.Namespace, plan: Plan) -> Plan:
     from repvitok.data.contents import describe_contents
     from repvitok.encoding_plan import choose_cameras, infos_of
 
-    reader = LeRobotReader(arguments.dataset)
+    reader = LeRobotReader(arguments.dataset, depth_range=arguments.depth_range)
     cameras, infos = choose_cameras(reader, arguments.cameras), infos_of(reader, arguments.episodes)
     describe_contents(reader, cameras, infos).announce(needs_actions=True)
     per_latent = RepViTokConfig().tubelet_frames * plan.stride
@@ -111,5 +111,6 @@ def _from_simulator(this: Run) -> tuple[Trained, dict[str, StageResult]]:
 
 def _chosen(arguments: argparse.Namespace) -> DataSet:
     """The data set of the command line, and what of it."""
-    cameras, episodes = (chosen and tuple(chosen) for chosen in (arguments.cameras, arguments.episodes))
-    return DataSet(arguments.dataset, folder_digest(arguments.dataset), cameras=cameras, episodes=episodes)
+    names = ("cameras", "episodes", "depth_range")
+    chosen = {name: tuple(values) for name in names if (values := getattr(arguments, name))}
+    return DataSet(arguments.dataset, folder_digest(arguments.dataset), **chosen)

@@ -46,6 +46,7 @@ def train_tokenizer(
     dataset: Path,
     cameras: Sequence[str] | None = None,
     episodes: Sequence[str] | None = None,
+    depth_range: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """Train RepViTok on the data set's video and export it to ``folder/tokenizer``."""
     _fit(
@@ -60,6 +61,7 @@ def train_tokenizer(
         f"--data.held_out={plan.held_out}",
         *((f"--data.cameras={json.dumps(list(cameras))}",) if cameras else ()),
         *((f"--data.episodes={','.join(episodes)}",) if episodes else ()),
+        *((f"--data.depth_range={json.dumps(list(depth_range))}",) if depth_range else ()),
     )
     call(repvitok, "export", "--ckpt", folder / FIT / LAST, "--out", folder / "tokenizer")
     return last_values(folder / FIT, "val/psnr", "val/ssim")
@@ -73,6 +75,7 @@ def encode(
     tokenizer: Path,
     cameras: Sequence[str] | None = None,
     episodes: Sequence[str] | None = None,
+    depth_range: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """Encode the data set's video into latent shards."""
     call(
@@ -82,6 +85,7 @@ def encode(
         *("--size", f"{plan.size[0]}x{plan.size[1]}", "--stride", plan.stride, "--offsets", *plan.offsets),
         *(("--cameras", *cameras) if cameras else ()),
         *(("--episodes", *episodes) if episodes else ()),
+        *(("--depth-range", *depth_range) if depth_range else ()),
     )
     return {}
 

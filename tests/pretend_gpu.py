@@ -118,7 +118,8 @@ def _run(operation: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, bool]:
     if on_gpu and operation not in _COPIES:
         _refuse_mixtures(operation, tensors)
     plain_args, plain = tree_map(lambda x: x.values if isinstance(x, GPUTensor) else x, (args, dict(kwargs)))
-    plain |= {"device": torch.device("cpu")} if asked is not None else {}
+    if asked is not None and torch.device(asked).type != "meta":
+        plain["device"] = torch.device("cpu")
     plain |= {"pin_memory": False} if kwargs.get("pin_memory") else {}
     out = operation(*plain_args, **plain)
     returns = operation._schema.returns

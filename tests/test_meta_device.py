@@ -13,7 +13,7 @@ from repvitok.lightning_cli import parse_recipe
 from repwam_core import ActionSpace, WAMConfig, WorldActionModel
 from repwam_core.cli import STAGE as REPWAM
 from repwam_core.data.layout import DatasetLayout
-from repwam_core.embodiment import ChannelLayout
+from repwam_core.embodiment import shared_channels
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 PLM_WIDTH = 2048  # hidden states of the paper's text encoder at 1 B
@@ -99,4 +99,4 @@ def test_the_recipe_for_all_collections_names_the_units_of_their_layouts():
     assert set(LAYOUTS.values()) < set(robots)
     known = [DatasetLayout.load(name).robot(30.0) for name in robots]
     assert [tuple(units) for units in robots.values()] == [robot.action_units for robot in known]
-    assert len(ChannelLayout.of(known).names) == 20
+    assert len(shared_channels(known)) == 20

@@ -68,12 +68,13 @@ def inputs(config: WAMConfig) -> tuple[WAMInputs, SequenceCost]:
 @pytest.mark.parametrize("history", [True, False])
 @pytest.mark.parametrize("state", [True, False])
 def test_tokens_and_visible_pairs_are_the_layouts(coupling, history, state):
+    documents = *CHUNKS, (1,) * 9, (2,) * 6 + (1,), (3,) * 5  # also longer than the window
     model = config(coupling=coupling, action_history=history)
-    layout = concat([training_layout(sum(c) + 1, c, GRID, 2, state=state, action_history=history) for c in CHUNKS])
+    layout = concat([training_layout(sum(c) + 1, c, GRID, 2, state=state, action_history=history) for c in documents])
     for read in (False, True):
         part = read_tokens(layout, coupling).layout if read else layout
         costs = DocumentCosts(model, "robot", 16, 2, state=state, pruned=read)
-        cost = sum((costs.of(chunks) for chunks in CHUNKS), SequenceCost())
+        cost = sum((costs.of(chunks) for chunks in documents), SequenceCost())
         assert (cost.tokens, cost.video) == (len(part), len(part.video))
         assert cost.clean_video == len(part.video) - len(part.noisy_video)
         assert cost.pairs == int(dense_mask(part, coupling, model.window).sum())
@@ -225,7 +226,7 @@ def test_the_command_prints_the_estimate_under_its_old_name_too(capsys):
     ],
 )
 def test_impossible_runs_are_refused(arguments, message, capsys):
-    assert main(["estimate", *arguments.split()]) == 2
+    assert main(["estimate", "--preset", "tiny", *arguments.split()]) == 2
     assert message in capsys.readouterr().err
 
 

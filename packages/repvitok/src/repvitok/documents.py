@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -46,6 +46,8 @@ Decay = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 """Of an average or a momentum: 1 would never move."""
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 """SHA-256 in hexadecimal."""
+DepthRange = tuple[float | int, float | int]
+"""(MIN, MAX) in the numbers that a depth map stores: MIN and below become black, MAX and above white."""
 
 MAX_BYTES = 2**28
 """A document larger than this is refused unread: none of ours comes near it."""
@@ -260,6 +262,20 @@ def _check(name: str, value: Any, kind: Any) -> None:
         problem = str(error).removeprefix(f"{name}: ")
         came = "" if f"({short_json(value)})" in problem else f" ({short_json(value)})"
         raise UserError(f"{name}: {problem}{came}") from error
+
+
+def checked_range(depth_range: Sequence[float | int] | None) -> tuple[float, float] | None:
+    """The range as two floats.
+
+    Raises:
+        UserError: they are not two finite numbers, the lower one first.
+    """
+    if depth_range is None:
+        return None
+    numbers = [float(value) for value in depth_range]
+    if len(numbers) != 2 or not all(map(math.isfinite, numbers)) or numbers[0] >= numbers[1]:
+        raise UserError(f"a depth range is MIN MAX, two finite numbers, MIN below MAX; got {list(depth_range)}")
+    return numbers[0], numbers[1]
 
 
 @lru_cache(maxsize=256)

@@ -234,6 +234,12 @@ def visible_pairs(
     from repwam_core.model.blocked import block_plan
     from repwam_core.model.sequence import Modality
 
+    size = chunk_sizes[0]
+    equal = next((number for number, other in enumerate(chunk_sizes) if other != size), len(chunk_sizes))
+    if (further := equal - window // size - 3) > 0:  # their windows end after the prefix: each chunk adds the same
+        rest = tokens, vectors, state, pruned, history, coupling, window
+        long, short = (visible_pairs(chunk_sizes[further + less :], *rest) for less in (0, 1))
+        return long + further * (long - short)
     layout = _layout(chunk_sizes, 1, min(vectors, 1), state, history)
     layout = _pruned(layout, coupling) if pruned else layout
     weight = np.array([tokens, vectors, 1])[layout.modality.numpy()]  # in the order of Modality

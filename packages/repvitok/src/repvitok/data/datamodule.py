@@ -19,9 +19,19 @@ from repvitok.data.batches import (
 )
 from repvitok.data.clips import ClipDataset, frames_needed, require_pace
 from repvitok.data.folders import FolderKind, FolderSplit, split_folder
-from repvitok.data.pictures import checked_range
 from repvitok.data.split import HeldOut
-from repvitok.documents import Above0, BatchSize, Frames, Positive, Seed, Share, Side, check_arguments, check_fields
+from repvitok.documents import (
+    Above0,
+    BatchSize,
+    Frames,
+    Positive,
+    Seed,
+    Share,
+    Side,
+    check_arguments,
+    check_fields,
+    checked_range,
+)
 from repvitok.errors import MOST_PROCESSES, UserError
 
 

@@ -12,8 +12,8 @@ from jaxtyping import UInt8
 from repvitok.data.folders import folder_kind, open_videos
 from repvitok.data.lerobot import LeRobotReader
 from repvitok.data.lerobot_format import EpisodeInfo
-from repvitok.data.pictures import DepthRange, checked_range
 from repvitok.data.sources import VideoSource
+from repvitok.documents import DepthRange, checked_range
 from repvitok.errors import UserError
 
 CAMERA = "video"

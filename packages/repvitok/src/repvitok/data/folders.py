@@ -11,7 +11,6 @@ from typing import Literal
 
 from repvitok.data.contents import require_recorded
 from repvitok.data.lerobot import LeRobotReader
-from repvitok.data.pictures import DepthRange
 from repvitok.data.sources import (
     VIDEO_SUFFIXES,
     ImageFolder,
@@ -23,6 +22,7 @@ from repvitok.data.sources import (
 )
 from repvitok.data.split import EpisodeNumbers, HeldOut, choose_episodes, held_out_tail, left_out, split_episodes
 from repvitok.data.tars import TarShards, is_shards
+from repvitok.documents import DepthRange
 from repvitok.errors import UserError
 
 _LEROBOT_FILES = (

@@ -12,8 +12,7 @@ import msgspec
 import numpy as np
 from jaxtyping import Float
 
-from repvitok.data.pictures import checked_range
-from repvitok.documents import Count, From0, parse
+from repvitok.documents import Count, From0, checked_range, parse
 from repvitok.errors import UserError
 
 InstructionSource = Literal["task_index", "tasks", "none"]

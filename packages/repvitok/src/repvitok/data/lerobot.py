@@ -22,8 +22,9 @@ from repvitok.data.lerobot_instructions import Instructions, RecordedEpisode
 from repvitok.data.lerobot_metadata import NEVER_RECORDED, EpisodeRow, read_metadata
 from repvitok.data.lerobot_pictures import PictureColumn
 from repvitok.data.lerobot_tables import EpisodeTables
-from repvitok.data.pictures import HOW_TO_ASK, DepthRange, checked_range, depth_codes, is_depth_feature
+from repvitok.data.pictures import HOW_TO_ASK, depth_codes, is_depth_feature
 from repvitok.data.video import VideoFile
+from repvitok.documents import DepthRange, checked_range
 from repvitok.errors import UserError
 
 __all__ = ["EpisodeInfo", "LeRobotReader"]

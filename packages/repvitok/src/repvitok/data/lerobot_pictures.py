@@ -13,8 +13,8 @@ import pyarrow as pa
 from jaxtyping import UInt8
 from PIL import Image
 
-from repvitok.data.pictures import DepthRange, is_deep, picture_to_rgb
-from repvitok.documents import refuse_lfs_pointer
+from repvitok.data.pictures import is_deep, picture_to_rgb
+from repvitok.documents import DepthRange, refuse_lfs_pointer
 from repvitok.errors import UserError
 
 __all__ = ["PictureColumn"]

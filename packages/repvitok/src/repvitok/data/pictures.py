@@ -13,27 +13,10 @@ import numpy as np
 from jaxtyping import Float64, UInt8
 from PIL import Image, ImageOps
 
-from repvitok.documents import refuse_lfs_pointer
+from repvitok.documents import DepthRange, refuse_lfs_pointer
 from repvitok.errors import UserError
 
-DepthRange = tuple[float | int, float | int]
-"""(MIN, MAX) in the numbers that a depth map stores: MIN and below become black, MAX and above white."""
-
 HOW_TO_ASK = "leave it out, or state what becomes black and what white (--depth-range MIN MAX, depth_range)"
-
-
-def checked_range(depth_range: Sequence[float | int] | None) -> tuple[float, float] | None:
-    """The range as two floats.
-
-    Raises:
-        UserError: they are not two finite numbers, the lower one first.
-    """
-    if depth_range is None:
-        return None
-    numbers = [float(value) for value in depth_range]
-    if len(numbers) != 2 or not all(map(math.isfinite, numbers)) or numbers[0] >= numbers[1]:
-        raise UserError(f"a depth range is MIN MAX, two finite numbers, MIN below MAX; got {list(depth_range)}")
-    return numbers[0], numbers[1]
 
 
 def depth_to_rgb(depth: np.ndarray, depth_range: DepthRange) -> UInt8[np.ndarray, "h w 3"]:

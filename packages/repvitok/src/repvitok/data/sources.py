@@ -13,8 +13,9 @@ from jaxtyping import UInt8
 
 from repvitok.data.lerobot import LeRobotReader
 from repvitok.data.lerobot_format import number_ranges
-from repvitok.data.pictures import DepthRange, checked_range, read_image
+from repvitok.data.pictures import read_image
 from repvitok.data.video import VideoFile
+from repvitok.documents import DepthRange, checked_range
 from repvitok.errors import UserError
 
 log = logging.getLogger(__name__)

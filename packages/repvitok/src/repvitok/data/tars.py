@@ -18,10 +18,11 @@ from braceexpand import braceexpand
 from jaxtyping import UInt8
 
 from repvitok.data.last_used import LastUsed
-from repvitok.data.pictures import DepthRange, checked_range, read_image
+from repvitok.data.pictures import read_image
 from repvitok.data.sources import BadFiles
 from repvitok.data.tar_index import TarMember, read_index
 from repvitok.data.video import VideoFile
+from repvitok.documents import DepthRange, checked_range
 from repvitok.errors import UserError
 from repvitok.files import atomic_file
 

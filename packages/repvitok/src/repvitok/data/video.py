@@ -18,8 +18,8 @@ from av.error import FFmpegError
 from av.video.stream import VideoStream
 from jaxtyping import Float64, Int64, UInt8
 
-from repvitok.data.pictures import HOW_TO_ASK, DepthCodes, DepthRange, deep_grey, depth_to_rgb
-from repvitok.documents import refuse_lfs_pointer
+from repvitok.data.pictures import HOW_TO_ASK, DepthCodes, deep_grey, depth_to_rgb
+from repvitok.documents import DepthRange, refuse_lfs_pointer
 from repvitok.errors import UserError
 from repvitok.files import atomic_file
 

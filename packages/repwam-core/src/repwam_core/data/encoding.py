@@ -16,8 +16,7 @@ from latent_action.labelling import label_shards
 from repvitok.data.contents import describe_contents
 from repvitok.data.episodes import VideoEpisodes, open_episodes
 from repvitok.data.lerobot import LeRobotReader
-from repvitok.data.pictures import checked_range
-from repvitok.documents import Count, Frames, Side, check_arguments
+from repvitok.documents import Count, Frames, Side, check_arguments, checked_range
 from repvitok.encoding import encode_dataset
 from repvitok.encoding_plan import choose_cameras, infos_of
 from repvitok.errors import MOST_PROCESSES

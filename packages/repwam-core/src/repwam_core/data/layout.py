@@ -345,7 +345,7 @@ def _rewrite(
         if "index" in table.column_names:
             index = table["episode_index"].to_numpy()
             begins = np.flatnonzero(np.diff(index, prepend=-1))
-            within = np.arange(len(index)) - np.repeat(begins, np.diff([*begins, len(index)]))
+            within = np.arange(len(index)) - np.repeat(begins, np.diff(np.append(begins, len(index))))
             values = pa.array(within + [rows[episode] for episode in index.tolist()])
             column = values.cast(table.schema.field("index").type)
             table = table.set_column(table.column_names.index("index"), "index", column)

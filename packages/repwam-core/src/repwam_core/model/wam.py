@@ -222,14 +222,12 @@ class SpaceProjections(nn.Module):
 
     def __init__(self, space: ActionSpace, width: int, state_token: bool) -> None:
         super().__init__()
-        with torch.device("meta"):  # torch's own draws would come before ours, which are the same
+        with torch.random.fork_rng(devices=[]):  # torch's own draws would come before ours, which are the same
             self.action_in = nn.Linear(space.channels, width)
             self.action_out = nn.Linear(width, space.channels)
             self.slots = nn.Parameter(torch.zeros(1, space.vectors_per_transition, width))
             self.state_in = nn.Linear(space.state_channels, width) if state_token and space.state_channels else None
-        if torch.get_default_device().type != "meta":
-            self.to_empty(device=torch.get_default_device())
-            draw_in_turn(self, "spaces")
+        draw_in_turn(self, "spaces")
 
 
 class Expert(nn.Module):

@@ -268,7 +268,7 @@ DEPTH_RANGE: dict[str, Any] = {
     "metavar": ("MIN", "MAX"),
     "help": "read depth maps, too: from MIN black to MAX white, in the numbers they store",
 }
-"""Keyword arguments of `add_argument("--depth-range", ...)`, see `repvitok.data.pictures.checked_range`."""
+"""Keyword arguments of `add_argument("--depth-range", ...)`, see `repvitok.documents.checked_range`."""
 
 
 def import_object(path: str) -> Any:

@@ -11,11 +11,12 @@ from repvitok.curves import read_curves
 from repwam_core.data.datamodule import WAMDataModule
 from repwam_core.data.packed import PackedBatch
 from repwam_core.data.packing import PackingSettings
+from repwam_core.estimate import DocumentCosts, SequenceCost
 from repwam_core.export import export_wam, read_trained
 from repwam_core.model.inputs import Velocities
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.training.banner import batch_flops
-from repwam_core.training.losses import LossSettings, draw_noise, loss_terms, with_joint_actions
+from repwam_core.training.losses import LossSettings, draw_noise, equal_chunks, loss_terms, with_joint_actions
 from repwam_core.training.module import WAMTraining
 from repwam_core.training.parallel import ScaleSettings
 
@@ -114,6 +115,23 @@ def test_joint_prediction_costs_no_action_tokens(shards):
         replace(d, segment=replace(d.segment, actions=d.segment.actions.repeat(1, 1, 3, 1))) for d in batch.documents
     ]
     assert batch_flops(joint, replace(batch, documents=tuple(widened)), {}) == flops
+
+
+def test_instructions_of_any_length_cost_what_the_model_says(shards):
+    module = training(shards)
+    batch, known = next(iter(module.trainer.datamodule.train_dataloader())), {}
+    first = batch.documents[0].segment
+    state = module.wam.config.has_state(module.space) and first.state is not None
+    for length in (1, 7, 40):
+        text = torch.zeros(1, length, first.text.shape[2]), torch.ones(1, length, dtype=torch.bool)
+        documents = [replace(d, segment=replace(d.segment, text=text[0], text_mask=text[1])) for d in batch.documents]
+        sizes = first.latents.shape[2], first.actions.shape[2]
+        costs = DocumentCosts(module.wam.config, module.space, *sizes, state=state, text=length)
+        transitions = [document.segment.valid.shape[1] for document in documents]
+        parts = [costs.of(equal_chunks(frames, module.chunk_size(batch))) for frames in transitions]
+        flops = sum(parts, SequenceCost()).training_flops
+        assert batch_flops(module, replace(batch, documents=tuple(documents)), known) == flops
+    assert len(known) == 1
 
 
 @pytest.mark.slow

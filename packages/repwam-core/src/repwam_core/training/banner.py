@@ -12,6 +12,9 @@ from repwam_core.data.packed import PackedBatch, PackedLoader
 from repwam_core.estimate import DocumentCosts, SequenceCost, peak_flops
 from repwam_core.training.losses import equal_chunks
 
+DocumentKind = tuple[int, int, bool]
+"""Tokens of a latent frame, action vectors of a transition, whether there are states."""
+
 
 class StepBanner(L.Callback):
     """Logs the cost of packed training steps, every `log_every_n_steps` steps.
@@ -24,7 +27,7 @@ class StepBanner(L.Callback):
     def __init__(self) -> None:
         self._start_s = self._waited_s = 0.0
         self._tokens = self._budget = self._flops = 0.0
-        self._known: dict[tuple[int, int, bool, int], DocumentCosts] = {}
+        self._known: dict[DocumentKind, tuple[DocumentCosts, DocumentCosts]] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
         """Start the clock."""
@@ -75,18 +78,24 @@ def _waited_s(trainer: L.Trainer) -> float:
     return loader.waited_s if isinstance(loader, PackedLoader) else 0.0
 
 
-def batch_flops(training: Any, batch: PackedBatch, known: dict[tuple[int, int, bool, int], DocumentCosts]) -> int:
+def batch_flops(
+    training: Any, batch: PackedBatch, known: dict[DocumentKind, tuple[DocumentCosts, DocumentCosts]]
+) -> int:
     """FLOPs of a step on one packed sequence, forward and backward; recomputation does not count.
 
-    `known` holds the costs of the kinds of documents that came before, and takes those of new kinds.
+    `known` holds the costs of the kinds of documents that came before, and takes those of new kinds: with one text
+    token and with two. Each further one costs the same, so that instructions of another length need no other model.
     """
     config, sequence = training.wam.config, SequenceCost()
     text = max(item.segment.text.shape[1] for item in batch.documents)
     for segment in (document.segment for document in batch.documents):
         vectors = 0 if config.joint_actions else segment.actions.shape[2]
         state = config.has_state(training.space) and segment.state is not None
-        kind = (segment.latents.shape[2], vectors, state, text)
+        kind = (segment.latents.shape[2], vectors, state)
         if kind not in known:
-            known[kind] = DocumentCosts(config, training.space, *kind[:2], state=state, text=text)
-        sequence += known[kind].of(equal_chunks(segment.valid.shape[1], training.chunk_size(batch)))
+            one, two = (DocumentCosts(config, training.space, *kind[:2], state=state, text=n) for n in (1, 2))
+            known[kind] = one, two
+        chunks = equal_chunks(segment.valid.shape[1], training.chunk_size(batch))
+        one, two = (costs.of(chunks) for costs in known[kind])
+        sequence += one + (two + one * -1) * (text - 1)
     return sequence.training_flops

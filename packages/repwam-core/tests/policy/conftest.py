@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from repvitok import RepViTok, RepViTokConfig
 from repvitok.baselines import WanVae
 from repvitok.data import LeRobotReader, LeRobotWriter
 from repvitok.encoding import encode_dataset
 from repvitok.interface import VideoTokenizer
+from repwam_core.cli import main
 from repwam_core.data.episodes import EpisodeStore, text_cache
 from repwam_core.embodiment import Embodiment
 from repwam_core.model.config import ActionSpace, WAMConfig
@@ -123,3 +125,30 @@ def _random_wam(store: EpisodeStore) -> WorldActionModel:
     for parameter in wam.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     return wam
+
+
+@pytest.fixture(scope="session")
+def fit_one_step():
+    """One step of `repwam fit` on the latents of a world, into a folder; returns its recipe."""
+
+    def fit(
+        folder: Path, world: World, *, window: int, chunk_sizes: list[int], plan: dict, held_out: float = 0.0
+    ) -> Path:
+        sizes = {"width": 32, "depth": 1, "heads": 2, "ffn": 32, "action_width": 32, "action_ffn": 32}
+        values = {
+            "model": {
+                "preset": "tiny",
+                "wam": {**sizes, "window": window, "state_token": True},
+                "space": "robot",
+                "chunk_sizes": chunk_sizes,
+                "optimizer": {"name": "adamw", "lr": 1e-3, "warmup_steps": 1},
+                "plan": plan,
+            },
+            "data": {"latents": str(world.shards), "transitions": 2, "batch_size": 2, "held_out": held_out},
+            "trainer": {"accelerator": "cpu", "max_steps": 1, "default_root_dir": str(folder)},
+        }
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+        assert main(["fit", "-c", str(folder / "recipe.yaml")]) == 0
+        return folder / "recipe.yaml"
+
+    return fit

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import yaml
 from latent_action import LatentActionConfig, LatentActionTokenizer, episode_pictures
 from latent_action.baselines.frame_pairs import load_frame_table
 from repvitok.data import LatentShards, LeRobotReader, prepare_frames
@@ -23,27 +22,14 @@ LEFT, DEPTH = "observation.images.left", "observation.images.right"
 
 
 @pytest.fixture(scope="module")
-def exported(depth_world, tmp_path_factory):
+def exported(depth_world, fit_one_step, tmp_path_factory):
     """One step of `repwam fit`, `repwam test` along the recorded episodes, then `repwam export`."""
     folder = tmp_path_factory.mktemp("depth-run")
-    sizes = {"width": 32, "depth": 1, "heads": 2, "ffn": 32, "action_width": 32, "action_ffn": 32}
-    values = {
-        "model": {
-            "preset": "tiny",
-            "wam": {**sizes, "window": 2, "state_token": True},
-            "space": "robot",
-            "chunk_sizes": [1, 1],
-            "optimizer": {"name": "adamw", "lr": 1e-3, "warmup_steps": 1},
-            "plan": {"chunk_frames": 1, "video_steps": 1, "action_steps": 1},
-        },
-        "data": {"latents": str(depth_world.shards), "transitions": 2, "batch_size": 2, "held_out": 0.5},
-        "trainer": {"accelerator": "cpu", "max_steps": 1, "default_root_dir": str(folder)},
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
-    assert main(["fit", "-c", str(folder / "recipe.yaml")]) == 0
+    plan = {"chunk_frames": 1, "video_steps": 1, "action_steps": 1}
+    recipe = fit_one_step(folder, depth_world, window=2, chunk_sizes=[1, 1], plan=plan, held_out=0.5)
     tokenizer = str(depth_world.policy / "tokenizer")
     recorded = [f"--recorded.dataset={depth_world.dataset}", f"--recorded.tokenizer={tokenizer}"]
-    assert main(["test", "-c", str(folder / "recipe.yaml"), *recorded]) == 0
+    assert main(["test", "-c", str(recipe), *recorded]) == 0
     export = ["export", "--ckpt", str(folder), "--tokenizer", tokenizer, "--latents", str(depth_world.shards)]
     assert main([*export, "--out", str(folder / "policy")]) == 0
     return folder

@@ -6,7 +6,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-import yaml
 from repvitok import RepViTok, RepViTokConfig
 from repvitok.data import LeRobotReader
 from repvitok.errors import UserError
@@ -22,24 +21,11 @@ from repwam_core.statistics import Statistics
 
 
 @pytest.fixture(scope="module")
-def checkpoint(world, tmp_path_factory):
+def checkpoint(world, fit_one_step, tmp_path_factory):
     """One step of `repwam fit` on the world's shards."""
     folder = tmp_path_factory.mktemp("run")
-    sizes = {"width": 32, "depth": 1, "heads": 2, "ffn": 32, "action_width": 32, "action_ffn": 32}
-    values = {
-        "model": {
-            "preset": "tiny",
-            "wam": {**sizes, "window": 1, "state_token": True},
-            "space": "robot",
-            "chunk_sizes": [1, 1],
-            "optimizer": {"name": "adamw", "lr": 1e-3, "warmup_steps": 1},
-            "plan": {"chunk_frames": 1, "video_steps": 2, "action_steps": 2},
-        },
-        "data": {"latents": str(world.shards), "transitions": 2, "batch_size": 2, "held_out": 0.0},
-        "trainer": {"accelerator": "cpu", "max_steps": 1, "default_root_dir": str(folder)},
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
-    assert main(["fit", "-c", str(folder / "recipe.yaml")]) == 0
+    plan = {"chunk_frames": 1, "video_steps": 2, "action_steps": 2}
+    fit_one_step(folder, world, window=1, chunk_sizes=[1, 1], plan=plan)
     return folder / "last.ckpt"
 
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import yaml
 from repvitok.baselines import WanVae
 from repvitok.data import LatentShards, LeRobotReader
 from repwam_core.cli import main
@@ -17,24 +16,11 @@ from repwam_core.policy.folder import PolicyParts
 
 
 @pytest.fixture(scope="module")
-def exported(wan_world, tmp_path_factory):
+def exported(wan_world, fit_one_step, tmp_path_factory):
     """One step of `repwam fit` on the Wan latents, then `repwam export`, from a folder with the VAE in a subfolder."""
     folder = tmp_path_factory.mktemp("wan-run")
-    sizes = {"width": 32, "depth": 1, "heads": 2, "ffn": 32, "action_width": 32, "action_ffn": 32}
-    values = {
-        "model": {
-            "preset": "tiny",
-            "wam": {**sizes, "window": 2, "state_token": True},
-            "space": "robot",
-            "chunk_sizes": [1, 2],
-            "optimizer": {"name": "adamw", "lr": 1e-3, "warmup_steps": 1},
-            "plan": {"chunk_frames": 2, "video_steps": 2, "action_steps": 2},
-        },
-        "data": {"latents": str(wan_world.shards), "transitions": 2, "batch_size": 2, "held_out": 0.0},
-        "trainer": {"accelerator": "cpu", "max_steps": 1, "default_root_dir": str(folder)},
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
-    assert main(["fit", "-c", str(folder / "recipe.yaml")]) == 0
+    plan = {"chunk_frames": 2, "video_steps": 2, "action_steps": 2}
+    fit_one_step(folder, wan_world, window=2, chunk_sizes=[1, 2], plan=plan)
     pipeline = folder / "pipeline"
     WanVae.from_pretrained(wan_world.policy / "tokenizer").write_into(pipeline / "vae")
     (pipeline / "transformer.bin").write_bytes(bytes(2**20))

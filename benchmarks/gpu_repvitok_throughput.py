@@ -4,7 +4,7 @@
 
 One row per setting, 17x256x256 clips, the paper's size, random weights and clips. A training step is encode, decode,
 L1, backward, gradient clip and AdamW (fused) under bf16 autocast, without teacher, LPIPS and adversary, whose cost
-depends on which are chosen. Operations are counted by `repvitok.flops`: three times the forward pass for a step, the
+depends on which are chosen. Operations are counted by `repvitok.model`: three times the forward pass for a step, the
 recomputed one left out, so that recomputing lowers MFU. --peak-tflops is the GPU's dense bf16 peak: 989 for H100 and
 H200, 312 for A100, 148 for H20. On a machine without a GPU: --device cpu --tiny --steps 1, to see that it runs, all but
 FlexAttention's backward pass, which a CPU does not have.
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from repvitok import RepViTok, RepViTokConfig
-from repvitok.flops import decode_flops, encode_flops
+from repvitok.model import decode_flops, encode_flops
 
 FRAMES, SIDE = 17, 256
 TINY = {"width": 48, "depth": 1, "heads": 4}

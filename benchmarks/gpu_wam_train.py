@@ -17,7 +17,7 @@ import time
 from typing import get_args
 
 import torch
-from repvitok.optim import build_optimizer
+from repvitok.runtime.optim import build_optimizer
 from repwam_core.estimate import DocumentCosts, SequenceCost, activation_bytes, meta_model, peak_flops, state_bytes
 from repwam_core.model.attention import make_attend
 from repwam_core.model.config import ActionSpace, Recompute, WAMConfig

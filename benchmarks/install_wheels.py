@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 IMPORTS = {
-    "repvitok": ("repvitok", "repvitok.errors"),
+    "repvitok": ("repvitok", "repvitok.runtime.errors"),
     "latent-action": ("latent_action", "latent_action.config"),
     "repwam-core": ("repwam_core", "repwam_core.interface"),
 }

@@ -44,8 +44,8 @@ from latent_action.transfer import (
 from latent_action.transitions import TransitionTable, load_transitions
 from repvitok.data.shards import LatentShards
 from repvitok.data.split import split_episodes
-from repvitok.ema import ExponentialMovingAverage
-from repvitok.optim import OptimizerSettings
+from repvitok.runtime.optim import OptimizerSettings
+from repvitok.runtime.training import ExponentialMovingAverage
 from torch import Tensor, nn
 
 # What differs from `base`: settings of the model, weights of Eq. 4's losses, transitions trained on.

@@ -17,7 +17,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 from repvitok import RepViTok
-from repvitok.data.lerobot import LeRobotReader
+from repvitok.data.lerobot.reader import LeRobotReader
 from repvitok.data.split import split_episodes
 from repvitok.data.transforms import prepare_frames, to_uint8
 

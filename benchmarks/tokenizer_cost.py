@@ -6,7 +6,7 @@ compare: one 17x256x256 clip, encoded and decoded by RepViTok (paper's size), by
 and by LTX-Video's VAE (diffusers, random weights, float32). Each model and direction runs in a process of its own, one
 after the other; a small clip warms it up. CPU time is the process's; peak memory its maximum resident size, with what
 the interpreter and the libraries take before the model is made beside it.
-scaling: RepViTok on 17, 33, 65 and 129 frames, against its operations (`repvitok.flops`).
+scaling: RepViTok on 17, 33, 65 and 129 frames, against its operations (`repvitok.model`).
 streaming: latent frames one by one with a window of 5: CPU time per latent frame, early and late.
 
 With --runs FILE every measurement is appended to a JSON lines file as it is made and taken from there when the command
@@ -75,7 +75,7 @@ def measure_model(name: str, direction: str) -> dict[str, float]:
 def measure_length(frames: str) -> dict[str, float]:
     """CPU seconds of RepViTok's encode and decode on a clip of so many frames, and their operations."""
     from repvitok import RepViTok, RepViTokConfig
-    from repvitok.flops import decode_flops, encode_flops
+    from repvitok.model import decode_flops, encode_flops
 
     torch.manual_seed(0)
     tok, video = RepViTok(RepViTokConfig()).eval(), torch.rand(1, 3, int(frames), SIZE, SIZE) * 2 - 1
@@ -187,7 +187,7 @@ def _prepare(name: str, direction: str) -> tuple[int, Callable[[int, int], objec
     """A model's number of parameters, and a call that encodes or decodes a random clip of (frames, side)."""
     if name in ("repvitok", "wan2.2"):
         from repvitok import RepViTok, RepViTokConfig
-        from repvitok.baselines import WanVae
+        from repvitok.baselines.wan import WanVae
 
         tok = RepViTok(RepViTokConfig()).eval() if name == "repvitok" else WanVae.from_config()
         dim = tok.config.latent_dim

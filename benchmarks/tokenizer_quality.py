@@ -31,15 +31,14 @@ import yaml
 from einops import rearrange, reduce
 from pretrained_teacher import NAME, write_teacher_weights
 from repvitok import RepViTok
+from repvitok.baselines.convnet_teacher import ConvNetTeacher
 from repvitok.cli import main as repvitok
-from repvitok.convnet_teacher import ConvNetTeacher
-from repvitok.curves import read_curves
-from repvitok.data.lerobot import LeRobotReader
+from repvitok.data.lerobot.reader import LeRobotReader
 from repvitok.data.split import split_episodes
 from repvitok.data.transforms import prepare_frames
-from repvitok.metrics import psnr, ssim
-from repvitok.teacher import HOGTeacher, Teacher
-from repvitok.teacher_cache import CachedTeacher
+from repvitok.runtime.curves import read_curves
+from repvitok.training.metrics import psnr, ssim
+from repvitok.training.teacher import CachedTeacher, HOGTeacher, Teacher
 from torch import Tensor
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "1_repvitok"
@@ -97,11 +96,11 @@ def train(options: argparse.Namespace, arm: str, align: float, seed: int, weight
     if (folder / "tokenizer" / "config.json").is_file():
         return
     teacher = {
-        "class_path": "repvitok.teacher_cache.CachedTeacher",
+        "class_path": "repvitok.training.teacher.CachedTeacher",
         "init_args": {
             "folder": str(options.out / FEATURES),
             "teacher": {
-                "class_path": "repvitok.convnet_teacher.ConvNetTeacher",
+                "class_path": "repvitok.baselines.convnet_teacher.ConvNetTeacher",
                 "init_args": {"name": NAME, "weights_path": str(weights)},
             },
         },

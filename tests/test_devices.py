@@ -12,10 +12,10 @@ from latent_action.cli import main as latent_action
 from latent_action.labelling import label_shards
 from pretend_gpu import PretendGPU
 from repvitok import RepViTok, RepViTokConfig
-from repvitok.checkpointing import read_checkpoint
 from repvitok.cli import main as repvitok
 from repvitok.data import LatentShards, LeRobotReader
 from repvitok.encoding import encode_dataset
+from repvitok.runtime.checkpointing import read_checkpoint
 from repwam_core import Observation
 from repwam_core.cli import main
 from repwam_core.data.datamodule import WAMDataModule

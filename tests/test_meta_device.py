@@ -9,7 +9,7 @@ from latent_action import LatentActionConfig, LatentActionTokenizer
 from latent_action.cli import STAGE as LATENT_ACTION
 from repvitok import RepViTok, RepViTokConfig
 from repvitok.cli import STAGE as REPVITOK
-from repvitok.lightning_cli import parse_recipe
+from repvitok.runtime.lightning_cli import parse_recipe
 from repwam_core import ActionSpace, WAMConfig, WorldActionModel
 from repwam_core.cli import STAGE as REPWAM
 from repwam_core.data.layout import DatasetLayout

@@ -22,15 +22,14 @@ from latent_action.baselines.lapa_training import LapaTraining
 from latent_action.config import LatentActionConfig
 from latent_action.datamodule import LatentActionData
 from latent_action.training import LatentActionTraining
-from repvitok.callbacks import SaveLast, StageProgress
-from repvitok.commands import Command, RawCommand, command_parser, run_commands
 from repvitok.config import RepViTokConfig
 from repvitok.data.datamodule import ClipDataModule, ClipKind
-from repvitok.discriminator import AdversarySettings
-from repvitok.errors import UserError, run_cli
-from repvitok.losses import LossWeights
-from repvitok.optim import OptimizerSettings
-from repvitok.training import RepViTokTraining
+from repvitok.runtime.callbacks import SaveLast, StageProgress
+from repvitok.runtime.commands import Command, RawCommand, command_parser, run_commands
+from repvitok.runtime.errors import UserError, run_cli
+from repvitok.runtime.optim import OptimizerSettings
+from repvitok.training.losses import AdversarySettings, LossWeights
+from repvitok.training.module import RepViTokTraining
 from repwam_core.data.datamodule import WAMDataModule
 from repwam_core.data.encoding import EncodingSettings
 from repwam_core.data.mixture import DataSetSettings
@@ -99,7 +98,7 @@ def _others(parser: Any, option: argparse.Action) -> list[str]:
 def test_bad_values_are_one_line_or_make_sense(
     program: str, command: Command, parser: Any, option: argparse.Action, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert option.type not in (int, float, str, Path), "use a type of repvitok.commands: it knows the range"
+    assert option.type not in (int, float, str, Path), "use a type of repvitok.runtime.commands: it knows the range"
     assert option.type is not None or option.choices, "use text_argument or path_argument: they refuse nothing"
     seen: list[argparse.Namespace] = []
     quiet = [replace(command, run=lambda parsed: seen.append(parsed))]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from repvitok.checkpointing import is_sharded, read_checkpoint
+from repvitok.runtime.checkpointing import is_sharded, read_checkpoint
 from repwam_core.export import export_wam, read_trained
 from safetensors.torch import load_file
 

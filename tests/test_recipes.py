@@ -8,8 +8,8 @@ import yaml
 from latent_action.cli import LAPA_STAGE as LAPA
 from latent_action.cli import STAGE as LATENT_ACTION
 from repvitok.cli import STAGE as REPVITOK
-from repvitok.commands import import_object
-from repvitok.curves import read_curves
+from repvitok.runtime.commands import import_object
+from repvitok.runtime.curves import read_curves
 from repwam_core.cli import STAGE as REPWAM
 from repwam_core.quickstart.plan import RECIPES as QUICKSTART
 
@@ -63,7 +63,7 @@ def test_every_yaml_in_the_tree_is_a_recipe_that_is_tested():
 @pytest.mark.parametrize(("stage", "files"), list(_recipes()))
 def test_recipe_parses(stage, files, tmp_path):
     """Unknown keys, wrong types and missing classes are errors of the parser."""
-    from repvitok.lightning_cli import parse_recipe
+    from repvitok.runtime.lightning_cli import parse_recipe
 
     config = parse_recipe("fit", [str(path) for path in files], stage, [DATA[stage.name]])
     assert config.trainer.max_steps is None or config.trainer.max_steps != 0
@@ -76,7 +76,7 @@ def test_recipe_parses(stage, files, tmp_path):
 
 
 def test_overlays_shown_in_the_tokenizers_readme_parse(tmp_path):
-    from repvitok.lightning_cli import parse_recipe
+    from repvitok.runtime.lightning_cli import parse_recipe
 
     readme = (ROOT / "packages" / "repvitok" / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```yaml\n(.*?)```", readme, flags=re.DOTALL)
@@ -87,7 +87,7 @@ def test_overlays_shown_in_the_tokenizers_readme_parse(tmp_path):
         config = parse_recipe(
             "test", [str(RECIPES / "1_repvitok" / "tiny.yaml"), str(path)], REPVITOK, [DATA[REPVITOK.name]]
         )
-        assert config.model.test_features[0].class_path == "repvitok.features.I3DFeatures"
+        assert config.model.test_features[0].class_path == "repvitok.training.features.I3DFeatures"
 
 
 def test_the_tiny_recipes_are_the_files_that_the_quickstart_runs():

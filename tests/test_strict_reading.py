@@ -17,8 +17,8 @@ from latent_action.config import LatentActionConfig
 from repvitok import RepViTokConfig
 from repvitok.data.latents import LatentEpisode, LatentMeta
 from repvitok.data.shards import LatentShards, LatentShardWriter
-from repvitok.documents import parse
-from repvitok.errors import UserError
+from repvitok.runtime.documents import parse
+from repvitok.runtime.errors import UserError
 from repwam_core.data.layout import LAYOUTS, DatasetLayout
 from repwam_core.embodiment import Embodiment
 from repwam_core.model.config import ActionSpace, WAMConfig

@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("repvitok", "latent_action", "repwam_core")
 BEHIND = {
-    "a tokenizer's training step": "repvitok.training",
+    "a tokenizer's training step": "repvitok.training.module",
     "a latent action training step": "latent_action.training",
     "a world action model's training step": "repwam_core.training.module",
     "the model alone": "repwam_core.model.wam",

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from repvitok.checkpointing import read_checkpoint
-from repvitok.curves import read_curves
+from repvitok.runtime.checkpointing import read_checkpoint
+from repvitok.runtime.curves import read_curves
 
 _RUN_VERB = Path(__file__).with_name("run_verb.py")
 TIMEOUT_S = 600
@@ -151,7 +151,13 @@ def context() -> Any:
     """Processes that begin with the packages imported, so that a kill falls into the verb's own work."""
     made = multiprocessing.get_context("forkserver")
     made.set_forkserver_preload(
-        ["torch", "lightning.pytorch.cli", "repvitok.training", "latent_action.training", "repwam_core.training.module"]
+        [
+            "torch",
+            "lightning.pytorch.cli",
+            "repvitok.training.module",
+            "latent_action.training",
+            "repwam_core.training.module",
+        ]
     )
     return made
 

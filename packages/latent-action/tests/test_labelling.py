@@ -15,8 +15,8 @@ from latent_action.labelling import label_latents, label_shards
 from latent_action.model import LatentActionTokenizer
 from repvitok.data import shards as shards_module
 from repvitok.data.shards import LatentShards, LatentShardWriter, replace_instructions
-from repvitok.errors import UserError
 from repvitok.merging import merge_latents
+from repvitok.runtime.errors import UserError
 
 FILES = ["labels-000000.tar", "latents-000000.tar", "meta.json"]
 

@@ -19,11 +19,11 @@ from latent_action.probe import format_report, probe_shards
 from latent_action.training import LatentActionTraining
 from latent_action.transfer import latent_actions
 from latent_action.transitions import load_transitions
-from repvitok.checkpointing import read_checkpoint
-from repvitok.curves import read_curves
 from repvitok.data.shards import LatentShards
 from repvitok.data.split import split_episodes
-from repvitok.optim import OptimizerSettings
+from repvitok.runtime.checkpointing import read_checkpoint
+from repvitok.runtime.curves import read_curves
+from repvitok.runtime.optim import OptimizerSettings
 from safetensors.torch import load_file
 
 

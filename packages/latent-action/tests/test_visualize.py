@@ -6,7 +6,7 @@ import torch
 from latent_action.cli import main
 from latent_action.visualize import acting_map, draw_transition, side_by_side, transport_arrows
 from PIL import Image
-from repvitok.data.lerobot_writer import LeRobotWriter
+from repvitok.data.lerobot.writer import LeRobotWriter
 
 
 @torch.no_grad()

@@ -14,14 +14,14 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from repvitok import RepViTok
-from repvitok.checkpointing import read_checkpoint
 from repvitok.cli import main
-from repvitok.curves import read_curves
 from repvitok.data.video import VideoFile, write_video
-from repvitok.errors import UserError
-from repvitok.lightning_cli import several_processes
-from repvitok.pretrained import find_device
-from repvitok.training import RepViTokTraining
+from repvitok.runtime.checkpointing import read_checkpoint
+from repvitok.runtime.curves import read_curves
+from repvitok.runtime.errors import UserError
+from repvitok.runtime.lightning_cli import several_processes
+from repvitok.runtime.pretrained import find_device
+from repvitok.training.module import RepViTokTraining
 from safetensors.torch import load_file
 
 RECIPE = """
@@ -30,7 +30,7 @@ trainer: {accelerator: cpu, max_steps: 2, log_every_n_steps: 1, val_check_interv
 model:
   tokenizer: {width: 32, depth: 1, heads: 2, latent_dim: 8}
   weights: {perceptual: 0, gan: 0, align: 1}
-  teacher: {class_path: repvitok.teacher.HOGTeacher}
+  teacher: {class_path: repvitok.training.teacher.HOGTeacher}
   optimizer: {newton_schulz_dtype: float32, warmup_steps: 1}
 data: {size: [32, 32], frames: 5, batch_size: 1, held_out: 0.5, val_clips: 2}
 """
@@ -151,7 +151,7 @@ def test_the_same_seed_trains_the_same_weights(recipe):
         (["--ckpt_path", "/nowhere/last.ckpt"], "no checkpoint at /nowhere/last.ckpt"),
         (["--model.teacher", "null"], "there is no teacher"),
         (
-            ["--model.teacher", "repvitok.teacher.TimmTeacher"],
+            ["--model.teacher", "repvitok.training.teacher.TimmTeacher"],
             "teacher 'vit_pe_core_base_patch16_224' needs its weights",
         ),
         (["--data.size", "[30, 32]"], "30"),
@@ -274,7 +274,7 @@ def test_one_gpu_takes_no_strategy_of_several(monkeypatch, gpus, devices, severa
 def test_devices_auto_trains_on_one_device_without_ddp(recipe, monkeypatch):
     seen = []
     monkeypatch.setattr(Trainer, "fit", lambda trainer, *_, **__: seen.append(trainer))
-    monkeypatch.setattr("repvitok.lightning_cli.StageCLI.after_fit", lambda _: None)
+    monkeypatch.setattr("repvitok.runtime.lightning_cli.StageCLI.after_fit", lambda _: None)
     for devices in ("auto", "2"):
         assert fit(recipe, f"--trainer.devices={devices}") == 0
     assert [isinstance(trainer.strategy, DDPStrategy) for trainer in seen] == [False, True]

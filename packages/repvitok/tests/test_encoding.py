@@ -12,16 +12,15 @@ import pytest
 import torch
 from repvitok import RepViTok, RepViTokConfig, encoding
 from repvitok.data.contents import without_actions
-from repvitok.data.episodes import open_episodes
-from repvitok.data.lerobot_format import EpisodeInfo
+from repvitok.data.folders import open_episodes
+from repvitok.data.lerobot.format import EpisodeInfo
 from repvitok.data.shards import LatentShards
 from repvitok.data.transforms import prepare_frames
 from repvitok.data.video import write_video
-from repvitok.decoding import decode_shards
-from repvitok.encoding import encode_dataset
+from repvitok.encoding import decode_shards, encode_dataset
 from repvitok.encoding_plan import make_plan, share_of_episodes
-from repvitok.errors import UserError
 from repvitok.merging import merge_latents
+from repvitok.runtime.errors import UserError
 
 LENGTHS = (23, 9, 40, 12)
 
@@ -235,7 +234,7 @@ def test_videos_without_actions_encode_too(tmp_path, tok):
 
 
 def test_a_real_data_set_goes_all_the_way(tmp_path, tok, shared_data):
-    from repvitok.data.lerobot import LeRobotReader
+    from repvitok.data.lerobot.reader import LeRobotReader
 
     reader = LeRobotReader(shared_data / "unitree-g1-lerobot-v3.0")
     reader.episodes = reader.episodes[1:2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from repvitok import RepViTok, RepViTokConfig
-from repvitok.flops import decode_flops, encode_flops
+from repvitok.model import decode_flops, encode_flops
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from repvitok import RepViTok
-from repvitok.baselines import WanVae
+from repvitok.baselines.wan import WanVae
 from repvitok.interface import StreamMemory, VideoStream, VideoTokenizer
 from repvitok.model import load_tokenizer
 from torch import Tensor

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from repvitok import RepViTok, RepViTokConfig, merging
-from repvitok.data.lerobot import LeRobotReader
-from repvitok.data.lerobot_writer import LeRobotWriter
+from repvitok.data.lerobot.reader import LeRobotReader
+from repvitok.data.lerobot.writer import LeRobotWriter
 from repvitok.data.shards import LatentShards
 from repvitok.encoding import encode_dataset
 from repvitok.encoding_jobs import EncodingJob, run_job
-from repvitok.errors import UserError
 from repvitok.merging import merge_latents, part_folder
+from repvitok.runtime.errors import UserError
 
 LENGTHS = (9, 17, 6, 13, 9)
 SIZE = (16, 32)

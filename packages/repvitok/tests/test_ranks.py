@@ -10,11 +10,11 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from repvitok.checkpointing import read_checkpoint
 from repvitok.cli import main
-from repvitok.curves import read_curves
-from repvitok.data.batches import MixtureBatches
+from repvitok.data.clips import MixtureBatches
 from repvitok.data.video import write_video
+from repvitok.runtime.checkpointing import read_checkpoint
+from repvitok.runtime.curves import read_curves
 
 RANK = Path(__file__).with_name("rank.py")
 STEPS, ADVERSARY_ENTERS = 10, 2
@@ -44,8 +44,8 @@ def recipe(path: Path, folders: list[str], scale: int) -> Path:
                 "model": {
                     "tokenizer": {"width": 32, "depth": 1, "heads": 2, "latent_dim": 8},
                     "weights": {"l1": 1.0, "l2": 1.0, "gradient": 0.5, "perceptual": 1.0, "gan": 0.1, "align": 1.0},
-                    "teacher": {"class_path": "repvitok.teacher.HOGTeacher"},
-                    "perceptual": {"class_path": "repvitok.losses.PerceptualLoss", "init_args": perceptual},
+                    "teacher": {"class_path": "repvitok.training.teacher.HOGTeacher"},
+                    "perceptual": {"class_path": "repvitok.training.losses.PerceptualLoss", "init_args": perceptual},
                     "adversary": {
                         "start_step": ADVERSARY_ENTERS,
                         "width": 4,
@@ -73,7 +73,7 @@ def recipe(path: Path, folders: list[str], scale: int) -> Path:
 def train_together(arguments: list[str], world: int) -> list[int | None]:
     """Run `repvitok` on gloo CPU ranks; returns their exit codes."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "lightning.pytorch.cli", "repvitok.training"])
+    context.set_forkserver_preload(["torch", "lightning.pytorch.cli", "repvitok.training.module"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 import torch
-from repvitok.optim import build_optimizer
+from repvitok.runtime.optim import build_optimizer
 from repwam_core.cli import main, tokens_of
 from repwam_core.estimate import (
     DocumentCosts,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 from repwam_core.text import TextEncoder
 from safetensors.torch import save_file
 from transformers import BatchEncoding

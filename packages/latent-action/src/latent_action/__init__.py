@@ -6,7 +6,7 @@ The public names are imported on first use, so that `import latent_action` does 
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from repvitok.lazy import lazy_exports
+from repvitok.runtime.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from latent_action.config import LatentActionConfig

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from repvitok.commands import (
+from repvitok.runtime.commands import (
     SEEDS,
     Command,
     RawCommand,
@@ -19,7 +19,7 @@ from repvitok.commands import (
     training_commands,
     whole_number,
 )
-from repvitok.errors import UserError, run_cli
+from repvitok.runtime.errors import UserError, run_cli
 
 STAGE = TrainingStage(
     name="latent_action",
@@ -94,7 +94,7 @@ def _probe_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _probe(arguments: argparse.Namespace) -> int:
-    from repvitok.files import write_json_atomic
+    from repvitok.runtime.files import write_json_atomic
 
     from latent_action.model import LatentActionTokenizer
     from latent_action.probe import format_report, probe_shards
@@ -174,7 +174,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from repvitok.checkpointing import resolve_checkpoint
+    from repvitok.runtime.checkpointing import resolve_checkpoint
 
     from latent_action.export import export_checkpoint
 
@@ -184,7 +184,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _export_lapa(arguments: argparse.Namespace) -> int:
-    from repvitok.checkpointing import resolve_checkpoint
+    from repvitok.runtime.checkpointing import resolve_checkpoint
 
     from latent_action.baselines.lapa_training import export_lapa
 

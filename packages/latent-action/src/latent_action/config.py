@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import msgspec
 from repvitok.data.latents import LatentMeta
-from repvitok.documents import MAX_PARAMETERS, Above0, Size, check_fields, parse
-from repvitok.errors import UserError
+from repvitok.runtime.documents import MAX_PARAMETERS, Above0, Size, check_fields, parse
+from repvitok.runtime.errors import UserError
 
 POOLINGS = ("attention", "mean")
 Few = Annotated[int, msgspec.Meta(ge=1, le=1024)]

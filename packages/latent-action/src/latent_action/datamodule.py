@@ -11,12 +11,12 @@ import lightning as L
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from repvitok.data.batches import EndlessLoader
+from repvitok.data.clips import EndlessLoader
 from repvitok.data.latents import LatentMeta
 from repvitok.data.shards import LatentShards
 from repvitok.data.split import HeldOut, split_latents
-from repvitok.documents import BatchSize, From0, Positive, Seed, check_arguments
-from repvitok.errors import UserError
+from repvitok.runtime.documents import BatchSize, From0, Positive, Seed, check_arguments
+from repvitok.runtime.errors import UserError
 from torch import Tensor
 
 from latent_action.transitions import TransitionTable, lie_within, load_transitions

@@ -5,7 +5,7 @@ import math
 import torch
 from einops import rearrange, repeat
 from jaxtyping import Float
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -10,13 +10,13 @@ from einops import rearrange
 from jaxtyping import Float, UInt8
 from PIL import Image
 from repvitok.data.latents import LatentEpisode
-from repvitok.data.lerobot import LeRobotReader
+from repvitok.data.lerobot.reader import LeRobotReader
 from repvitok.data.shards import LatentShards
 from repvitok.data.split import format_episodes
 from repvitok.data.transforms import prepare_frames
 from repvitok.data.video import write_video
-from repvitok.errors import UserError
-from repvitok.files import atomic_file
+from repvitok.runtime.errors import UserError
+from repvitok.runtime.files import atomic_file
 
 from latent_action.baselines.lapa import LapaQuantizer
 from latent_action.baselines.readout import lapa_acting_map

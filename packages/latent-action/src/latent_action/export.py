@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from repvitok.checkpointing import load_trained, read_checkpoint, read_section
-from repvitok.errors import UserError
+from repvitok.runtime.checkpointing import load_trained, read_checkpoint, read_section
+from repvitok.runtime.errors import UserError
 
 from latent_action.config import LatentActionConfig
 from latent_action.model import LatentActionTokenizer

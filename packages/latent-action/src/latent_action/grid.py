@@ -5,7 +5,7 @@ import math
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 from torch import Tensor
 
 Grid = tuple[int, int, int]

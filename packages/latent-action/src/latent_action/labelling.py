@@ -21,12 +21,11 @@ from repvitok.data.shards import (
     replace_instructions,
     write_labels,
 )
-from repvitok.data.verified import sha256_of
-from repvitok.documents import read_json
-from repvitok.errors import UserError, require_disk_space
-from repvitok.files import atomic_file, is_held, sole_writer, write_json_atomic
-from repvitok.pretrained import find_device
-from repvitok.progress import progress
+from repvitok.runtime.documents import read_json
+from repvitok.runtime.errors import UserError, require_disk_space
+from repvitok.runtime.files import atomic_file, is_held, sha256_of, sole_writer, write_json_atomic
+from repvitok.runtime.pretrained import find_device
+from repvitok.runtime.progress import progress
 from torch import Tensor
 
 from latent_action.grid import Grid

@@ -6,8 +6,8 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Float
 from repvitok.data.latents import Standardizer
-from repvitok.errors import UserError
-from repvitok.pretrained import PretrainedModel
+from repvitok.runtime.errors import UserError
+from repvitok.runtime.pretrained import PretrainedModel
 from torch import Tensor
 
 from latent_action.config import LatentActionConfig

@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float, Int
 from repvitok.data.contents import without_actions
 from repvitok.data.shards import LatentShards
 from repvitok.data.split import HeldOut, split_latents
-from repvitok.errors import UserError
-from repvitok.optim import warmup_cosine_schedule
+from repvitok.runtime.errors import UserError
+from repvitok.runtime.optim import warmup_cosine_schedule
 from torch import Tensor, nn
 
 from latent_action.config import LatentActionConfig

@@ -8,11 +8,10 @@ from typing import Any
 import lightning as L
 import torch
 from repvitok.data.latents import LatentMeta
-from repvitok.documents import Decay, From0, check_arguments
-from repvitok.ema import ExponentialMovingAverage
-from repvitok.errors import UserError
-from repvitok.finite import FiniteCheck, clip_gradients, require_finite_weights
-from repvitok.optim import OptimizerSettings
+from repvitok.runtime.documents import Decay, From0, check_arguments
+from repvitok.runtime.errors import UserError
+from repvitok.runtime.optim import OptimizerSettings
+from repvitok.runtime.training import ExponentialMovingAverage, FiniteCheck, clip_gradients, require_finite_weights
 from torch import Tensor
 
 from latent_action.config import LatentActionConfig

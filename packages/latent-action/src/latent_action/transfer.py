@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 from torch import Tensor
 
 from latent_action.grid import Grid

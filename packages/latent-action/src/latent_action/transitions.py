@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from repvitok.data.latents import EpisodeInfo, LatentEpisode
 from repvitok.data.split import LatentSpan
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 from torch import Tensor
 
 

@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 from torch import Tensor
 
 from latent_action.grid import Grid, resolve_grid, token_coordinates

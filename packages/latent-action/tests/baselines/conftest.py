@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from repvitok.data.latents import LatentEpisode, LatentMeta
-from repvitok.data.lerobot_writer import LeRobotWriter
+from repvitok.data.lerobot.writer import LeRobotWriter
 from repvitok.data.shards import LatentShardWriter
 
 LENGTHS = (13, 5, 9)

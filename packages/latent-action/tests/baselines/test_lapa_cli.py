@@ -13,10 +13,10 @@ from latent_action.cli import main
 from latent_action.config import LatentActionConfig
 from latent_action.model import LatentActionTokenizer
 from PIL import Image
-from repvitok.checkpointing import read_checkpoint
-from repvitok.curves import read_curves
 from repvitok.data.shards import LatentShards
 from repvitok.data.video import VideoFile
+from repvitok.runtime.checkpointing import read_checkpoint
+from repvitok.runtime.curves import read_curves
 
 
 @pytest.fixture(scope="module")

@@ -8,24 +8,24 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from repvitok.lazy import lazy_exports
+from repvitok.runtime import moved
+from repvitok.runtime.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from repvitok.config import RepViTokConfig
-    from repvitok.errors import UserError
-    from repvitok.model import RepViTok
-    from repvitok.pretrained import PretrainedModel
-    from repvitok.streaming import StreamState, TokenizerStream
+    from repvitok.model import RepViTok, StreamState, TokenizerStream
+    from repvitok.runtime.errors import UserError
+    from repvitok.runtime.pretrained import PretrainedModel
 
 __version__ = version("repvitok")
 
 _HOMES = {
-    "PretrainedModel": "pretrained",
+    "PretrainedModel": "runtime.pretrained",
     "RepViTok": "model",
     "RepViTokConfig": "config",
-    "StreamState": "streaming",
-    "TokenizerStream": "streaming",
-    "UserError": "errors",
+    "StreamState": "model",
+    "TokenizerStream": "model",
+    "UserError": "runtime.errors",
 }
 
 __all__ = [
@@ -38,4 +38,5 @@ __all__ = [
     "__version__",
 ]
 
+moved.install()
 __getattr__, __dir__ = lazy_exports(__name__, _HOMES)

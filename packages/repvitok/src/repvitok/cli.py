@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from repvitok.commands import (
+from repvitok.runtime.commands import (
     DEPTH_RANGE,
     EPISODES,
     Command,
@@ -18,12 +18,12 @@ from repvitok.commands import (
     training_commands,
     whole_number,
 )
-from repvitok.documents import MAX_STRIDE
-from repvitok.errors import MOST_PROCESSES, run_cli
+from repvitok.runtime.documents import MAX_STRIDE
+from repvitok.runtime.errors import MOST_PROCESSES, run_cli
 
 STAGE = TrainingStage(
     name="repvitok",
-    module="repvitok.training:RepViTokTraining",
+    module="repvitok.training.module:RepViTokTraining",
     data="repvitok.data.datamodule:ClipDataModule",
     # An image meets no tubelet and no video adversary, and each of the two backward passes skips the other's network.
     parallel_strategy="ddp_find_unused_parameters_true",
@@ -137,7 +137,7 @@ def _relabel_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _relabel(options: argparse.Namespace) -> None:
-    from repvitok.relabelling import relabel_latents
+    from repvitok.merging import relabel_latents
 
     for latents in options.latents:
         if not relabel_latents(latents, options.dataset, report=print):
@@ -156,7 +156,7 @@ def _decode_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _decode(options: argparse.Namespace) -> None:
-    from repvitok.decoding import decode_shards
+    from repvitok.encoding import decode_shards
     from repvitok.model import load_tokenizer
 
     decode_shards(load_tokenizer(options.tokenizer), options.latents, options.out, options.episodes)
@@ -173,8 +173,8 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from repvitok.checkpointing import resolve_checkpoint
-    from repvitok.export import export_checkpoint
+    from repvitok.runtime.checkpointing import resolve_checkpoint
+    from repvitok.training.export import export_checkpoint
 
     tokenizer = export_checkpoint(resolve_checkpoint(options.ckpt), options.out, averaged=not options.raw)
     print(f"{options.out}: RepViTok {tokenizer.digest()[:16]}")

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import msgspec
 
-from repvitok.documents import MAX_PARAMETERS, Above0, Layers, Size, check_fields, parse
-from repvitok.errors import UserError
+from repvitok.runtime.documents import MAX_PARAMETERS, Above0, Layers, Size, check_fields, parse
+from repvitok.runtime.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Encodes whole data sets, or one share of them, to latent shards."""
+"""Encodes whole data sets, or one share of them, to latent shards, and decodes latent shards to videos."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from glob import escape
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,10 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from repvitok.data.contents import number_columns, require_recorded
-from repvitok.data.latents import ChannelRange
-from repvitok.data.lerobot import LeRobotReader
-from repvitok.data.lerobot_format import EpisodeInfo
+from repvitok.data.latents import ChannelRange, LatentEpisode, LatentMeta
+from repvitok.data.lerobot.format import EpisodeInfo
+from repvitok.data.lerobot.reader import LeRobotReader
 from repvitok.data.shards import (
-    LatentEpisode,
-    LatentMeta,
     LatentShards,
     LatentShardWriter,
     read_episode_file,
@@ -34,9 +33,9 @@ from repvitok.data.shards import (
     remove_work,
     write_episode_file,
 )
-from repvitok.data.split import EpisodeNumbers, left_out
-from repvitok.data.transforms import resize_frames, to_unit
-from repvitok.documents import read_json
+from repvitok.data.split import EpisodeNumbers, choose_episodes, left_out
+from repvitok.data.transforms import resize_frames, to_frames, to_unit
+from repvitok.data.video import write_video
 from repvitok.encoding_plan import (
     EncodingPlan,
     EpisodeReader,
@@ -49,12 +48,13 @@ from repvitok.encoding_plan import (
     read_robot_columns,
     share_of_episodes,
 )
-from repvitok.errors import UserError, require_disk_space
-from repvitok.files import sole_writer, write_json_atomic
 from repvitok.interface import VideoTokenizer
-from repvitok.merging import part_folder
-from repvitok.progress import progress as progress_bar
-from repvitok.relabelling import relabel
+from repvitok.merging import part_folder, relabel
+from repvitok.runtime.documents import read_json
+from repvitok.runtime.errors import UserError, require_disk_space
+from repvitok.runtime.files import refuse_foreign, sole_writer, write_json_atomic
+from repvitok.runtime.progress import progress
+from repvitok.runtime.progress import progress as progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -372,3 +372,57 @@ def _stream_clips(
         parts.append(stream.encode(to_unit(pixels.to(parameter.device)).to(parameter.dtype)).float().cpu())
     latents = torch.cat(parts, dim=1).numpy()
     return [np.ascontiguousarray(row[:count]) for row, count in zip(latents, counts, strict=True)]
+
+
+LATENTS_PER_CALL = 8
+
+
+def decode_shards(
+    tokenizer: VideoTokenizer, latents: str | Path, out: str | Path, episodes: EpisodeNumbers | None = None
+) -> list[Path]:
+    """Writes one mp4 per stored episode and camera, `<key>.<camera>.mp4`, at the rate the frames were taken at.
+
+    Args:
+        tokenizer: the one that made the latents, by its digest.
+        latents: a finished folder of latent shards.
+        out: folder for the videos.
+        episodes: numbers of the episodes to decode; all when None.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: if another tokenizer made the latents, or an episode asked for is not there.
+    """
+    shards = LatentShards(latents, expect_digest=tokenizer.digest())
+    wanted = set(choose_episodes(episodes, [info.episode_index for info in shards.infos], str(latents)))
+    chosen = [number for number, info in enumerate(shards.infos) if info.episode_index in wanted]
+    names = [_video_name(key, camera) for key in shards.keys for camera in shards.meta.cameras]
+    refuse_foreign(Path(out), map(escape, names), "decoded videos")
+    written = []
+    for number in progress(chosen, "decode", unit="episode"):
+        episode = shards[number]
+        video = decode_episode(tokenizer, episode, shards.meta)
+        for camera, pixels in zip(shards.meta.cameras, video, strict=True):
+            path = Path(out) / _video_name(episode.key, camera)
+            write_video(path, to_frames(pixels.cpu()), shards.meta.frame_rate_hz / shards.meta.stride)
+            written.append(path)
+    return written
+
+
+def _video_name(key: str, camera: str) -> str:
+    return f"{key}.{camera.split('.')[-1]}.mp4"
+
+
+def decode_episode(
+    tokenizer: VideoTokenizer, episode: LatentEpisode, meta: LatentMeta
+) -> Float[Tensor, "views 3 T H W"]:
+    """Pixels of a whole episode, decoded as a stream with the window it was encoded with; cameras side by side."""
+    views, height, width = meta.grid
+    z = torch.from_numpy(episode.latents).to(next(tokenizer.parameters()))
+    z = rearrange(z, "frames (views tokens) d -> views frames tokens d", views=views)
+    size = (height * tokenizer.config.patch_size, width * tokenizer.config.patch_size)
+    stream = tokenizer.stream(batch_size=views, window=meta.window)
+    with torch.no_grad():
+        parts = [stream.decode(part, size) for part in z.split(LATENTS_PER_CALL, dim=1)]
+    return torch.cat(parts, dim=2)

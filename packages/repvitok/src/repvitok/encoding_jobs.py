@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from repvitok.data.contents import describe_contents
-from repvitok.data.episodes import open_episodes
+from repvitok.data.folders import open_episodes
 from repvitok.encoding import encode_dataset
 from repvitok.encoding_plan import EpisodeReader, Share, choose_cameras, infos_of, share_of_episodes
-from repvitok.errors import MOST_PROCESSES, UserError, run_cli
 from repvitok.merging import merge_latents
 from repvitok.model import load_tokenizer
-from repvitok.pretrained import find_device
+from repvitok.runtime.errors import MOST_PROCESSES, UserError, run_cli
+from repvitok.runtime.pretrained import find_device
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class EncodingJob:
 
     Attributes:
         tokenizer: folder or hub id.
-        dataset: see `repvitok.data.episodes.open_episodes`.
+        dataset: see `repvitok.data.folders.open_episodes`.
         out: folder for the shards.
         device: a torch device, or "auto": CUDA where there is one.
         cache_folder: for WebDataset shards.

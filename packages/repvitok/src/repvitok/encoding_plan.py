@@ -13,12 +13,12 @@ import numpy as np
 from jaxtyping import UInt8
 
 from repvitok.data.latents import InstructionSource, LatentMeta
-from repvitok.data.lerobot import LeRobotReader
-from repvitok.data.lerobot_format import ROBOT_COLUMNS, EpisodeInfo
-from repvitok.data.lerobot_tables import robot_numbers
+from repvitok.data.lerobot.format import ROBOT_COLUMNS, EpisodeInfo
+from repvitok.data.lerobot.reader import LeRobotReader
+from repvitok.data.lerobot.tables import robot_numbers
 from repvitok.data.split import EpisodeNumbers, choose_episodes, format_episodes
-from repvitok.errors import UserError
 from repvitok.interface import VideoTokenizer
+from repvitok.runtime.errors import UserError
 
 Share = tuple[int, int]  # (i, n): the i-th of n shares, 0 <= i < n
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 
 Window = int | None | Literal["config"]
 

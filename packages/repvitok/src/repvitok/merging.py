@@ -1,18 +1,22 @@
-"""Joins the parts that a job array encoded into one folder of latent shards."""
+"""Folders of latent shards that are finished: the parts of a job array joined, corrected instructions brought in."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from repvitok.data.latents import ChannelStatistics, LatentMeta
-from repvitok.data.shards import LatentShards, remove_work, write_latent_meta
-from repvitok.errors import UserError
-from repvitok.files import link_or_copy, sole_writer
-from repvitok.progress import progress as progress_bar
+from repvitok.data.latents import ChannelStatistics, InstructionSource, LatentMeta
+from repvitok.data.lerobot.format import EpisodeInfo
+from repvitok.data.lerobot.reader import LeRobotReader
+from repvitok.data.shards import LatentShards, remove_work, replace_instructions, write_latent_meta
+from repvitok.data.split import format_episodes
+from repvitok.runtime.errors import UserError
+from repvitok.runtime.files import link_or_copy, sole_writer
+from repvitok.runtime.progress import progress as progress_bar
 
 _PARTS = ".parts"
 
@@ -102,3 +106,64 @@ def _require_every_episode(out: Path, parts: Sequence[LatentShards]) -> None:
     expected = plan["num_episodes"] * len(plan["offsets"])
     if len(keys) != expected or len(set(keys)) != expected:
         raise UserError(f"{out}: the parts hold {len(set(keys))} different of {expected} episodes; encode them again")
+
+
+def relabel_latents(
+    latents: str | os.PathLike[str], dataset: str | os.PathLike[str], report: Callable[[str], None] | None = None
+) -> dict[int, tuple[str, str]]:
+    """Gives latents, labelled with latent actions or not, the instructions that their data set has now.
+
+    It is one atomic write of meta.json, so a killed call has done all or nothing, and calling again does what is left.
+
+    Args:
+        latents: a finished folder of latent shards.
+        dataset: the LeRobot data set that they were made from.
+        report: gets a line for each folder and each change.
+
+    Returns:
+        number of each episode whose instruction has changed -> the old one, the new one.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        UserError: the latents are not finished, or were made from another data set; says by what that is seen.
+    """
+    shards, reader = LatentShards(latents), LeRobotReader(dataset)
+    _require_same_data(shards, reader)
+    taken = {info.episode_index for info in shards.infos}
+    infos = [info for info in reader.episodes if info.index in taken]
+    return relabel(shards, infos, reader.instruction_source, report)
+
+
+def relabel(
+    shards: LatentShards,
+    infos: Sequence[EpisodeInfo],
+    source: InstructionSource,
+    report: Callable[[str], None] | None = None,
+) -> dict[int, tuple[str, str]]:
+    """`relabel_latents` of the very data set, whose episodes are `infos`; reports nothing where nothing changes."""
+    changes = replace_instructions(shards, {info.index: info.task for info in infos}, source)
+    if changes and report is not None:
+        report(f"{shards.root}: {len(changes)} of {len(infos)} episodes have another instruction now")
+        for (old, new), count in Counter(changes.values()).items():
+            report(f"  {old!r} -> {new!r} ({count} episode{'s' if count > 1 else ''})")
+    return changes
+
+
+def _require_same_data(shards: LatentShards, reader: LeRobotReader) -> None:
+    """The data set must be the one that was encoded: by its name, its rate, and its episodes' numbers and lengths."""
+    meta, other = shards.meta, f"{shards.root}: these latents were not made from {reader.root}"
+    if meta.source not in (reader.root.name, reader.root.resolve().name):
+        raise UserError(f"{other}: they come from a data set called {meta.source!r}; give that one, under its name")
+    if meta.frame_rate_hz != reader.fps:
+        raise UserError(f"{other}: they are of {meta.frame_rate_hz:g} frames per second, it has {reader.fps:g}")
+    lengths = {info.index: info.length for info in reader.episodes}
+    if missing := {info.episode_index for info in shards.infos} - set(lengths):
+        raise UserError(f"{other}: it has no episodes {format_episodes(missing)}, only {format_episodes(lengths)}")
+    for info in shards.infos:
+        encoded = len(range(info.offset, lengths[info.episode_index], meta.stride))
+        expected = 1 + (encoded - 1) // meta.tubelet_frames
+        if info.frames != expected:
+            raise UserError(
+                f"{other}: its episode {info.episode_index} has {lengths[info.episode_index]} frames, which make "
+                f"{expected} latent frames from frame {info.offset} on, and {info.frames} were encoded"
+            )

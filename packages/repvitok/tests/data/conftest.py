@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from repvitok.data.lerobot_writer import LeRobotWriter
+from repvitok.data.lerobot.writer import LeRobotWriter
 
 CAMERAS = {"observation.images.top": (32, 48), "observation.images.wrist": (16, 16)}
 LENGTHS = (9, 14, 6, 11)

@@ -7,7 +7,7 @@ from itertools import islice
 
 import pytest
 import torch
-from repvitok.data.batches import ClipLoader, ClipMixture, MixtureBatches, StepBatches
+from repvitok.data.clips import ClipLoader, ClipMixture, MixtureBatches, StepBatches
 from torch.utils.data import Dataset
 
 

@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 from repvitok.data.contents import columns_like, describe_contents, missing_actions, number_columns, suggest_layout
 from repvitok.data.folders import split_folder
-from repvitok.data.lerobot import LeRobotReader
-from repvitok.errors import UserError
+from repvitok.data.lerobot.reader import LeRobotReader
+from repvitok.runtime.errors import UserError
 
 TOP, WRIST = "observation.images.top", "observation.images.wrist"
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from repvitok.data.datamodule import ClipDataModule, ClipKind
-from repvitok.data.lerobot import LeRobotReader
+from repvitok.data.lerobot.reader import LeRobotReader
 from repvitok.data.video import write_video
 
 MIXTURE = [

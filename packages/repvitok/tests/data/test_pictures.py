@@ -21,17 +21,16 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 from repvitok.cli import main
 from repvitok.data.clips import ClipDataset
-from repvitok.data.episodes import open_episodes
-from repvitok.data.folders import split_folder
-from repvitok.data.lerobot import LeRobotReader
-from repvitok.data.lerobot_writer import LeRobotWriter
+from repvitok.data.folders import open_episodes, split_folder
+from repvitok.data.lerobot.reader import LeRobotReader
+from repvitok.data.lerobot.writer import LeRobotWriter
 from repvitok.data.pictures import depth_codes, depth_to_rgb, is_depth_feature, read_image
 from repvitok.data.shards import LatentShards
 from repvitok.data.sources import lerobot_sources
 from repvitok.data.tars import TarShards
 from repvitok.data.video import VideoFile
-from repvitok.documents import checked_range
-from repvitok.errors import UserError
+from repvitok.runtime.documents import checked_range
+from repvitok.runtime.errors import UserError
 
 FRONT, DEPTH = "observation.images.front", "observation.images.depth"
 RAMP = np.arange(1000, 1000 + 12 * 16 * 10, 10).reshape(12, 16)  # millimetres, say

@@ -7,13 +7,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from repvitok import files
 from repvitok.cli import main
-from repvitok.data.lerobot import LeRobotReader
+from repvitok.data.lerobot.reader import LeRobotReader
 from repvitok.data.shards import LatentShards
 from repvitok.encoding import encode_dataset
-from repvitok.errors import UserError
-from repvitok.relabelling import relabel_latents
+from repvitok.merging import relabel_latents
+from repvitok.runtime import files
+from repvitok.runtime.errors import UserError
 
 TASKS = ["push the button", "open the window"]
 

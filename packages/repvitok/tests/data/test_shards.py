@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from repvitok.data.latents import LatentEpisode, LatentMeta
 from repvitok.data.shards import LatentShards, LatentShardWriter, read_episode_file, write_episode_file
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 
 META = LatentMeta(
     tokenizer_digest="a" * 64,

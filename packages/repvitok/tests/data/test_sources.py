@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from PIL import Image
-from repvitok.data.lerobot import LeRobotReader
+from repvitok.data.lerobot.reader import LeRobotReader
 from repvitok.data.sources import (
     ImageFolder,
     LeRobotSource,

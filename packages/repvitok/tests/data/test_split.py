@@ -15,7 +15,7 @@ from repvitok.data.split import (
     split_episodes,
     split_latents,
 )
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 
 EPISODES = st.sets(st.integers(0, 500), min_size=2, max_size=60)
 FRACTIONS = st.floats(0.001, 0.999)

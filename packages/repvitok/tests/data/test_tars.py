@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import webdataset
 from PIL import Image
-from repvitok.data import tar_index
+from repvitok.data import tars as tar_index
 from repvitok.data.clips import ClipDataset
 from repvitok.data.sources import VideoSource
 from repvitok.data.tars import TarShards, expand_shards, is_shards

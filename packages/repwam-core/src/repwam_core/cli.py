@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, get_args
 
-from repvitok.commands import (
+from repvitok.runtime.commands import (
     EPISODES,
     SEEDS,
     Command,
@@ -22,8 +22,8 @@ from repvitok.commands import (
     training_commands,
     whole_number,
 )
-from repvitok.documents import MAX_SIDE, parse, parse_json
-from repvitok.errors import MOST_PROCESSES, UserError, run_cli
+from repvitok.runtime.documents import MAX_SIDE, parse, parse_json
+from repvitok.runtime.errors import MOST_PROCESSES, UserError, run_cli
 
 from repwam_core.estimate import DEVICES, RunRequest, estimate_run, format_estimate
 from repwam_core.model.config import Recompute
@@ -328,7 +328,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from repvitok.checkpointing import resolve_checkpoint
+    from repvitok.runtime.checkpointing import resolve_checkpoint
 
     from repwam_core.export import export_policy, export_wam
 
@@ -383,7 +383,7 @@ def _openloop_arguments(parser: argparse.ArgumentParser) -> None:
 def _openloop(options: argparse.Namespace) -> None:
     from repvitok.data import LeRobotReader
     from repvitok.data.split import format_episodes
-    from repvitok.files import write_json_atomic
+    from repvitok.runtime.files import write_json_atomic
 
     from repwam_core.policy.generated import named_clip_features
     from repwam_core.policy.openloop import evaluate_open_loop

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from repvitok.documents import parse
-from repvitok.errors import UserError
+from repvitok.runtime.documents import parse
+from repvitok.runtime.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, get_args
 
 from repvitok.config import RepViTokConfig
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 
 from repwam_core.model.config import Recompute, WAMConfig
 
@@ -256,7 +256,7 @@ def state_bytes(model: WorldActionModel) -> int:
 
     Parameters, gradients, averages, and moments: one for each parameter that Muon steps, two for AdamW's.
     """
-    from repvitok.optim import parameter_groups
+    from repvitok.runtime.optim import parameter_groups
 
     total = sum(parameter.numel() for parameter in model.parameters())
     hidden = sum(parameter.numel() for parameter in parameter_groups(model)[0])

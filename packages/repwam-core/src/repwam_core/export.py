@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from repvitok.checkpointing import is_sharded, load_trained, read_checkpoint, read_section
 from repvitok.data import LatentMeta, LatentShards
-from repvitok.documents import parse, parse_json
-from repvitok.errors import UserError, require_disk_space
 from repvitok.interface import VideoTokenizer
 from repvitok.model import load_tokenizer
-from repvitok.pretrained import find_device
+from repvitok.runtime.checkpointing import is_sharded, load_trained, read_checkpoint, read_section
+from repvitok.runtime.documents import parse, parse_json
+from repvitok.runtime.errors import UserError, require_disk_space
+from repvitok.runtime.pretrained import find_device
 
 from repwam_core.data.episodes import text_cache
 from repwam_core.embodiment import Embodiment

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 
 __all__ = [
     "MAX_INSTRUCTION_BYTES",

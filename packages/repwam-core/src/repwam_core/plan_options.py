@@ -6,7 +6,7 @@ import argparse
 from dataclasses import fields
 from typing import Any
 
-from repvitok.commands import MANY, number, whole_number
+from repvitok.runtime.commands import MANY, number, whole_number
 
 from repwam_core.planning import MOST_STEPS, PlanSettings
 

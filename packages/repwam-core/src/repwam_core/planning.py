@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import msgspec
-from repvitok.documents import Above0, From0, check_fields
-from repvitok.errors import UserError
+from repvitok.runtime.documents import Above0, From0, check_fields
+from repvitok.runtime.errors import UserError
 
 MOST_STEPS = 10_000
 Steps = Annotated[int, msgspec.Meta(ge=1, le=MOST_STEPS)]

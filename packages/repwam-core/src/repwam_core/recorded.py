@@ -8,8 +8,8 @@ import lightning as L
 from repvitok.data import LeRobotReader
 from repvitok.data.contents import require_recorded
 from repvitok.encoding_plan import choose_cameras, infos_of
-from repvitok.errors import UserError
-from repvitok.files import write_json_atomic
+from repvitok.runtime.errors import UserError
+from repvitok.runtime.files import write_json_atomic
 
 from repwam_core.data.datamodule import WAMDataModule
 from repwam_core.data.episodes import EpisodeStore, text_cache

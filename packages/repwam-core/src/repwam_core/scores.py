@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 
 THRESHOLDS = (0.1, 0.05, 0.03, 0.01)
 Norm = Literal["max", "l2", "l1"]

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from repvitok.documents import Count, From0, load_json, parse, require_format
-from repvitok.errors import UserError
-from repvitok.files import write_text_atomic
+from repvitok.runtime.documents import Count, From0, load_json, parse, require_format
+from repvitok.runtime.errors import UserError
+from repvitok.runtime.files import write_text_atomic
 
 ActionKind = Literal["absolute", "relative", "from_state"]
 """What recorded actions are, and what is learned of them:

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from repvitok.documents import parse, parse_json
-from repvitok.errors import UserError
-from repvitok.files import atomic_file
-from repvitok.pretrained import HUB, asks_hub, first_not_finite, hub_id, save_tensors
+from repvitok.runtime.documents import parse, parse_json
+from repvitok.runtime.errors import UserError
+from repvitok.runtime.files import atomic_file
+from repvitok.runtime.pretrained import HUB, asks_hub, first_not_finite, hub_id, save_tensors
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 

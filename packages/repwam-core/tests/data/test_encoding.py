@@ -11,7 +11,7 @@ from latent_action.labelling import label_shards
 from repvitok import RepViTok, RepViTokConfig
 from repvitok.data import LatentShards, LeRobotReader, LeRobotWriter
 from repvitok.encoding import encode_dataset
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 from repwam_core.data.datamodule import WAMDataModule
 from repwam_core.data.encoding import EncodingSettings, LatentsOnDemand
 

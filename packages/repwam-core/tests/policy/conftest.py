@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from repvitok import RepViTok, RepViTokConfig
-from repvitok.baselines import WanVae
+from repvitok.baselines.wan import WanVae
 from repvitok.data import LeRobotReader, LeRobotWriter
 from repvitok.encoding import encode_dataset
 from repvitok.interface import VideoTokenizer

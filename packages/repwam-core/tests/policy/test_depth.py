@@ -9,7 +9,7 @@ from latent_action import LatentActionConfig, LatentActionTokenizer, episode_pic
 from latent_action.baselines.frame_pairs import load_frame_table
 from repvitok.data import LatentShards, LeRobotReader, prepare_frames
 from repvitok.data.transforms import to_frames
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 from repwam_core.cli import main
 from repwam_core.data.encoding import EncodingSettings, LatentsOnDemand
 from repwam_core.policy import BatchedPolicy, evaluate_open_loop

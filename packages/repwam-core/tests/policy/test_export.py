@@ -8,7 +8,7 @@ import pytest
 import torch
 from repvitok import RepViTok, RepViTokConfig
 from repvitok.data import LeRobotReader
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 from repwam_core.cli import main
 from repwam_core.export import read_trained
 from repwam_core.interface import Observation

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from repvitok.frechet import FrechetStatistics
+from repvitok.training.metrics import FrechetStatistics
 from repwam_core.policy.generated import CLIP_FRAMES, ClipFeatures, score_video
 from torch import Tensor
 

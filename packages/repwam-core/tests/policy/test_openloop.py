@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from repvitok.data import LeRobotReader
-from repvitok.data.lerobot_format import EpisodeInfo
+from repvitok.data.lerobot.format import EpisodeInfo
 from repwam_core.policy import BatchedPolicy, evaluate_open_loop
 
 

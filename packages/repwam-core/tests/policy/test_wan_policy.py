@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from repvitok.baselines import WanVae
+from repvitok.baselines.wan import WanVae
 from repvitok.data import LatentShards, LeRobotReader
 from repwam_core.cli import main
 from repwam_core.interface import Observation

@@ -4,7 +4,7 @@ import importlib
 from dataclasses import replace
 from pathlib import Path
 
-from repvitok.documents import load_yaml, parse
+from repvitok.runtime.documents import load_yaml, parse
 from repwam_core.quickstart import closed_loop
 from repwam_core.quickstart.plan import RECIPES, Plan
 

@@ -3,7 +3,7 @@
 import argparse
 
 import pytest
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 from repwam_core.quickstart.plan import RECIPES, load_plan, shaped_like
 
 

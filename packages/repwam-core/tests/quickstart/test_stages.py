@@ -8,7 +8,7 @@ import time
 from contextvars import Context
 
 import pytest
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 from repwam_core.quickstart import stages
 from repwam_core.quickstart.stages import StageRunner, code_commit, code_digest, folder_digest, stage_digest
 

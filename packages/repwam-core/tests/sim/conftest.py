@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 from repwam_core.embodiment import ActionChannel, Embodiment
 from repwam_core.interface import Observation
 from repwam_core.sim.base import SimTask

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from repvitok.data import LeRobotWriter
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 from repwam_core.sim.baselines import demonstrated_actions, run_baseline
 from repwam_core.sim.metaworld import MetaWorldTask
 from repwam_core.sim.results import load_results, success_rates

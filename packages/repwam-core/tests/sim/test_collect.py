@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from repvitok.data import LeRobotReader
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 from repwam_core.sim.collect import collect, read_plan
 from repwam_core.sim.demonstrations import NOISE_MODES, record_demonstration
 from repwam_core.sim.metaworld import MetaWorldSettings, MetaWorldTask

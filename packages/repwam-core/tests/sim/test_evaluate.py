@@ -6,7 +6,7 @@ import signal
 
 import numpy as np
 import pytest
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 from repwam_core.interface import ActionChunk, BasePolicy, BatchedBasePolicy
 from repwam_core.sim.evaluate import evaluate
 from repwam_core.sim.host import SimHost

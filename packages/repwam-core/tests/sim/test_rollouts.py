@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 from repwam_core.cli import main
 from repwam_core.sim.films import load_films
 from repwam_core.sim.results import EpisodeResult, load_results

@@ -1,7 +1,7 @@
 """Seeds of demonstrations and of evaluations can never meet."""
 
 import pytest
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 from repwam_core.sim.seeds import (
     EVALUATION_SEEDS_FROM,
     MAX_ATTEMPTS,

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from repvitok.data import LeRobotReader
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 from repwam_core.cli import main
 from repwam_core.interface import ActionChunk, BasePolicy
 from repwam_core.report import Count, ReportData, RunInfo, SuccessRow, render_report

@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from repvitok.checkpointing import read_checkpoint
-from repvitok.curves import read_curves
+from repvitok.runtime.checkpointing import read_checkpoint
+from repvitok.runtime.curves import read_curves
 from repwam_core.data.datamodule import WAMDataModule
 from repwam_core.data.packed import PackedBatch
 from repwam_core.data.packing import PackingSettings

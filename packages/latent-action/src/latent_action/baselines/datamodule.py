@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning as L
 from repvitok.data.shards import LatentShards
 from repvitok.data.split import HeldOut, split_latents
-from repvitok.documents import BatchSize, Seed, Side, check_arguments
+from repvitok.runtime.documents import BatchSize, Seed, Side, check_arguments
 
 from latent_action.baselines.frame_pairs import FrameTable, PairBatches, load_frame_table
 from latent_action.transitions import lie_within

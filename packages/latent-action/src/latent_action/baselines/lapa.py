@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
-from repvitok.documents import Layers, Side, Size, check_fields, parse
-from repvitok.errors import UserError
-from repvitok.pretrained import PretrainedModel
+from repvitok.runtime.documents import Layers, Side, Size, check_fields, parse
+from repvitok.runtime.errors import UserError
+from repvitok.runtime.pretrained import PretrainedModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 

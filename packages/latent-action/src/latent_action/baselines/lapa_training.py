@@ -8,11 +8,11 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from repvitok.checkpointing import load_trained, read_checkpoint, read_section
-from repvitok.documents import From0, Positive, Seed, Share, check_arguments
-from repvitok.errors import UserError
-from repvitok.finite import FiniteCheck, clip_gradients, require_finite_weights
-from repvitok.optim import OptimizerSettings
+from repvitok.runtime.checkpointing import load_trained, read_checkpoint, read_section
+from repvitok.runtime.documents import From0, Positive, Seed, Share, check_arguments
+from repvitok.runtime.errors import UserError
+from repvitok.runtime.optim import OptimizerSettings
+from repvitok.runtime.training import FiniteCheck, clip_gradients, require_finite_weights
 from torch import Tensor, nn
 
 from latent_action.baselines.frame_pairs import FramePair

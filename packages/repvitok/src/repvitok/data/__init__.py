@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from repvitok.lazy import lazy_exports
+from repvitok.runtime.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from repvitok.data.batches import ClipLoader, ClipMixture, MixtureBatches, StepBatches
-    from repvitok.data.clips import ClipDataset
+    from repvitok.data.clips import ClipDataset, ClipLoader, ClipMixture, MixtureBatches, StepBatches
     from repvitok.data.latents import LatentEpisode, LatentMeta
-    from repvitok.data.lerobot import EpisodeInfo, LeRobotReader
-    from repvitok.data.lerobot_writer import LeRobotWriter
+    from repvitok.data.lerobot.reader import EpisodeInfo, LeRobotReader
+    from repvitok.data.lerobot.writer import LeRobotWriter
     from repvitok.data.shards import LatentShards, LatentShardWriter
     from repvitok.data.sources import ImageFolder, LeRobotSource, VideoFolder, VideoSource, lerobot_sources
     from repvitok.data.tars import TarShards
@@ -23,19 +22,19 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ClipDataset": "clips",
-    "ClipLoader": "batches",
-    "ClipMixture": "batches",
-    "EpisodeInfo": "lerobot",
+    "ClipLoader": "clips",
+    "ClipMixture": "clips",
+    "EpisodeInfo": "lerobot.format",
     "ImageFolder": "sources",
     "LatentEpisode": "latents",
     "LatentMeta": "latents",
     "LatentShardWriter": "shards",
     "LatentShards": "shards",
-    "LeRobotReader": "lerobot",
+    "LeRobotReader": "lerobot.reader",
     "LeRobotSource": "sources",
-    "LeRobotWriter": "lerobot_writer",
-    "MixtureBatches": "batches",
-    "StepBatches": "batches",
+    "LeRobotWriter": "lerobot.writer",
+    "MixtureBatches": "clips",
+    "StepBatches": "clips",
     "TarShards": "tars",
     "VideoFile": "video",
     "VideoFolder": "sources",

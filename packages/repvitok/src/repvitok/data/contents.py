@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import yaml
 
-from repvitok.data.lerobot import LeRobotReader
-from repvitok.data.lerobot_format import INDEX_FEATURES, EpisodeInfo
-from repvitok.data.lerobot_metadata import parquet_columns
+from repvitok.data.lerobot.format import INDEX_FEATURES, EpisodeInfo
+from repvitok.data.lerobot.metadata import parquet_columns
+from repvitok.data.lerobot.reader import LeRobotReader
 from repvitok.data.shards import LatentShards
 from repvitok.data.split import format_episodes
-from repvitok.documents import load_json, load_json_lines
-from repvitok.errors import UserError
+from repvitok.runtime.documents import load_json, load_json_lines
+from repvitok.runtime.errors import UserError
 
 ACTION, STATE = "action", "observation.state"
 MAX_CHANNELS = 512

@@ -10,17 +10,19 @@ from typing import Any, Literal
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from repvitok.data.batches import (
+from repvitok.data.clips import (
+    ClipDataset,
     ClipLoader,
     ClipMixture,
     GivenBatches,
     MixtureBatches,
     StepBatches,
+    frames_needed,
+    require_pace,
 )
-from repvitok.data.clips import ClipDataset, frames_needed, require_pace
 from repvitok.data.folders import FolderKind, FolderSplit, split_folder
 from repvitok.data.split import HeldOut
-from repvitok.documents import (
+from repvitok.runtime.documents import (
     Above0,
     BatchSize,
     Frames,
@@ -32,7 +34,7 @@ from repvitok.documents import (
     check_fields,
     checked_range,
 )
-from repvitok.errors import MOST_PROCESSES, UserError
+from repvitok.runtime.errors import MOST_PROCESSES, UserError
 
 
 @dataclass(frozen=True)

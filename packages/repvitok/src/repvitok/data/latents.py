@@ -12,8 +12,8 @@ import msgspec
 import numpy as np
 from jaxtyping import Float
 
-from repvitok.documents import Count, From0, checked_range, parse
-from repvitok.errors import UserError
+from repvitok.runtime.documents import Count, From0, checked_range, parse
+from repvitok.runtime.errors import UserError
 
 InstructionSource = Literal["task_index", "tasks", "none"]
 """Rows' task_index and the table of tasks; the episode's own list of tasks; no instructions."""

@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Float64, UInt8
 from PIL import Image, ImageOps
 
-from repvitok.documents import DepthRange, refuse_lfs_pointer
-from repvitok.errors import UserError
+from repvitok.runtime.documents import DepthRange, refuse_lfs_pointer
+from repvitok.runtime.errors import UserError
 
 HOW_TO_ASK = "leave it out, or state what becomes black and what white (--depth-range MIN MAX, depth_range)"
 

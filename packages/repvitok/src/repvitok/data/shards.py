@@ -28,13 +28,19 @@ import msgspec
 import numpy as np
 from jaxtyping import Float
 
-from repvitok.data.last_used import LastUsed
 from repvitok.data.latents import ChannelStatistics, EpisodeInfo, InstructionSource, LatentEpisode, LatentMeta
-from repvitok.data.split import parse_episodes
-from repvitok.data.verified import VerifiedFiles, sha256_of
-from repvitok.documents import Count, Digest, load_json, parse, require_format
-from repvitok.errors import UserError
-from repvitok.files import atomic_file, link_or_copy, refuse_foreign, sole_writer, write_json_atomic
+from repvitok.runtime.documents import Count, Digest, load_json, parse, parse_episodes, require_format
+from repvitok.runtime.errors import UserError
+from repvitok.runtime.files import (
+    VerifiedFiles,
+    atomic_file,
+    link_or_copy,
+    refuse_foreign,
+    sha256_of,
+    sole_writer,
+    write_json_atomic,
+)
+from repvitok.runtime.last_used import LastUsed
 
 __all__ = [
     "ChannelStatistics",

@@ -11,12 +11,12 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import UInt8
 
-from repvitok.data.lerobot import LeRobotReader
-from repvitok.data.lerobot_format import number_ranges
+from repvitok.data.lerobot.format import number_ranges
+from repvitok.data.lerobot.reader import LeRobotReader
 from repvitok.data.pictures import read_image
 from repvitok.data.video import VideoFile
-from repvitok.documents import DepthRange, checked_range
-from repvitok.errors import UserError
+from repvitok.runtime.documents import DepthRange, checked_range
+from repvitok.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 

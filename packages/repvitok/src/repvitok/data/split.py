@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, NamedTuple
 
-from repvitok.errors import UserError
+from repvitok.runtime.documents import parse_episodes
+from repvitok.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from repvitok.data.shards import LatentShards
@@ -223,24 +224,6 @@ def choose_episodes(chosen: EpisodeNumbers | None, there: Iterable[int], where: 
     if unknown or not asked:
         raise UserError(f"{where}: no episodes {', '.join(unknown) or 'named'}; there are {format_episodes(present)}")
     return sorted(taken)
-
-
-def parse_episodes(text: str) -> list[range]:
-    """Numbers and ranges of episodes: "0-9,12" -> [range(0, 10), range(12, 13)].
-
-    Raises:
-        UserError: anything else.
-    """
-    ranges = []
-    for part in text.split(","):
-        ends = [end.strip() for end in part.split("-")]
-        if len(ends) > 2 or not all(end.isascii() and end.isdecimal() and len(end) < 19 for end in ends):
-            raise UserError(f"episodes: expected numbers and ranges like 0-9,12, got {text!r}")
-        first, last = int(ends[0]), int(ends[-1])
-        if first > last:
-            raise UserError(f"episodes: expected the lower number of a range first, got {part.strip()!r}")
-        ranges.append(range(first, last + 1))
-    return ranges
 
 
 def format_episodes(numbers: Iterable[int]) -> str:

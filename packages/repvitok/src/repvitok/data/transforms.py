@@ -12,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 
 
 def resize_frames(frames: UInt8[np.ndarray, "n H W 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "n h w 3"]:

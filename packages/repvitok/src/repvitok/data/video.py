@@ -19,9 +19,9 @@ from av.video.stream import VideoStream
 from jaxtyping import Float64, Int64, UInt8
 
 from repvitok.data.pictures import HOW_TO_ASK, DepthCodes, deep_grey, depth_to_rgb
-from repvitok.documents import DepthRange, refuse_lfs_pointer
-from repvitok.errors import UserError
-from repvitok.files import atomic_file
+from repvitok.runtime.documents import DepthRange, refuse_lfs_pointer
+from repvitok.runtime.errors import UserError
+from repvitok.runtime.files import atomic_file
 
 
 class VideoFile:

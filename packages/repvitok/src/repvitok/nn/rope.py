@@ -16,7 +16,7 @@ from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
 
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 
 
 class Rotary(NamedTuple):

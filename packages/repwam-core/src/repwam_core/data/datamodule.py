@@ -12,11 +12,11 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-from repvitok.data.batches import EndlessLoader
+from repvitok.data.clips import EndlessLoader
 from repvitok.data.contents import without_actions
 from repvitok.data.split import HeldOut
-from repvitok.documents import BatchSize, Count, Frames, From0, Positive, Seed, check_arguments
-from repvitok.errors import UserError
+from repvitok.runtime.documents import BatchSize, Count, Frames, From0, Positive, Seed, check_arguments
+from repvitok.runtime.errors import UserError
 
 from repwam_core.data.encoding import EncodingSettings, LatentsOnDemand, has_latents
 from repwam_core.data.episodes import MEMORY_LIMIT_GB, EpisodeStore, SegmentBatch, SegmentSampler

@@ -14,14 +14,14 @@ import torch
 from latent_action import LatentActionTokenizer
 from latent_action.labelling import label_shards
 from repvitok.data.contents import describe_contents
-from repvitok.data.episodes import VideoEpisodes, open_episodes
-from repvitok.data.lerobot import LeRobotReader
-from repvitok.documents import Count, Frames, Side, check_arguments, checked_range
+from repvitok.data.folders import VideoEpisodes, open_episodes
+from repvitok.data.lerobot.reader import LeRobotReader
 from repvitok.encoding import encode_dataset
 from repvitok.encoding_plan import choose_cameras, infos_of
-from repvitok.errors import MOST_PROCESSES
-from repvitok.files import sole_writer
 from repvitok.model import load_tokenizer
+from repvitok.runtime.documents import Count, Frames, Side, check_arguments, checked_range
+from repvitok.runtime.errors import MOST_PROCESSES
+from repvitok.runtime.files import sole_writer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from repvitok.data import LatentMeta, LatentShards
 from repvitok.data.contents import without_actions
 from repvitok.data.latents import Standardizer
 from repvitok.data.split import LatentSpan
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 from torch import Tensor
 
 from repwam_core.model.config import LATENT_SPACE

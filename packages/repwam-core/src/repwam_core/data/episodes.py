@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from repvitok.data import LatentMeta, LatentShards
 from repvitok.data.split import HeldOut, split_latents
-from repvitok.errors import UserError
-from repvitok.files import WriteError
+from repvitok.runtime.errors import UserError
+from repvitok.runtime.files import WriteError
 from torch import Tensor
 
 from repwam_core.data.episode_arrays import (

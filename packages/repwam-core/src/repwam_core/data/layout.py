@@ -23,15 +23,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from repvitok.data import LeRobotReader
 from repvitok.data.contents import require_recorded
-from repvitok.data.lerobot_format import arrow_type, huggingface_metadata, number_feature
-from repvitok.data.lerobot_metadata import read_parquet
-from repvitok.data.lerobot_stats import column_statistics, pooled_statistics
-from repvitok.data.lerobot_tables import Where, robot_numbers, to_numpy
+from repvitok.data.lerobot.finalize import column_statistics, pooled_statistics
+from repvitok.data.lerobot.format import arrow_type, huggingface_metadata, number_feature
+from repvitok.data.lerobot.metadata import read_parquet
+from repvitok.data.lerobot.tables import Where, robot_numbers, to_numpy
 from repvitok.data.split import EpisodeNumbers, choose_episodes, format_episodes
-from repvitok.documents import Count, load_json, load_json_lines, load_yaml, parse, read_json
-from repvitok.errors import UserError
-from repvitok.files import sole_writer
-from repvitok.progress import progress
+from repvitok.runtime.documents import Count, load_json, load_json_lines, load_yaml, parse, read_json
+from repvitok.runtime.errors import UserError
+from repvitok.runtime.files import sole_writer
+from repvitok.runtime.progress import progress
 
 from repwam_core.embodiment import Embodiment
 

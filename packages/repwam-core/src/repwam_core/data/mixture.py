@@ -8,8 +8,8 @@ from pathlib import Path
 
 from repvitok.data import LatentMeta, LatentShards
 from repvitok.data.split import HeldOut
-from repvitok.documents import Above0, check_arguments
-from repvitok.errors import UserError
+from repvitok.runtime.documents import Above0, check_arguments
+from repvitok.runtime.errors import UserError
 
 from repwam_core.data.episodes import MEMORY_LIMIT_GB, EpisodeStore
 from repwam_core.embodiment import Embodiment, shared_channels

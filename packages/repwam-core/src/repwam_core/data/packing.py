@@ -13,8 +13,8 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from repvitok.documents import Frames, Positive, Size, check_fields
-from repvitok.errors import UserError
+from repvitok.runtime.documents import Frames, Positive, Size, check_fields
+from repvitok.runtime.errors import UserError
 
 PATIENCE = 4
 """A sequence is closed before a fuller one after as many others as this times the open ones."""

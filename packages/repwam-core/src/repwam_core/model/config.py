@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Annotated, Any, Literal
 
 import msgspec
-from repvitok.documents import MAX_PARAMETERS, Layers, Size, check_fields, parse
-from repvitok.errors import UserError
+from repvitok.runtime.documents import MAX_PARAMETERS, Layers, Size, check_fields, parse
+from repvitok.runtime.errors import UserError
 
 COUPLINGS = ("joint", "sequential")
 ATTENTIONS = ("shared", "per_modality")

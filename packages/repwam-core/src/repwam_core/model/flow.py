@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import torch
 from jaxtyping import Float
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 from torch import Tensor
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 from torch import Tensor
 
 from repwam_core.model.config import LATENT_SPACE, WAMConfig

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 from torch import Tensor
 
 from repwam_core.model.blocks import TextContext

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 from torch import Tensor
 
 

@@ -13,9 +13,9 @@ from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
-from repvitok.errors import UserError
 from repvitok.nn.rope import Rotary, axis_pairs
-from repvitok.pretrained import PretrainedModel
+from repvitok.runtime.errors import UserError
+from repvitok.runtime.pretrained import PretrainedModel
 from torch import Tensor, nn
 
 from repwam_core.model.blocks import (

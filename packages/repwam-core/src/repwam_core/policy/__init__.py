@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from repvitok.lazy import lazy_exports
+from repvitok.runtime.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from repwam_core.policy.chunking import ChunkedPolicy

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 
 from repwam_core.interface import ActionChunk, BasePolicy, Observation, stack_observations
 

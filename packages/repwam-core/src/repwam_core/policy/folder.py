@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 from repvitok.data.latents import LatentMeta
-from repvitok.documents import Digest, Size, load_json, parse, require_format
-from repvitok.errors import UserError, require_disk_space
-from repvitok.files import atomic_folder, readable, refuse_foreign
 from repvitok.interface import VideoTokenizer
 from repvitok.model import load_tokenizer
-from repvitok.pretrained import DIFFUSERS_WEIGHTS_FILE, MODEL_FILES, copy_model, find_device
+from repvitok.runtime.documents import Digest, Size, load_json, parse, require_format
+from repvitok.runtime.errors import UserError, require_disk_space
+from repvitok.runtime.files import atomic_folder, readable, refuse_foreign
+from repvitok.runtime.pretrained import DIFFUSERS_WEIGHTS_FILE, MODEL_FILES, copy_model, find_device
 
 from repwam_core.embodiment import Embodiment
 from repwam_core.model.wam import WorldActionModel
@@ -184,7 +184,7 @@ def write_policy(
     sources: dict[str, Path],
     text: Path | None = None,
 ) -> None:
-    """Write a policy folder, whole or not at all (`repvitok.files.atomic_folder`).
+    """Write a policy folder, whole or not at all (`repvitok.runtime.files.atomic_folder`).
 
     Args:
         out: the folder; an earlier policy there is replaced.

@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float, UInt8
-from repvitok.errors import UserError
-from repvitok.features import HOGClipFeatures, I3DFeatures
-from repvitok.frechet import FrechetStatistics
-from repvitok.metrics import psnr, ssim
+from repvitok.runtime.errors import UserError
+from repvitok.training.features import HOGClipFeatures, I3DFeatures
+from repvitok.training.metrics import FrechetStatistics, psnr, ssim
 from torch import Tensor
 
 CLIP_FRAMES = 16
@@ -24,7 +23,7 @@ Frames = UInt8[np.ndarray, "_ _ _ _ 3"]
 
 @runtime_checkable
 class ClipFeatures(Protocol):
-    """A frozen network that turns clips into vectors; `repvitok.features` has some.
+    """A frozen network that turns clips into vectors; `repvitok.training.features` has some.
 
     Attributes:
         metric: what its distance is called for reconstructions: "rfvd" for I3D, another name for a stand-in.
@@ -89,7 +88,7 @@ class GeneratedScores:
 
 
 def frames_psnr(video_hat: Frames, video: Frames) -> Float[np.ndarray, "views n"]:
-    """PSNR of every frame in dB, by the one definition that all stages share (`repvitok.metrics.psnr`)."""
+    """PSNR of every frame in dB, by the one definition that all stages share (`repvitok.training.metrics.psnr`)."""
     return psnr(_as_clips(video_hat), _as_clips(video)).numpy()
 
 

@@ -19,8 +19,8 @@ from repvitok.data.contents import missing_actions, number_columns, require_reco
 from repvitok.data.split import EpisodeNumbers, format_episodes
 from repvitok.data.transforms import to_frames
 from repvitok.encoding_plan import infos_of, read_robot_columns
-from repvitok.errors import UserError
-from repvitok.progress import progress
+from repvitok.runtime.errors import UserError
+from repvitok.runtime.progress import progress
 
 from repwam_core.interface import Observation
 from repwam_core.policy.generated import ClipFeatures, GeneratedScores, frames_psnr, score_video

@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from repvitok.data.transforms import prepare_frames
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 from torch import Tensor
 from torch.nn.functional import pad
 

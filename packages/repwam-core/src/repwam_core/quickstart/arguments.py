@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from repvitok.commands import DEPTH_RANGE, episodes_argument, number, path_argument, text_argument, whole_number
-from repvitok.documents import MAX_SIDE
-from repvitok.errors import MOST_PROCESSES
+from repvitok.runtime.commands import DEPTH_RANGE, episodes_argument, number, path_argument, text_argument, whole_number
+from repvitok.runtime.documents import MAX_SIDE
+from repvitok.runtime.errors import MOST_PROCESSES
 
 
 def add_quickstart_arguments(parser: argparse.ArgumentParser) -> None:

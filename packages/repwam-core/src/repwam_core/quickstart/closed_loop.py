@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from repvitok.files import write_json_atomic
+from repvitok.runtime.files import write_json_atomic
 
 from repwam_core.policy.policy import BatchedPolicy
 from repwam_core.quickstart.plan import Plan

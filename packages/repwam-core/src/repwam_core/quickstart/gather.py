@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from repvitok.curves import read_curves
-from repvitok.documents import read_json
+from repvitok.runtime.curves import read_curves
+from repvitok.runtime.documents import read_json
 
 from repwam_core.quickstart import closed_loop, pictures
 from repwam_core.quickstart.controls import CONTROLS

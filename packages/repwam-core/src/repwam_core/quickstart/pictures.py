@@ -14,8 +14,8 @@ from repvitok import RepViTok
 from repvitok.data import LatentEpisode, LatentMeta, LatentShards, LeRobotReader, prepare_frames
 from repvitok.data.split import split_latents
 from repvitok.data.transforms import to_frames
-from repvitok.documents import read_json
-from repvitok.metrics import psnr, ssim
+from repvitok.runtime.documents import read_json
+from repvitok.training.metrics import psnr, ssim
 from torch import Tensor
 
 from repwam_core.policy.openloop import OpenLoopEpisode, OpenLoopResult, evaluate_open_loop

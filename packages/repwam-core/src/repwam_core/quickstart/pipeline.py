@@ -7,7 +7,7 @@ import sys
 import time
 from functools import partial
 
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 
 from repwam_core.quickstart import closed_loop, training
 from repwam_core.quickstart.chain import DataSet, Run, Trained, train

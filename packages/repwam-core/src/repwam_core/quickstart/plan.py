@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from repvitok.documents import Count, Share, Size, load_yaml, parse
-from repvitok.errors import UserError
+from repvitok.runtime.documents import Count, Share, Size, load_yaml, parse
+from repvitok.runtime.errors import UserError
 
 from repwam_core.sim.base import DEFAULT_SUITE
 

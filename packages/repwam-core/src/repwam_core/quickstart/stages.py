@@ -20,9 +20,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from repvitok.documents import From0, read_json
-from repvitok.errors import UserError, require_disk_space
-from repvitok.files import WriteError, refuse_foreign, sole_writer, write_json_atomic, write_text_atomic
+from repvitok.runtime.documents import From0, read_json
+from repvitok.runtime.errors import UserError, require_disk_space
+from repvitok.runtime.files import WriteError, refuse_foreign, sole_writer, write_json_atomic, write_text_atomic
 
 _MARKER = "quickstart.json"
 _DONE = "stage.json"

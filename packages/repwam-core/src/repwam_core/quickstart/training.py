@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from latent_action.cli import main as latent_action
-from repvitok.checkpointing import LAST
 from repvitok.cli import main as repvitok
-from repvitok.curves import read_curves
+from repvitok.runtime.checkpointing import LAST
+from repvitok.runtime.curves import read_curves
 
 from repwam_core.quickstart.plan import RECIPES, Plan
 

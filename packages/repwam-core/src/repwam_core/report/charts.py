@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 from markupsafe import Markup
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 
 from repwam_core.report.data import Count, Curve, Curves, as_curve
 

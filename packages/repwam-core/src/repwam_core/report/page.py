@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from repvitok.files import write_text_atomic
+from repvitok.runtime.files import write_text_atomic
 
 from repwam_core.report import charts, figures
 from repwam_core.report.data import Count, Curve, Curves, Number, ReportData, as_curve

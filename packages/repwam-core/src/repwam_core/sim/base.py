@@ -15,8 +15,8 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar
 
 import numpy as np
-from repvitok.documents import parse
-from repvitok.errors import UserError
+from repvitok.runtime.documents import parse
+from repvitok.runtime.errors import UserError
 
 from repwam_core.embodiment import Embodiment
 from repwam_core.interface import Observation

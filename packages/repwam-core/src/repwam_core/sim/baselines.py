@@ -11,8 +11,8 @@ from typing import Literal
 
 import numpy as np
 from repvitok.data import LeRobotReader
-from repvitok.errors import UserError
-from repvitok.progress import progress
+from repvitok.runtime.errors import UserError
+from repvitok.runtime.progress import progress
 
 from repwam_core.sim.base import DEFAULT_SUITE, SimSettings, SimTask, TaskPool, find_suite
 from repwam_core.sim.host import crash

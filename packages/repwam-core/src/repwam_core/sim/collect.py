@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from repvitok.data import LeRobotReader, LeRobotWriter
-from repvitok.documents import load_json, parse, require_format
-from repvitok.errors import UserError, require_disk_space
-from repvitok.files import refuse_foreign, sole_writer, write_json_atomic
-from repvitok.progress import progress
+from repvitok.runtime.documents import load_json, parse, require_format
+from repvitok.runtime.errors import UserError, require_disk_space
+from repvitok.runtime.files import refuse_foreign, sole_writer, write_json_atomic
+from repvitok.runtime.progress import progress
 
 from repwam_core.sim.base import DEFAULT_SUITE, SimSettings, TaskPool, find_suite
 from repwam_core.sim.demonstrations import Noise, record_demonstration

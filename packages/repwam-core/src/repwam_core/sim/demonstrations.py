@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import msgspec
 import numpy as np
-from repvitok.documents import Count, From0, Share, check_fields, parse
-from repvitok.errors import UserError
+from repvitok.runtime.documents import Count, From0, Share, check_fields, parse
+from repvitok.runtime.errors import UserError
 
 from repwam_core.interface import Observation
 from repwam_core.sim.base import SimTask

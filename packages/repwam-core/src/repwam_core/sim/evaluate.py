@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from repvitok.errors import UserError
-from repvitok.progress import progress
+from repvitok.runtime.errors import UserError
+from repvitok.runtime.progress import progress
 
 from repwam_core.interface import ActionChunk, BasePolicy, BatchedBasePolicy, Observation
 from repwam_core.policy.chunking import actions_to_execute

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from repvitok.files import atomic_file
+from repvitok.runtime.files import atomic_file
 
 from repwam_core.sim.results import EpisodeResult
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 
 from repwam_core.interface import Observation, stack_observations
 from repwam_core.sim.base import SimSettings, SimTask, TaskPool

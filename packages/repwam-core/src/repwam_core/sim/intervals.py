@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import sqrt
 
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 
 __all__ = ["difference_interval", "wilson_interval"]
 

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import msgspec
 import numpy as np
-from repvitok.documents import Count, load_json, parse, require_format
-from repvitok.errors import UserError
-from repvitok.files import write_json_atomic
+from repvitok.runtime.documents import Count, load_json, parse, require_format
+from repvitok.runtime.errors import UserError
+from repvitok.runtime.files import write_json_atomic
 
 from repwam_core.sim.intervals import wilson_interval
 

@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from repvitok.documents import short_json
-from repvitok.errors import UserError
-from repvitok.files import kind_of, sole_writer
+from repvitok.runtime.documents import short_json
+from repvitok.runtime.errors import UserError
+from repvitok.runtime.files import kind_of, sole_writer
 
 from repwam_core.sim.base import DEFAULT_SUITE
 from repwam_core.sim.films import film_key, load_films, save_films

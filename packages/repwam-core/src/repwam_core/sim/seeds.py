@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 
 __all__ = ["EVALUATION_SEEDS_FROM", "collection_seed", "evaluation_seeds", "require_evaluation_seeds"]
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 
 __all__ = ["Worker", "WorkerDied", "default_workers", "map_jobs"]
 

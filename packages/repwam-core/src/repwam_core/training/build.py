@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from repvitok.errors import UserError
-from repvitok.sharded import copy_whole
+from repvitok.runtime.errors import UserError
+from repvitok.runtime.optim import copy_whole
 from torch import Tensor
 
 from repwam_core.data.mixture import Mixture

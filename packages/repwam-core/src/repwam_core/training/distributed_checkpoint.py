@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from repvitok.checkpointing import PART_BYTES, SHARDED_META, read_checkpoint, sharded_folders
-from repvitok.errors import UserError
-from repvitok.files import WriteError, sync_file, sync_folder, translated
+from repvitok.runtime.checkpointing import PART_BYTES, SHARDED_META, read_checkpoint, sharded_folders
+from repvitok.runtime.errors import UserError
+from repvitok.runtime.files import WriteError, sync_file, sync_folder, translated
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from einops import rearrange, reduce, repeat
 from jaxtyping import Bool, Float, Int
-from repvitok.documents import Above0, Share, check_fields
+from repvitok.runtime.documents import Above0, Share, check_fields
 from torch import Tensor, distributed
 
 from repwam_core.data.episodes import SegmentBatch

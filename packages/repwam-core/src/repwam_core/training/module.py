@@ -14,11 +14,10 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from repvitok.documents import Decay, Frames, Seed, check_arguments
-from repvitok.ema import ExponentialMovingAverage
-from repvitok.errors import UserError
-from repvitok.finite import FiniteCheck, clip_gradients, require_finite_weights
-from repvitok.optim import OptimizerSettings
+from repvitok.runtime.documents import Decay, Frames, Seed, check_arguments
+from repvitok.runtime.errors import UserError
+from repvitok.runtime.optim import OptimizerSettings
+from repvitok.runtime.training import ExponentialMovingAverage, FiniteCheck, clip_gradients, require_finite_weights
 
 from repwam_core.data.episodes import EpisodeStore, SegmentBatch
 from repwam_core.data.mixture import Mixture

@@ -13,8 +13,8 @@ from typing import Any, get_args
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from repvitok.callbacks import generations_of
-from repvitok.errors import UserError
+from repvitok.runtime.callbacks import generations_of
+from repvitok.runtime.errors import UserError
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp import register_fsdp_forward_method as unsharded_method

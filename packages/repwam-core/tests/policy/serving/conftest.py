@@ -5,7 +5,7 @@ from contextlib import ExitStack
 
 import numpy as np
 import pytest
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 from repwam_core.embodiment import Embodiment
 from repwam_core.interface import ActionChunk
 from repwam_core.policy.serving import PolicyClient, PolicyServer, ServerMetadata, ServeSettings

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 from repwam_core.interface import Observation
 from repwam_core.policy.chunking import ChunkedPolicy
 from repwam_core.policy.serving import PolicyClient, PolicyServer, PolicyServerError, ServeSettings

@@ -17,7 +17,7 @@ class Absent:
             raise {error}
 
 sys.meta_path.insert(0, Absent())
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 from repwam_core.sim.metaworld import MetaWorldTask
 try:
     MetaWorldTask("reach").reset(0)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 from repwam_core.sim.base import TaskPool
 from repwam_core.sim.metaworld import (
     SAME_SCENE_PAIR,

@@ -10,8 +10,8 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from repvitok.commands import MANY, number, path_argument, text_argument, whole_number
-from repvitok.errors import UserError
+from repvitok.runtime.commands import MANY, number, path_argument, text_argument, whole_number
+from repvitok.runtime.errors import UserError
 
 from repwam_core.plan_options import add_plan_arguments, given_plan
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 
 from repwam_core.embodiment import Embodiment
 from repwam_core.interface import MAX_INSTRUCTION_BYTES, ActionChunk, Observation

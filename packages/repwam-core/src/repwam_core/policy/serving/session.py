@@ -6,7 +6,7 @@ import time
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 
 from repwam_core.interface import ActionChunk, Observation
 from repwam_core.policy.serving.protocol import Request, chunk_to_message

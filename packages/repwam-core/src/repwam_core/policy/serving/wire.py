@@ -13,7 +13,7 @@ from typing import Any
 
 import msgpack
 import numpy as np
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 
 from repwam_core.interface import MAX_INSTRUCTION_BYTES
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 
 from repwam_core.sim.metaworld.instructions import TASKS
 

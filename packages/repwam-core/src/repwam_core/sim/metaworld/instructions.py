@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 
 import numpy as np
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 
 __all__ = ["TASKS", "instruction", "paraphrases"]
 

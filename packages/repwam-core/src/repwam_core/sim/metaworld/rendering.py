@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 
 __all__ = ["CameraView", "FrameRenderer", "import_mujoco"]
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from repvitok.errors import UserError
+from repvitok.runtime.errors import UserError
 
 from repwam_core.embodiment import ActionChannel, Embodiment
 from repwam_core.interface import Observation

@@ -1,0 +1,1 @@
+"""What every command, trainer and model of the three packages runs on: nothing here knows of video."""

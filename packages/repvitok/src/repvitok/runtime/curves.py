@@ -1,0 +1,99 @@
+"""Loss curves on disk: one append-only CSV per run, readable while the run goes on and after it was resumed."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import io
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from repvitok.runtime.files import translated
+
+CURVES_FILE = "metrics.csv"
+_COLUMNS = ["step", "name", "value"]
+
+
+Row = tuple[int, str, float]
+"""Step, name, value."""
+
+
+def append_curves(folder: str | Path, rows: list[Row]) -> None:
+    """Appends rows to a run's metrics.csv, with a header when the file is new.
+
+    A last line that a kill has cut short is removed first; where the disk is full the file is left as it was.
+
+    Raises:
+        WriteError: the rows cannot be written.
+    """
+    if not rows:
+        return
+    path = Path(folder) / CURVES_FILE
+    with translated(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+", buffering=0) as file:
+            length, text = _whole_lines(file), io.StringIO()
+            csv.writer(text).writerows([_COLUMNS, *rows] if length == 0 else rows)
+            file.truncate(length)
+            try:
+                if file.write(content := text.getvalue().encode()) != len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(length)
+                raise
+
+
+def mark_curves(folder: str | Path) -> dict[str, int]:
+    """What a run's metrics.csv holds now, for `rewind_curves`: its length and checksum."""
+    path = Path(folder) / CURVES_FILE
+    content = path.read_bytes() if path.exists() else b""
+    return {"bytes": len(content), "crc32": zlib.crc32(content)}
+
+
+def rewind_curves(folder: str | Path, mark: Mapping[str, Any]) -> bool:
+    """Cuts a run's metrics.csv back to what it held at a mark; returns False where it never held that."""
+    path = Path(folder) / CURVES_FILE
+    content = path.read_bytes() if path.exists() else b""
+    if len(content) < mark["bytes"] or zlib.crc32(content[: mark["bytes"]]) != mark["crc32"]:
+        return False
+    if len(content) > mark["bytes"]:
+        with translated(path):
+            os.truncate(path, mark["bytes"])
+    return True
+
+
+def _whole_lines(file: BinaryIO) -> int:
+    """Where the last whole line of a file ends, looking at its last 64 kB at most."""
+    size = file.seek(0, os.SEEK_END)
+    start = max(0, size - 2**16)
+    file.seek(start)
+    return start + file.read().rfind(b"\n") + 1
+
+
+def read_curves(folder: str | Path) -> Mapping[str, np.ndarray]:
+    """Reads a run's curves.
+
+    A run that was killed and resumed logs some steps twice: the later value counts. A last line cut short by the
+    kill is left out.
+
+    Returns:
+        name -> float64 (n, 2) with columns step and value, sorted by step.
+
+    Raises:
+        FileNotFoundError: if the folder holds no metrics.csv.
+    """
+    path = Path(folder) / CURVES_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"no {CURVES_FILE} in {folder}: expected the folder of a training run")
+    curves: dict[str, dict[int, float]] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for line in file:
+            row = next(csv.reader([line.rstrip("\r\n")]), [])
+            if line.endswith("\n") and len(row) == 3 and row != _COLUMNS:
+                curves.setdefault(row[1], {})[int(row[0])] = float(row[2])
+    return {name: np.array(sorted(points.items()), dtype=np.float64) for name, points in curves.items()}

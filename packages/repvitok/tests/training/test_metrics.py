@@ -1,0 +1,143 @@
+"""PSNR, SSIM, LPIPS and Frechet distances of reconstructions against independent computations."""
+
+import numpy as np
+import pytest
+import torch
+from repvitok.training.features import HOGClipFeatures
+from repvitok.training.losses import PerceptualLoss
+from repvitok.training.metrics import (
+    FrechetReconstruction,
+    FrechetStatistics,
+    LPIPSMetric,
+    ReconstructionMetrics,
+    psnr,
+    ssim,
+)
+from repvitok.training.module import reconstruction_sheet
+
+
+def clips(seed, shape=(2, 3, 3, 32, 40)):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def numpy_psnr(a, b):
+    a, b = (np.clip((x.numpy().astype(np.float64) + 1) / 2, 0, 1) for x in (a, b))
+    return np.array(
+        [[10 * np.log10(1 / ((a - b)[i, :, t] ** 2).mean()) for t in range(a.shape[2])] for i in range(len(a))]
+    )
+
+
+def numpy_ssim(a, b):
+    """Wang et al. 2004 on one channel in [0, 1]: 11 x 11 Gaussian window at every pixel, borders reflected."""
+    a, b = (np.pad(image, 5, mode="reflect") for image in (a, b))
+    offsets = np.arange(11) - 5
+    line = np.exp(-(offsets**2) / (2 * 1.5**2))
+    window = np.outer(line, line) / np.outer(line, line).sum()
+    values = []
+    for y in range(a.shape[0] - 10):
+        for x in range(a.shape[1] - 10):
+            p, q = a[y : y + 11, x : x + 11], b[y : y + 11, x : x + 11]
+            mp, mq = (window * p).sum(), (window * q).sum()
+            vp, vq = (window * p**2).sum() - mp**2, (window * q**2).sum() - mq**2
+            cov = (window * p * q).sum() - mp * mq
+            c1, c2 = 0.01**2, 0.03**2
+            values.append((2 * mp * mq + c1) * (2 * cov + c2) / ((mp**2 + mq**2 + c1) * (vp + vq + c2)))
+    return np.mean(values)
+
+
+def test_psnr_equals_numpy():
+    a, b = clips(0), clips(1)
+    np.testing.assert_allclose(psnr(a, b).numpy(), numpy_psnr(a, b), rtol=1e-5)
+
+
+def test_psnr_clips_what_no_image_can_hold():
+    assert psnr(torch.full((1, 3, 1, 8, 8), 5.0), torch.ones(1, 3, 1, 8, 8)).item() == pytest.approx(100)
+
+
+def test_ssim_equals_numpy():
+    a = clips(2, (1, 3, 1, 32, 32))
+    b = (a + 0.3 * clips(3, (1, 3, 1, 32, 32))).clamp(-1, 1)
+    x, y = ((v[0, :, 0].numpy().astype(np.float64) + 1) / 2 for v in (a, b))
+    expected = np.mean([numpy_ssim(x[c], y[c]) for c in range(3)])
+    assert ssim(b, a).item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_metrics_average_over_frames_whatever_the_batches():
+    a, b = clips(4), clips(5)
+    whole, parts = ReconstructionMetrics(), ReconstructionMetrics()
+    whole.update(a, b)
+    for i in range(2):
+        parts.update(a[i : i + 1], b[i : i + 1])
+    torch.testing.assert_close(parts.compute()[:2], whole.compute()[:2])
+    assert parts.compute()[2:] == whole.compute()[2:] == (a.shape[0] * a.shape[2], (a.shape[2], a.shape[2]))
+    assert whole.compute().psnr.item() == pytest.approx(numpy_psnr(a, b).mean(), rel=1e-5)
+
+
+def test_no_frames_is_an_error():
+    with pytest.raises(ValueError, match="the validation set is empty"):
+        ReconstructionMetrics().compute()
+
+
+def test_reconstruction_sheet_puts_originals_above():
+    sheet = reconstruction_sheet(torch.ones(2, 3, 3, 16, 16), -torch.ones(2, 3, 3, 16, 16))
+    assert sheet.shape == (64, 48, 3)
+    assert (sheet[:16] == 255).all()
+    assert (sheet[16:32] == 0).all()
+
+
+def lpips_by_hand(network, a, b):
+    """Zhang et al. 2018 on images in [-1, 1]: unit-normalised activations, weighted squared differences, averaged."""
+    shift, scale = network.scaling_layer.shift, network.scaling_layer.scale
+    total = 0
+    x, y = ((image - shift) / scale for image in (a, b))
+    for layer in range(5):
+        x, y = (getattr(network.net, f"slice{layer + 1}")(image) for image in (x, y))
+        u, v = (h / (h.square().sum(1, keepdim=True).sqrt() + 1e-10) for h in (x, y))
+        weight = network.lins[layer].model[-1].weight
+        total = total + ((u - v).square() * weight).sum(1).mean(dim=(1, 2))
+    return total
+
+
+def test_lpips_equals_its_formula_on_every_frame():
+    pytest.importorskip("lpips")
+    torch.manual_seed(0)
+    loss = PerceptualLoss("", net="alex", frames_per_clip=1, random_backbone_for_tests=True)
+    a, b = clips(6, (2, 3, 3, 64, 64)), clips(7, (2, 3, 3, 64, 64))
+    metric = LPIPSMetric(loss)
+    for i in range(2):
+        metric.update(a[i : i + 1], b[i : i + 1])
+    expected = torch.stack([lpips_by_hand(loss.network, a[:, :, t], b[:, :, t]) for t in range(3)]).mean()
+    assert metric.compute().item() == pytest.approx(expected.item(), rel=1e-4)
+    same = LPIPSMetric(loss)
+    same.update(a, a)
+    assert same.compute().item() == 0
+
+
+def test_frechet_of_reconstructions_is_that_of_their_features():
+    network = HOGClipFeatures()
+    a, b = clips(8, (12, 3, 3, 32, 32)), clips(9, (12, 3, 3, 32, 32)) * 3
+    metric = FrechetReconstruction(network)
+    for i in range(0, 12, 5):
+        metric.update(b[i : i + 5], a[i : i + 5])
+    real = FrechetStatistics(network.dim).update(network.features(a))
+    fake = FrechetStatistics(network.dim).update(network.features(b.clamp(-1, 1)))
+    distance, samples = metric.compute()
+    assert distance.item() == pytest.approx(real.distance(fake), rel=1e-9)
+    assert samples == 12
+
+
+def test_frechet_merges_the_ranks_states():
+    """What torchmetrics' gather leaves behind: every state with a leading axis of ranks."""
+    network = HOGClipFeatures()
+    a, b = clips(10, (8, 3, 2, 32, 32)), clips(11, (8, 3, 2, 32, 32))
+    whole, parts = FrechetReconstruction(network), [FrechetReconstruction(network) for _ in range(2)]
+    whole.update(b, a)
+    for i, part in enumerate(parts):
+        part.update(b[i::2], a[i::2])
+    gathered = FrechetReconstruction(network)
+    for name in ("counts", "means", "scatters"):
+        setattr(gathered, name, torch.stack([getattr(part, name) for part in parts]))
+    gathered._update_count = 1
+    distance, samples = gathered.compute()
+    assert samples == 8
+    assert distance.item() == pytest.approx(whole.compute()[0].item(), rel=1e-6)

@@ -1,0 +1,113 @@
+"""Teachers: the tokenizer's grid, frozen weights, and never a silent random one."""
+
+import pytest
+import torch
+from repvitok.training.teacher import HOGTeacher, OpenClipTeacher, TimmTeacher
+from safetensors.torch import save_file
+
+TINY = "vit_pe_core_tiny_patch16_384"
+
+
+def clip(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def test_hog_has_the_grid_and_unit_vectors():
+    teacher = HOGTeacher()
+    found = teacher.features(clip(2, 3, 5, 64, 96), (4, 6))
+    assert found.shape == (2, 5, 4, 6, teacher.dim)
+    torch.testing.assert_close(found.norm(dim=-1), torch.ones(2, 5, 4, 6))
+    assert "not Perception Encoder" in teacher.name
+
+
+def test_hog_sees_the_orientation_of_an_edge():
+    stripes = torch.sin(torch.arange(32) * 0.6).expand(3, 1, 32, 32)
+    teacher = HOGTeacher()
+    vertical = teacher.features(stripes[None], (2, 2))
+    horizontal = teacher.features(stripes.mT[None], (2, 2))
+    bins = teacher.BINS
+    by_bin = lambda features: features.reshape(-1, bins).sum(dim=0)  # noqa: E731
+    assert by_bin(vertical).argmax() == 0  # the gradient of vertical stripes points along x: orientation 0
+    assert by_bin(horizontal).argmax() in (bins // 2, bins // 2 + 1)
+
+
+def test_hog_of_a_shifted_patch_moves_with_it():
+    teacher = HOGTeacher()
+    video = clip(1, 3, 1, 64, 64)
+    moved = torch.roll(video, shifts=16, dims=4)
+    a, b = teacher.features(video, (4, 4)), teacher.features(moved, (4, 4))
+    torch.testing.assert_close(a[:, :, :, 1], b[:, :, :, 2])
+
+
+def test_teachers_without_weights_say_how_to_get_them():
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match=r"exactly one of weights_path, hub.*safetensors.*HOGTeacher"):
+        TimmTeacher()
+    with pytest.raises(ValueError, match="exactly one of"):
+        TimmTeacher(weights_path="a", hub=True)
+    with pytest.raises(ValueError, match=r"exactly one of weights_path, hub_tag"):
+        OpenClipTeacher()
+    with pytest.raises(ValueError, match="no teacher weights at"):
+        TimmTeacher(TINY, weights_path="/nowhere/pe.safetensors")
+    with pytest.raises(ValueError, match="timm has no model 'vit_nonsense'"):
+        TimmTeacher("vit_nonsense", random_weights_for_tests=True)
+
+
+def test_pickles_are_not_loaded(tmp_path):
+    pytest.importorskip("timm")
+    (tmp_path / "pe.pt").write_bytes(b"x")
+    with pytest.raises(ValueError, match="pickles are not loaded"):
+        TimmTeacher(TINY, weights_path=str(tmp_path / "pe.pt"))
+
+
+def test_timm_teacher_is_one_to_one_at_patch_16_and_frozen():
+    pytest.importorskip("timm")
+    torch.manual_seed(0)
+    teacher = TimmTeacher(TINY, random_weights_for_tests=True).train()
+    assert "random weights for tests" in teacher.name
+    assert not teacher.training
+    assert not any(p.requires_grad for p in teacher.parameters())
+    video = clip(1, 3, 2, 64, 96)
+    found = teacher.features(video, (4, 6))
+    assert found.shape == (1, 2, 4, 6, teacher.dim)
+    frame = (video[:, :, 1] + 1) / 2
+    tokens = teacher.network.forward_features((frame - 0.5) / 0.5)
+    torch.testing.assert_close(found[:, 1].reshape(1, 24, -1), tokens[:, 1:])
+
+
+@pytest.mark.parametrize("name", [TINY, "vit_pe_spatial_tiny_patch16_512", "vit_tiny_patch16_224"])
+def test_timm_teacher_loads_a_local_file(tmp_path, name):
+    """Perception Encoder's core and spatial models, and any other vision transformer."""
+    pytest.importorskip("timm")
+    torch.manual_seed(0)
+    first = TimmTeacher(name, random_weights_for_tests=True)
+    save_file(first.network.state_dict(), tmp_path / "pe.safetensors")
+    second = TimmTeacher(name, weights_path=str(tmp_path / "pe.safetensors"))
+    assert first.digest() != second.digest()  # the name says "random weights for tests"
+    video = clip(1, 3, 1, 64, 64)
+    torch.testing.assert_close(first.features(video, (4, 4)), second.features(video, (4, 4)))
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="does not hold the weights of"):
+        TimmTeacher(TINY, weights_path=str(tmp_path / "other.safetensors"))
+
+
+def test_patch_14_is_brought_to_the_tokenizers_grid():
+    """Three by four 16-pixel tokens are three by four 14-pixel patches of the frame at 42 x 56 pixels."""
+    pytest.importorskip("timm")
+    torch.manual_seed(0)
+    teacher = TimmTeacher("vit_small_patch14_dinov2", random_weights_for_tests=True)
+    video = clip(1, 3, 1, 48, 64)
+    found = teacher.features(video, (3, 4))
+    frame = torch.nn.functional.interpolate(video[:, :, 0], (42, 56), mode="bilinear", antialias=True)
+    pixels = ((frame + 1) / 2 - teacher.get_buffer("pixel_mean")) / teacher.get_buffer("pixel_std")
+    tokens = teacher.network.forward_features(pixels)[:, teacher.network.num_prefix_tokens :]
+    torch.testing.assert_close(found.reshape(1, 12, teacher.dim), tokens)
+
+
+@pytest.mark.slow
+def test_open_clip_teacher_resamples_to_the_grid():
+    pytest.importorskip("open_clip")
+    torch.manual_seed(0)
+    teacher = OpenClipTeacher("PE-Core-T-16-384", image_size=64, random_weights_for_tests=True)
+    assert teacher.features(clip(1, 3, 2, 96, 96), (6, 6)).shape == (1, 2, 6, 6, teacher.dim)
+    assert not any(p.requires_grad for p in teacher.parameters())

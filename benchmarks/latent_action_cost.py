@@ -17,8 +17,7 @@ from collections.abc import Callable
 
 import torch
 from latent_action.config import LatentActionConfig
-from latent_action.losses import transition_losses
-from latent_action.model import LatentActionTokenizer
+from latent_action.model import LatentActionTokenizer, transition_losses
 
 
 def calls(lat: LatentActionTokenizer, tokens: int, batch: int) -> dict[str, Callable[[], object]]:

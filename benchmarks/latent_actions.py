@@ -24,14 +24,11 @@ import numpy as np
 import torch
 from einops import rearrange
 from latent_action.baselines.frame_pairs import PairBatches, load_frame_table
-from latent_action.baselines.lapa import LapaConfig, LapaQuantizer
-from latent_action.baselines.nsvq import code_usage
-from latent_action.baselines.readout import lapa_features
+from latent_action.baselines.lapa import LapaConfig, LapaQuantizer, code_usage, lapa_features
 from latent_action.config import LatentActionConfig
 from latent_action.datamodule import TrainingBatches
 from latent_action.dynamics import MLP, ForwardDynamics, InverseDynamics
-from latent_action.losses import copy_loss, transition_losses
-from latent_action.model import LatentActionTokenizer
+from latent_action.model import LatentActionTokenizer, copy_loss, transition_losses
 from latent_action.probe import ProbeTask, make_task, score_features, score_frames
 from latent_action.transfer import (
     borrowed_losses,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from latent_action.losses import copy_loss, transition_losses
+from latent_action.model import copy_loss, transition_losses
 
 
 @pytest.mark.parametrize("antisymmetric", [True, False])

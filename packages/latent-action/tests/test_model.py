@@ -7,8 +7,7 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 from latent_action.config import LatentActionConfig
-from latent_action.losses import transition_losses
-from latent_action.model import LatentActionTokenizer
+from latent_action.model import LatentActionTokenizer, transition_losses
 from latent_action.transport import Transport
 
 

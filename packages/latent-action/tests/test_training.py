@@ -13,8 +13,7 @@ from latent_action.config import LatentActionConfig
 from latent_action.datamodule import LatentActionData, TrainingBatches, TransitionBatch
 from latent_action.export import export_checkpoint
 from latent_action.labelling import label_shards
-from latent_action.losses import transition_losses
-from latent_action.model import LatentActionTokenizer
+from latent_action.model import LatentActionTokenizer, transition_losses
 from latent_action.probe import format_report, probe_shards
 from latent_action.training import LatentActionTraining
 from latent_action.transfer import latent_actions

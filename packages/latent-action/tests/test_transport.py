@@ -4,8 +4,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from latent_action.grid import position_feature_size, position_features, resolve_grid, token_coordinates, token_views
-from latent_action.transport import Flow, Transport
+from latent_action.transport import (
+    Flow,
+    Transport,
+    position_feature_size,
+    position_features,
+    resolve_grid,
+    token_coordinates,
+    token_views,
+)
 
 GRIDS = st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6))
 

@@ -12,8 +12,7 @@ if TYPE_CHECKING:
     from latent_action.config import LatentActionConfig
     from latent_action.export import export_checkpoint
     from latent_action.labelling import label_shards
-    from latent_action.losses import TransitionLosses, transition_losses
-    from latent_action.model import LatentActionTokenizer
+    from latent_action.model import LatentActionTokenizer, TransitionLosses, transition_losses
     from latent_action.probe import ProbeReport, probe_shards
     from latent_action.visualize import acting_map, draw_transition, transport_arrows
 
@@ -37,13 +36,13 @@ _HOMES = {
     "LatentActionConfig": "config",
     "LatentActionTokenizer": "model",
     "ProbeReport": "probe",
-    "TransitionLosses": "losses",
+    "TransitionLosses": "model",
     "acting_map": "visualize",
     "draw_transition": "visualize",
     "export_checkpoint": "export",
     "label_shards": "labelling",
     "probe_shards": "probe",
-    "transition_losses": "losses",
+    "transition_losses": "model",
     "transport_arrows": "visualize",
 }
 

@@ -123,8 +123,7 @@ def _lapa_rows(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.dataset is None:
         raise UserError("--lapa needs --dataset, the data set the latents were made from: LAPA sees pixels.")
     from latent_action.baselines.frame_pairs import load_frame_table
-    from latent_action.baselines.lapa import LapaQuantizer
-    from latent_action.baselines.readout import lapa_features
+    from latent_action.baselines.lapa import LapaQuantizer, lapa_features
 
     lapa = LapaQuantizer.from_pretrained(arguments.lapa)
     table = load_frame_table(arguments.latents, arguments.dataset, lapa.config.size)
@@ -150,8 +149,8 @@ def _visualize_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _visualize(arguments: argparse.Namespace) -> int:
     from latent_action.baselines.lapa import LapaQuantizer
-    from latent_action.episode_pictures import write_episode_picture
     from latent_action.model import LatentActionTokenizer
+    from latent_action.visualize import write_episode_picture
 
     write_episode_picture(
         lat=LatentActionTokenizer.from_pretrained(arguments.lat),

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latent_action.config import LatentActionConfig
-from latent_action.grid import Grid, position_feature_size, position_features, token_views
-from latent_action.transport import Flow, Transport
+from latent_action.transport import Flow, Grid, Transport, position_feature_size, position_features, token_views
 
 # Weight of a direct neighbour in a row of K_t before training: exp(-s) with s = 5, so K_t starts near the
 # identity (0.97 on the diagonal) yet the flow still receives a gradient.

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from latent_action.config import LatentActionConfig
 from latent_action.dynamics import MLP, InverseDynamics
-from latent_action.grid import Grid
 from latent_action.labelling import require_same_tokenizer
 from latent_action.model import LatentActionTokenizer
 from latent_action.transfer import BorrowedLosses, borrowed_losses, latent_actions
 from latent_action.transitions import TransitionTable, lie_within, load_transitions
+from latent_action.transport import Grid
 
 Target = Literal["actions", "motion"]
 Predict = Callable[[Int[Tensor, " b"]], Float[Tensor, "b c"]]

@@ -18,10 +18,9 @@ from latent_action.config import LatentActionConfig
 from latent_action.datamodule import TransitionBatch, which_episodes
 from latent_action.dynamics import ForwardDynamics
 from latent_action.export import CHECKPOINT_KEY, read_stored
-from latent_action.grid import Grid
-from latent_action.losses import copy_loss, transition_losses
-from latent_action.model import LatentActionTokenizer
+from latent_action.model import LatentActionTokenizer, copy_loss, transition_losses
 from latent_action.transfer import cycle_loss, effective_dimensions, read_again, reading_r2
+from latent_action.transport import Grid
 
 DEFAULT_OPTIMIZER = OptimizerSettings(name="adamw", lr=1e-3, warmup_steps=500)
 

@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from jaxtyping import TypeCheckError
-from latent_action.baselines.lapa import LapaConfig, LapaQuantizer
-from latent_action.baselines.nsvq import code_usage
+from latent_action.baselines.lapa import LapaConfig, LapaQuantizer, code_usage
 from torch.nn import functional as F
 
 SMALL = LapaConfig(size=(16, 24), patch=4, width=32, depth=1, heads=2, code_dim=8)

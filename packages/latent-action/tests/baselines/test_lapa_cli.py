@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 from latent_action.baselines.frame_pairs import load_frame_table
-from latent_action.baselines.lapa import LapaQuantizer
-from latent_action.baselines.readout import lapa_acting_map, lapa_features
+from latent_action.baselines.lapa import LapaQuantizer, lapa_acting_map, lapa_features
 from latent_action.cli import main
 from latent_action.config import LatentActionConfig
 from latent_action.model import LatentActionTokenizer
@@ -140,7 +139,7 @@ def test_probe_has_rows_of_lapa(exported, fitted_lat, blobs, tmp_path, capsys, m
     """The blobs have no pixels, so the table of frames is stood in for by noise of the right number."""
     fitted_lat.save_pretrained(tmp_path / "lat")
     monkeypatch.setattr("latent_action.baselines.frame_pairs.load_frame_table", lambda *_: None)
-    monkeypatch.setattr("latent_action.baselines.readout.lapa_features", lambda *_, **__: torch.randn(40 * 23, 4))
+    monkeypatch.setattr("latent_action.baselines.lapa.lapa_features", lambda *_, **__: torch.randn(40 * 23, 4))
     out = tmp_path / "probe.json"
     arguments = ["probe", "--lat", str(tmp_path / "lat"), "--latents", str(blobs), "--lapa", str(exported)]
     quick = ["--dataset", "anywhere", "--head-steps", "3", "--frames-steps", "2", "--out", str(out)]

@@ -1,7 +1,7 @@
 """Noise substitution: the right code, an error of the right length, gradients for both sides, no idle codes."""
 
 import torch
-from latent_action.baselines.nsvq import NoiseSubstitution, code_usage
+from latent_action.baselines.lapa import NoiseSubstitution, code_usage
 
 
 def quantizer() -> NoiseSubstitution:

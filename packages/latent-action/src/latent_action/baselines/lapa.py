@@ -4,15 +4,19 @@
     x_hat_{t+1} = D(attend(sg[p_t], codes, codes)),   loss |x_hat_{t+1} - x_{t+1}|^2
 
 The frames are encoded by a transformer over space and a causal one over time; their difference is reduced to
-`code_tokens` vectors, each quantised to one of `codes` vectors of a codebook. The decoder lets the patches of x_t,
-behind a stop-gradient, attend to the codes and predicts the pixels of x_{t+1}. Written from the paper alone.
+`code_tokens` vectors, each quantised to one of `codes` vectors of a codebook, by noise substitution (NSVQ), which gives
+the codebook and the encoder a gradient. The decoder lets the patches of x_t, behind a stop-gradient, attend to the
+codes and predicts the pixels of x_{t+1}. Written from the paper alone.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
@@ -22,8 +26,62 @@ from repvitok.runtime.pretrained import PretrainedModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latent_action.baselines.nsvq import NoiseSubstitution
-from latent_action.grid import position_feature_size, position_features
+from latent_action.baselines.frame_pairs import FrameTable
+from latent_action.transport import position_feature_size, position_features
+
+
+class NoiseSubstitution(nn.Module):
+    """A codebook whose quantisation error is replaced by noise of the same length in training.
+
+        training:    x + |x - c| v / |v|,  v ~ N(0, 1),  c the nearest code
+        evaluation:  c
+
+    The noise hides which way c lies but not how far, so the loss pulls codes towards what they stand for, and no
+    auxiliary loss or straight-through gradient is needed.
+    """
+
+    def __init__(self, codes: int, dim: int) -> None:
+        super().__init__()
+        self.codebook = nn.Parameter(torch.randn(codes, dim))
+
+    def nearest(self, x: Float[Tensor, "*batch dim"]) -> tuple[Float[Tensor, "*batch dim"], Int[Tensor, " *batch"]]:
+        """The nearest code of every vector, and its index."""
+        index = torch.cdist(x.detach().reshape(-1, x.shape[-1]), self.codebook.detach()).argmin(-1)
+        index = index.reshape(x.shape[:-1])
+        return self.codebook[index], index
+
+    def forward(
+        self, x: Float[Tensor, "*batch dim"], generator: torch.Generator | None = None
+    ) -> tuple[Float[Tensor, "*batch dim"], Int[Tensor, " *batch"]]:
+        """Quantised vectors, by noise substitution in training, and the indices of their codes."""
+        codes, index = self.nearest(x)
+        if not self.training:
+            return codes, index
+        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+        length = (x - codes).norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+        return x + length * noise, index
+
+    @torch.no_grad()
+    def replace_unused(self, used: Int[Tensor, " codes"], generator: torch.Generator | None = None) -> int:
+        """Move codes that nothing chose beside codes in use, drawn by how often those were; returns how many.
+
+        Args:
+            used: how often each code was chosen since the last call.
+            generator: of all draws.
+        """
+        idle = (used == 0).nonzero()[:, 0]
+        if len(idle) and len(idle) < len(used):
+            source = torch.multinomial(used.float(), len(idle), replacement=True, generator=generator)
+            chosen, spread = self.codebook[source], self.codebook.std() * 1e-2
+            noise = torch.randn(chosen.shape, generator=generator, dtype=chosen.dtype, device=chosen.device)
+            self.codebook[idle] = chosen + spread * noise
+        return len(idle)
+
+
+def code_usage(index: Int[Tensor, "b places"], codes: int) -> Int[Tensor, " codes"]:
+    """How often each code occurs."""
+    return torch.bincount(rearrange(index, "b places -> (b places)"), minlength=codes)
+
 
 _FREQUENCIES = 4
 
@@ -79,7 +137,7 @@ class LapaConfig:
         return asdict(self) | {"size": list(self.size)}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "LapaConfig":
+    def from_dict(cls, values: Mapping[str, Any]) -> LapaConfig:
         """The inverse of `to_dict`.
 
         Raises:
@@ -196,3 +254,41 @@ def _through(layers: nn.ModuleList, x: Tensor, mask: Tensor | None = None) -> Te
     for layer in layers:
         x = layer(x, src_mask=mask)
     return x
+
+
+# A change of a patch by this much (root mean square, pixels in [-1, 1]) is drawn at full heat where nothing in the
+# frame changes more.
+HEAT_FLOOR = 0.05
+_BATCH = 256
+
+
+@torch.no_grad()
+def lapa_features(
+    lapa: LapaQuantizer, table: FrameTable, *, quantised: bool = True
+) -> Float[Tensor, "transitions features"]:
+    """The latent action of every transition: its codebook vectors one after another, (code_tokens * code_dim).
+
+    With `quantised` false, the vectors before quantisation, which hold more than LAPA's own latent actions do.
+    """
+    pieces = []
+    for index in torch.arange(len(table)).split(_BATCH):
+        pair = table.pairs(index)
+        codes = lapa.latent_actions(*pair)[0] if quantised else lapa.encode(*pair)
+        pieces.append(rearrange(codes, "b places d -> b (places d)"))
+    return torch.cat(pieces)
+
+
+@torch.no_grad()
+def lapa_acting_map(
+    lapa: LapaQuantizer, x_t: Float[Tensor, "3 h w"], x_next: Float[Tensor, "3 h w"]
+) -> Float[np.ndarray, "rows columns"]:
+    """How strongly LAPA's latent action changes each patch, in [0, 1].
+
+    The change is the root mean square over a patch's pixels of D(x_t, l_t) - D(x_t, l_0), where l_0 are the codes of
+    (x_t, x_t), nothing happening; divided by its maximum, or by `HEAT_FLOOR` where that is larger.
+    """
+    one, other = lapa.latent_actions(torch.stack([x_t, x_t]), torch.stack([x_next, x_t]))[0]
+    moved, kept = lapa.decode(torch.stack([x_t, x_t]), torch.stack([one, other]))
+    side = lapa.config.patch
+    change = rearrange((moved - kept).square(), "c (h p) (w q) -> h w (c p q)", p=side, q=side).mean(-1).sqrt()
+    return (change / change.max().clamp(min=HEAT_FLOOR)).float().cpu().numpy()

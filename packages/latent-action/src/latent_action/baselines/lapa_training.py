@@ -16,8 +16,7 @@ from repvitok.runtime.training import FiniteCheck, clip_gradients, require_finit
 from torch import Tensor, nn
 
 from latent_action.baselines.frame_pairs import FramePair
-from latent_action.baselines.lapa import LapaConfig, LapaQuantizer
-from latent_action.baselines.nsvq import code_usage
+from latent_action.baselines.lapa import LapaConfig, LapaQuantizer, code_usage
 from latent_action.datamodule import which_episodes
 
 CHECKPOINT_KEY = "lapa"

@@ -26,8 +26,8 @@ from repvitok.data import LeRobotReader, prepare_frames
 from repvitok.data.split import split_episodes
 from repwam_core.interface import Observation
 from repwam_core.policy import BatchedPolicy, evaluate_open_loop
+from repwam_core.sim.base import evaluation_seeds
 from repwam_core.sim.metaworld import MetaWorldSettings, MetaWorldTask
-from repwam_core.sim.seeds import evaluation_seeds
 from torch import Tensor, nn
 
 HARD_TASKS = ("drawer-open", "door-lock", "push")

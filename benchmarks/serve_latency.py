@@ -20,9 +20,8 @@ import numpy as np
 from repwam_core.embodiment import Embodiment
 from repwam_core.interface import ActionChunk, Observation
 from repwam_core.policy.serving import PolicyClient, PolicyServer, ServerMetadata, ServeSettings
-from repwam_core.policy.serving.protocol import Request, chunk_from_message
-from repwam_core.policy.serving.session import Session
-from repwam_core.policy.serving.wire import pack, unpack
+from repwam_core.policy.serving.protocol import Request, chunk_from_message, pack, unpack
+from repwam_core.policy.serving.server import Session
 
 CHANNELS = tuple(f"joint_{number}" for number in range(14))
 SHAPES = ((64, 64, 1), (128, 128, 2), (256, 256, 1), (240, 320, 3))

@@ -35,10 +35,10 @@ from repwam_core.embodiment import Embodiment
 from repwam_core.interface import Observation
 from repwam_core.model.config import ActionSpace, WAMConfig
 from repwam_core.model.wam import WorldActionModel
-from repwam_core.planning import PlanSettings
 from repwam_core.policy.folder import PolicyManifest, write_policy
 from repwam_core.policy.serving import PolicyClient
-from repwam_core.policy.serving.wire import pack
+from repwam_core.policy.serving.protocol import pack
+from repwam_core.sampling import PlanSettings
 from repwam_core.statistics import ActionStatistics, Statistics
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect

@@ -35,16 +35,14 @@ from repvitok.data.split import split_episodes
 from repwam_core.cli import main as repwam
 from repwam_core.policy import BatchedPolicy, evaluate_open_loop
 from repwam_core.quickstart import training
-from repwam_core.quickstart.plan import RECIPES, Plan, load_plan
+from repwam_core.quickstart.config import RECIPES, Plan, load_plan
 from repwam_core.quickstart.stages import StageResult, StageRunner
-from repwam_core.sim.collect import collect
-from repwam_core.sim.demonstrations import NOISE_MODES
+from repwam_core.sim.base import evaluation_seeds
+from repwam_core.sim.collect import NOISE_MODES, collect
 from repwam_core.sim.evaluate import evaluate
-from repwam_core.sim.intervals import difference_interval, wilson_interval
 from repwam_core.sim.metaworld import MetaWorldSettings
 from repwam_core.sim.metaworld.instructions import instruction
-from repwam_core.sim.results import success_rates
-from repwam_core.sim.seeds import evaluation_seeds
+from repwam_core.sim.results import difference_interval, success_rates, wilson_interval
 
 HARD_TASKS = ("drawer-open", "door-lock", "push")
 MEASURED_EPISODES = 6

@@ -21,8 +21,8 @@ from repwam_core.cli import main
 from repwam_core.data.datamodule import WAMDataModule
 from repwam_core.data.packing import PackingSettings
 from repwam_core.export import parts_of_checkpoint
-from repwam_core.planning import PlanSettings
 from repwam_core.policy.policy import BatchedPolicy
+from repwam_core.sampling import PlanSettings
 from repwam_core.training.losses import LossSettings
 from repwam_core.training.module import WAMTraining
 from repwam_core.training.parallel import ScaleSettings

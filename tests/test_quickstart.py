@@ -12,7 +12,7 @@ import time
 import pytest
 import yaml
 from repwam_core.cli import main
-from repwam_core.quickstart.controls import CONTROLS
+from repwam_core.quickstart.chain import CONTROLS
 from repwam_core.quickstart.stages import StageRunner
 
 # Seconds to minutes of training: enough to tell a working pipeline from a broken one.

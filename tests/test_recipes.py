@@ -11,7 +11,7 @@ from repvitok.cli import STAGE as REPVITOK
 from repvitok.runtime.commands import import_object
 from repvitok.runtime.curves import read_curves
 from repwam_core.cli import STAGE as REPWAM
-from repwam_core.quickstart.plan import RECIPES as QUICKSTART
+from repwam_core.quickstart.config import RECIPES as QUICKSTART
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
@@ -131,7 +131,7 @@ def test_quickstart_recipes_run_two_steps_one_after_the_other(tmp_path, shared_v
     from repwam_core.cli import main as repwam
     from repwam_core.policy.policy import Policy
     from repwam_core.quickstart import training
-    from repwam_core.quickstart.plan import load_plan
+    from repwam_core.quickstart.config import load_plan
 
     arguments = argparse.Namespace(
         tasks=None,

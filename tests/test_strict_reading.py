@@ -22,11 +22,10 @@ from repvitok.runtime.errors import UserError
 from repwam_core.data.layout import LAYOUTS, DatasetLayout
 from repwam_core.embodiment import Embodiment
 from repwam_core.model.config import ActionSpace, WAMConfig
-from repwam_core.planning import ChunkSpec, PlanSettings
 from repwam_core.policy.folder import PolicyManifest
-from repwam_core.quickstart.plan import RECIPES, Plan
-from repwam_core.sim.collect import CollectionPlan
-from repwam_core.sim.demonstrations import Noise
+from repwam_core.quickstart.config import RECIPES, Plan
+from repwam_core.sampling import ChunkSpec, PlanSettings
+from repwam_core.sim.collect import CollectionPlan, Noise
 from repwam_core.sim.metaworld import MetaWorldSettings
 from repwam_core.sim.results import EpisodeResult, load_results, save_results
 from repwam_core.statistics import ActionStatistics, StateStatistics, Statistics

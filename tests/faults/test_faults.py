@@ -26,8 +26,7 @@ from repwam_core.policy.folder import PolicyParts
 from repwam_core.policy.policy import Policy
 from repwam_core.policy.serving import PolicyServer, PolicyServerError, ServeSettings
 from repwam_core.policy.serving.command import metadata_of
-from repwam_core.policy.serving.protocol import chunk_from_message
-from repwam_core.policy.serving.wire import pack, unpack
+from repwam_core.policy.serving.protocol import chunk_from_message, pack, unpack
 from websockets.exceptions import ConnectionClosedError
 from websockets.sync.client import connect
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from repwam_core.cli import main
-from repwam_core.planning import PlanSettings
+from repwam_core.sampling import PlanSettings
 from repwam_core.sim.results import EpisodeResult
 from repwam_core.statistics import Statistics
 

@@ -27,9 +27,9 @@ from repvitok.runtime.errors import MOST_PROCESSES, UserError, run_cli
 
 from repwam_core.estimate import DEVICES, RunRequest, estimate_run, format_estimate
 from repwam_core.model.config import Recompute
-from repwam_core.plan_options import add_plan_arguments, given_plan
 from repwam_core.policy.serving.command import add_serve_arguments, serve
-from repwam_core.quickstart.arguments import add_quickstart_arguments
+from repwam_core.quickstart.config import add_quickstart_arguments
+from repwam_core.sampling import add_plan_arguments, given_plan
 
 if TYPE_CHECKING:
     from repwam_core.policy.policy import BatchedPolicy
@@ -133,8 +133,8 @@ def _collect_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _collect(options: argparse.Namespace) -> None:
+    from repwam_core.sim.collect import NOISE_MODES as MODES
     from repwam_core.sim.collect import collect
-    from repwam_core.sim.demonstrations import NOISE_MODES as MODES
 
     summary = collect(
         options.out,
@@ -185,8 +185,8 @@ def _rollout_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _rollout(options: argparse.Namespace) -> None:
+    from repwam_core.sim.base import evaluation_seeds
     from repwam_core.sim.results import mean_rate, mean_rates, success_rates
-    from repwam_core.sim.seeds import evaluation_seeds
 
     seeds = evaluation_seeds(options.episodes)
     results = _drive_without_policy(options, seeds) if options.baseline else _drive(options, seeds)
@@ -385,8 +385,7 @@ def _openloop(options: argparse.Namespace) -> None:
     from repvitok.data.split import format_episodes
     from repvitok.runtime.files import write_json_atomic
 
-    from repwam_core.policy.generated import named_clip_features
-    from repwam_core.policy.openloop import evaluate_open_loop
+    from repwam_core.policy.openloop import evaluate_open_loop, named_clip_features
     from repwam_core.policy.policy import BatchedPolicy
 
     network = named_clip_features(options.clip_features)

@@ -20,12 +20,12 @@ from repwam_core.data.episodes import text_cache
 from repwam_core.embodiment import Embodiment
 from repwam_core.model.config import LATENT_SPACE, WAMConfig
 from repwam_core.model.wam import WorldActionModel
-from repwam_core.planning import ChunkSpec, PlanSettings
 from repwam_core.policy.folder import PolicyManifest, PolicyParts, model_bytes, refuse_other_than_policy, write_policy
+from repwam_core.sampling import ChunkSpec, PlanSettings
 from repwam_core.statistics import Statistics
 from repwam_core.text import TextEncoder
-from repwam_core.training.distributed_checkpoint import read_whole
 from repwam_core.training.module import CHECKPOINT_KEY
+from repwam_core.training.parallel import read_whole
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from repvitok.runtime.files import write_json_atomic
 from repwam_core.data.datamodule import WAMDataModule
 from repwam_core.data.episodes import EpisodeStore, text_cache
 from repwam_core.export import parts_of_checkpoint
-from repwam_core.policy.generated import ClipFeatures, named_clip_features
-from repwam_core.policy.openloop import OpenLoopResult, evaluate_open_loop
+from repwam_core.policy.openloop import ClipFeatures, OpenLoopResult, evaluate_open_loop, named_clip_features
 from repwam_core.policy.policy import BatchedPolicy
 from repwam_core.scores import HEADLINE
 

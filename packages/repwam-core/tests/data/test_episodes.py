@@ -15,7 +15,7 @@ from repvitok.data.split import split_latents
 from repwam_core.data.episode_arrays import MappedEpisodes, StackedEpisodes, count_statistics, suggested_kind
 from repwam_core.data.episodes import EpisodeStore, SegmentSampler, text_cache
 from repwam_core.model.wam import WorldActionModel
-from repwam_core.planning import PlanSettings
+from repwam_core.sampling import PlanSettings
 from repwam_core.scores import HEADLINE, open_loop_score
 from repwam_core.training import metrics
 from repwam_core.training.losses import equal_chunks, from_chunk_starts

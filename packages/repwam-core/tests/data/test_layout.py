@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
-from repvitok.data import LeRobotReader, LeRobotWriter, lerobot_finalize
+from repvitok.data import LeRobotReader, LeRobotWriter
+from repvitok.data.lerobot import finalize
 from repwam_core.cli import main
 from repwam_core.data import layout as layout_module
 from repwam_core.data.layout import DatasetLayout, known_layouts, prepare
@@ -325,8 +326,8 @@ def test_some_episodes_alone_read_as_they_did(tmp_path, version, own_files, caps
     """Of five episodes three; in version 3 they share a table and videos with the others, or each has its own."""
     source, out = tmp_path / "source", tmp_path / "out"
     if own_files:
-        monkeypatch.setattr(lerobot_finalize, "DATA_FILE_MB", 1e-9)
-        monkeypatch.setattr(lerobot_finalize, "VIDEO_FILE_MB", 1e-9)
+        monkeypatch.setattr(finalize, "DATA_FILE_MB", 1e-9)
+        monkeypatch.setattr(finalize, "VIDEO_FILE_MB", 1e-9)
     _written(source, "v3.0" if version == "v3.0" else "v2.1", (4, 5, 6, 7, 5))
     info = json.loads((source / "meta/info.json").read_text()) | {"codebase_version": version}
     (source / "meta/info.json").write_text(json.dumps(info))

@@ -18,8 +18,8 @@ from repwam_core.data.episodes import EpisodeStore, text_cache
 from repwam_core.embodiment import Embodiment
 from repwam_core.model.config import ActionSpace, WAMConfig
 from repwam_core.model.wam import WorldActionModel
-from repwam_core.planning import PlanSettings
 from repwam_core.policy.folder import PolicyManifest, write_policy
+from repwam_core.sampling import PlanSettings
 from repwam_core.statistics import Statistics
 
 CAMERAS = ("observation.images.left", "observation.images.right")

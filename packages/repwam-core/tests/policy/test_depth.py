@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from latent_action import LatentActionConfig, LatentActionTokenizer, episode_pictures
+from latent_action import LatentActionConfig, LatentActionTokenizer, visualize
 from latent_action.baselines.frame_pairs import load_frame_table
 from repvitok.data import LatentShards, LeRobotReader, prepare_frames
 from repvitok.data.transforms import to_frames
@@ -81,9 +81,9 @@ def test_pictures_and_pixels_beside_latents_are_read_with_their_range(depth_worl
     moments = {"latent_mean": (0.0,) * 8, "latent_std": (1.0,) * 8, "hidden": 16}
     config = LatentActionConfig(latent_dim=8, tokenizer_digest=meta.tokenizer_digest, **moments)
     drawn = []
-    monkeypatch.setattr(episode_pictures, "draw_transition", lambda frame, *_: drawn.append(frame) or frame)
+    monkeypatch.setattr(visualize, "draw_transition", lambda frame, *_: drawn.append(frame) or frame)
     given = {"lat": LatentActionTokenizer(config), "latents": depth_world.shards, "dataset": depth_world.dataset}
-    episode_pictures.write_episode_picture(**given, out=tmp_path / "sheet.png")
+    visualize.write_episode_picture(**given, out=tmp_path / "sheet.png")
     np.testing.assert_array_equal(drawn[0], np.concatenate(scaled(depth_world, 0, [4])[:, 0], 1))
 
     this = SimpleNamespace(plan=SimpleNamespace(size=SIZE, stride=1, held_out=0.5), seed=0)

@@ -13,10 +13,10 @@ from repwam_core.cli import main
 from repwam_core.export import read_trained
 from repwam_core.interface import Observation
 from repwam_core.model.wam import WorldActionModel
-from repwam_core.planning import ChunkSpec
 from repwam_core.policy import Policy
 from repwam_core.policy.folder import PolicyManifest, PolicyParts
 from repwam_core.policy.policy import BatchedPolicy
+from repwam_core.sampling import ChunkSpec
 from repwam_core.statistics import Statistics
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from repvitok.training.metrics import FrechetStatistics
-from repwam_core.policy.generated import CLIP_FRAMES, ClipFeatures, score_video
+from repwam_core.policy.openloop import CLIP_FRAMES, ClipFeatures, score_video
 from torch import Tensor
 
 

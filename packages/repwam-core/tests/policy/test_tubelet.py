@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from latent_action import LatentActionConfig, LatentActionTokenizer, episode_pictures
+from latent_action import LatentActionConfig, LatentActionTokenizer, visualize
 from latent_action.baselines.frame_pairs import load_frame_table
 from latent_action.labelling import label_shards
 from repvitok import RepViTok, RepViTokConfig
@@ -15,10 +15,10 @@ from repwam_core.data.episodes import EpisodeStore, text_cache
 from repwam_core.embodiment import Embodiment
 from repwam_core.model.config import ActionSpace, WAMConfig
 from repwam_core.model.wam import WorldActionModel
-from repwam_core.planning import PlanSettings
 from repwam_core.policy import BatchedPolicy, evaluate_open_loop
 from repwam_core.policy.folder import PolicyManifest, write_policy
 from repwam_core.quickstart import pictures
+from repwam_core.sampling import PlanSettings
 
 CAMERA, SIZE, LENGTHS = "observation.images.top", (32, 32), (24, 32)
 STRIDE, PER_LATENT = 3, 6  # two frames a tubelet, every third one
@@ -76,10 +76,10 @@ def test_pictures_show_the_frame_at_a_transition(made, tmp_path, monkeypatch):
         drawn.append(float(frame.mean()))
         return frame
 
-    monkeypatch.setattr(episode_pictures, "draw_transition", draw)
+    monkeypatch.setattr(visualize, "draw_transition", draw)
     lat = LatentActionTokenizer.from_pretrained(made / "lat")
     given = {"lat": lat, "latents": made / "latents", "dataset": made / "data", "episode": 1}
-    episode_pictures.write_episode_picture(**given, out=tmp_path / "sheet.png")
+    visualize.write_episode_picture(**given, out=tmp_path / "sheet.png")
     np.testing.assert_allclose(drawn, grey(PER_LATENT * np.arange(1, 5)), atol=2)
 
 

@@ -10,9 +10,9 @@ from repvitok.baselines.wan import WanVae
 from repvitok.data import LatentShards, LeRobotReader
 from repwam_core.cli import main
 from repwam_core.interface import Observation
-from repwam_core.planning import PlanSettings
 from repwam_core.policy import BatchedPolicy, Policy
 from repwam_core.policy.folder import PolicyParts
+from repwam_core.sampling import PlanSettings
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from repvitok.runtime.documents import load_yaml, parse
 from repwam_core.quickstart import closed_loop
-from repwam_core.quickstart.plan import RECIPES, Plan
+from repwam_core.quickstart.config import RECIPES, Plan
 
 TASKS = ("go-left", "go-right")
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from repvitok.data import LeRobotWriter
 from repvitok.runtime.errors import UserError
+from repwam_core.sim.base import evaluation_seeds
 from repwam_core.sim.baselines import demonstrated_actions, run_baseline
 from repwam_core.sim.metaworld import MetaWorldTask
 from repwam_core.sim.results import load_results, success_rates
-from repwam_core.sim.seeds import evaluation_seeds
 
 TASK = "handle-press-side"
 CRASHES = {

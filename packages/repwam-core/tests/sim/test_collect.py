@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from repvitok.data import LeRobotReader
 from repvitok.runtime.errors import UserError
-from repwam_core.sim.collect import collect, read_plan
-from repwam_core.sim.demonstrations import NOISE_MODES, record_demonstration
+from repwam_core.sim.collect import NOISE_MODES, collect, read_plan, record_demonstration
 from repwam_core.sim.metaworld import MetaWorldSettings, MetaWorldTask
 from repwam_core.sim.metaworld.instructions import paraphrases
 

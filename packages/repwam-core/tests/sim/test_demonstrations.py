@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from repwam_core.sim.demonstrations import NOISE_MODES, Noise, record_demonstration
+from repwam_core.sim.collect import NOISE_MODES, Noise, record_demonstration
 
 
 def test_frames_states_and_actions_belong_together(point_task):

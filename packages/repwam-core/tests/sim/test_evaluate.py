@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from repvitok.runtime.errors import UserError
 from repwam_core.interface import ActionChunk, BasePolicy, BatchedBasePolicy
+from repwam_core.sim.base import evaluation_seeds
 from repwam_core.sim.evaluate import evaluate
-from repwam_core.sim.host import SimHost
 from repwam_core.sim.metaworld import MetaWorldSettings, MetaWorldTask
 from repwam_core.sim.results import load_results
-from repwam_core.sim.seeds import evaluation_seeds
+from repwam_core.sim.workers import SimHost
 
 SMALL = MetaWorldSettings(size=(32, 32), max_env_steps=60)
 CHANNELS = ("ee_delta_x", "ee_delta_y", "ee_delta_z", "gripper_effort")

@@ -1,7 +1,7 @@
 """Wilson's and Newcombe's intervals against values worked out by hand or published."""
 
 import pytest
-from repwam_core.sim.intervals import difference_interval, wilson_interval
+from repwam_core.sim.results import difference_interval, wilson_interval
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from repvitok.runtime.errors import UserError
 from repwam_core.cli import main
-from repwam_core.sim.films import load_films
-from repwam_core.sim.results import EpisodeResult, load_results
-from repwam_core.sim.rollouts import RolloutFolder
+from repwam_core.sim.evaluate import RolloutFolder
+from repwam_core.sim.results import EpisodeResult, load_films, load_results
 
 ABOUT = {"tasks": ["push", "reach"], "execute": None, "settings": {"size": (32, 32)}, "policy": "here"}
 PLANNED = [EpisodeResult(task, seed, "go", False, 0) for seed in range(4) for task in ABOUT["tasks"]]
@@ -115,7 +114,7 @@ def test_other_instructions_are_another_rollout(tmp_path):
 def test_two_rollouts_in_one_folder(tmp_path):
     code = f"""
 import time
-from repwam_core.sim.rollouts import RolloutFolder
+from repwam_core.sim.evaluate import RolloutFolder
 with RolloutFolder({str(tmp_path)!r}, {{}}):
     print("held", flush=True)
     time.sleep(60)

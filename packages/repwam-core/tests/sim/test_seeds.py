@@ -2,7 +2,7 @@
 
 import pytest
 from repvitok.runtime.errors import UserError
-from repwam_core.sim.seeds import (
+from repwam_core.sim.base import (
     EVALUATION_SEEDS_FROM,
     MAX_ATTEMPTS,
     MAX_DATASET_SEED,

@@ -11,13 +11,12 @@ from repvitok.runtime.errors import UserError
 from repwam_core.cli import main
 from repwam_core.interface import ActionChunk, BasePolicy
 from repwam_core.report import Count, ReportData, RunInfo, SuccessRow, render_report
-from repwam_core.sim.base import SimSettings, find_suite
+from repwam_core.sim.base import SimSettings, evaluation_seeds, find_suite
 from repwam_core.sim.baselines import run_baseline
 from repwam_core.sim.collect import CollectionPlan, collect, read_plan
 from repwam_core.sim.evaluate import evaluate
 from repwam_core.sim.metaworld import MetaWorldSettings
 from repwam_core.sim.results import load_results, success_rates
-from repwam_core.sim.seeds import evaluation_seeds
 
 TASKS = ("go-left", "go-right")
 SEEDS = evaluation_seeds(3)

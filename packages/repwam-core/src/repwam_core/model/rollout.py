@@ -22,7 +22,7 @@ from repwam_core.model.inputs import Velocities, WAMInputs
 from repwam_core.model.masks import Attend
 from repwam_core.model.sequence import SequenceLayout, chunk_layout, history_layout
 from repwam_core.model.wam import PassPlan, WorldActionModel
-from repwam_core.planning import PlanSettings
+from repwam_core.sampling import PlanSettings
 
 VIDEO_MODES = ("imagine", "skip")
 

@@ -29,7 +29,7 @@ from repvitok.runtime.pretrained import DIFFUSERS_WEIGHTS_FILE, MODEL_FILES, cop
 
 from repwam_core.embodiment import Embodiment
 from repwam_core.model.wam import WorldActionModel
-from repwam_core.planning import ChunkSpec, PlanSettings
+from repwam_core.sampling import ChunkSpec, PlanSettings
 from repwam_core.statistics import Statistics
 from repwam_core.text import TextEncoder
 

@@ -20,8 +20,8 @@ from repwam_core.embodiment import Embodiment
 from repwam_core.interface import ActionChunk, BasePolicy, BatchedBasePolicy, Observation
 from repwam_core.model.rollout import Rollout, Run
 from repwam_core.model.wam import WorldActionModel
-from repwam_core.planning import PlanSettings
 from repwam_core.policy.folder import PolicyParts
+from repwam_core.sampling import PlanSettings
 
 TEXT_BUCKET = 32
 """Compiled passes see instructions of a multiple of this many tokens, so that few lengths are ever compiled."""

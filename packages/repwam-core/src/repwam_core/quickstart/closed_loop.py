@@ -9,15 +9,12 @@ from typing import Any
 from repvitok.runtime.files import write_json_atomic
 
 from repwam_core.policy.policy import BatchedPolicy
-from repwam_core.quickstart.plan import Plan
-from repwam_core.sim.base import SimSettings, find_suite
+from repwam_core.quickstart.config import Plan
+from repwam_core.sim.base import SimSettings, evaluation_seeds, find_suite
 from repwam_core.sim.baselines import Baseline, run_baseline
-from repwam_core.sim.collect import collect
-from repwam_core.sim.demonstrations import NOISE_MODES
+from repwam_core.sim.collect import NOISE_MODES, collect
 from repwam_core.sim.evaluate import evaluate
-from repwam_core.sim.films import save_films
-from repwam_core.sim.results import EpisodeResult, load_results, save_results, success_rates
-from repwam_core.sim.seeds import evaluation_seeds
+from repwam_core.sim.results import EpisodeResult, load_results, save_films, save_results, success_rates
 
 BASELINES: tuple[Baseline, ...] = ("random", "replay", "expert")
 FILMED_PER_TASK = 8

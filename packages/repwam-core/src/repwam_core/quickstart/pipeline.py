@@ -10,15 +10,14 @@ from functools import partial
 from repvitok.runtime.errors import UserError
 
 from repwam_core.quickstart import closed_loop, training
-from repwam_core.quickstart.chain import DataSet, Run, Trained, train
-from repwam_core.quickstart.controls import run_controls
-from repwam_core.quickstart.plan import RECIPES, Plan, load_plan, shaped_like
+from repwam_core.quickstart.chain import DataSet, Run, Trained, run_controls, train
+from repwam_core.quickstart.config import RECIPES, Plan, load_plan, shaped_like
 from repwam_core.quickstart.stages import StageResult, StageRunner, code_digest, folder_digest
 
 
 def run(arguments: argparse.Namespace, repwam: training.Main) -> int:
     """Run the quickstart; returns the exit code. ``repwam`` is the command that trains its later stages."""
-    from repwam_core.quickstart.gather import report_data
+    from repwam_core.quickstart.results import report_data
     from repwam_core.report import write_report
 
     started_s = time.monotonic()

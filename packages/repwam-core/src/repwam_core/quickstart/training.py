@@ -13,7 +13,7 @@ from repvitok.cli import main as repvitok
 from repvitok.runtime.checkpointing import LAST
 from repvitok.runtime.curves import read_curves
 
-from repwam_core.quickstart.plan import RECIPES, Plan
+from repwam_core.quickstart.config import RECIPES, Plan
 
 Main = Callable[[Sequence[str] | None], int]
 FIT = "fit"

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import numpy as np
 from repvitok.runtime.errors import UserError
 
-from repwam_core.sim.intervals import wilson_interval
+from repwam_core.sim.results import wilson_interval
 
 Number: TypeAlias = float | int
 

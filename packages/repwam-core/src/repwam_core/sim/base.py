@@ -1,7 +1,8 @@
 """What a simulator is to the rest: a task to drive, and the settings that make tasks, found by their suite's name.
 
 To add a simulator, subclass both in a module of your own (docs/own-simulator.md has a whole one in 60 lines).
-Collecting, evaluating, baselines and the command line then take it as they take Meta-World.
+Collecting, evaluating, baselines and the command line then take it as they take Meta-World. Training and test episodes
+have their seeds from two ranges that cannot meet.
 """
 
 from __future__ import annotations
@@ -21,7 +22,63 @@ from repvitok.runtime.errors import UserError
 from repwam_core.embodiment import Embodiment
 from repwam_core.interface import Observation
 
-__all__ = ["DEFAULT_SUITE", "ENTRY_POINTS", "SimSettings", "SimTask", "TaskPool", "find_suite"]
+__all__ = [
+    "DEFAULT_SUITE",
+    "ENTRY_POINTS",
+    "EVALUATION_SEEDS_FROM",
+    "SimSettings",
+    "SimTask",
+    "TaskPool",
+    "collection_seed",
+    "evaluation_seeds",
+    "find_suite",
+    "require_evaluation_seeds",
+]
+
+
+EVALUATION_SEEDS_FROM = 1_000_000
+MAX_DATASET_SEED = 99
+MAX_EPISODES_PER_TASK = 1_000
+MAX_ATTEMPTS = 10
+
+
+def collection_seed(dataset_seed: int, episode: int, attempt: int = 0) -> int:
+    """The simulator's seed for one attempt at demonstration number ``episode`` of a task.
+
+    ``dataset_seed * 10,000 + attempt * 1,000 + episode``: distinct for distinct arguments, and below
+    ``EVALUATION_SEEDS_FROM``. Tasks share seeds, so that tasks of one scene are shown in the same layouts.
+
+    Raises:
+        UserError: If an argument is out of range.
+    """
+    for what, value, largest in (
+        ("the data set's seed", dataset_seed, MAX_DATASET_SEED),
+        ("the episode of a task", episode, MAX_EPISODES_PER_TASK - 1),
+        ("the attempt", attempt, MAX_ATTEMPTS - 1),
+    ):
+        if not 0 <= value <= largest:
+            raise UserError(f"{what} must lie in 0 .. {largest}, got {value}")
+    return dataset_seed * 10_000 + attempt * 1_000 + episode
+
+
+def evaluation_seeds(count: int, first: int = EVALUATION_SEEDS_FROM) -> list[int]:
+    """``count`` consecutive seeds that no collection uses."""
+    seeds = list(range(first, first + count))
+    require_evaluation_seeds(seeds)
+    return seeds
+
+
+def require_evaluation_seeds(seeds: list[int]) -> None:
+    """Raise a UserError if a seed could be one of a collection, or is given twice."""
+    seen = [seed for seed in seeds if seed < EVALUATION_SEEDS_FROM]
+    if seen:
+        raise UserError(
+            f"evaluation seeds must be at least {EVALUATION_SEEDS_FROM}, so that no demonstration shows them, "
+            f"got {seen[0]}"
+        )
+    if len(set(seeds)) != len(seeds):
+        raise UserError("an evaluation seed may be given once only")
+
 
 DEFAULT_SUITE = "metaworld"
 """Also of the data sets and results of version 0.1, which name no suite."""

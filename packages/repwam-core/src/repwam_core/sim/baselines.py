@@ -15,10 +15,9 @@ from repvitok.runtime.errors import UserError
 from repvitok.runtime.progress import progress
 
 from repwam_core.sim.base import DEFAULT_SUITE, SimSettings, SimTask, TaskPool, find_suite
-from repwam_core.sim.host import crash
+from repwam_core.sim.evaluate import RolloutFolder
 from repwam_core.sim.results import EpisodeResult
-from repwam_core.sim.rollouts import RolloutFolder
-from repwam_core.sim.workers import WorkerDied, default_workers, map_jobs
+from repwam_core.sim.workers import WorkerDied, crash, default_workers, map_jobs
 
 __all__ = ["Baseline", "demonstrated_actions", "run_baseline"]
 

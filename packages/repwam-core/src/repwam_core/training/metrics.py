@@ -13,7 +13,7 @@ from repwam_core.data.episodes import SegmentBatch
 from repwam_core.model.config import LATENT_SPACE
 from repwam_core.model.rollout import Rollout
 from repwam_core.model.wam import WorldActionModel
-from repwam_core.planning import PlanSettings
+from repwam_core.sampling import PlanSettings
 from repwam_core.scores import THRESHOLDS, count_below
 from repwam_core.statistics import Statistics
 from repwam_core.training.losses import equal_chunks, from_chunk_starts

@@ -27,7 +27,7 @@ from repwam_core.model.config import LATENT_SPACE
 from repwam_core.model.masks import Attend
 from repwam_core.model.sequence import SequenceLayout
 from repwam_core.model.wam import WorldActionModel
-from repwam_core.planning import ChunkSpec, PlanSettings
+from repwam_core.sampling import ChunkSpec, PlanSettings
 from repwam_core.statistics import Statistics
 from repwam_core.training.banner import StepBanner
 from repwam_core.training.build import build_sharded_wam, build_wam

@@ -1,11 +1,26 @@
-"""Training on many ranks: which ranks share a copy of the model, and how the model is cut up among them.
+"""Training on many ranks: which ranks share a copy of the model, how it is cut up among them, and its checkpoints.
 
 FSDP2, one unit per layer. With several nodes the parameters are sharded inside a node and replicated across nodes
 (HSDP): the traffic of every layer stays inside, and only gradients cross.
+
+A checkpoint is a folder of every rank's parts that any number of ranks can read:
+
+    last.ckpt -> last.ckpt-000120     a link, replaced in one step once the folder is whole
+    last.ckpt-000120/                 __0_0.distcp ... and .metadata (torch.distributed.checkpoint), meta.pt
+    last.ckpt-000060/                 the generation before
+
+Tensors (parameters, moments, averages) are in the parts; everything else, plain values, is in meta.pt, with the sizes
+of the parts. A run that is killed while it writes leaves the link on the last whole folder.
 """
 
 from __future__ import annotations
 
+import glob
+import io
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +29,15 @@ from typing import Any, get_args
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from repvitok.runtime.callbacks import generations_of
+from repvitok.runtime.checkpointing import PART_BYTES, SHARDED_META, read_checkpoint, sharded_folders
 from repvitok.runtime.errors import UserError
+from repvitok.runtime.files import WriteError, sync_file, sync_folder, translated
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp import register_fsdp_forward_method as unsharded_method
@@ -22,7 +45,213 @@ from torch.distributed.fsdp import register_fsdp_forward_method as unsharded_met
 from repwam_core.model.blocks import ExpertLayer, WAMLayer
 from repwam_core.model.config import Recompute
 from repwam_core.model.wam import WorldActionModel
-from repwam_core.training.distributed_checkpoint import load_sharded, save_sharded
+
+EMA = "ema"
+
+
+def save_sharded(
+    checkpoint: dict[str, Any],
+    path: Path,
+    module: Any,
+    optimizer: torch.optim.Optimizer,
+    strategy: Any,
+    generations: int = 1,
+) -> None:
+    """Write a checkpoint; every rank calls this.
+
+    Args:
+        checkpoint: what Lightning and the module want to keep; plain values.
+        path: where the link is put.
+        module: the LightningModule, with its `ema`.
+        optimizer: whose state is written.
+        strategy: Lightning's, of all ranks.
+        generations: how many states are kept, this one included.
+
+    Raises:
+        WriteError: on the first rank only, if any rank could not write; the link leads where it led.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+
+    def begin() -> None:
+        remove_unfinished(path)
+        partial.mkdir(parents=True)
+
+    def finish() -> None:
+        plain = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
+        groups = [_settings(group) for group in optimizer.param_groups]
+        _write_meta({**plain, "optimizer_groups": groups, "ema_updates": module.ema.updates}, partial)
+        _publish(partial, path, generations)
+
+    failure = strategy.broadcast(_failure(path, begin) if strategy.is_global_zero else None)
+    failure = failure or _failure(path, lambda: _save_parts(_tensors(module, optimizer), partial))
+    failure = failure or strategy.broadcast(_failure(path, finish) if strategy.is_global_zero else None)
+    if failure is not None and strategy.is_global_zero:
+        raise WriteError(failure)
+
+
+def _failure(path: Path, write: Callable[[], None]) -> str | None:
+    """What kept something from being written for `path`; None where it was."""
+    try:
+        with translated(path):
+            write()
+    except WriteError as error:
+        return str(error)
+    return None
+
+
+def _save_parts(tensors: dict[str, Tensor], partial: Path) -> None:
+    """Writes every rank's part; what any rank could not write is an error on all."""
+    try:
+        save(tensors, checkpoint_id=partial)
+    except CheckpointException as error:
+        reason, _ = next(iter(error.failures.values()))
+        raise reason from error
+
+
+def _write_meta(plain: dict[str, Any], partial: Path) -> None:
+    """Writes what is not sharded, and how long the parts are: a folder that has it is whole."""
+    sizes = {part.name: part.stat().st_size for part in partial.iterdir()}
+    torch.save({**plain, PART_BYTES: sizes}, partial / SHARDED_META)
+    sync_file(partial / SHARDED_META)
+    sync_folder(partial)
+
+
+def load_sharded(path: Path, module: Any, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    """Overwrite the module's parameters and averages, and the optimizer's state; return what is not sharded.
+
+    Raises:
+        ValueError: the checkpoint is of another model, or no sharded one.
+    """
+    if path.is_file():
+        raise UserError(
+            f"{path} is the checkpoint of a run that was not sharded: use its trainer.strategy, or start from its "
+            "exported weights"
+        )
+    plain = read_checkpoint(path)
+    tensors = _tensors(module, optimizer, created=True)
+    _check_names(path, tensors)
+    load(tensors, storage_reader=PlainReader(path))
+    module.ema.updates = plain["ema_updates"]
+    if optimizer is not None:
+        for group, stored in zip(optimizer.param_groups, plain["optimizer_groups"], strict=True):
+            group.update(stored)
+    return {**plain, "state_dict": {}, "optimizer_states": []}
+
+
+def read_whole(path: str | Path) -> dict[str, Any]:
+    """Read a sharded checkpoint without any other rank, as the single file of the same run would read.
+
+    Returns:
+        What is not sharded, with "state_dict" (prefix "wam.") and the averages under "ema_average".
+    """
+    path = Path(path)
+    plain, reader = read_checkpoint(path), PlainReader(path)
+    stored = reader.read_metadata().state_dict_metadata
+    tensors: dict[str, Any] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in stored.items()
+        if isinstance(entry, TensorStorageMetadata) and not name.startswith("optimizer.")
+    }
+    load(tensors, storage_reader=reader, no_dist=True)
+    average = {name.removeprefix(f"{EMA}."): value for name, value in tensors.items() if name.startswith(f"{EMA}.")}
+    weights = {name: value for name, value in tensors.items() if not name.startswith(f"{EMA}.")}
+    return {**plain, "state_dict": weights, "ema_average": average}
+
+
+class PlainReader(FileSystemReader):
+    """Reads parts whose index names tensors only, and runs no code that the index may contain."""
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        """The index of the parts."""
+        content = (Path(self.path) / ".metadata").read_bytes()
+        metadata = _PlainUnpickler(io.BytesIO(content)).load()
+        for name, entry in metadata.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                raise UserError(f"{self.path}: expected tensors alone, {name} is none")
+        return metadata
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Builds the few classes that an index is made of."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _PLAIN:
+            raise UserError(f"the index of a checkpoint names {module}.{name}, which it has no use for")
+        return super().find_class(module, name)
+
+
+_INDEX = (
+    "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata",
+    "_MEM_FORMAT_ENCODING",
+)  # fmt: skip
+_PLAIN = {
+    *(("torch.distributed.checkpoint.metadata", name) for name in _INDEX),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("pathlib", "PosixPath"),
+    ("collections", "OrderedDict"),
+    *(("torch", name) for name in ("float64", "float32", "bfloat16", "float16", "int64", "int32", "bool")),
+}
+
+
+def _tensors(module: nn.Module, optimizer: torch.optim.Optimizer | None, created: bool = False) -> dict[str, Tensor]:
+    """Every tensor of a run by its name; `created` makes the optimizer's states first, as a step would."""
+    parameters = dict(module.named_parameters())
+    tensors: dict[str, Tensor] = {name: parameter.detach() for name, parameter in parameters.items()}
+    average: Mapping[str, Tensor] = module.ema.average  # type: ignore[assignment]
+    tensors.update({f"{EMA}.{name}": value for name, value in average.items()})
+    if optimizer is not None:
+        if created:
+            optimizer.create_states()  # type: ignore[attr-defined]
+        for name, parameter in parameters.items():
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{name}.{key}"] = value
+    return tensors
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _check_names(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    stored = PlainReader(path).read_metadata().state_dict_metadata
+    for name, tensor in tensors.items():
+        if name not in stored:
+            raise UserError(f"{path} holds no {name!r}: load a checkpoint of this model and optimizer")
+        size = getattr(stored[name], "size", None)
+        if size != tensor.shape:
+            raise UserError(f"{path}: {name!r} has shape {tuple(size or ())}, the model's is {tuple(tensor.shape)}")
+
+
+def _publish(partial: Path, path: Path, generations: int) -> None:
+    """Give the folder a name that was never used, let the link lead to it, and remove the oldest generations."""
+    step = read_checkpoint(partial, mmap=True)["global_step"]
+    folder, again = path.with_name(f"{path.name}-{step:06d}"), 0
+    while os.path.lexists(folder):
+        again += 1
+        folder = path.with_name(f"{path.name}-{step:06d}-{again}")
+    before = Path(os.readlink(path)).name if path.is_symlink() else None
+    os.replace(partial, folder)
+    sync_folder(path.parent)
+    link = path.with_name(f".{path.name}.link")
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder.name)
+    os.replace(link, path)
+    sync_folder(path.parent)
+    others = [old for old in sharded_folders(path) if old.name != folder.name]
+    others.sort(key=lambda old: old.name != before)  # what the link led to is the newest
+    for old in others[max(0, generations - 1) :]:
+        gone = path.with_name(f".{old.name}.partial")  # so that a kill leaves no half of it under its name
+        os.replace(old, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def remove_unfinished(path: Path) -> None:
+    """What killed writers left; only one run at a time writes `path`."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}*.partial"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    path.with_name(f".{path.name}.link").unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from repwam_core.interface import ActionChunk
-from repwam_core.policy.serving.protocol import Request, ServerMetadata, chunk_from_message, chunk_to_message
-from repwam_core.policy.serving.wire import pack, unpack
+from repwam_core.policy.serving.protocol import (
+    Request,
+    ServerMetadata,
+    chunk_from_message,
+    chunk_to_message,
+    pack,
+    unpack,
+)
 
 IMAGES = {"top": np.zeros((8, 6, 3), np.uint8)}
 

@@ -17,7 +17,7 @@ from repwam_core.interface import Observation
 from repwam_core.policy.chunking import ChunkedPolicy
 from repwam_core.policy.serving import PolicyClient, PolicyServer, PolicyServerError, ServeSettings
 from repwam_core.policy.serving.command import _api_key
-from repwam_core.policy.serving.wire import pack, unpack
+from repwam_core.policy.serving.protocol import pack, unpack
 from websockets.exceptions import ConnectionClosed, ConnectionClosedError, InvalidStatus
 from websockets.sync.client import connect
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from repwam_core.policy.serving.wire import MAX_ITEMS, pack, unpack
+from repwam_core.policy.serving.protocol import MAX_ITEMS, pack, unpack
 
 DTYPES = ["|b1", "|u1", "|i1", "<u2", "<i4", "<i8", "<f2", "<f4", "<f8"]
 

@@ -3,8 +3,7 @@
 from collections import Counter
 
 import pytest
-from repwam_core.sim.metaworld.difficulty import DIFFICULTIES, difficulty
-from repwam_core.sim.metaworld.instructions import TASKS
+from repwam_core.sim.metaworld.instructions import DIFFICULTIES, TASKS, difficulty
 from repwam_core.sim.results import EpisodeResult, mean_rates
 
 

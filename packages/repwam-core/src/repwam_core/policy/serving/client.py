@@ -11,8 +11,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from repwam_core.embodiment import Embodiment
 from repwam_core.interface import ActionChunk, BasePolicy, Observation
-from repwam_core.policy.serving.protocol import Request, ServerMetadata, chunk_from_message
-from repwam_core.policy.serving.wire import pack, unpack
+from repwam_core.policy.serving.protocol import Request, ServerMetadata, chunk_from_message, pack, unpack
 
 __all__ = ["PolicyClient", "PolicyServerError"]
 

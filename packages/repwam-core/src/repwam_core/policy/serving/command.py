@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from repvitok.runtime.commands import MANY, number, path_argument, text_argument, whole_number
 from repvitok.runtime.errors import UserError
 
-from repwam_core.plan_options import add_plan_arguments, given_plan
+from repwam_core.sampling import add_plan_arguments, given_plan
 
 if TYPE_CHECKING:
     from repwam_core.policy.policy import Policy

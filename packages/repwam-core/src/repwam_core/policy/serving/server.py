@@ -1,4 +1,4 @@
-"""A websocket server that gives every connection its own policy state and computes outside of the event loop."""
+"""A websocket server: every connection is a session with its own policy state, computed outside of the event loop."""
 
 from __future__ import annotations
 
@@ -7,24 +7,79 @@ import hmac
 import logging
 import math
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 from repvitok.runtime.errors import UserError
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request as HttpRequest
 from websockets.http11 import Response
 
-from repwam_core.policy.serving.protocol import ServerMetadata
-from repwam_core.policy.serving.session import ServablePolicy, Session
-from repwam_core.policy.serving.wire import pack
+from repwam_core.interface import ActionChunk, Observation
+from repwam_core.policy.serving.protocol import Request, ServerMetadata, chunk_to_message, pack, unpack
 
-__all__ = ["PolicyServer", "ServeSettings"]
+__all__ = ["PolicyServer", "ServablePolicy", "ServeSettings", "Session"]
+
+
+@runtime_checkable
+class ServablePolicy(Protocol):
+    """What a session needs of its policy; `Policy` has it."""
+
+    def reset(self, instruction: str | None, seed: int = 0) -> None:
+        """Begin an episode."""
+        ...
+
+    def record(self, actions_si: np.ndarray) -> None:
+        """Learn which actions (frames, C) were carried out since the last `act`."""
+        ...
+
+    def act(self, observation: Observation) -> ActionChunk:
+        """The next actions, given every frame since the last call."""
+        ...
+
+
+class Session:
+    """Answers the requests of one connection with a policy that nobody else uses.
+
+    Args:
+        policy: whose state is this session's alone; weights may be shared with other sessions' policies.
+    """
+
+    def __init__(self, policy: ServablePolicy) -> None:
+        self._policy = policy
+        self._begun = False
+
+    def answer(self, data: bytes) -> bytes:
+        """Answer one request; takes as long as the policy needs.
+
+        Raises:
+            ValueError: for a message that is damaged or does not fit the policy. The session cannot go on.
+        """
+        start_s = time.perf_counter()
+        request = Request.from_message(unpack(data))
+        observation = request.observation()
+        begins = request.reset or not self._begun
+        if begins and request.executed is not None:
+            raise UserError("executed: nothing was carried out yet in an episode that this request begins")
+        if begins:
+            self._policy.reset(request.prompt, request.seed)
+            self._begun = True
+        if request.executed is not None:
+            self._policy.record(request.executed)
+        if observation is None:
+            return pack({"reset": True})
+        infer_s = time.perf_counter()
+        chunk = self._policy.act(observation)
+        end_s = time.perf_counter()
+        return pack(chunk_to_message(chunk, {"infer_ms": 1e3 * (end_s - infer_s), "total_ms": 1e3 * (end_s - start_s)}))
+
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,8 @@
 """What a person would say to have a Meta-World task done: our own sentences, several for each of the 50 tasks.
 
 Meta-World itself has no language. Opposite tasks (open and close, lock and unlock) use the same sentences and differ in
-the words for the direction alone, so that nothing else in them can tell the tasks apart.
+the words for the direction alone, so that nothing else in them can tell the tasks apart. The tasks come in the four
+groups of difficulty in which success rates of MT50 are published.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import zlib
 import numpy as np
 from repvitok.runtime.errors import UserError
 
-__all__ = ["TASKS", "instruction", "paraphrases"]
+__all__ = ["DIFFICULTIES", "TASKS", "difficulty", "instruction", "paraphrases"]
+
 
 _SENTENCES: dict[str, tuple[str, ...]] = {
     "assembly": (
@@ -332,3 +334,27 @@ def instruction(task: str, seed: int) -> str:
     sentences = paraphrases(task)
     rng = np.random.default_rng([seed, zlib.crc32(task.encode())])
     return sentences[int(rng.integers(len(sentences)))]
+
+
+_HARDER = {
+    "medium": (
+        "basketball", "bin-picking", "box-close", "coffee-pull", "coffee-push", "hammer", "peg-insert-side",
+        "push-wall", "soccer", "sweep", "sweep-into",
+    ),
+    "hard": ("assembly", "hand-insert", "pick-out-of-hole", "pick-place", "push", "push-back"),
+    "very hard": ("disassemble", "pick-place-wall", "shelf-place", "stick-pull", "stick-push"),
+}  # fmt: skip
+_EASY = tuple(task for task in TASKS if not any(task in harder for harder in _HARDER.values()))
+DIFFICULTIES: dict[str, tuple[str, ...]] = {"easy": _EASY, **_HARDER}
+"""The groups of Seo et al., "Masked World Models for Visual Control" (2022), which LeRobot's evaluation uses too."""
+
+
+def difficulty(task: str) -> str:
+    """The group of a task by its canonical name.
+
+    Raises:
+        UserError: it is no task of Meta-World.
+    """
+    if task not in TASKS:
+        raise UserError(f"expected one of Meta-World's {len(TASKS)} tasks by its canonical name, got {task!r}")
+    return next(name for name, tasks in DIFFICULTIES.items() if task in tasks)

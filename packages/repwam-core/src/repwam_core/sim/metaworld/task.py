@@ -14,8 +14,7 @@ from repvitok.runtime.errors import UserError
 from repwam_core.embodiment import ActionChannel, Embodiment
 from repwam_core.interface import Observation
 from repwam_core.sim.base import SimSettings, SimTask
-from repwam_core.sim.metaworld.difficulty import DIFFICULTIES
-from repwam_core.sim.metaworld.instructions import TASKS, instruction
+from repwam_core.sim.metaworld.instructions import DIFFICULTIES, TASKS, instruction
 from repwam_core.sim.metaworld.rendering import CameraView, FrameRenderer, import_mujoco
 
 __all__ = ["CAMERAS", "SAME_SCENE_PAIR", "MetaWorldSettings", "MetaWorldTask", "camera_key"]

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 from repvitok.runtime.errors import UserError
-from repwam_core.quickstart.plan import RECIPES, load_plan, shaped_like
+from repwam_core.quickstart.config import RECIPES, load_plan, shaped_like
 
 
 def _options(**given):

@@ -1,12 +1,14 @@
-"""How a chunk is planned: the settings of inference, shared by validation, the policy and its folder. No torch."""
+"""How a chunk is planned: the settings of inference, for validation and the policy, and their options. No torch."""
 
 from __future__ import annotations
 
+import argparse
 import math
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
 
 import msgspec
+from repvitok.runtime.commands import MANY, number, whole_number
 from repvitok.runtime.documents import Above0, From0, check_fields
 from repvitok.runtime.errors import UserError
 
@@ -84,3 +86,26 @@ class PlanSettings:
     def executed(self) -> int:
         """Latent frames carried out per plan."""
         return self.chunk_frames if self.execute_frames is None else self.execute_frames
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser, otherwise: str = "as the policy folder says") -> None:
+    """Declare the options of `PlanSettings`; `otherwise` is what holds where one is not given."""
+    plan = parser.add_argument_group("planning", f"how chunks are planned; {otherwise} unless given here")
+    steps, above_0, from_0 = whole_number(1, MOST_STEPS), number(0, MANY, above=True), number(0, MANY)
+    plan.add_argument("--chunk-frames", type=steps, metavar="N", help="latent frames planned at a time")
+    plan.add_argument("--execute-frames", type=steps, metavar="N", help="how many of them are carried out")
+    plan.add_argument("--video", choices=["imagine", "skip"], help="refine the video with the actions, or leave it out")
+    plan.add_argument("--video-steps", type=steps, metavar="N", help="Euler steps of the video")
+    plan.add_argument("--action-steps", type=steps, metavar="N", help="Euler steps of the actions")
+    plan.add_argument("--video-shift", type=above_0, metavar="X", help="bends the time grid of the video")
+    plan.add_argument("--action-shift", type=above_0, metavar="X", help="bends the time grid of the actions")
+    plan.add_argument("--guidance", type=from_0, metavar="X", help="classifier-free guidance of the video; 1 is off")
+    plan.add_argument(
+        "--clip", action=argparse.BooleanOptionalAction, help="keep actions inside the range that the data set recorded"
+    )
+
+
+def given_plan(options: argparse.Namespace) -> dict[str, Any]:
+    """Those settings that the command line gave, by the names of `PlanSettings`."""
+    named = {field.name: getattr(options, field.name) for field in fields(PlanSettings)}
+    return {name: value for name, value in named.items() if value is not None}

@@ -36,7 +36,7 @@ from repwam_core.cli import main as repwam
 from repwam_core.policy import BatchedPolicy, evaluate_open_loop
 from repwam_core.quickstart import training
 from repwam_core.quickstart.config import RECIPES, Plan, load_plan
-from repwam_core.quickstart.stages import StageResult, StageRunner
+from repwam_core.quickstart.runner import StageResult, StageRunner
 from repwam_core.sim.base import evaluation_seeds
 from repwam_core.sim.collect import NOISE_MODES, collect
 from repwam_core.sim.evaluate import evaluate

@@ -12,8 +12,8 @@ import time
 import pytest
 import yaml
 from repwam_core.cli import main
-from repwam_core.quickstart.chain import CONTROLS
-from repwam_core.quickstart.stages import StageRunner
+from repwam_core.quickstart.runner import StageRunner
+from repwam_core.quickstart.stages import CONTROLS
 
 # Seconds to minutes of training: enough to tell a working pipeline from a broken one.
 SHORT = ["--budget", "0.4", "--episodes", "25"]

@@ -14,8 +14,8 @@ from repwam_core.cli import main
 from repwam_core.data.encoding import EncodingSettings, LatentsOnDemand
 from repwam_core.policy import BatchedPolicy, evaluate_open_loop
 from repwam_core.policy.folder import PolicyManifest
-from repwam_core.quickstart import pictures
-from repwam_core.quickstart.chain import DataSet
+from repwam_core.quickstart import figures as pictures
+from repwam_core.quickstart.stages import DataSet
 
 SIZE, DEPTH_RANGE = (32, 16), (50.0, 200.0)
 LEFT, DEPTH = "observation.images.left", "observation.images.right"

@@ -17,7 +17,7 @@ from repwam_core.model.config import ActionSpace, WAMConfig
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.policy import BatchedPolicy, evaluate_open_loop
 from repwam_core.policy.folder import PolicyManifest, write_policy
-from repwam_core.quickstart import pictures
+from repwam_core.quickstart import figures as pictures
 from repwam_core.sampling import PlanSettings
 
 CAMERA, SIZE, LENGTHS = "observation.images.top", (32, 32), (24, 32)

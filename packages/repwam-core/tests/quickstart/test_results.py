@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from repwam_core.quickstart.chain import CONTROLS
 from repwam_core.quickstart.results import NOT_SHOWN, findings
+from repwam_core.quickstart.stages import CONTROLS
 from repwam_core.report import Count, LanguageRow, ReportData, RunInfo, SuccessRow
 
 RUN = RunInfo(title="run", command="repwam quickstart", stages=[])

@@ -11,9 +11,9 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import UInt8
 
+from repvitok.data.images import read_image
 from repvitok.data.lerobot.format import number_ranges
 from repvitok.data.lerobot.reader import LeRobotReader
-from repvitok.data.pictures import read_image
 from repvitok.data.video import VideoFile
 from repvitok.runtime.documents import DepthRange, checked_range
 from repvitok.runtime.errors import UserError

@@ -21,7 +21,7 @@ import numpy as np
 from braceexpand import braceexpand
 from jaxtyping import UInt8
 
-from repvitok.data.pictures import read_image
+from repvitok.data.images import read_image
 from repvitok.data.sources import IMAGE_SUFFIXES, VIDEO_SUFFIXES, BadFiles
 from repvitok.data.video import VideoFile
 from repvitok.runtime.documents import Above0, DepthRange, checked_range, read_json, refuse_lfs_pointer

@@ -18,7 +18,7 @@ from av.error import FFmpegError
 from av.video.stream import VideoStream
 from jaxtyping import Float64, Int64, UInt8
 
-from repvitok.data.pictures import HOW_TO_ASK, DepthCodes, deep_grey, depth_to_rgb
+from repvitok.data.images import HOW_TO_ASK, DepthCodes, deep_grey, depth_to_rgb
 from repvitok.runtime.documents import DepthRange, refuse_lfs_pointer
 from repvitok.runtime.errors import UserError
 from repvitok.runtime.files import atomic_file

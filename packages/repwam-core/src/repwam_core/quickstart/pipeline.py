@@ -10,9 +10,9 @@ from functools import partial
 from repvitok.runtime.errors import UserError
 
 from repwam_core.quickstart import closed_loop, training
-from repwam_core.quickstart.chain import DataSet, Run, Trained, run_controls, train
 from repwam_core.quickstart.config import RECIPES, Plan, load_plan, shaped_like
-from repwam_core.quickstart.stages import StageResult, StageRunner, code_digest, folder_digest
+from repwam_core.quickstart.runner import StageResult, StageRunner, code_digest, folder_digest
+from repwam_core.quickstart.stages import DataSet, Run, Trained, run_controls, train
 
 
 def run(arguments: argparse.Namespace, repwam: training.Main) -> int:

@@ -17,8 +17,8 @@ import yaml
 from repvitok.runtime.curves import read_curves
 from repvitok.runtime.documents import read_json
 
-from repwam_core.quickstart import closed_loop, pictures
-from repwam_core.quickstart.chain import CONTROLS
+from repwam_core.quickstart import closed_loop, figures
+from repwam_core.quickstart.stages import CONTROLS
 from repwam_core.quickstart.training import FIT
 from repwam_core.report import (
     Count,
@@ -33,8 +33,8 @@ from repwam_core.report import (
 from repwam_core.sim.results import EpisodeResult, difference_interval, film_key, load_films
 
 if TYPE_CHECKING:
-    from repwam_core.quickstart.chain import Run, Trained
-    from repwam_core.quickstart.stages import StageResult
+    from repwam_core.quickstart.runner import StageResult
+    from repwam_core.quickstart.stages import Run, Trained
 
 
 def findings(data: ReportData) -> list[str]:
@@ -204,17 +204,17 @@ def report_data(this: Run, trained: Trained, outcome: dict[str, StageResult]) ->
         trained: the training stages.
         outcome: the closed-loop stages by name; empty for a data set run, which gets an open-loop evaluation.
     """
-    episodes, held_out = pictures.measured_episodes(this, trained)
+    episodes, held_out = figures.measured_episodes(this, trained)
     measured = "held-out" if held_out else "training"
-    open_loop = pictures.open_loop(this, trained, episodes, measured)
+    open_loop = figures.open_loop(this, trained, episodes, measured)
     data = ReportData(
         run=_run_info(this, trained),
         success=_success(this, outcome) if outcome else (),
         language=_language(outcome) if "language" in outcome else (),
         rollouts=_rollouts(this, outcome) if outcome else (),
         open_loop=open_loop.actions,
-        reconstruction=pictures.reconstruction(this, trained, episodes),
-        latent_actions=pictures.latent_actions(this, trained, episodes),
+        reconstruction=figures.reconstruction(this, trained, episodes),
+        latent_actions=figures.latent_actions(this, trained, episodes),
         imagination=open_loop.imagination,
         curves=_curves(trained),
         measured=measured,

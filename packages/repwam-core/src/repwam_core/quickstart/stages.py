@@ -1,237 +1,297 @@
-"""Runs named stages once each: a stage is cached by the digest of its settings and of its inputs.
-
-A stage owns one folder, ``<root>/<name>-<digest>``. The work happens inside that folder, so a stage that was
-interrupted finds its own partial results there and may resume from them; ``stage.json`` is written last and
-atomically, and only a folder that has it counts as done.
-"""
+"""The stages that lead from a data set to a policy, each fed by the ones before it; and once more without one part."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field
-from importlib.resources import files
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from repvitok.runtime.documents import From0, read_json
-from repvitok.runtime.errors import UserError, require_disk_space
-from repvitok.runtime.files import WriteError, refuse_foreign, sole_writer, write_json_atomic, write_text_atomic
+import yaml
 
-_MARKER = "quickstart.json"
-_DONE = "stage.json"
+from repwam_core import __version__
+from repwam_core.quickstart import closed_loop, training
+from repwam_core.quickstart.config import RECIPES, Plan
+from repwam_core.quickstart.runner import StageResult, StageRunner
 
 
 @dataclass(frozen=True)
-class StageResult:
-    """What a finished stage left behind.
+class Run:
+    """One invocation of the quickstart; `code` is the `code_digest` of the packages it runs."""
+
+    plan: Plan
+    seed: int
+    workers: int
+    runner: StageRunner
+    command: str
+    started_s: float
+    repwam: training.Main
+    code: str
+
+    def stage(self, name: str, work: Any, *, inputs: dict[str, StageResult | str], **settings: Any) -> StageResult:
+        """Run a stage whose inputs are earlier stages (or digests); the code that makes it counts as a setting."""
+        digests = {key: value if isinstance(value, str) else value.digest for key, value in inputs.items()}
+        settings = {"version": __version__, "code": self.code, **settings}
+        return self.runner.run(name, work, settings=settings, inputs=digests)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What the stages learn from.
 
     Attributes:
-        name: the stage's name.
-        digest: hex digest of its settings and inputs.
-        folder: where its outputs lie.
-        seconds: wall time over all the runs it took, interrupted ones included.
-        cached: whether this call found it done.
-        commit: of the code that made it, see `code_commit`.
-        summary: small JSON values worth telling: losses, counts.
+        folder: a LeRobot data set.
+        digest: its identity.
+        action_units: of the action channels where they are known; a LeRobot data set does not hold them.
+        cameras: those that are used; None for all.
+        episodes: numbers of those that are used; None for all.
+        depth_range: what becomes black and what white of depth maps; None where none is used.
     """
 
-    name: str
-    digest: str
     folder: Path
-    seconds: float
-    cached: bool
-    commit: str = ""
-    summary: dict[str, Any] = field(default_factory=dict)
+    digest: str
+    action_units: tuple[str, ...] = ()
+    cameras: tuple[str, ...] | None = None
+    episodes: tuple[str, ...] | None = None
+    depth_range: tuple[float, float] | None = None
+
+    def read(self) -> dict[str, Any]:
+        """What the stages that read it are given."""
+        return {"dataset": self.folder, **self.chosen()}
+
+    def chosen(self) -> dict[str, Any]:
+        """What of it is used, and how."""
+        return {"cameras": self.cameras, "episodes": self.episodes, "depth_range": self.depth_range}
 
 
 @dataclass(frozen=True)
-class _Record:
-    """What a finished stage's file says."""
+class Prepared:
+    """The stages that make the world action model's training data, and where their outputs lie."""
 
-    seconds: From0
-    summary: dict[str, Any]
-    commit: str = ""
+    data: DataSet
+    tokenizer: StageResult
+    encoded: StageResult
+    lat: StageResult
+    labelled: StageResult
 
+    @property
+    def tokenizer_folder(self) -> Path:
+        return self.tokenizer.folder / "tokenizer"
 
-def stage_digest(name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """Sha256 over the stage's name, its settings (JSON) and the digests of what it reads."""
-    payload = json.dumps([name, settings, dict(sorted(inputs.items()))], sort_keys=True)
-    return hashlib.sha256(payload.encode()).hexdigest()
+    @property
+    def lat_folder(self) -> Path:
+        return self.lat.folder / "lat"
 
-
-def folder_digest(folder: Path) -> str:
-    """Identity of a data set folder: relative names and sizes of all files, and the content of its ``meta``.
-
-    Videos are not read: a data set is taken to be unchanged while its metadata and file sizes are.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        digest.update(f"{path.relative_to(folder)}:{path.stat().st_size}\n".encode())
-        if "meta" in path.relative_to(folder).parts:
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
+    @property
+    def latents(self) -> Path:
+        return self.labelled.folder / "latents"
 
 
-def code_digest() -> str:
-    """Identity of the code that runs: sha256 over the Python and YAML files of the three packages.
+@dataclass(frozen=True)
+class Trained:
+    """All training stages; the last holds the policy."""
 
-    A stage made by other code is not this code's result, whatever the version number says.
-    """
-    digest = hashlib.sha256()
-    for name in ("repvitok", "latent_action", "repwam_core"):
-        root = Path(str(files(name)))
-        for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".yaml")):
-            digest.update(f"{name}/{path.relative_to(root)}\n".encode() + path.read_bytes())
-    return digest.hexdigest()
+    prepared: Prepared
+    pretrained: StageResult
+    adapted: StageResult
 
-
-def code_commit() -> str:
-    """Commit of the checkout that the code lies in, ending in -dirty if files differ from it; empty outside of one."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    except OSError:  # no git here
-        return ""
-    return done.stdout.strip()
+    @property
+    def policy(self) -> Path:
+        return self.adapted.folder / "policy"
 
 
-class StageRunner:
-    """Runs stages under one root folder.
+def train(this: Run, data: DataSet) -> Trained:
+    """All training stages, the same for simulated and recorded data."""
+    plan = this.plan
+    tokenizer = this.stage(
+        "tokenizer",
+        partial(training.train_tokenizer, plan=plan, seed=this.seed, **data.read()),
+        inputs={"dataset": data.digest, "recipe": recipe("repvitok.yaml")},
+        steps=plan.steps.repvitok,
+        seed=this.seed,
+        size=plan.size,
+        stride=plan.stride,
+        held_out=plan.held_out,
+        **data.chosen(),
+    )
+    return train_on_latents(this, data, tokenizer)
+
+
+def train_on_latents(
+    this: Run, data: DataSet, tokenizer: StageResult, *, prefix: str = "", overrides: Sequence[str] = ()
+) -> Trained:
+    """The stages after the tokenizer's.
 
     Args:
-        root: the run's folder; created if missing. An existing folder must be an earlier run's or empty.
-        fresh: remove the earlier run's stages first.
-
-    Raises:
-        UserError: ``root`` holds something that no earlier run wrote.
+        this: the run.
+        data: what to learn from.
+        tokenizer: a stage whose folder holds ``tokenizer``.
+        prefix: of the stages' names, for a second chain in one run.
+        overrides: laid over both recipes of the world action model.
     """
-
-    def __init__(self, root: Path, *, fresh: bool = False) -> None:
-        self.root = root
-        self.results: list[StageResult] = []
-        if not (root / _MARKER).exists():
-            refuse_foreign(root, (), "run of repwam quickstart")
-        with self.lock():
-            if fresh:
-                self._remove_stages()
-            write_json_atomic(root / _MARKER, {"format": "repwam-quickstart", "format_version": 1})
-
-    def _remove_stages(self) -> None:
-        """Delete the folders of earlier stages, and nothing else."""
-        for child in self.root.iterdir():
-            if child.is_dir() and (child / ".stage").exists():
-                shutil.rmtree(child)
-
-    def lock(self) -> AbstractContextManager[None]:
-        """Hold the run's folder; a second run on the same folder is refused instead of mixing outputs."""
-        return sole_writer(
-            self.root, f"another quickstart is running in {self.root}; wait for it, or name another folder with --out"
-        )
-
-    def run(
-        self,
-        name: str,
-        work: Callable[[Path], dict[str, Any]],
-        *,
-        settings: Mapping[str, Any],
-        inputs: Mapping[str, str],
-        needs_bytes: int = 50_000_000,
-    ) -> StageResult:
-        """Return the stage's result, doing its work if no finished folder is there.
-
-        Args:
-            name: the stage's name, also the start of its folder's.
-            work: called with the stage's folder; returns a JSON summary. It may find its own partial results.
-            settings: everything that decides the outcome besides the inputs; JSON values.
-            inputs: digest of each input.
-            needs_bytes: free disk space that the stage wants before it starts.
-        """
-        digest = stage_digest(name, settings, inputs)
-        folder = self.root / f"{name}-{digest[:10]}"
-        number = len(self.results) + 1
-        record = _record(folder / _DONE)
-        if record is not None:
-            result = StageResult(name, digest, folder, record.seconds, True, record.commit, record.summary)
-            print(f"[{number}] {name}: done before ({record.seconds:.0f} s), reusing {folder}", file=sys.stderr)
-        else:
-            result = self._work(number, name, digest, folder, work, dict(settings), needs_bytes)
-        self.results.append(result)
-        return result
-
-    def _work(
-        self,
-        number: int,
-        name: str,
-        digest: str,
-        folder: Path,
-        work: Callable[[Path], dict[str, Any]],
-        settings: dict[str, Any],
-        needs_bytes: int,
-    ) -> StageResult:
-        resumed = folder.exists()
-        folder.mkdir(exist_ok=True)
-        require_disk_space(folder, needs_bytes, f"stage {name}")
-        (folder / ".stage").touch()
-        print(f"[{number}] {name}: {'resuming' if resumed else 'starting'} in {folder}", file=sys.stderr)
-        spent = _Stopwatch(folder / ".seconds")
-        with spent:
-            summary = work(folder)
-        write_json_atomic(
-            folder / _DONE,
-            {
-                "name": name,
-                "digest": digest,
-                "seconds": spent.total_s,
-                "commit": (commit := code_commit()),
-                "settings": settings,
-                "summary": summary,
-            },
-        )
-        told = ", ".join(
-            f"{key} {_short(value)}" for key, value in summary.items() if not isinstance(value, (dict, list))
-        )
-        print(f"[{number}] {name}: {spent.total_s:.0f} s{'  ' + told if told else ''}", file=sys.stderr)
-        return StageResult(name, digest, folder, spent.total_s, False, commit, summary)
+    plan, common = this.plan, {"seed": this.seed, "held_out": this.plan.held_out}
+    encoded = this.stage(
+        f"{prefix}encode",
+        partial(training.encode, plan=plan, **data.read(), tokenizer=tokenizer.folder / "tokenizer"),
+        inputs={"dataset": data.digest, "tokenizer": tokenizer},
+        size=plan.size,
+        stride=plan.stride,
+        offsets=plan.offsets,
+        **data.chosen(),
+    )
+    latents = encoded.folder / "latents"
+    lat = this.stage(
+        f"{prefix}latent-actions",
+        partial(training.train_latent_actions, plan=plan, seed=this.seed, latents=latents),
+        inputs={"latents": encoded, "recipe": recipe("latent_action.yaml")},
+        steps=plan.steps.latent_action,
+        **common,
+    )
+    labelled = this.stage(
+        f"{prefix}label",
+        partial(training.label, lat=lat.folder / "lat", latents=latents),
+        inputs={"latents": encoded, "lat": lat},
+    )
+    prepared = Prepared(data, tokenizer, encoded, lat, labelled)
+    return train_world_model(this, prepared, prefix=prefix, overrides=overrides)
 
 
-def _record(path: Path) -> _Record | None:
-    """What a finished stage wrote last; None where it is not there or cannot be read: the stage is then gone through
-    again, and each of its parts finds itself done."""
-    try:
-        return read_json(path, _Record, unknown=True)
-    except FileNotFoundError:
-        return None
-    except UserError as error:
-        print(f"warning: {path} cannot be read ({error}); going through the stage again", file=sys.stderr)
-        return None
+def train_world_model(this: Run, given: Prepared, *, prefix: str = "", overrides: Sequence[str] = ()) -> Trained:
+    """Both stages of the world action model, on labelled latents; arguments as in `train_on_latents`."""
+    pretrained = this.stage(
+        f"{prefix}pretrain",
+        partial(
+            training.pretrain,
+            repwam=this.repwam,
+            plan=this.plan,
+            seed=this.seed,
+            latents=given.latents,
+            overrides=overrides,
+        ),
+        inputs={"latents": given.labelled, "recipe": recipe("pretrain.yaml")},
+        steps=this.plan.steps.pretrain,
+        **_settings(this, overrides),
+    )
+    adapted = adapt(this, given, pretrained, steps=this.plan.steps.adapt, prefix=prefix, overrides=overrides)
+    return Trained(given, pretrained, adapted)
 
 
-class _Stopwatch:
-    """Adds up wall time over interrupted runs of a stage, in a small file beside its outputs."""
+def adapt(
+    this: Run,
+    given: Prepared,
+    pretrained: StageResult | None,
+    *,
+    steps: int,
+    prefix: str = "",
+    overrides: Sequence[str] = (),
+) -> StageResult:
+    """Adaptation to robot actions, from a pretrained model or from scratch."""
+    inputs: dict[str, StageResult | str] = {"latents": given.labelled, "recipe": recipe("adapt.yaml")}
+    if pretrained is not None:
+        inputs["pretrained"] = pretrained
+    return this.stage(
+        f"{prefix}adapt",
+        partial(
+            training.adapt,
+            repwam=this.repwam,
+            plan=this.plan,
+            seed=this.seed,
+            steps=steps,
+            latents=given.latents,
+            pretrained=None if pretrained is None else pretrained.folder / "wam",
+            tokenizer=given.tokenizer_folder,
+            lat=given.lat_folder,
+            action_units=given.data.action_units,
+            overrides=overrides,
+        ),
+        inputs=inputs,
+        steps=steps,
+        action_units=list(given.data.action_units),
+        **_settings(this, overrides),
+    )
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            self.total_s = float(path.read_text())
-        except (FileNotFoundError, ValueError):  # new, or damaged: the time spent before is not known
-            self.total_s = 0.0
 
-    def __enter__(self) -> _Stopwatch:
-        self._start_s = time.monotonic()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.total_s += time.monotonic() - self._start_s
-        with suppress(WriteError):  # what ended the stage is to be heard, not that its time could not be noted
-            write_text_atomic(self._path, f"{self.total_s:.3f}")
+def recipe(name: str) -> str:
+    """The text of one of the quickstart's recipes: part of its stage's identity."""
+    return (RECIPES / name).read_text()
 
 
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _settings(this: Run, overrides: Sequence[str]) -> dict[str, Any]:
+    settings: dict[str, Any] = {"seed": this.seed, "held_out": this.plan.held_out}
+    return settings | ({"overrides": list(overrides)} if overrides else {})
+
+
+NO_VIDEO = ("--model.loss.video_noise_prob=1.0",)
+"""The video is pure noise, and unlearned, in every sample."""
+
+CONTROLS = {
+    "without latent actions": "no pretraining; all steps spent on robot actions",
+    "without the video objective": "video is noise and unlearned in both stages",
+    "untrained visual tokenizer": "random weights; everything after it trained alike",
+}
+"""What is taken away, and how. Each differs in that alone; steps, data and evaluation seeds are the policy's."""
+
+
+def run_controls(this: Run, trained: Trained) -> dict[str, StageResult]:
+    """Train every control and drive the evaluation's unseen seeds with it.
+
+    Returns:
+        control -> its closed-loop stage, whose folder holds ``policy.json``.
+    """
+    adapted = {
+        "without latent actions": _without_latent_actions(this, trained),
+        "without the video objective": train_world_model(
+            this, trained.prepared, prefix="no-video-", overrides=NO_VIDEO
+        ).adapted,
+        "untrained visual tokenizer": _untrained_tokenizer(this, trained).adapted,
+    }
+    return {name: _driven(this, name, stage) for name, stage in adapted.items()}
+
+
+def _without_latent_actions(this: Run, trained: Trained) -> StageResult:
+    steps = this.plan.steps.pretrain + this.plan.steps.adapt
+    architecture = yaml.safe_load(recipe("pretrain.yaml"))["model"]["wam"]  # otherwise the pretrained model's
+    overrides = (f"--model.wam={json.dumps(architecture)}",)
+    return adapt(this, trained.prepared, None, steps=steps, prefix="no-latent-actions-", overrides=overrides)
+
+
+def _untrained_tokenizer(this: Run, trained: Trained) -> Trained:
+    given = trained.prepared
+    work: Callable[[Path], dict[str, Any]] = partial(_untrained_like, trained=given.tokenizer_folder, seed=this.seed)
+    tokenizer = this.stage("untrained-tokenizer", work, inputs={"tokenizer": given.tokenizer}, seed=this.seed)
+    return train_on_latents(this, given.data, tokenizer, prefix="untrained-")
+
+
+def _untrained_like(folder: Path, *, trained: Path, seed: int) -> dict[str, Any]:
+    """A tokenizer of the trained one's architecture with random weights, in ``folder/tokenizer``."""
+    import torch
+    from repvitok import RepViTok
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        RepViTok(RepViTok.from_pretrained(trained).config).save_pretrained(folder / "tokenizer")
+    return {}
+
+
+def _driven(this: Run, name: str, adapted: StageResult) -> StageResult:
+    plan = this.plan
+    return this.stage(
+        f"{name.replace(' ', '-')}-rollouts",
+        partial(
+            closed_loop.run_policy,
+            plan=plan,
+            policy=adapted.folder / "policy",
+            workers=this.workers,
+            tasks=plan.tasks,
+            filmed=0,
+        ),
+        inputs={"policy": adapted},
+        suite=plan.suite,
+        tasks=plan.tasks,
+        same_scene=plan.same_scene,
+        size=plan.size,
+        eval_episodes=plan.eval_episodes,
+        execute=plan.execute,
+    )

@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import UInt8
 
+from repvitok.data.images import HOW_TO_ASK, depth_codes, is_depth_feature
 from repvitok.data.latents import InstructionSource
 from repvitok.data.lerobot.format import EpisodeInfo, flat_names, number_ranges
+from repvitok.data.lerobot.images import PictureColumn
 from repvitok.data.lerobot.metadata import NEVER_RECORDED, EpisodeRow, Metadata, read_metadata
-from repvitok.data.lerobot.pictures import PictureColumn
 from repvitok.data.lerobot.tables import EpisodeTables, pair_rows, row_times_s
-from repvitok.data.pictures import HOW_TO_ASK, depth_codes, is_depth_feature
 from repvitok.data.video import VideoFile
 from repvitok.runtime.documents import DepthRange, checked_range
 from repvitok.runtime.errors import UserError

@@ -13,7 +13,7 @@ import pyarrow as pa
 from jaxtyping import UInt8
 from PIL import Image
 
-from repvitok.data.pictures import is_deep, picture_to_rgb
+from repvitok.data.images import is_deep, picture_to_rgb
 from repvitok.runtime.documents import DepthRange, refuse_lfs_pointer
 from repvitok.runtime.errors import UserError
 

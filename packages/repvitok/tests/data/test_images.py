@@ -22,9 +22,9 @@ from PIL import Image
 from repvitok.cli import main
 from repvitok.data.clips import ClipDataset
 from repvitok.data.folders import open_episodes, split_folder
+from repvitok.data.images import depth_codes, depth_to_rgb, is_depth_feature, read_image
 from repvitok.data.lerobot.reader import LeRobotReader
 from repvitok.data.lerobot.writer import LeRobotWriter
-from repvitok.data.pictures import depth_codes, depth_to_rgb, is_depth_feature, read_image
 from repvitok.data.shards import LatentShards
 from repvitok.data.sources import lerobot_sources
 from repvitok.data.tars import TarShards

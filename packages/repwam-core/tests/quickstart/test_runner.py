@@ -9,8 +9,8 @@ from contextvars import Context
 
 import pytest
 from repvitok.runtime.errors import UserError
-from repwam_core.quickstart import stages
-from repwam_core.quickstart.stages import StageRunner, code_commit, code_digest, folder_digest, stage_digest
+from repwam_core.quickstart import runner as stages
+from repwam_core.quickstart.runner import StageRunner, code_commit, code_digest, folder_digest, stage_digest
 
 
 def _count(folder, calls):
@@ -93,7 +93,7 @@ def test_kill_in_the_middle_leaves_the_stage_undone_and_resumable(tmp_path):
     script = textwrap.dedent(
         """
         import sys, time, pathlib
-        from repwam_core.quickstart.stages import StageRunner
+        from repwam_core.quickstart.runner import StageRunner
         def work(folder):
             (folder / "part.txt").write_text("half")
             print("ready", flush=True)

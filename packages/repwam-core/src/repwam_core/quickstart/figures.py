@@ -33,7 +33,7 @@ from repwam_core.report import (
 )
 
 if TYPE_CHECKING:
-    from repwam_core.quickstart.chain import Run, Trained
+    from repwam_core.quickstart.stages import Run, Trained
 
 MEASURED_EPISODES = 10
 SHOWN = 4

@@ -31,12 +31,12 @@ from latent_action.dynamics import MLP, ForwardDynamics, InverseDynamics
 from latent_action.model import LatentActionTokenizer, copy_loss, transition_losses
 from latent_action.probe import ProbeTask, make_task, score_features, score_frames
 from latent_action.transfer import (
-    borrowed_losses,
     cycle_loss,
     effective_dimensions,
     latent_actions,
     read_again,
     reading_r2,
+    transfer_losses,
 )
 from latent_action.transitions import TransitionTable, load_transitions
 from repvitok.data.shards import LatentShards
@@ -170,7 +170,7 @@ def _held_out(bench: Bench, lat: LatentActionTokenizer) -> dict[str, Any]:
         "transfer_r2": reading_r2(read, given),
         "transfer_shuffled_r2": reading_r2(read, given.roll(half, dims=0)),
         "dimensions": effective_dimensions(given),
-        "borrowed": asdict(borrowed_losses(lat, bench.test, group, bench.grid)),
+        "borrowed": asdict(transfer_losses(lat, bench.test, group, bench.grid)),
     }
 
 

@@ -38,7 +38,7 @@ from repwam_core.model.wam import WorldActionModel
 from repwam_core.policy.folder import PolicyManifest, write_policy
 from repwam_core.policy.serving import PolicyClient
 from repwam_core.policy.serving.protocol import pack
-from repwam_core.sampling import PlanSettings
+from repwam_core.sampling import SamplingConfig
 from repwam_core.statistics import ActionStatistics, Statistics
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
@@ -102,7 +102,7 @@ def write_small_policy(folder: Path) -> None:
         source="soak",
         action_names=CHANNELS,
     )
-    plan = PlanSettings(chunk_frames=1, video_steps=1, action_steps=2)
+    plan = SamplingConfig(chunk_frames=1, video_steps=1, action_steps=2)
     manifest = PolicyManifest("robot", robot, SIZE, meta, "minilm", plan, digests)
     write_policy(folder, wam, tokenizer, scaling, manifest, {})
 

@@ -22,7 +22,7 @@ from repwam_core.data.datamodule import WAMDataModule
 from repwam_core.data.packing import PackingSettings
 from repwam_core.export import parts_of_checkpoint
 from repwam_core.policy.policy import BatchedPolicy
-from repwam_core.sampling import PlanSettings
+from repwam_core.sampling import SamplingConfig
 from repwam_core.training.losses import LossSettings
 from repwam_core.training.module import WAMTraining
 from repwam_core.training.parallel import ScaleSettings
@@ -101,7 +101,7 @@ def _training(latents, space, packed, **wam):
     """A stage's module with its data, as far as its steps need a trainer."""
     module = WAMTraining(
         "tiny", wam={**SIZES, **wam}, space=space, chunk_sizes=(1, 2), scale=ScaleSettings(attention="blocked"),
-        plan=PlanSettings(video_steps=1, action_steps=2),
+        plan=SamplingConfig(video_steps=1, action_steps=2),
         loss=LossSettings(video_noise_prob=0.3, history_noise=0.1, text_drop_prob=0.1),
     )  # fmt: skip
     packing = PackingSettings(token_budget=300) if packed else None

@@ -34,7 +34,7 @@ from repwam_core.data.datamodule import WAMDataModule
 from repwam_core.data.encoding import EncodingSettings
 from repwam_core.data.mixture import DataSetSettings
 from repwam_core.data.packing import PackingSettings
-from repwam_core.sampling import PlanSettings
+from repwam_core.sampling import SamplingConfig
 from repwam_core.training.losses import LossSettings
 from repwam_core.training.module import WAMTraining
 
@@ -152,7 +152,7 @@ SECTIONS: list[tuple[Any, dict[str, Any]]] = [
     (DataSetSettings, {"latents": "x"}),
     (EncodingSettings, {"tokenizer": "x", "size": (32, 32)}),
     (LossSettings, {}),
-    (PlanSettings, {}),
+    (SamplingConfig, {}),
     (SaveLast, {}),
     (StageProgress, {}),
 ]

@@ -131,7 +131,7 @@ def test_quickstart_recipes_run_two_steps_one_after_the_other(tmp_path, shared_v
     from repwam_core.cli import main as repwam
     from repwam_core.policy.policy import Policy
     from repwam_core.quickstart import training
-    from repwam_core.quickstart.config import load_plan
+    from repwam_core.quickstart.config import load_config
 
     arguments = argparse.Namespace(
         tasks=None,
@@ -142,7 +142,7 @@ def test_quickstart_recipes_run_two_steps_one_after_the_other(tmp_path, shared_v
         budget=1e-6,
         dataset=shared_video_dataset,
     )
-    plan = load_plan(QUICKSTART / "dataset.yaml", arguments)
+    plan = load_config(QUICKSTART / "dataset.yaml", arguments)
     common = {"plan": plan, "seed": 0}
     later = {**common, "repwam": repwam}
     training.train_tokenizer(tmp_path / "tok", **common, dataset=shared_video_dataset)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from repwam_core.policy import Policy
-from repwam_core.policy.folder import PolicyParts
+from repwam_core.policy.folder import LoadedPolicy
 from repwam_core.policy.serving import PolicyServer, ServeSettings
 from repwam_core.policy.serving.command import metadata_of
 
@@ -25,7 +25,7 @@ def test_robots_are_served_among_vandals_and_sleepers(tmp_path, monkeypatch):
     spec.loader.exec_module(script)
 
     script.write_small_policy(tmp_path / "policy")
-    parts = PolicyParts.load(tmp_path / "policy")
+    parts = LoadedPolicy.load(tmp_path / "policy")
     parts.text.encode(["open the window"])  # loads the text model, which takes seconds
     settings = ServeSettings(port=0, idle_timeout_s=1.0, ping_timeout_s=2.0, max_sessions=8)
     with PolicyServer(lambda: Policy(parts), metadata_of(Policy(parts)), settings).running() as port:

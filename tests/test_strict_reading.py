@@ -24,8 +24,8 @@ from repwam_core.embodiment import Embodiment
 from repwam_core.model.config import ActionSpace, WAMConfig
 from repwam_core.policy.folder import PolicyManifest
 from repwam_core.quickstart.config import RECIPES, Plan
-from repwam_core.sampling import ChunkSpec, PlanSettings
-from repwam_core.sim.collect import CollectionPlan, Noise
+from repwam_core.sampling import ChunkSpec, SamplingConfig
+from repwam_core.sim.collect import CollectionConfig, Noise
 from repwam_core.sim.metaworld import MetaWorldSettings
 from repwam_core.sim.results import EpisodeResult, load_results, save_results
 from repwam_core.statistics import ActionStatistics, StateStatistics, Statistics
@@ -61,7 +61,7 @@ def _latents(root: Path) -> tuple[Any, Callable[[Any], Any]]:
 def _policy(root: Path) -> tuple[Any, Callable[[Any], Any]]:
     robot = Embodiment.from_names("arm", ["x"], ["p"], META.cameras, 30.0)
     digests = dict.fromkeys(("wam", "tokenizer", "statistics"), "b" * 64)
-    PolicyManifest("robot", robot, (32, 48), META, "minilm", PlanSettings(), digests, CHUNKS).save(root)
+    PolicyManifest("robot", robot, (32, 48), META, "minilm", SamplingConfig(), digests, CHUNKS).save(root)
 
     def load(document: Any) -> Any:
         (root / "policy.json").write_text(json.dumps(document))
@@ -96,7 +96,7 @@ def _plain(document: Any, load: Callable[[Any], Any]) -> Callable[[Path], tuple[
 
 
 CHUNKS = ChunkSpec(smallest=1, largest=4)
-COLLECTION = CollectionPlan(("reach",), 3, 0, MetaWorldSettings(), Noise(), 4, "v2.1", "yuv444p", 10)
+COLLECTION = CollectionConfig(("reach",), 3, 0, MetaWorldSettings(), Noise(), 4, "v2.1", "yuv444p", 10)
 WAM = WAMConfig.preset("tiny", spaces={"robot": ActionSpace(channels=7, vectors_per_transition=4)})
 DOCUMENTS: dict[str, Callable[[Path], tuple[Any, Callable[[Any], Any]]]] = {
     "meta.json of latents": _latents,
@@ -108,7 +108,7 @@ DOCUMENTS: dict[str, Callable[[Path], tuple[Any, Callable[[Any], Any]]]] = {
     "LAPA's config": _plain(LapaConfig().to_dict(), LapaConfig.from_dict),
     "WAM's config": _plain(WAM.to_dict(), WAMConfig.from_dict),
     "statistics": _plain(STATISTICS.to_dict(), Statistics.from_dict),
-    "collection.json": _plain(COLLECTION.to_dict(), CollectionPlan.from_dict),
+    "collection.json": _plain(COLLECTION.to_dict(), CollectionConfig.from_dict),
     "a quickstart's recipe": _plain(
         yaml.safe_load((RECIPES / "sim.yaml").read_text()), lambda document: parse(document, Plan, "plan")
     ),

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 from faults.chain import TIMEOUT_S, VERBS, Chain, Ended, Verb, contents, difference, run, start
-from repwam_core.policy.folder import PolicyParts
+from repwam_core.policy.folder import LoadedPolicy
 from repwam_core.policy.policy import Policy
 from repwam_core.policy.serving import PolicyServer, PolicyServerError, ServeSettings
 from repwam_core.policy.serving.command import metadata_of
@@ -96,7 +96,7 @@ class Served:
 @pytest.fixture(scope="session")
 def served(chain: Chain) -> Iterator[Served]:
     """The chain's policy, served."""
-    parts = PolicyParts.load(chain.reference("repwam-export"))
+    parts = LoadedPolicy.load(chain.reference("repwam-export"))
     metadata = metadata_of(Policy(parts))
     pictures = np.random.default_rng(0).integers(0, 256, (1, 48, 72, 3), np.uint8)
     request = {

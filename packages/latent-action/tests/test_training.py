@@ -128,10 +128,10 @@ def test_measures_of_content_are_logged(run):
 
 def test_a_motion_elsewhere_predicts_better_than_a_random_one(run, blobs, tmp_path):
     lat = export_checkpoint(run / "last.ckpt", tmp_path / "lat")
-    losses = probe_shards(lat, blobs, head_steps=5, frames_steps=2).borrowed
+    losses = probe_shards(lat, blobs, head_steps=5, frames_steps=2).transfer
     assert losses is not None
-    assert losses.own < 0.1 * losses.still
-    assert losses.own < losses.matched < 0.6 * losses.shuffled
+    assert losses.own < 0.1 * losses.static
+    assert losses.own < losses.paired < 0.6 * losses.shuffled
 
 
 def test_probe_of_motion_and_of_other_latent_actions(run, blobs, tmp_path):

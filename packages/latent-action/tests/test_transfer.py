@@ -3,13 +3,13 @@
 import pytest
 import torch
 from latent_action.transfer import (
-    borrowed_losses,
     cycle_loss,
     effective_dimensions,
     latent_actions,
     matching_transitions,
     read_again,
     reading_r2,
+    transfer_losses,
 )
 from latent_action.transitions import TransitionTable
 
@@ -33,16 +33,16 @@ def test_the_partner_moves_most_alike_and_is_of_another_group():
 def test_borrowing_without_motion_or_from_nobody_is_refused(lat):
     frames = torch.randn(4, 16, 8)
     with pytest.raises(ValueError, match="no robot state"):
-        borrowed_losses(lat, table(frames, None, [0, 1]))
+        transfer_losses(lat, table(frames, None, [0, 1]))
     with pytest.raises(ValueError, match="one group"):
-        borrowed_losses(lat, table(frames, torch.zeros(2, 1), [3, 3]))
+        transfer_losses(lat, table(frames, torch.zeros(2, 1), [3, 3]))
 
 
 @torch.no_grad()
 def test_borrowed_losses_by_hand(lat):
     """Two episodes, so each transition's only possible lender is the other."""
     frames, motion = torch.randn(4, 16, 8), torch.tensor([[0.0], [1.0]])
-    losses = borrowed_losses(lat, table(frames, motion, [0, 1]))
+    losses = transfer_losses(lat, table(frames, motion, [0, 1]))
     z_t, z_next = frames[::2], frames[1::2]
     action = lat.encode(torch.stack([z_t, z_next], dim=1))[:, 0]
 
@@ -50,8 +50,8 @@ def test_borrowed_losses_by_hand(lat):
         return float((lat.decode(z_t, l) - z_next).square().mean())
 
     assert losses.own == pytest.approx(error(action), rel=1e-5)
-    assert losses.matched == losses.shuffled == pytest.approx(error(action.flip(0)), rel=1e-5)
-    assert losses.still == pytest.approx(error(lat.encode(torch.stack([z_t, z_t], dim=1))[:, 0]), rel=1e-5)
+    assert losses.paired == losses.shuffled == pytest.approx(error(action.flip(0)), rel=1e-5)
+    assert losses.static == pytest.approx(error(lat.encode(torch.stack([z_t, z_t], dim=1))[:, 0]), rel=1e-5)
 
 
 @torch.no_grad()

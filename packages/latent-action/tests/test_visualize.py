@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from latent_action.cli import main
-from latent_action.visualize import acting_map, draw_transition, side_by_side, transport_arrows
+from latent_action.visualize import action_effect_map, draw_transition, side_by_side, transport_arrows
 from PIL import Image
 from repvitok.data.lerobot.writer import LeRobotWriter
 
@@ -12,11 +12,11 @@ from repvitok.data.lerobot.writer import LeRobotWriter
 @torch.no_grad()
 def test_heat_is_where_decoding_depends_on_the_action(lat):
     z = torch.randn(24, 8)
-    heat = acting_map(lat, z, torch.tensor([1.0, -1.0, 0.5, 2.0]), (2, 3, 4))
+    heat = action_effect_map(lat, z, torch.tensor([1.0, -1.0, 0.5, 2.0]), (2, 3, 4))
     assert heat.shape == (2, 3, 4)
     assert heat.min() >= 0
     assert heat.max() > 0
-    loud = acting_map(lat, z, torch.full((4,), 50.0), (2, 3, 4))
+    loud = action_effect_map(lat, z, torch.full((4,), 50.0), (2, 3, 4))
     assert loud.max() == pytest.approx(1)
 
 
@@ -24,7 +24,7 @@ def test_heat_is_where_decoding_depends_on_the_action(lat):
 def test_no_heat_where_nothing_happens(lat):
     z = torch.randn(1, 16, 8)
     nothing = lat.encode(torch.stack([z, z], dim=1))[0, 0]
-    assert acting_map(lat, z[0], nothing).max() == 0
+    assert action_effect_map(lat, z[0], nothing).max() == 0
 
 
 @torch.no_grad()

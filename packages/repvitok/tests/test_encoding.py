@@ -18,7 +18,7 @@ from repvitok.data.shards import LatentShards
 from repvitok.data.transforms import prepare_frames
 from repvitok.data.video import write_video
 from repvitok.encoding import decode_shards, encode_dataset
-from repvitok.encoding_plan import make_plan, share_of_episodes
+from repvitok.encoding_plan import episodes_of_slice, make_config
 from repvitok.merging import merge_latents
 from repvitok.runtime.errors import UserError
 
@@ -187,22 +187,22 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(tmp_pat
 def test_shares_are_neighbours_of_like_length_and_cover_all():
     episodes = Recording((5, 1, 1, 1, 30, 2, 2, 8)).episodes
     for shares in range(1, 9):
-        parts = [share_of_episodes(episodes, (index, shares)) for index in range(shares)]
+        parts = [episodes_of_slice(episodes, (index, shares)) for index in range(shares)]
         assert [info for part in parts for info in part] == episodes
         assert all(parts)
-    assert [[info.length for info in share_of_episodes(episodes, (index, 2))] for index in range(2)] == [
+    assert [[info.length for info in episodes_of_slice(episodes, (index, 2))] for index in range(2)] == [
         [5, 1, 1, 1, 30],
         [2, 2, 8],
     ]
     with pytest.raises(ValueError, match="9 shares of 8 episodes: choose at most 8"):
-        share_of_episodes(episodes, (0, 9))
+        episodes_of_slice(episodes, (0, 9))
     with pytest.raises(ValueError, match="expected 0 <= i < n, got 2/2"):
-        share_of_episodes(episodes, (2, 2))
+        episodes_of_slice(episodes, (2, 2))
 
 
 def test_frames_in_memory_are_bounded_unless_one_episode_has_more(tok, monkeypatch):
     recording = Recording((30, 4, 4, 4, 4))
-    plan = make_plan(tok, recording, (32, 32), 1, (0,), None, "float32")
+    plan = make_config(tok, recording, (32, 32), 1, (0,), None, "float32")
     monkeypatch.setattr(encoding, "_BATCH_BYTES", 8 * 2 * 3 * 32 * 32)  # eight frames of both cameras
     batches = encoding._batches(recording.episodes, plan, batch_size=100)
     assert [[info.length for info in batch] for batch in batches] == [[4, 4], [4, 4], [30]]
@@ -357,4 +357,4 @@ def test_numbers_that_float32_cannot_hold_are_named_when_they_are_read(tmp_path,
 
 def test_a_camera_is_taken_once(tok):
     with pytest.raises(UserError, match="expected different cameras, got 'camera_0' twice"):
-        make_plan(tok, Recording(), (32, 32), 1, (0,), ["camera_0", "camera_1", "camera_0"], "float32")
+        make_config(tok, Recording(), (32, 32), 1, (0,), ["camera_0", "camera_1", "camera_0"], "float32")

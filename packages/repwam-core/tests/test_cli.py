@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from repwam_core.cli import main
-from repwam_core.sampling import PlanSettings
+from repwam_core.sampling import SamplingConfig
 from repwam_core.sim.results import EpisodeResult
 from repwam_core.statistics import Statistics
 
@@ -84,7 +84,7 @@ def test_stats_writes_what_training_counts(tmp_path, write_shards, capsys):
 def test_every_verb_that_drives_takes_all_settings_of_planning(verb, capsys):
     assert main([verb, "--help"]) == 0
     told = capsys.readouterr().out
-    assert all(f"--{field.name.replace('_', '-')} " in told.replace(",", " ") for field in fields(PlanSettings))
+    assert all(f"--{field.name.replace('_', '-')} " in told.replace(",", " ") for field in fields(SamplingConfig))
     assert ("--device" in told) == (verb != "export")
 
 
@@ -94,7 +94,7 @@ def test_rollout_plans_as_it_was_told_and_says_so(monkeypatch, tmp_path):
 
     def load(folder, device, **plan):
         manifest = SimpleNamespace(digests={"wam": "0" * 64})
-        return SimpleNamespace(plan=PlanSettings(**plan), parts=SimpleNamespace(manifest=manifest), device=device)
+        return SimpleNamespace(plan=SamplingConfig(**plan), parts=SimpleNamespace(manifest=manifest), device=device)
 
     def evaluate(policy, tasks, seeds, **given):
         seen.update(given, device=policy.device)
@@ -104,7 +104,7 @@ def test_rollout_plans_as_it_was_told_and_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr("repwam_core.sim.evaluate.evaluate", evaluate)
     given = ["--device", "cuda:1", "--video", "skip", "--action-steps", "3", "--action-shift", "2.5", "--no-clip"]
     assert main(["rollout", "--policy", "p", "--tasks", "push", "--out", str(tmp_path), *given]) == 0
-    plan = asdict(PlanSettings(video="skip", action_steps=3, action_shift=2.5, clip=False))
+    plan = asdict(SamplingConfig(video="skip", action_steps=3, action_shift=2.5, clip=False))
     assert seen["device"] == "cuda:1"
     assert seen["about"] == {"policy": "p", "digests": {"wam": "0" * 64}, "device": "cuda:1", "plan": plan}
     assert seen["out"] == tmp_path

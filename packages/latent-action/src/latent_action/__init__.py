@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from latent_action.labelling import label_shards
     from latent_action.model import LatentActionTokenizer, TransitionLosses, transition_losses
     from latent_action.probe import ProbeReport, probe_shards
-    from latent_action.visualize import acting_map, draw_transition, transport_arrows
+    from latent_action.visualize import acting_map, action_effect_map, draw_transition, transport_arrows
 
 __version__ = version("latent-action")
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "TransitionLosses",
     "__version__",
     "acting_map",
+    "action_effect_map",
     "draw_transition",
     "export_checkpoint",
     "label_shards",
@@ -38,6 +39,7 @@ _HOMES = {
     "ProbeReport": "probe",
     "TransitionLosses": "model",
     "acting_map": "visualize",
+    "action_effect_map": "visualize",
     "draw_transition": "visualize",
     "export_checkpoint": "export",
     "label_shards": "labelling",

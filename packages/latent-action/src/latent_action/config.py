@@ -120,8 +120,8 @@ class LatentActionConfig:
         for field in fields(self):
             ours, theirs = getattr(self, field.name), getattr(stored, field.name)
             if ours != theirs:
-                told = "" if isinstance(ours, tuple) else f": here {ours}, there {theirs}"
+                difference = "" if isinstance(ours, tuple) else f": here {ours}, there {theirs}"
                 raise UserError(
-                    f"The checkpoint was trained with another {field.name}{told}. Use the recipe and the latents "
+                    f"The checkpoint was trained with another {field.name}{difference}. Use the recipe and the latents "
                     "it was trained on."
                 )

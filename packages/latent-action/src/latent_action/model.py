@@ -21,7 +21,7 @@ class LatentActionTokenizer(PretrainedModel):
 
         l_t = q(z_t, z_{t+1}),    K_t, d_t = f(z_t, l_t),    z_hat_{t+1} = K_t z_t + d_t
 
-    Latents come in standardised, with the channel mean and deviation in `config` (`standardise` applies them);
+    Latents come in standardised, with the channel mean and standard deviation in `config` (`standardise` applies them);
     `grid` is (views, rows, columns) of a latent frame, camera-major, and defaults to one square view.
     """
 

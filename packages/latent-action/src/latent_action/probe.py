@@ -21,7 +21,7 @@ from latent_action.config import LatentActionConfig
 from latent_action.dynamics import MLP, InverseDynamics
 from latent_action.labelling import require_same_tokenizer
 from latent_action.model import LatentActionTokenizer
-from latent_action.transfer import BorrowedLosses, borrowed_losses, latent_actions
+from latent_action.transfer import TransferLosses, latent_actions, transfer_losses
 from latent_action.transitions import TransitionTable, lie_within, load_transitions
 from latent_action.transport import Grid
 
@@ -39,8 +39,8 @@ class ProbeScore:
             that mean, 1 is perfect. None where a held-out channel never leaves the training mean.
         mean_r2: mean over the channels that have one. A channel that hardly moves in the held-out episodes can make
             it very negative; then read pooled_r2.
-        pooled_r2: the same with both errors summed over the channels, each in its training deviation: 1 - loss / loss
-            of the training mean.
+        pooled_r2: the same with both errors summed over the channels, each in its training standard deviation:
+            1 - loss / loss of the training mean.
     """
 
     loss: float
@@ -62,7 +62,7 @@ class ProbeReport:
         mean_action: always predicts the training mean; R^2 0 by definition.
         frames: an IDM trained end to end on (z_t, z_{t+1}); what the latents themselves allow at this budget.
         baselines: the same head on other latent actions of the same transitions.
-        borrowed: errors of the next latents with the latent actions of other held-out episodes; None where the
+        transfer: errors of the next latents with the latent actions of other held-out episodes; None where the
             latents hold no robot state or one held-out episode only.
     """
 
@@ -75,7 +75,7 @@ class ProbeReport:
     mean_action: ProbeScore
     frames: ProbeScore
     baselines: dict[str, ProbeScore]
-    borrowed: BorrowedLosses | None
+    transfer: TransferLosses | None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -153,7 +153,7 @@ def probe_shards(
             mean_action=_score(task, lambda index: torch.zeros(len(index), task.targets.shape[1])),
             frames=score_frames(task, lat.config, frames_steps),
             baselines=scores,
-            borrowed=_borrowed(lat, task),
+            transfer=_transfer(lat, task),
         )
 
 
@@ -214,19 +214,19 @@ def _channels(shards: LatentShards, target: Target, count: int) -> tuple[str, ..
     return names or tuple(str(i) for i in range(count))
 
 
-def _borrowed(lat: LatentActionTokenizer, task: ProbeTask) -> BorrowedLosses | None:
+def _transfer(lat: LatentActionTokenizer, task: ProbeTask) -> TransferLosses | None:
     keep = torch.zeros(len(task.table), dtype=torch.bool)
     keep[task.held_out] = True
     table = task.table.where(keep)
     if table.motion is None or len(table.episode.unique()) < 2:
         return None
-    return borrowed_losses(lat, table, grid=task.grid, seed=task.seed)
+    return transfer_losses(lat, table, grid=task.grid, seed=task.seed)
 
 
 def _standardised(values: Float[Tensor, "n c"], train: Int[Tensor, " m"]) -> Float[Tensor, "n c"]:
-    """Values per channel in units of their training deviation; channels constant there keep their own unit."""
-    deviation = values[train].std(dim=0, correction=0)
-    return (values - values[train].mean(dim=0)) / torch.where(deviation > 1e-6, deviation, 1.0)
+    """Values per channel in units of their training standard deviation; channels constant there keep their own unit."""
+    std = values[train].std(dim=0, correction=0)
+    return (values - values[train].mean(dim=0)) / torch.where(std > 1e-6, std, 1.0)
 
 
 def _fit_head(task: ProbeTask, features: Float[Tensor, "n f"], steps: int) -> Predict:
@@ -298,14 +298,14 @@ def format_report(report: ProbeReport) -> str:
         cells = " ".join(f"{'constant' if r is None else f'{r:.3f}':>12}" for r in score.r2)
         lines.append(f"{name:<26}{score.loss:>9.4f}{score.pooled_r2:>11.3f}{score.mean_r2:>9.3f}  {cells}")
     counts = f"{report.train_transitions} transitions to train on, {report.held_out_transitions} held out"
-    return "\n".join([*lines, counts, *_format_borrowed(report.borrowed)])
+    return "\n".join([*lines, counts, *_format_transfer(report.transfer)])
 
 
-def _format_borrowed(losses: BorrowedLosses | None) -> list[str]:
+def _format_transfer(losses: TransferLosses | None) -> list[str]:
     if losses is None:
         return []
     return [
         f"error of the next latents with its own latent action {losses.own:.4f}, with that of the most alike motion "
-        f"in another episode {losses.matched:.4f}, a random one {losses.shuffled:.4f}, that of a still frame "
-        f"{losses.still:.4f}"
+        f"in another episode {losses.paired:.4f}, a random one {losses.shuffled:.4f}, that of a static frame "
+        f"{losses.static:.4f}"
     ]

@@ -17,38 +17,38 @@ _BATCH = 512
 
 
 @dataclass(frozen=True)
-class BorrowedLosses:
+class TransferLosses:
     """Mean squared error of z_hat_{t+1} = f(z_t, l) under four latent actions, over the same transitions.
 
     Attributes:
         own: l of the transition itself, q(z_t, z_{t+1}).
-        matched: l of the transition of another group in which the robot moved most alike. As low as `own` if l is
+        paired: l of the transition of another group in which the robot moved most alike. As low as `own` if l is
             motion alone and the motions are alike; as high as `shuffled` if l only says what its own scene looks like.
         shuffled: l of a random transition of another group.
-        still: q(z_t, z_t), nothing happens.
+        static: q(z_t, z_t), nothing happens.
     """
 
     own: float
-    matched: float
+    paired: float
     shuffled: float
-    still: float
+    static: float
 
 
 @torch.no_grad()
-def borrowed_losses(
+def transfer_losses(
     lat: LatentActionTokenizer,
     table: TransitionTable,
     group: Int[Tensor, " transitions"] | None = None,
     grid: Grid | None = None,
     seed: int = 0,
-) -> BorrowedLosses:
+) -> TransferLosses:
     """Predict each transition with the latent action of another one.
 
     Args:
         lat: the latent action tokenizer.
         table: transitions whose robot motion is known; usually held-out ones.
         group: which transitions must not lend to each other; their episodes by default. With tasks as groups a
-            lender never shows the borrower's scene.
+            donor never shows the borrower's scene.
         grid: (views, rows, columns) of a latent frame.
         seed: of the random lenders.
 
@@ -56,24 +56,24 @@ def borrowed_losses(
         ValueError: the robot's motion is not known, or there is one group only.
     """
     group = table.episode if group is None else group
-    lender = matching_transitions(table, group)
-    stranger = _random_lender(group, torch.Generator().manual_seed(seed))
+    donor = matching_transitions(table, group)
+    control = _random_donor(group, torch.Generator().manual_seed(seed))
     actions = latent_actions(lat, table, grid)
     total = torch.zeros(4, dtype=torch.float64)
     for index in torch.arange(len(table)).split(_BATCH):
         z_t, z_next = table.pairs(index)
-        still = lat.encode(torch.stack([z_t, z_t], dim=1), grid)[:, 0]
-        for number, action in enumerate((actions[index], actions[lender[index]], actions[stranger[index]], still)):
+        static = lat.encode(torch.stack([z_t, z_t], dim=1), grid)[:, 0]
+        for number, action in enumerate((actions[index], actions[donor[index]], actions[control[index]], static)):
             error = (lat.decode(z_t, action, grid) - z_next).square().mean(dim=(1, 2))
             total[number] += error.double().sum()
-    own, matched, shuffled, still = (total / len(table)).tolist()
-    return BorrowedLosses(own, matched, shuffled, still)
+    own, paired, shuffled, static = (total / len(table)).tolist()
+    return TransferLosses(own, paired, shuffled, static)
 
 
 def matching_transitions(table: TransitionTable, group: Int[Tensor, " transitions"]) -> Int[Tensor, " transitions"]:
     """For every transition, the one of another group in which the robot moved most alike.
 
-    Alike is the Euclidean distance of the changes of the robot's state, each channel in its own deviation.
+    Alike is the Euclidean distance of the changes of the robot's state, each channel in its own standard deviation.
 
     Raises:
         ValueError: the robot's motion is not known, or there is one group only.
@@ -82,8 +82,8 @@ def matching_transitions(table: TransitionTable, group: Int[Tensor, " transition
         raise UserError("These latents hold no robot state, so nobody knows which motions are alike.")
     if len(group.unique()) < 2:
         raise UserError("All transitions are of one group, so none can lend to another: take more episodes.")
-    deviation = table.motion.std(dim=0, correction=0)
-    motion = table.motion / torch.where(deviation > 1e-6, deviation, 1.0)
+    std = table.motion.std(dim=0, correction=0)
+    motion = table.motion / torch.where(std > 1e-6, std, 1.0)
     pieces = []
     for index in torch.arange(len(table)).split(_BATCH):
         distance = torch.cdist(motion[index], motion)
@@ -150,18 +150,18 @@ def effective_dimensions(actions: Float[Tensor, "n action"]) -> float:
     action_dim if all dimensions vary independently, 1 if all say the same; dimensions that do not vary count nothing.
     """
     centred = actions - actions.mean(dim=0)
-    deviation = centred.std(dim=0, correction=0)
-    varying = centred[:, deviation > 1e-9] / deviation[deviation > 1e-9]
+    std = centred.std(dim=0, correction=0)
+    varying = centred[:, std > 1e-9] / std[std > 1e-9]
     if varying.shape[1] == 0:
         return 0.0
     eigenvalues = torch.linalg.eigvalsh(varying.T.double() @ varying.double() / len(varying)).clamp(min=0)
     return float(eigenvalues.sum().square() / eigenvalues.square().sum())
 
 
-def _random_lender(group: Int[Tensor, " transitions"], random: torch.Generator) -> Int[Tensor, " transitions"]:
+def _random_donor(group: Int[Tensor, " transitions"], random: torch.Generator) -> Int[Tensor, " transitions"]:
     """For every transition a random one of another group."""
-    lender = torch.empty_like(group)
+    donor = torch.empty_like(group)
     for value in group.unique():
         mine, others = (group == value).nonzero()[:, 0], (group != value).nonzero()[:, 0]
-        lender[mine] = others[torch.randint(len(others), (len(mine),), generator=random)]
-    return lender
+        donor[mine] = others[torch.randint(len(others), (len(mine),), generator=random)]
+    return donor

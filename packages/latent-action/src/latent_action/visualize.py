@@ -19,7 +19,7 @@ from repvitok.runtime.errors import UserError
 from repvitok.runtime.files import atomic_file
 from torch import Tensor
 
-from latent_action.baselines.lapa import LapaQuantizer, lapa_acting_map
+from latent_action.baselines.lapa import LapaQuantizer, lapa_action_effect_map
 from latent_action.labelling import require_same_tokenizer
 from latent_action.model import LatentActionTokenizer
 from latent_action.transport import Grid, resolve_grid, token_coordinates
@@ -34,7 +34,7 @@ _SIDE = 256
 
 
 @torch.no_grad()
-def acting_map(
+def action_effect_map(
     lat: LatentActionTokenizer,
     z_t: Float[Tensor, "tokens d"],
     l_t: Float[Tensor, " action"],
@@ -60,6 +60,9 @@ def acting_map(
     change = (moved - kept).square().mean(-1).sqrt()
     heat = (change / change.max().clamp(min=HEAT_FLOOR)).float().cpu().numpy()
     return rearrange(heat, "(v h w) -> v h w", v=views, h=rows, w=columns)
+
+
+acting_map = action_effect_map  # its name until version 0.3
 
 
 @torch.no_grad()
@@ -91,7 +94,7 @@ def draw_transition(
 
     Args:
         image: the frame; several cameras stand side by side in the order of the views.
-        heat: from `acting_map`, in [0, 1].
+        heat: from `action_effect_map`, in [0, 1].
         arrows: from `transport_arrows`; drawn to scale, ending at the token they arrive at.
         caption: written in the lower left corner.
 
@@ -237,7 +240,9 @@ def transition_layers(
     z = lat.standardise(torch.from_numpy(episode.latents))
     with torch.no_grad():
         actions = lat.encode(z[None], grid)[0]
-    return [(acting_map(lat, z[i], actions[i], grid), transport_arrows(lat, z[i], actions[i], grid)) for i in index]
+    return [
+        (action_effect_map(lat, z[i], actions[i], grid), transport_arrows(lat, z[i], actions[i], grid)) for i in index
+    ]
 
 
 def find_episode(shards: LatentShards, episode: int | None) -> LatentEpisode:
@@ -288,7 +293,7 @@ def _draw_lapa(
     x_t, x_next = (
         torch.cat([prepare_frames(picture[None], view)[:, 0] for picture in views], dim=2) for views in (before, after)
     )
-    heat = rearrange(lapa_acting_map(lapa, x_t, x_next), "h (v w) -> v h w", v=len(before))
+    heat = rearrange(lapa_action_effect_map(lapa, x_t, x_next), "h (v w) -> v h w", v=len(before))
     return draw_transition(_joined(before), heat, np.zeros((*heat.shape, 2), dtype=np.float32), "LAPA")
 
 

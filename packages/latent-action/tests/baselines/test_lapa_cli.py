@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from latent_action.baselines.frame_pairs import load_frame_table
-from latent_action.baselines.lapa import LapaQuantizer, lapa_acting_map, lapa_features
+from latent_action.baselines.lapa import LapaQuantizer, lapa_action_effect_map, lapa_features
 from latent_action.cli import main
 from latent_action.config import LatentActionConfig
 from latent_action.model import LatentActionTokenizer
@@ -98,8 +98,8 @@ def test_export_and_features(exported, squares):
 def test_acting_map_is_nothing_for_a_still_frame_and_bounded_otherwise(exported):
     torch.manual_seed(0)
     lapa, (x_t, x_next) = LapaQuantizer.from_pretrained(exported), torch.randn(2, 3, 16, 48)
-    assert lapa_acting_map(lapa, x_t, x_t).max() == 0
-    heat = lapa_acting_map(lapa, x_t, x_next)
+    assert lapa_action_effect_map(lapa, x_t, x_t).max() == 0
+    heat = lapa_action_effect_map(lapa, x_t, x_next)
     assert heat.shape == (2, 6)
     assert 0 <= heat.min() <= heat.max() <= 1
 

@@ -37,16 +37,16 @@ from repvitok.data.split import EpisodeNumbers, choose_episodes, left_out
 from repvitok.data.transforms import resize_frames, to_frames, to_unit
 from repvitok.data.video import write_video
 from repvitok.encoding_plan import (
-    EncodingPlan,
+    EncodingConfig,
     EpisodeReader,
-    Share,
+    JobSlice,
     describe_latents,
+    episodes_of_slice,
     infos_of,
     instruction_source,
     long_enough,
-    make_plan,
+    make_config,
     read_robot_columns,
-    share_of_episodes,
 )
 from repvitok.interface import VideoTokenizer
 from repvitok.merging import part_folder, relabel
@@ -77,7 +77,7 @@ def encode_dataset(
     dtype: str = "float32",
     batch_size: int = 8,
     workers: int = 1,
-    shard: Share | None = None,
+    shard: JobSlice | None = None,
     progress: bool = False,
     report: Callable[[str], None] | None = None,
 ) -> LatentMeta:
@@ -119,22 +119,22 @@ def encode_dataset(
     for name, value in (("workers", workers), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(f"{name} must be 1 or more, got {value}")
-    plan = make_plan(tok, reader, size, stride, offsets, cameras, dtype, episodes)
+    config = make_config(tok, reader, size, stride, offsets, cameras, dtype, episodes)
     asked = infos_of(reader, episodes)
-    everything = long_enough(asked, plan.offsets)
-    infos = share_of_episodes(everything, shard)
+    everything = long_enough(asked, config.offsets)
+    infos = episodes_of_slice(everything, shard)
     target = out if shard is None else part_folder(out, shard)
-    short = [info.length for info in asked if info.length <= max(plan.offsets)]
+    short = [info.length for info in asked if info.length <= max(config.offsets)]
     if short and (shard is None or shard[0] == 0):
-        needed = f"offset {max(plan.offsets)} takes {max(plan.offsets) + 1} frames"
+        needed = f"offset {max(config.offsets)} takes {max(config.offsets) + 1} frames"
         log.warning("%s: %s", reader.root, left_out(short, len(asked), needed))
 
     def finished() -> LatentMeta | None:
-        """The meta of finished latents, if they are of this plan; what a kill after their last file left is removed."""
+        """The meta of finished latents, if of this config; what a kill after their last file left is removed."""
         for folder in (out, target):
             if (folder / "meta.json").exists():
                 shards = LatentShards(folder)
-                plan.require_same(shards.provenance, out)
+                config.require_same(shards.provenance, out)
                 remove_work(folder)
                 relabel(shards, infos, instruction_source(reader, everything), report)
                 return shards.meta
@@ -143,22 +143,22 @@ def encode_dataset(
     if (done := finished()) is not None:
         return done
     if isinstance(reader, LeRobotReader):
-        require_recorded(reader, plan.cameras, [info.index for info in infos])
+        require_recorded(reader, config.cameras, [info.index for info in infos])
     for folder in (out, target):
         refuse_foreign_tars(folder)
-    meta = describe_latents(tok, reader, plan, everything)
+    meta = describe_latents(tok, reader, config, everything)
     with sole_writer(target):
         if (done := finished()) is not None:  # another process has made them meanwhile
             return done
-        work = _open_work_folder(target, plan)
-        _require_space(target, infos, plan, meta)
+        work = _open_work_folder(target, config)
+        _require_space(target, infos, config, meta)
         with progress_bar(desc="encode", total=sum(info.length for info in infos), unit="frame", force=progress) as bar:
-            pace = _encode_waiting(tok, reader, plan, _batches(infos, plan, batch_size), work, workers, bar)
-        provenance = {**plan.to_dict(), "columns": number_columns(reader)}
+            pace = _encode_waiting(tok, reader, config, _batches(infos, config, batch_size), work, workers, bar)
+        provenance = {**config.to_dict(), "columns": number_columns(reader)}
         ranges = {"action": ChannelRange(meta.action_names), "observation.state": ChannelRange(meta.state_names)}
         with LatentShardWriter(target, meta, dtype=dtype, provenance=provenance) as writer:
             for info in infos:
-                for offset in plan.offsets:
+                for offset in config.offsets:
                     # An instruction may have been corrected since a killed run encoded its episode.
                     episode = dataclasses.replace(read_episode_file(_work_file(work, info, offset)), task=info.task)
                     ranges["action"].add(episode.actions)
@@ -182,7 +182,7 @@ class _LoadedEpisode:
     columns: Mapping[str, np.ndarray]
 
 
-class Pace:
+class Throughput:
     """How fast an encoding goes, and whether decoding or the model bounds it.
 
     Attributes:
@@ -214,43 +214,43 @@ class Pace:
 def _encode_waiting(
     tok: VideoTokenizer,
     reader: EpisodeReader,
-    plan: EncodingPlan,
+    config: EncodingConfig,
     batches: Sequence[list[EpisodeInfo]],
     work: Path,
     workers: int,
     bar: Any,
-) -> Pace:
+) -> Throughput:
     """Encodes the batches whose files are not in `work` yet."""
-    pace, waiting = Pace(), []
+    pace, waiting = Throughput(), []
     for batch in batches:
-        if all(_work_file(work, info, offset).is_file() for info in batch for offset in plan.offsets):
+        if all(_work_file(work, info, offset).is_file() for info in batch for offset in config.offsets):
             bar.update(sum(info.length for info in batch))
         else:
             waiting.append(batch)
-    for batch in pace.waiting_for(_loaded(reader, plan, waiting, workers)):
-        for episode in _encode_batch(tok, batch, plan):
-            write_episode_file(work / f"{episode.key}.tar", episode, dtype=plan.dtype)
-            pace.frames += len(plan.cameras) * _raw_frames(episode, tok.config.tubelet_frames)
+    for batch in pace.waiting_for(_loaded(reader, config, waiting, workers)):
+        for episode in _encode_batch(tok, batch, config):
+            write_episode_file(work / f"{episode.key}.tar", episode, dtype=config.dtype)
+            pace.frames += len(config.cameras) * _raw_frames(episode, tok.config.tubelet_frames)
         bar.set_postfix_str(str(pace), refresh=False)
         bar.update(sum(item.info.length for item in batch))
     return pace
 
 
-def _open_work_folder(target: Path, plan: EncodingPlan) -> Path:
-    """target/.work, where finished episodes wait; ValueError if another plan began it."""
+def _open_work_folder(target: Path, config: EncodingConfig) -> Path:
+    """target/.work, where finished episodes wait; ValueError if another config began it."""
     work = target / ".work"
     path = work / "plan.json"
     if path.is_file():
-        plan.require_same(read_json(path, dict[str, Any]), target)
+        config.require_same(read_json(path, dict[str, Any]), target)
     else:
-        write_json_atomic(path, plan.to_dict())
+        write_json_atomic(path, config.to_dict())
     return work
 
 
-def _require_space(target: Path, episodes: Sequence[EpisodeInfo], plan: EncodingPlan, meta: LatentMeta) -> None:
+def _require_space(target: Path, episodes: Sequence[EpisodeInfo], config: EncodingConfig, meta: LatentMeta) -> None:
     """The latents lie on disk twice while the shards are put together."""
-    latents = len(plan.offsets) * sum(info.length // meta.frames_per_latent + 1 for info in episodes)
-    size_bytes = 2 * latents * meta.tokens * meta.latent_dim * np.dtype(plan.dtype).itemsize
+    latents = len(config.offsets) * sum(info.length // meta.frames_per_latent + 1 for info in episodes)
+    size_bytes = 2 * latents * meta.tokens * meta.latent_dim * np.dtype(config.dtype).itemsize
     require_disk_space(target, size_bytes, "latent shards")
 
 
@@ -266,11 +266,11 @@ def _raw_frames(episode: LatentEpisode, tubelet_frames: int) -> int:
     return 1 + tubelet_frames * (len(episode.latents) - 1)
 
 
-def _batches(episodes: Sequence[EpisodeInfo], plan: EncodingPlan, batch_size: int) -> list[list[EpisodeInfo]]:
-    """Episodes to encode side by side, of like length; decided by the plan alone, so that a continued run computes
+def _batches(episodes: Sequence[EpisodeInfo], config: EncodingConfig, batch_size: int) -> list[list[EpisodeInfo]]:
+    """Episodes to encode side by side, of like length; decided by the config alone, so that a continued run computes
     the same latents. A batch's resized frames stay below a bound, unless one episode alone has more."""
-    most = max(1, batch_size // (len(plan.offsets) * len(plan.cameras)))
-    frame_bytes = 3 * len(plan.cameras) * plan.size[0] * plan.size[1]
+    most = max(1, batch_size // (len(config.offsets) * len(config.cameras)))
+    frame_bytes = 3 * len(config.cameras) * config.size[0] * config.size[1]
     batches: list[list[EpisodeInfo]] = []
     held = 0
     for info in sorted(episodes, key=lambda info: (info.length, info.index)):
@@ -283,24 +283,24 @@ def _batches(episodes: Sequence[EpisodeInfo], plan: EncodingPlan, batch_size: in
 
 
 def _loaded(
-    reader: EpisodeReader, plan: EncodingPlan, batches: Sequence[list[EpisodeInfo]], workers: int
+    reader: EpisodeReader, config: EncodingConfig, batches: Sequence[list[EpisodeInfo]], workers: int
 ) -> Iterator[list[_LoadedEpisode]]:
     """The batches in order, the next `workers` of them decoded by threads while the caller encodes."""
     coming = iter(batches)
     ahead: deque[Future[list[_LoadedEpisode]]] = deque()
     with ThreadPoolExecutor(max_workers=workers) as pool:
-        ahead.extend(pool.submit(_load_batch, reader, plan, batch) for batch in islice(coming, workers))
+        ahead.extend(pool.submit(_load_batch, reader, config, batch) for batch in islice(coming, workers))
         while ahead:
             loaded = ahead.popleft().result()
-            ahead.extend(pool.submit(_load_batch, reader, plan, batch) for batch in islice(coming, 1))
+            ahead.extend(pool.submit(_load_batch, reader, config, batch) for batch in islice(coming, 1))
             yield loaded
 
 
-def _load_batch(reader: EpisodeReader, plan: EncodingPlan, batch: Sequence[EpisodeInfo]) -> list[_LoadedEpisode]:
+def _load_batch(reader: EpisodeReader, config: EncodingConfig, batch: Sequence[EpisodeInfo]) -> list[_LoadedEpisode]:
     return [
         _LoadedEpisode(
             info,
-            np.stack([_resized_episode(reader, info, camera, plan.size) for camera in plan.cameras]),
+            np.stack([_resized_episode(reader, info, camera, config.size) for camera in config.cameras]),
             read_robot_columns(reader, info.index),
         )
         for info in batch
@@ -312,16 +312,18 @@ def _resized_episode(reader: EpisodeReader, info: EpisodeInfo, camera: str, size
     return np.concatenate([resize_frames(reader.frames(info.index, camera, block), size) for block in blocks])
 
 
-def _encode_batch(tok: VideoTokenizer, batch: Sequence[_LoadedEpisode], plan: EncodingPlan) -> Iterator[LatentEpisode]:
+def _encode_batch(
+    tok: VideoTokenizer, batch: Sequence[_LoadedEpisode], config: EncodingConfig
+) -> Iterator[LatentEpisode]:
     """The latents of some episodes, at every offset."""
-    jobs = [(item, offset) for item in batch for offset in plan.offsets]
-    clips = [view[offset :: plan.stride] for item, offset in jobs for view in item.pixels]
-    latents = _stream_clips(tok, clips, plan.window)
-    views = len(plan.cameras)
+    jobs = [(item, offset) for item in batch for offset in config.offsets]
+    clips = [view[offset :: config.stride] for item, offset in jobs for view in item.pixels]
+    latents = _stream_clips(tok, clips, config.window)
+    views = len(config.cameras)
     for number, (item, offset) in enumerate(jobs):
         cameras = latents[number * views : (number + 1) * views]
         joined = np.concatenate(cameras, axis=1)
-        yield align_episode(item.info, offset, joined, item.columns, plan.stride, tok.config.tubelet_frames)
+        yield align_episode(item.info, offset, joined, item.columns, config.stride, tok.config.tubelet_frames)
 
 
 def align_episode(

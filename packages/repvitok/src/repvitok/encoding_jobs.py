@@ -14,7 +14,7 @@ import torch
 from repvitok.data.contents import describe_contents
 from repvitok.data.folders import open_episodes
 from repvitok.encoding import encode_dataset
-from repvitok.encoding_plan import EpisodeReader, Share, choose_cameras, infos_of, share_of_episodes
+from repvitok.encoding_plan import EpisodeReader, JobSlice, choose_cameras, episodes_of_slice, infos_of
 from repvitok.merging import merge_latents
 from repvitok.model import load_tokenizer
 from repvitok.runtime.errors import MOST_PROCESSES, UserError, run_cli
@@ -43,7 +43,7 @@ class EncodingJob:
     depth_range: Sequence[float | int] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
-    def run(self, shard: Share | None = None, process: int = 0, *, announce: bool = True) -> None:
+    def run(self, shard: JobSlice | None = None, process: int = 0, *, announce: bool = True) -> None:
         """Encodes the data set or a share of it, on the device of process number `process`.
 
         What the data hold is said first on stderr, with `announce`: a model takes its time to load, and a data set
@@ -56,18 +56,18 @@ class EncodingJob:
         tokenizer.to(find_device(self.device, process))
         encode_dataset(tokenizer, reader, self.out, shard=shard, report=print, **self.settings)
 
-    def announce(self, reader: EpisodeReader, shard: Share | None = None) -> None:
+    def announce(self, reader: EpisodeReader, shard: JobSlice | None = None) -> None:
         """Says on stderr what the episodes and cameras to encode hold, and what later stages will miss.
 
         Raises:
             UserError: there is no such camera or episode, or a file that will be read is missing.
         """
-        episodes = share_of_episodes(infos_of(reader, self.settings.get("episodes")), shard)
+        episodes = episodes_of_slice(infos_of(reader, self.settings.get("episodes")), shard)
         cameras = choose_cameras(reader, self.settings.get("cameras"))
         describe_contents(reader, cameras, episodes).announce()
 
 
-def run_job(job: EncodingJob, *, shard: Share | None = None, processes: int = 1) -> None:
+def run_job(job: EncodingJob, *, shard: JobSlice | None = None, processes: int = 1) -> None:
     """Encodes, in this process or in several, which share the episodes; several without a `shard` are merged at the
     end.
 
@@ -84,7 +84,7 @@ def run_job(job: EncodingJob, *, shard: Share | None = None, processes: int = 1)
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     running = [
         context.Process(
-            target=_run_share, args=(job, (index * processes + number, shares * processes), number, processes)
+            target=_run_slice, args=(job, (index * processes + number, shares * processes), number, processes)
         )
         for number in range(processes)
     ]
@@ -103,7 +103,7 @@ def run_job(job: EncodingJob, *, shard: Share | None = None, processes: int = 1)
         merge_latents(job.out)
 
 
-def _run_share(job: EncodingJob, shard: Share, number: int, processes: int) -> None:
+def _run_slice(job: EncodingJob, shard: JobSlice, number: int, processes: int) -> None:
     """One process: its part of the cores, errors in one line."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     sys.exit(run_cli(lambda _: job.run(shard, number, announce=False))([]))

@@ -20,7 +20,7 @@ from repvitok.data.split import EpisodeNumbers, choose_episodes, format_episodes
 from repvitok.interface import VideoTokenizer
 from repvitok.runtime.errors import UserError
 
-Share = tuple[int, int]  # (i, n): the i-th of n shares, 0 <= i < n
+JobSlice = tuple[int, int]  # (i, n): the i-th of n shares, 0 <= i < n
 
 
 @runtime_checkable
@@ -43,8 +43,8 @@ class EpisodeReader(Protocol):
 
 
 @dataclass(frozen=True)
-class EncodingPlan:
-    """Everything that decides which latents come out; a folder begun under one plan is only continued under it.
+class EncodingConfig:
+    """Everything that decides which latents come out; a folder begun under one config is only continued under it.
 
     Attributes:
         tokenizer_digest: `RepViTok.digest()`.
@@ -80,7 +80,7 @@ class EncodingPlan:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def require_same(self, found: Mapping[str, Any], folder: Path) -> None:
-        """Refuses to go on with what `folder` holds, made under the plan `found`, if it is not this plan."""
+        """Refuses to go on with what `folder` holds, made under the config `found`, if it is not this config."""
         wanted = self.to_dict()
         differing = [key for key in wanted if found.get(key) != wanted[key]]
         if differing:
@@ -88,7 +88,7 @@ class EncodingPlan:
             raise UserError(f"{folder} holds latents made otherwise: {lines}; remove the folder or choose another")
 
 
-def make_plan(
+def make_config(
     tok: VideoTokenizer,
     reader: EpisodeReader,
     size: tuple[int, int],
@@ -97,8 +97,8 @@ def make_plan(
     cameras: Sequence[str] | None,
     dtype: str,
     episodes: EpisodeNumbers | None = None,
-) -> EncodingPlan:
-    """The plan of an encoding.
+) -> EncodingConfig:
+    """The config of an encoding.
 
     Raises:
         ValueError: a size, stride, offset, camera, dtype or episode does not fit, or every episode is too short for an
@@ -118,7 +118,7 @@ def make_plan(
         longest = max((info.length for info in asked), default=0)
         raise UserError(f"{reader.root}: no episode has a frame at offset {max(offsets)}, the longest has {longest}")
     kept = {info.index for info in infos}
-    return EncodingPlan(
+    return EncodingConfig(
         tokenizer_digest=tok.digest(),
         source=reader.root.name,
         num_episodes=len(infos),
@@ -182,21 +182,21 @@ def read_robot_columns(reader: EpisodeReader, episode: int) -> dict[str, np.ndar
 
 
 def describe_latents(
-    tok: VideoTokenizer, reader: EpisodeReader, plan: EncodingPlan, episodes: Sequence[EpisodeInfo]
+    tok: VideoTokenizer, reader: EpisodeReader, config: EncodingConfig, episodes: Sequence[EpisodeInfo]
 ) -> LatentMeta:
-    """The meta of the latents to come, but for their mean and deviation."""
+    """The meta of the latents to come, but for their mean and standard deviation."""
     return LatentMeta(
-        tokenizer_digest=plan.tokenizer_digest,
+        tokenizer_digest=config.tokenizer_digest,
         frame_rate_hz=reader.fps,
-        stride=plan.stride,
-        grid=(len(plan.cameras), *tok.grid(*plan.size)),
-        cameras=plan.cameras,
+        stride=config.stride,
+        grid=(len(config.cameras), *tok.grid(*config.size)),
+        cameras=config.cameras,
         latent_dim=tok.config.latent_dim,
-        window=plan.window,
-        source=plan.source,
+        window=config.window,
+        source=config.source,
         tubelet_frames=tok.config.tubelet_frames,
         instruction_source=instruction_source(reader, episodes),
-        depth_range=plan.depth_range,
+        depth_range=config.depth_range,
         action_names=reader.channel_names("action") if "action" in reader.features else (),
         state_names=reader.channel_names("observation.state") if "observation.state" in reader.features else (),
     )
@@ -209,7 +209,7 @@ def instruction_source(reader: EpisodeReader, episodes: Sequence[EpisodeInfo]) -
     return "tasks" if any(info.task for info in episodes) else "none"
 
 
-def share_of_episodes(episodes: Sequence[EpisodeInfo], share: Share | None) -> list[EpisodeInfo]:
+def episodes_of_slice(episodes: Sequence[EpisodeInfo], share: JobSlice | None) -> list[EpisodeInfo]:
     """The i-th of n runs of neighbouring episodes of about equally many frames, each at least one episode; None: all.
 
     Raises:

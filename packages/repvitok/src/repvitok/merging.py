@@ -30,9 +30,9 @@ def merge_latents(out: str | os.PathLike[str], *, progress: bool = False) -> Lat
     """Makes one folder of latent shards of all its parts, and removes the parts.
 
     Every shard is compared with its SHA-256 first. The files are linked into place, not written again (copied, where
-    the file system has no links); mean and deviation are computed from the parts' sums in float64, so that they are
-    those of one run over everything. meta.json is written last, then the parts go: a merge that was killed is begun
-    again, and a finished one is verified and left as it is.
+    the file system has no links); mean and standard deviation are computed from the parts' sums in float64, so that
+    they are those of one run over everything. meta.json is written last, then the parts go: a merge that was killed is
+    begun again, and a finished one is verified and left as it is.
 
     Args:
         out: the folder given to `encode_dataset` with `shard`.
@@ -89,8 +89,8 @@ def _open_parts(out: Path) -> list[LatentShards]:
     folders = [part_folder(out, (index, count)) for index in range(count)]
     unfinished = [index for index, folder in enumerate(folders) if not (folder / "meta.json").is_file()]
     if unfinished:
-        told = ", ".join(f"{index}/{count}" for index in unfinished[:8]) + (", ..." if len(unfinished) > 8 else "")
-        raise UserError(f"{out}: {len(unfinished)} of {count} parts are not finished ({told}); run those jobs again")
+        named = ", ".join(f"{index}/{count}" for index in unfinished[:8]) + (", ..." if len(unfinished) > 8 else "")
+        raise UserError(f"{out}: {len(unfinished)} of {count} parts are not finished ({named}); run those jobs again")
     parts = [LatentShards(folder) for folder in folders]
     for part in parts:
         differing = [key for key, value in parts[0].provenance.items() if part.provenance.get(key) != value]

@@ -227,7 +227,7 @@ class RepViTok(PretrainedModel):
                 "config" is the config's.
 
         Returns:
-            (b, T', tokens, d), each latent with mean 0 and deviation 1 over its channels; tokens by row, then
+            (b, T', tokens, d), each latent with mean 0 and standard deviation 1 over its channels; tokens by row, then
             column.
 
         Raises:

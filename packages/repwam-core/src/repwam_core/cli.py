@@ -29,7 +29,7 @@ from repwam_core.estimate import DEVICES, RunRequest, estimate_run, format_estim
 from repwam_core.model.config import Recompute
 from repwam_core.policy.serving.command import add_serve_arguments, serve
 from repwam_core.quickstart.config import add_quickstart_arguments
-from repwam_core.sampling import add_plan_arguments, given_plan
+from repwam_core.sampling import add_sampling_arguments, given_sampling
 
 if TYPE_CHECKING:
     from repwam_core.policy.policy import BatchedPolicy
@@ -181,7 +181,7 @@ def _rollout_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="folder for results.json and films.npz; an interrupted run resumes",
     )
-    add_plan_arguments(parser)
+    add_sampling_arguments(parser)
 
 
 def _rollout(options: argparse.Namespace) -> None:
@@ -202,7 +202,7 @@ def _drive_without_policy(options: argparse.Namespace, seeds: list[int]):
     from repwam_core.sim.baselines import run_baseline
 
     given = {"instruction": options.instruction, "execute": options.execute, "film": options.film or None}
-    given = given_plan(options) | {name: value for name, value in given.items() if value is not None}
+    given = given_sampling(options) | {name: value for name, value in given.items() if value is not None}
     if given:
         raise UserError(f"{_option_names(given)}: how a policy is driven; --baseline {options.baseline} is none")
     return run_baseline(
@@ -220,7 +220,7 @@ def _drive(options: argparse.Namespace, seeds: list[int]):
     from repwam_core.policy.policy import BatchedPolicy
     from repwam_core.sim.evaluate import evaluate
 
-    policy = BatchedPolicy.from_pretrained(options.policy, options.device, **given_plan(options))
+    policy = BatchedPolicy.from_pretrained(options.policy, options.device, **given_sampling(options))
     given = options.instruction
     return evaluate(
         policy,
@@ -324,7 +324,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="which of the run's data sets the robot is from, from 0",
     )
-    add_plan_arguments(parser, "as the run was validated")
+    add_sampling_arguments(parser, "as the run was validated")
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -332,7 +332,7 @@ def _export(options: argparse.Namespace) -> None:
 
     from repwam_core.export import export_policy, export_wam
 
-    plan = given_plan(options)
+    plan = given_sampling(options)
     if plan and options.wam_only:
         raise UserError(f"{_option_names(plan)}: how a policy plans; --wam-only exports the model alone")
     checkpoint = resolve_checkpoint(options.ckpt)
@@ -377,7 +377,7 @@ def _openloop_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", type=text_argument, default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
     parser.add_argument("--out", type=path_argument, required=True, help="JSON file to write")
-    add_plan_arguments(parser)
+    add_sampling_arguments(parser)
 
 
 def _openloop(options: argparse.Namespace) -> None:
@@ -389,7 +389,7 @@ def _openloop(options: argparse.Namespace) -> None:
     from repwam_core.policy.policy import BatchedPolicy
 
     network = named_clip_features(options.clip_features)
-    policy = BatchedPolicy.from_pretrained(options.policy, options.device, **given_plan(options))
+    policy = BatchedPolicy.from_pretrained(options.policy, options.device, **given_sampling(options))
     chosen = {"episodes": options.episodes, "cameras": options.cameras, "seed": options.seed}
     reader = LeRobotReader(options.dataset, depth_range=policy.parts.manifest.latents.depth_range)
     result = evaluate_open_loop(policy, reader, **chosen)
@@ -451,7 +451,12 @@ def _estimate_arguments(parser: argparse.ArgumentParser) -> None:
         "--chunk", type=whole_number(1, 1024), default=default.chunk, help="latent frames (%(default)s)"
     )
     parser.add_argument(
-        "--vectors", type=whole_number(1, 10_000), default=default.vectors, help="actions per transition (%(default)s)"
+        "--actions-per-latent",
+        "--vectors",
+        dest="vectors",
+        type=whole_number(1, 10_000),
+        default=default.vectors,
+        help="actions per latent frame (%(default)s); --vectors until version 0.3",
     )
     parser.add_argument("--passes", type=above_0, default=default.passes, help="through the data (%(default)s)")
 

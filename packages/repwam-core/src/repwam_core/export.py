@@ -20,8 +20,8 @@ from repwam_core.data.episodes import text_cache
 from repwam_core.embodiment import Embodiment
 from repwam_core.model.config import LATENT_SPACE, WAMConfig
 from repwam_core.model.wam import WorldActionModel
-from repwam_core.policy.folder import PolicyManifest, PolicyParts, model_bytes, refuse_other_than_policy, write_policy
-from repwam_core.sampling import ChunkSpec, PlanSettings
+from repwam_core.policy.folder import LoadedPolicy, PolicyManifest, model_bytes, refuse_other_than_policy, write_policy
+from repwam_core.sampling import ChunkSpec, SamplingConfig
 from repwam_core.statistics import Statistics
 from repwam_core.text import TextEncoder
 from repwam_core.training.module import CHECKPOINT_KEY
@@ -43,7 +43,7 @@ class _StoredRun:
     config: dict[str, Any]
     space: str
     text_encoder: str
-    plan: PlanSettings
+    plan: SamplingConfig
     data_sets: list[dict[str, Any]]
     channels: list[str]
     state_channels: list[str]
@@ -59,7 +59,7 @@ class TrainedModel:
     statistics: Statistics
     latents: LatentMeta
     text_encoder: str
-    plan: PlanSettings
+    plan: SamplingConfig
     chunks: ChunkSpec | None = None
 
 
@@ -164,7 +164,7 @@ def export_policy(
         lat: folder of the latent action tokenizer, copied along.
         shards: the latent shards that were trained on; their embedded instructions are copied along.
         name: the embodiment's name; the data set's when None.
-        plan: how to plan where not as in validation: values of `PlanSettings` by name.
+        plan: how to plan where not as in validation: values of `SamplingConfig` by name.
         data_set: of a run on several data sets, the number of the one whose robot is to be driven.
 
     Raises:
@@ -239,7 +239,7 @@ def make_manifest(
 
 def parts_of_checkpoint(
     checkpoint: str | Path, tokenizer: str | Path, device: str = "cpu", instructions: frozenset[str] = frozenset()
-) -> PolicyParts:
+) -> LoadedPolicy:
     """What `export_policy` would write of a checkpoint, in memory; arguments and errors as there.
 
     Args:
@@ -251,7 +251,7 @@ def parts_of_checkpoint(
     video = read_tokenizer(tokenizer, trained.latents)
     manifest = make_manifest(trained, video)
     text = TextEncoder(manifest.text_encoder, device=device)
-    return PolicyParts(manifest, trained.wam.to(device), video.to(device), trained.statistics, text, instructions)
+    return LoadedPolicy(manifest, trained.wam.to(device), video.to(device), trained.statistics, text, instructions)
 
 
 def _lat_digest(folder: Path, latents: LatentMeta) -> str:

@@ -51,7 +51,7 @@ class ChunkSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanSettings:
+class SamplingConfig:
     """Settings of one planning step; the defaults are the paper's (Sec. 4.1).
 
     Attributes:
@@ -88,8 +88,8 @@ class PlanSettings:
         return self.chunk_frames if self.execute_frames is None else self.execute_frames
 
 
-def add_plan_arguments(parser: argparse.ArgumentParser, otherwise: str = "as the policy folder says") -> None:
-    """Declare the options of `PlanSettings`; `otherwise` is what holds where one is not given."""
+def add_sampling_arguments(parser: argparse.ArgumentParser, otherwise: str = "as the policy folder says") -> None:
+    """Declare the options of `SamplingConfig`; `otherwise` is what holds where one is not given."""
     plan = parser.add_argument_group("planning", f"how chunks are planned; {otherwise} unless given here")
     steps, above_0, from_0 = whole_number(1, MOST_STEPS), number(0, MANY, above=True), number(0, MANY)
     plan.add_argument("--chunk-frames", type=steps, metavar="N", help="latent frames planned at a time")
@@ -105,7 +105,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser, otherwise: str = "as the
     )
 
 
-def given_plan(options: argparse.Namespace) -> dict[str, Any]:
-    """Those settings that the command line gave, by the names of `PlanSettings`."""
-    named = {field.name: getattr(options, field.name) for field in fields(PlanSettings)}
+def given_sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """Those settings that the command line gave, by the names of `SamplingConfig`."""
+    named = {field.name: getattr(options, field.name) for field in fields(SamplingConfig)}
     return {name: value for name, value in named.items() if value is not None}

@@ -211,7 +211,7 @@ class StateStatistics:
         mean, std: of each.
         count: number of states counted.
         centre, scale: what becomes 0, and how far from it 1 is; scale 0 is a number that never changes. None where mean
-            and deviation alone say both, as in files of version 0.1.
+            and standard deviation alone say both, as in files of version 0.1.
     """
 
     channels: tuple[str, ...]
@@ -223,7 +223,7 @@ class StateStatistics:
 
     def __post_init__(self) -> None:
         if not len(self.channels) == len(self.mean) == len(self.std):
-            sizes = f"{len(self.mean)} means and {len(self.std)} deviations"
+            sizes = f"{len(self.mean)} means and {len(self.std)} standard deviations"
             raise UserError(f"state statistics: expected {len(self.channels)} numbers a field, got {sizes}")
         _check_scaling("state", self.centre, self.scale)
 
@@ -232,7 +232,7 @@ class StateStatistics:
         """Count statistics over state vectors (n, S); errors as in `ActionStatistics.from_values`.
 
         The range of a number that changes in under 1 % of the rows becomes [-1, 1]; where few rows lie far outside
-        all others, they are left out of mean and deviation.
+        all others, they are left out of mean and standard deviation.
         """
         values = _checked_values(values, channels, "state")
         counted = cls(tuple(channels), _floats(values.mean(axis=0)), _floats(values.std(axis=0)), len(values))
@@ -270,7 +270,7 @@ class StateStatistics:
 
     @property
     def _affine(self) -> tuple[np.ndarray, np.ndarray]:
-        """Centre and deviation per number; deviation 0 marks one that never changes."""
+        """Centre and standard deviation per number; 0 marks one that never changes."""
         if self.centre is not None and self.scale is not None:
             return np.array(self.centre), np.array(self.scale)
         mean, std = np.array(self.mean), np.array(self.std)

@@ -15,7 +15,7 @@ from repvitok.data.split import split_latents
 from repwam_core.data.episode_arrays import MappedEpisodes, StackedEpisodes, count_statistics, suggested_kind
 from repwam_core.data.episodes import EpisodeStore, SegmentSampler, text_cache
 from repwam_core.model.wam import WorldActionModel
-from repwam_core.sampling import PlanSettings
+from repwam_core.sampling import SamplingConfig
 from repwam_core.scores import HEADLINE, open_loop_score
 from repwam_core.training import metrics
 from repwam_core.training.losses import equal_chunks, from_chunk_starts
@@ -290,7 +290,7 @@ def test_open_loop_scores_are_of_recorded_actions_whatever_is_learned(drifting, 
     batch = from_chunk_starts(store.batch(np.arange(4), np.zeros(4, np.int64), 8), equal_chunks(8, 2))
     planned = batch.actions + 0.2 * torch.randn(batch.actions.shape, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(metrics, "sample_segments", lambda *_, **__: (planned, None))
-    sampled = metrics.SampledErrors(store.statistics, store.action_channels, "robot", PlanSettings(chunk_frames=2))
+    sampled = metrics.SampledErrors(store.statistics, store.action_channels, "robot", SamplingConfig(chunk_frames=2))
     model = WorldActionModel.__new__(WorldActionModel)  # sampling is replaced, so none is built
     sampled.update(model, batch, store.meta.grid, seed=0)
     learned, recorded, anywhere = store.statistics.actions, store.statistics.targets, 0.5

@@ -19,7 +19,7 @@ from repwam_core.embodiment import Embodiment
 from repwam_core.model.config import ActionSpace, WAMConfig
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.policy.folder import PolicyManifest, write_policy
-from repwam_core.sampling import PlanSettings
+from repwam_core.sampling import SamplingConfig
 from repwam_core.statistics import Statistics
 
 CAMERAS = ("observation.images.left", "observation.images.right")
@@ -87,7 +87,7 @@ def _world(root: Path, tokenizer: VideoTokenizer, write_text_cache, depth_range=
         size=SIZE,
         latents=store.meta,
         text_encoder="minilm",
-        plan=PlanSettings(chunk_frames=2, execute_frames=1, video_steps=2, action_steps=3),
+        plan=SamplingConfig(chunk_frames=2, execute_frames=1, video_steps=2, action_steps=3),
         digests={"wam": wam.digest(), "tokenizer": tokenizer.digest(), "statistics": statistics.digest},
     )
     cache = text_cache(root / "shards", "minilm")

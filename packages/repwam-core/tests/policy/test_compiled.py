@@ -22,9 +22,9 @@ torch.compile = partial(torch.compile, backend=counter)
 from repvitok.data import LeRobotReader
 from repwam_core.interface import Observation
 from repwam_core.policy import BatchedPolicy
-from repwam_core.policy.folder import PolicyParts
+from repwam_core.policy.folder import LoadedPolicy
 
-reader, parts = LeRobotReader(sys.argv[2]), PolicyParts.load(sys.argv[1], "cpu")
+reader, parts = LeRobotReader(sys.argv[2]), LoadedPolicy.load(sys.argv[1], "cpu")
 
 def drive(policy, instruction, later):
     policy.reset([instruction], [3])

@@ -14,7 +14,7 @@ from repwam_core.export import read_trained
 from repwam_core.interface import Observation
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.policy import Policy
-from repwam_core.policy.folder import PolicyManifest, PolicyParts
+from repwam_core.policy.folder import LoadedPolicy, PolicyManifest
 from repwam_core.policy.policy import BatchedPolicy
 from repwam_core.sampling import ChunkSpec
 from repwam_core.statistics import Statistics
@@ -37,7 +37,7 @@ def _export(checkpoint, world, out, *more: str) -> int:
 def test_a_policy_plans_no_chunk_that_was_not_trained(checkpoint, world, tmp_path, capsys):
     out = tmp_path / "policy"
     assert _export(checkpoint, world, out) == 0
-    parts = PolicyParts.load(out)
+    parts = LoadedPolicy.load(out)
     assert parts.manifest.chunks == ChunkSpec(smallest=1, largest=1)
     assert BatchedPolicy(parts).plan.chunk_frames == 1
     with pytest.raises(UserError, match="trained on chunks of 1 to 1 latent frames"):

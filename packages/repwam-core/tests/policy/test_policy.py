@@ -11,7 +11,7 @@ import torch
 from repvitok.data import LatentShards, LeRobotReader
 from repwam_core.interface import Observation
 from repwam_core.policy import BatchedPolicy, Policy
-from repwam_core.policy.folder import PolicyParts
+from repwam_core.policy.folder import LoadedPolicy
 from repwam_core.statistics import Statistics
 
 
@@ -112,7 +112,7 @@ def test_recorded_actions_replace_the_returned_ones(world, observe):
 
 
 def test_changes_from_the_state_become_targets_and_recorded_targets_changes(world, observe):
-    parts = PolicyParts.load(world.policy)
+    parts = LoadedPolicy.load(world.policy)
     old = parts.statistics
     statistics = Statistics(
         replace(old.actions, kind="from_state"), replace(old.state, channels=("y", "z")), old.actions

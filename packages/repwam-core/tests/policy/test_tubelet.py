@@ -18,7 +18,7 @@ from repwam_core.model.wam import WorldActionModel
 from repwam_core.policy import BatchedPolicy, evaluate_open_loop
 from repwam_core.policy.folder import PolicyManifest, write_policy
 from repwam_core.quickstart import figures as pictures
-from repwam_core.sampling import PlanSettings
+from repwam_core.sampling import SamplingConfig
 
 CAMERA, SIZE, LENGTHS = "observation.images.top", (32, 32), (24, 32)
 STRIDE, PER_LATENT = 3, 6  # two frames a tubelet, every third one
@@ -111,7 +111,7 @@ def test_the_policy_plans_and_is_compared_at_the_same_frames(made):
         size=SIZE,
         latents=store.meta,
         text_encoder="minilm",
-        plan=PlanSettings(chunk_frames=1, execute_frames=1, video_steps=1, action_steps=1),
+        plan=SamplingConfig(chunk_frames=1, execute_frames=1, video_steps=1, action_steps=1),
         digests={"wam": wam.digest(), "tokenizer": tokenizer.digest(), "statistics": store.statistics.digest},
     )
     text = text_cache(made / "latents", "minilm")

@@ -11,8 +11,8 @@ from repvitok.data import LatentShards, LeRobotReader
 from repwam_core.cli import main
 from repwam_core.interface import Observation
 from repwam_core.policy import BatchedPolicy, Policy
-from repwam_core.policy.folder import PolicyParts
-from repwam_core.sampling import PlanSettings
+from repwam_core.policy.folder import LoadedPolicy
+from repwam_core.sampling import SamplingConfig
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +30,10 @@ def exported(wan_world, fit_one_step, tmp_path_factory):
 
 
 def test_the_export_holds_the_vae_and_not_the_pipeline_around_it(exported):
-    parts = PolicyParts.load(exported)
+    parts = LoadedPolicy.load(exported)
     assert isinstance(parts.tokenizer, WanVae)
     assert parts.manifest.size == (32, 16)
-    fitted = PlanSettings(chunk_frames=2, video_steps=2, action_steps=2)
+    fitted = SamplingConfig(chunk_frames=2, video_steps=2, action_steps=2)
     assert parts.manifest.plan == replace(fitted, execute_frames=1, guidance=1.5)
     assert "transformer.bin" not in {path.name for path in exported.rglob("*")}
 
@@ -72,7 +72,11 @@ def test_openloop_decodes_what_it_imagines(exported, wan_world, tmp_path):
     assert main([*command, "--action-steps", "1", "--no-clip", "--seed", "3"]) == 0
     written = json.loads(out.read_text())
     told, plan = written["about"], written["about"]["plan"]
-    assert (told["device"], told["seed"], told["digests"]["wam"]) == ("cpu", 3, PolicyParts.load(exported).wam.digest())
+    assert (told["device"], told["seed"], told["digests"]["wam"]) == (
+        "cpu",
+        3,
+        LoadedPolicy.load(exported).wam.digest(),
+    )
     assert (plan["action_steps"], plan["clip"], plan["guidance"]) == (1, False, 1.5)
     video = written["imagined_video"]
     assert video["frames"] > 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from repvitok.runtime.documents import load_yaml, parse
 from repwam_core.quickstart import closed_loop
-from repwam_core.quickstart.config import RECIPES, Plan
+from repwam_core.quickstart.config import RECIPES, QuickstartConfig
 
 TASKS = ("go-left", "go-right")
 
@@ -15,8 +15,8 @@ def test_demonstrations_and_baselines_of_another_suite(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "sim")
     importlib.import_module("toy_simulator")  # its suite is there once it is imported
     chosen = {"suite": "toy", "tasks": TASKS, "same_scene": (), "episodes": 2, "eval_episodes": 2, "size": (32, 32)}
-    plan = replace(parse(load_yaml(RECIPES / "sim.yaml"), Plan, "plan"), **chosen)
-    closed_loop.collect_demonstrations(tmp_path, plan=plan, seed=0, workers=1)
-    told = closed_loop.run_baselines(tmp_path, plan=plan, dataset=tmp_path / "dataset", workers=1)
+    config = replace(parse(load_yaml(RECIPES / "sim.yaml"), QuickstartConfig, "plan"), **chosen)
+    closed_loop.collect_demonstrations(tmp_path, config=config, seed=0, workers=1)
+    told = closed_loop.run_baselines(tmp_path, config=config, dataset=tmp_path / "dataset", workers=1)
     assert told["expert"] == "go-left 2/2, go-right 2/2"
     assert len(closed_loop.read_results(tmp_path, "replay")) == 4

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from repwam_core.sim.collect import NOISE_MODES, Noise, record_demonstration
+from repwam_core.sim.collect import NOISE_MODES, Perturbation, record_demonstration
 
 
 def test_frames_states_and_actions_belong_together(point_task):
@@ -34,7 +34,7 @@ def test_noise_disturbs_the_motion_but_not_the_label(point_task, mode):
 
 def test_two_pushes_of_four_steps_fall_into_the_first_ones(point_task):
     task = point_task(expert_speed=0.05)
-    record_demonstration(task, seed=3, noise=Noise(pushes=2, push_steps=4, push_within_steps=10), extra_steps=0)
+    record_demonstration(task, seed=3, noise=Perturbation(pushes=2, push_steps=4, push_within_steps=10), extra_steps=0)
     pushed = [step for step, action in enumerate(task.applied) if np.isclose(abs(action[0]), 0.1)]
     assert len(pushed) == 8
     assert max(pushed) < 10
@@ -50,7 +50,7 @@ def test_a_share_of_the_episodes_is_disturbed(point_task):
     disturbed = 0
     for seed in range(40):
         task = point_task()
-        shown = record_demonstration(task, seed, Noise(action_std=0.3, share=0.5))
+        shown = record_demonstration(task, seed, Perturbation(action_std=0.3, share=0.5))
         assert shown is not None
         disturbed += not np.allclose(np.stack(task.applied)[: len(shown)], shown.action)
     assert 10 < disturbed < 30
@@ -61,11 +61,11 @@ def test_a_share_of_the_episodes_is_disturbed(point_task):
 )
 def test_impossible_noise_is_refused(values):
     with pytest.raises(ValueError, match="expected (int|float)" if "push_within_steps" not in values else "do not fit"):
-        Noise(**values)
+        Perturbation(**values)
 
 
 def test_noise_survives_json():
     noise = NOISE_MODES["pushes"]
-    assert Noise.from_dict(noise.to_dict()) == noise
+    assert Perturbation.from_dict(noise.to_dict()) == noise
     with pytest.raises(ValueError, match="missing fields"):
-        Noise.from_dict({"pushes": 1})
+        Perturbation.from_dict({"pushes": 1})

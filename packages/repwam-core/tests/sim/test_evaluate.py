@@ -12,7 +12,7 @@ from repwam_core.sim.base import evaluation_seeds
 from repwam_core.sim.evaluate import evaluate
 from repwam_core.sim.metaworld import MetaWorldSettings, MetaWorldTask
 from repwam_core.sim.results import load_results
-from repwam_core.sim.workers import SimHost
+from repwam_core.sim.workers import VectorEnv
 
 SMALL = MetaWorldSettings(size=(32, 32), max_env_steps=60)
 CHANNELS = ("ee_delta_x", "ee_delta_y", "ee_delta_z", "gripper_effort")
@@ -119,7 +119,7 @@ def test_a_killed_simulator_fails_its_episodes_and_the_rest_go_on():
 
 
 def test_an_error_in_the_simulator_is_a_failed_episode(monkeypatch):
-    host = SimHost(SMALL)
+    host = VectorEnv(SMALL)
     host.start({0: ("reach", SEEDS[0]), 1: ("reach", SEEDS[1])})
 
     def explode(action):
@@ -138,7 +138,7 @@ def test_an_error_before_the_first_frame_is_one_too(monkeypatch, method):
     def explode(self, *_):
         raise ValueError("not the user's")
 
-    host = SimHost(SMALL)
+    host = VectorEnv(SMALL)
     with monkeypatch.context() as patch:
         patch.setattr(MetaWorldTask, method, explode)
         began = host.start({0: ("reach", SEEDS[0])})

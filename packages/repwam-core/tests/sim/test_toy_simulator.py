@@ -13,7 +13,7 @@ from repwam_core.interface import ActionChunk, BasePolicy
 from repwam_core.report import Count, ReportData, RunInfo, SuccessRow, render_report
 from repwam_core.sim.base import SimSettings, evaluation_seeds, find_suite
 from repwam_core.sim.baselines import run_baseline
-from repwam_core.sim.collect import CollectionPlan, collect, read_plan
+from repwam_core.sim.collect import CollectionConfig, collect, read_plan
 from repwam_core.sim.evaluate import evaluate
 from repwam_core.sim.metaworld import MetaWorldSettings
 from repwam_core.sim.results import load_results, success_rates
@@ -146,7 +146,7 @@ def test_a_suite_without_an_expert_can_be_evaluated_but_not_collected(toy, tmp_p
 
 def test_what_version_0_1_wrote_is_meta_world_s(toy, tmp_path):
     """Neither its collection.json nor its results.json names a suite."""
-    plan = CollectionPlan.from_dict(json.loads(PLAN_OF_0_1))
+    plan = CollectionConfig.from_dict(json.loads(PLAN_OF_0_1))
     assert plan.settings == MetaWorldSettings(size=(32, 32))
     assert plan.to_dict() == {**json.loads(PLAN_OF_0_1), "suite": "metaworld"}
     assert issubclass(find_suite("metaworld"), SimSettings)

@@ -208,8 +208,8 @@ class LapaQuantizer(PretrainedModel):
     ) -> Float[Tensor, "b 3 h w"]:
         """The pixels of x_{t+1}, from the patches of x_t (without a gradient to them) and the codes."""
         patches = self._patches(x_t).detach()
-        told = self.enter(codes) + self.code_place
-        mixed = patches + self.cross(patches, told, told, need_weights=False)[0]
+        entered = self.enter(codes) + self.code_place
+        mixed = patches + self.cross(patches, entered, entered, need_weights=False)[0]
         out = self.head(_through(self.decoder, mixed))
         rows, columns, side = *self.config.grid, self.config.patch
         image = rearrange(out, "b (h w) (c p q) -> b c (h p) (w q)", c=3, h=rows, w=columns, p=side, q=side)
@@ -279,7 +279,7 @@ def lapa_features(
 
 
 @torch.no_grad()
-def lapa_acting_map(
+def lapa_action_effect_map(
     lapa: LapaQuantizer, x_t: Float[Tensor, "3 h w"], x_next: Float[Tensor, "3 h w"]
 ) -> Float[np.ndarray, "rows columns"]:
     """How strongly LAPA's latent action changes each patch, in [0, 1].

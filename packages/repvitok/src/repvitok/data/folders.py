@@ -48,17 +48,17 @@ class FolderSplit:
     Attributes:
         folder: its name, for messages.
         train, held_out: sources of the two parts; nothing may be held out.
-        still: whether it holds images.
+        images: whether it holds images.
     """
 
     folder: str
     train: list[VideoSource]
     held_out: list[VideoSource]
-    still: bool = False
+    images: bool = False
 
     def serves(self, frames: int) -> bool:
         """Whether clips of that many frames may be cut from it: not several from an image."""
-        return frames == 1 or not self.still
+        return frames == 1 or not self.images
 
 
 def split_folder(
@@ -96,19 +96,19 @@ def split_folder(
     if found == "lerobot":
         reader = LeRobotReader(folder, depth_range=depth_range)
         sources, numbers = lerobot_sources(reader, cameras=cameras), [info.index for info in reader.episodes]
-        still, what = False, "episodes"
+        images, what = False, "episodes"
     else:
         source = open_videos(
             folder, found, max_bad_fraction=max_bad_fraction, cache_folder=cache_folder, depth_range=depth_range
         )
         sources, numbers = [source], list(range(len(source)))
-        still = isinstance(source, ImageFolder) or (isinstance(source, TarShards) and source.media == "images")
-        what = "images" if still else "videos"
+        images = isinstance(source, ImageFolder) or (isinstance(source, TarShards) and source.media == "images")
+        what = "images" if images else "videos"
     position = {number: place for place, number in enumerate(numbers)}
     known = choose_episodes(episodes, numbers, folder)
     if found == "lerobot":
         require_recorded(reader, cameras or reader.camera_keys, known)
-    takes = {} if still else {n: [f(sources[0].frame_rate_hz(position[n])) for f in needed] for n in known}
+    takes = {} if images else {n: [f(sources[0].frame_rate_hz(position[n])) for f in needed] for n in known}
     lengths = {number: sources[0].num_frames(position[number]) for number in known}
     short = [number for number in known if takes.get(number) and lengths[number] < min(takes[number])]
     if short:
@@ -117,17 +117,17 @@ def split_folder(
         log.warning("%s: %s", folder, told)
     usable = set(known) - set(short)
     if not usable:
-        return FolderSplit(folder, [], [], still)
+        return FolderSplit(folder, [], [], images)
     train, kept = split_episodes(known, held_out, usable)
     if held_out and not kept:
         if len(usable) == 1:
             video = position[train[0]]
             name = f"episode {train[0]}" if found == "lerobot" else sources[0].describe(video)
-            return _split_frames(folder, sources, video, name, held_out, takes.get(train[0]) or [1.0], still)
+            return _split_frames(folder, sources, video, name, held_out, takes.get(train[0]) or [1.0], images)
         log.warning("%s: nothing is held out: the %s that would be are too short", folder, what)
     parts = [[position[number] for number in side] for side in (train, kept)]
     train, kept = ([SelectedVideos(source, part) for source in sources] if part else [] for part in parts)
-    return FolderSplit(folder, list(train), list(kept), still)
+    return FolderSplit(folder, list(train), list(kept), images)
 
 
 def _split_frames(
@@ -137,20 +137,20 @@ def _split_frames(
     name: str,
     held_out: HeldOut,
     takes: Sequence[float],
-    still: bool,
+    images: bool,
 ) -> FolderSplit:
     """The first frames of an only video to train on, the last ones held out; `takes` frames are a clip of each kind."""
     length = sources[0].num_frames(video)
     longest = max(frames for frames in takes if frames <= length)
     shortest = takes[0] if takes[0] <= length else longest
-    tail = 0 if still else held_out_tail(length, held_out, math.ceil(shortest), math.ceil(longest))
+    tail = 0 if images else held_out_tail(length, held_out, math.ceil(shortest), math.ceil(longest))
     if not tail:
         log.warning("%s: nothing is held out: there is %s alone, of %d frames", folder, name, length)
-        return FolderSplit(folder, [SelectedVideos(source, [video]) for source in sources], [], still)
+        return FolderSplit(folder, [SelectedVideos(source, [video]) for source in sources], [], images)
     cut = length - tail
     log.warning("%s: %s alone: its frames 0-%d are trained on, %d-%d held out", folder, name, cut - 1, cut, length - 1)
     train, kept = ([VideoPart(source, video, *span) for source in sources] for span in ((0, cut), (cut, length)))
-    return FolderSplit(folder, list(train), list(kept), still)
+    return FolderSplit(folder, list(train), list(kept), images)
 
 
 def open_videos(

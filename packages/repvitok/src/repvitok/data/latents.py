@@ -98,7 +98,7 @@ class Standardizer:
 
     Attributes:
         mean, std: (d,) numpy arrays, for numpy arrays; or tensors, see `like`.
-        floor: the least deviation that is divided by, for channels that never move.
+        floor: the least standard deviation that is divided by, for channels that never move.
     """
 
     mean: Any
@@ -198,7 +198,7 @@ class LatentMeta:
 
     @property
     def standardizer(self) -> Standardizer:
-        """From these latents to mean 0 and deviation 1, and back; of numpy arrays."""
+        """From these latents to mean 0 and standard deviation 1, and back; of numpy arrays."""
         return Standardizer(self.mean, self.std)
 
     @property

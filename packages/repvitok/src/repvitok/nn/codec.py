@@ -104,7 +104,7 @@ class LatentProjection(nn.Module):
     z = LayerNorm(W y + attention(y)) with y = LayerNorm(x): the attention, causal like the blocks', gathers
     what a latent should hold from its surroundings, and W passes its own token through. The paper names the
     layer and does not draw it. The last norm has no gain or bias: the decoder and W_align begin with linear
-    layers that would absorb them, and without them a latent has mean 0 and deviation 1 over its channels
+    layers that would absorb them, and without them a latent has mean 0 and standard deviation 1 over its channels
     whatever the optimizer does.
     """
 

@@ -194,8 +194,8 @@ class SaveLast(Callback):
         for folder in {Path(trainer.default_root_dir), self.path(trainer).parent}:
             if (kind := kind_of(folder)) not in (None, "a training run"):
                 raise UserError(f"{folder} holds {kind}; give a training run a folder of its own")
-            told = f"{folder}: another run is training here; wait until it has ended, or choose another folder"
-            self._holds.enter_context(sole_writer(folder, told))
+            message = f"{folder}: another run is training here; wait until it has ended, or choose another folder"
+            self._holds.enter_context(sole_writer(folder, message))
         for path, reason in self.damaged.items():
             print(f"{path} is kept as {set_aside(path).name}: {reason}", file=sys.stderr)
         self.damaged = {}

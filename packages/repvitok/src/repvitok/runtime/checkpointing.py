@@ -120,8 +120,8 @@ def find_checkpoint(folder: str | Path) -> Found | None:
             damaged[path] = str(error)
     if not damaged:
         return None
-    told = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
-    raise UserError(f"no checkpoint in {folder} is whole ({told}). Restore one, or move them away to start at step 0")
+    why = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
+    raise UserError(f"no checkpoint in {folder} is whole ({why}). Restore one, or move them away to start at step 0")
 
 
 def resume_path(folder: str | Path) -> Path | None:

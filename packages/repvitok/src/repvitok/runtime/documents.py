@@ -203,10 +203,10 @@ def _parsed(document: Any, kind: Any, source: str, unknown: bool, required: set[
     extra = [] if unknown else list(_strays(document, kind, ""))
     missing = sorted(required - set(document)) if isinstance(document, Mapping) else []
     if extra or missing:
-        told = f"unknown fields {extra}" if extra else ""
-        told += f"{', ' if extra else ''}missing fields {missing}" if missing else ""
+        problem = f"unknown fields {extra}" if extra else ""
+        problem += f"{', ' if extra else ''}missing fields {missing}" if missing else ""
         known = f"; there are {sorted(_annotations(kind))}" if _is_dataclass_type(kind) else ""
-        raise UserError(f"{source}: {told}{known}. Another version's file?")
+        raise UserError(f"{source}: {problem}{known}. Another version's file?")
     try:
         return msgspec.convert(document, type=kind, strict=True)
     except msgspec.ValidationError as error:

@@ -178,8 +178,8 @@ def sole_writer(folder: str | Path, otherwise: str | None = None) -> Iterator[No
         try:
             lock.acquire(timeout=_PROBE_S)
         except Timeout as error:
-            told = f"{folder}: another process is writing here; wait until it has ended, or choose another folder"
-            raise UserError(otherwise or told) from error
+            message = f"{folder}: another process is writing here; wait until it has ended, or choose another folder"
+            raise UserError(otherwise or message) from error
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
                 raise
@@ -373,8 +373,8 @@ def refuse_foreign(folder: str | Path, own: Iterable[str], what: str) -> None:
     ]
     if foreign:
         kind, more = kind_of(folder), f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
-        told = f"{kind} ({foreign[0]}{more})" if kind else f"{foreign[0]}{more}"
-        raise UserError(f"{folder} is not empty and holds no {what} but {told}; name another folder")
+        message = f"{kind} ({foreign[0]}{more})" if kind else f"{foreign[0]}{more}"
+        raise UserError(f"{folder} is not empty and holds no {what} but {message}; name another folder")
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------

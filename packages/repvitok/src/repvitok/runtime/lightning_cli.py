@@ -114,10 +114,10 @@ def run_lightning(verb: str, argv: list[str], stage: TrainingStage) -> int:
             LookupError,
             AttributeError,
         ) as error:
-            told = _told(error)
-            if told is None:
+            message = _user_message(error)
+            if message is None:
                 raise
-            raise UserError(told) from error
+            raise UserError(message) from error
         except SystemExit as ended:
             if isinstance(ended.__context__, KeyboardInterrupt):  # how Lightning ends on Ctrl-C outside of a step
                 raise type(ended.__context__) from ended
@@ -353,7 +353,7 @@ def _check_precision(precision: Any) -> None:
         )
 
 
-def _told(error: BaseException) -> str | None:
+def _user_message(error: BaseException) -> str | None:
     """What an error of Lightning or jsonargparse says of the configuration or checkpoint; None for a bug of ours."""
     if isinstance(error, ArgumentError | MisconfigurationException):
         return _component(error)

@@ -50,13 +50,13 @@ class FiniteCheck:
         looked_at = [loss for losses, _ in noted for loss in losses.values()] + ([] if scaled else list(norms))
         if not looked_at or bool(torch.stack([value.float() for value in looked_at]).isfinite().all()):
             return
-        told = ", ".join(f"{norm.item():.4g}" for norm in norms)
+        lengths = ", ".join(f"{norm.item():.4g}" for norm in norms)
         for losses, batch in noted:
             values = {name: loss.item() for name, loss in losses.items()}
             if not all(map(math.isfinite, values.values())):
-                self._stop(module, "loss", values, told, batch)
+                self._stop(module, "loss", values, lengths, batch)
         losses, batch = noted[-1]
-        self._stop(module, "gradient", {name: loss.item() for name, loss in losses.items()}, told, batch)
+        self._stop(module, "gradient", {name: loss.item() for name, loss in losses.items()}, lengths, batch)
 
     def _stop(self, module: Any, what: str, losses: dict[str, float], norms: str, batch: Batch) -> None:
         raise UserError(

@@ -57,8 +57,8 @@ def frechet_distance(
 class FrechetStatistics:
     """Mean and covariance of feature vectors that come in batches, in float64 and without keeping the vectors.
 
-    Batches are merged by Chan's formula, which does not cancel when the mean is large beside the deviation; the result
-    does not depend on how the vectors were batched.
+    Batches are merged by Chan's formula, which does not cancel when the mean is large beside the standard deviation;
+    the result does not depend on how the vectors were batched.
 
     Attributes:
         count: vectors seen, N.

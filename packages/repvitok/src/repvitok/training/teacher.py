@@ -281,7 +281,7 @@ def _no_weights(name: str, weights_path: str | None, error: Exception) -> str:
 
 
 def register_normalisation(teacher: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-    """Keeps a network's pixel mean and deviation, per colour in [0, 1], as buffers."""
+    """Keeps a network's pixel mean and standard deviation, per colour in [0, 1], as buffers."""
     teacher.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
     teacher.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1), persistent=False)
 

@@ -92,7 +92,7 @@ class Scaling:
         """Scaled actions (transitions, a, c) in the layout, measured from the state (transitions, S) before each.
 
         Robot actions go to [-1, 1] by their 1st and 99th percentile; latent actions have one vector per transition and
-        are standardised by mean and deviation, as the latents are.
+        are standardised by mean and standard deviation, as the latents are.
         """
         statistics = self.statistics.actions
         if self.space == LATENT_SPACE:

@@ -22,7 +22,7 @@ from repwam_core.model.inputs import Velocities, WAMInputs
 from repwam_core.model.masks import Attend
 from repwam_core.model.sequence import SequenceLayout, chunk_layout, history_layout
 from repwam_core.model.wam import PassPlan, WorldActionModel
-from repwam_core.sampling import PlanSettings
+from repwam_core.sampling import SamplingConfig
 
 VIDEO_MODES = ("imagine", "skip")
 
@@ -115,7 +115,7 @@ class Rollout:
     def from_settings(
         cls,
         wam: WorldActionModel,
-        settings: PlanSettings,
+        settings: SamplingConfig,
         *,
         space: str,
         grid: tuple[int, int, int],
@@ -177,7 +177,7 @@ class Rollout:
 
     def plan_chunk(
         self,
-        settings: PlanSettings,
+        settings: SamplingConfig,
         *,
         frames: int | None = None,
         generator: torch.Generator | None = None,

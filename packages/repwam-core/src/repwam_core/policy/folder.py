@@ -29,7 +29,7 @@ from repvitok.runtime.pretrained import DIFFUSERS_WEIGHTS_FILE, MODEL_FILES, cop
 
 from repwam_core.embodiment import Embodiment
 from repwam_core.model.wam import WorldActionModel
-from repwam_core.sampling import ChunkSpec, PlanSettings
+from repwam_core.sampling import ChunkSpec, SamplingConfig
 from repwam_core.statistics import Statistics
 from repwam_core.text import TextEncoder
 
@@ -68,7 +68,7 @@ class PolicyManifest:
     size: tuple[int, int]
     latents: LatentMeta
     text_encoder: str
-    plan: PlanSettings
+    plan: SamplingConfig
     digests: dict[str, str]
     chunks: ChunkSpec | None = None
 
@@ -120,7 +120,7 @@ class _StoredManifest:
     size: tuple[Size, Size]
     latents: dict[str, Any]
     text_encoder: str
-    plan: PlanSettings
+    plan: SamplingConfig
     digests: dict[str, Digest]
     chunks: ChunkSpec | None = None
 
@@ -130,7 +130,7 @@ class _StoredManifest:
 
 
 @dataclass(frozen=True)
-class PolicyParts:
+class LoadedPolicy:
     """What a policy folder holds, loaded and checked against each other.
 
     Attributes:
@@ -149,7 +149,7 @@ class PolicyParts:
     instructions: frozenset[str] = frozenset()
 
     @classmethod
-    def load(cls, folder: str | Path, device: str = "cpu") -> PolicyParts:
+    def load(cls, folder: str | Path, device: str = "cpu") -> LoadedPolicy:
         """Load a folder written by `repwam export`.
 
         Raises:

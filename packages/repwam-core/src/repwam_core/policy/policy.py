@@ -20,8 +20,8 @@ from repwam_core.embodiment import Embodiment
 from repwam_core.interface import ActionChunk, BasePolicy, BatchedBasePolicy, Observation
 from repwam_core.model.rollout import Rollout, Run
 from repwam_core.model.wam import WorldActionModel
-from repwam_core.policy.folder import PolicyParts
-from repwam_core.sampling import PlanSettings
+from repwam_core.policy.folder import LoadedPolicy
+from repwam_core.sampling import SamplingConfig
 
 TEXT_BUCKET = 32
 """Compiled passes see instructions of a multiple of this many tokens, so that few lengths are ever compiled."""
@@ -65,13 +65,13 @@ class BatchedPolicy(BatchedBasePolicy):
         parts: the loaded policy folder.
         compile_passes: compile the model's passes when they first run, which takes a while and makes every later one
             faster on a GPU; cached attention then always runs over the whole window.
-        **plan: fields of `PlanSettings` that differ from the folder's.
+        **plan: fields of `SamplingConfig` that differ from the folder's.
 
     Attributes:
         planned: what the model expects of the chunk returned last: scaled actions and standardised latents.
     """
 
-    def __init__(self, parts: PolicyParts, *, compile_passes: bool = False, **plan: Any) -> None:
+    def __init__(self, parts: LoadedPolicy, *, compile_passes: bool = False, **plan: Any) -> None:
         self.parts, self.plan = parts, replace(parts.manifest.plan, **plan)
         if parts.manifest.chunks is not None:
             parts.manifest.chunks.require(self.plan.chunk_frames)
@@ -86,7 +86,7 @@ class BatchedPolicy(BatchedBasePolicy):
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str = "cpu", **plan: Any) -> BatchedPolicy:
         """Load a policy folder; `plan` overrides how it plans, for example `execute_frames=1`."""
-        return cls(PolicyParts.load(folder, device), **plan)
+        return cls(LoadedPolicy.load(folder, device), **plan)
 
     @property
     def embodiment(self) -> Embodiment:
@@ -344,13 +344,13 @@ def _compiled(wam: WorldActionModel) -> Run:
 class Policy(BasePolicy):
     """One robot, one episode at a time; see `BatchedPolicy` for which frames `act` takes."""
 
-    def __init__(self, parts: PolicyParts, **plan: Any) -> None:
+    def __init__(self, parts: LoadedPolicy, **plan: Any) -> None:
         self.batched = BatchedPolicy(parts, **plan)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str = "cpu", **plan: Any) -> Policy:
         """Load a policy folder; `plan` overrides how it plans, for example `execute_frames=1`."""
-        return cls(PolicyParts.load(folder, device), **plan)
+        return cls(LoadedPolicy.load(folder, device), **plan)
 
     @property
     def embodiment(self) -> Embodiment:
@@ -358,7 +358,7 @@ class Policy(BasePolicy):
         return self.batched.embodiment
 
     @property
-    def plan(self) -> PlanSettings:
+    def plan(self) -> SamplingConfig:
         """How it plans."""
         return self.batched.plan
 

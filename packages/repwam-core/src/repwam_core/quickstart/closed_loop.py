@@ -9,7 +9,7 @@ from typing import Any
 from repvitok.runtime.files import write_json_atomic
 
 from repwam_core.policy.policy import BatchedPolicy
-from repwam_core.quickstart.config import Plan
+from repwam_core.quickstart.config import QuickstartConfig
 from repwam_core.sim.base import SimSettings, evaluation_seeds, find_suite
 from repwam_core.sim.baselines import Baseline, run_baseline
 from repwam_core.sim.collect import NOISE_MODES, collect
@@ -21,35 +21,35 @@ FILMED_PER_TASK = 8
 LANGUAGE = ("right", "other", "none")
 
 
-def settings_of(plan: Plan) -> SimSettings:
+def settings_of(config: QuickstartConfig) -> SimSettings:
     """How the run's simulator is driven and seen, in collection and evaluation alike."""
-    pair = {"same_scene": [plan.same_scene]} if plan.same_scene else {}
-    return find_suite(plan.suite).from_dict({"size": plan.size, **pair}, complete=False)
+    pair = {"same_scene": [config.same_scene]} if config.same_scene else {}
+    return find_suite(config.suite).from_dict({"size": config.size, **pair}, complete=False)
 
 
-def collect_demonstrations(folder: Path, *, plan: Plan, seed: int, workers: int) -> dict[str, Any]:
+def collect_demonstrations(folder: Path, *, config: QuickstartConfig, seed: int, workers: int) -> dict[str, Any]:
     """Record the experts into ``folder/dataset``."""
     summary = collect(
         folder / "dataset",
-        plan.all_tasks,
-        episodes_per_task=plan.episodes,
+        config.all_tasks,
+        episodes_per_task=config.episodes,
         seed=seed,
-        settings=settings_of(plan),
-        noise=NOISE_MODES[plan.noise],
+        settings=settings_of(config),
+        noise=NOISE_MODES[config.noise],
         workers=workers,
     )
     return {"episodes": summary.episodes, "frames": summary.frames}
 
 
-def run_baselines(folder: Path, *, plan: Plan, dataset: Path, workers: int) -> dict[str, Any]:
+def run_baselines(folder: Path, *, config: QuickstartConfig, dataset: Path, workers: int) -> dict[str, Any]:
     """Random actions, a replayed demonstration and the expert on the evaluation seeds."""
     counts: dict[str, Any] = {}
     for baseline in BASELINES:
         results = run_baseline(
             baseline,
-            plan.all_tasks,
-            evaluation_seeds(plan.eval_episodes),
-            settings=settings_of(plan),
+            config.all_tasks,
+            evaluation_seeds(config.eval_episodes),
+            settings=settings_of(config),
             demonstrations=dataset,
             workers=workers,
         )
@@ -59,31 +59,37 @@ def run_baselines(folder: Path, *, plan: Plan, dataset: Path, workers: int) -> d
 
 
 def run_policy(
-    folder: Path, *, plan: Plan, policy: Path, workers: int, tasks: Sequence[str], filmed: int = FILMED_PER_TASK
+    folder: Path,
+    *,
+    config: QuickstartConfig,
+    policy: Path,
+    workers: int,
+    tasks: Sequence[str],
+    filmed: int = FILMED_PER_TASK,
 ) -> dict[str, Any]:
     """The policy on the evaluation seeds of ``tasks``, under the right instruction; films a few episodes of each."""
-    results = _drive(plan, policy, tasks, None, workers, filmed, plan.eval_episodes)
+    results = _drive(config, policy, tasks, None, workers, filmed, config.eval_episodes)
     save_results(folder / "policy.json", results, method="policy")
     save_films(folder / "films.npz", results)
     return {"policy": told(results)}
 
 
-def run_language(folder: Path, *, plan: Plan, policy: Path, workers: int) -> dict[str, Any]:
+def run_language(folder: Path, *, config: QuickstartConfig, policy: Path, workers: int) -> dict[str, Any]:
     """The same-scene pair told the other task's instruction, and told nothing."""
-    first, second = plan.same_scene
-    instruction = settings_of(plan).instruction
+    first, second = config.same_scene
+    instruction = settings_of(config).instruction
     other = {first: second, second: first}
     told_what: dict[str, Callable[[str, int], str | None]] = {
         "other": lambda task, seed: instruction(other[task], seed),
         "none": lambda _task, _seed: None,
     }
-    episodes = min(plan.eval_episodes, plan.language_episodes)
+    episodes = min(config.eval_episodes, config.language_episodes)
     counts: dict[str, Any] = {}
     for name, instruction_of in told_what.items():
-        results = _drive(plan, policy, plan.same_scene, instruction_of, workers, 0, episodes)
+        results = _drive(config, policy, config.same_scene, instruction_of, workers, 0, episodes)
         save_results(folder / f"{name}.json", results, method="policy", instruction=name)
         counts[name] = told(results)
-    write_json_atomic(folder / "pair.json", list(plan.same_scene))
+    write_json_atomic(folder / "pair.json", list(config.same_scene))
     return counts
 
 
@@ -98,7 +104,7 @@ def told(results: Sequence[EpisodeResult]) -> str:
 
 
 def _drive(
-    plan: Plan,
+    config: QuickstartConfig,
     policy: Path,
     tasks: Sequence[str],
     instruction_of: Callable[[str, int], str | None] | None,
@@ -110,9 +116,9 @@ def _drive(
         BatchedPolicy.from_pretrained(policy),
         tasks,
         evaluation_seeds(episodes),
-        settings=settings_of(plan),
+        settings=settings_of(config),
         instruction_of=instruction_of,
-        execute=plan.execute,
+        execute=config.execute,
         batch_size=50,
         workers=workers,
         filmed_per_task=filmed,

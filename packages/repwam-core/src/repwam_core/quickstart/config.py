@@ -31,7 +31,7 @@ class Steps:
 
 
 @dataclass(frozen=True)
-class Plan:
+class QuickstartConfig:
     """The settings of one run.
 
     Attributes:
@@ -73,41 +73,41 @@ class Plan:
         return asdict(self)
 
 
-def load_plan(path: Path, arguments: argparse.Namespace) -> Plan:
-    """Read a plan and lay the command line's options over it.
+def load_config(path: Path, arguments: argparse.Namespace) -> QuickstartConfig:
+    """Read a config and lay the command line's options over it.
 
     Raises:
         UserError: a key is missing or unknown, or an option is out of range.
     """
-    return _with_options(parse(load_yaml(path), Plan, str(path)), arguments)
+    return _with_options(parse(load_yaml(path), QuickstartConfig, str(path)), arguments)
 
 
-def _with_options(plan: Plan, arguments: argparse.Namespace) -> Plan:
+def _with_options(config: QuickstartConfig, arguments: argparse.Namespace) -> QuickstartConfig:
     if arguments.suite is not None:
         if not arguments.tasks or arguments.dataset is not None:
             raise UserError("--suite chooses the simulator of --tasks, so it needs them, and no --dataset")
-        plan = replace(plan, suite=arguments.suite)
+        config = replace(config, suite=arguments.suite)
     if arguments.tasks:
-        plan = replace(plan, tasks=tuple(arguments.tasks), same_scene=())
+        config = replace(config, tasks=tuple(arguments.tasks), same_scene=())
     if arguments.episodes is not None and arguments.dataset is None:
-        plan = replace(plan, episodes=_positive("--episodes", _count("--episodes", arguments.episodes), at_least=2))
+        config = replace(config, episodes=_positive("--episodes", _count("--episodes", arguments.episodes), at_least=2))
     if arguments.eval_episodes is not None:
-        plan = replace(plan, eval_episodes=_positive("--eval-episodes", arguments.eval_episodes))
+        config = replace(config, eval_episodes=_positive("--eval-episodes", arguments.eval_episodes))
     if arguments.size is not None:
-        plan = replace(plan, size=_size(arguments.size))
+        config = replace(config, size=_size(arguments.size))
     if not arguments.budget > 0:
         raise UserError(f"--budget must be above 0, got {arguments.budget}")
-    return replace(plan, steps=plan.steps.scaled(arguments.budget))
+    return replace(config, steps=config.steps.scaled(arguments.budget))
 
 
-def shaped_like(plan: Plan, height: int, width: int) -> Plan:
-    """The plan with frames of a camera's shape: its smallest side stays, the longer one is the nearest multiple of 16.
+def shaped_like(config: QuickstartConfig, height: int, width: int) -> QuickstartConfig:
+    """Frames of a camera's shape: the config's smallest side stays, the longer one is the nearest multiple of 16.
 
-    480 x 640 pixels and a plan of 64 x 64 give 64 x 80.
+    480 x 640 pixels and a config of 64 x 64 give 64 x 80.
     """
-    short = min(plan.size)
+    short = min(config.size)
     long = 16 * max(1, round(short * max(height, width) / min(height, width) / 16))
-    return replace(plan, size=(short, long) if width >= height else (long, short))
+    return replace(config, size=(short, long) if width >= height else (long, short))
 
 
 def _count(option: str, words: list[str]) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from latent_action import LatentActionTokenizer
-from latent_action.visualize import acting_map, draw_transition, transport_arrows
+from latent_action.visualize import action_effect_map, draw_transition, transport_arrows
 from repvitok import RepViTok
 from repvitok.data import LatentEpisode, LatentMeta, LatentShards, LeRobotReader, prepare_frames
 from repvitok.data.split import split_latents
@@ -56,7 +56,7 @@ def measured_episodes(this: Run, trained: Trained) -> tuple[list[int], bool]:
     short to be driven along.
     """
     shards = LatentShards(trained.prepared.latents)
-    sides = split_latents(shards, this.plan.held_out, shortest=3)
+    sides = split_latents(shards, this.config.held_out, shortest=3)
     train, kept = ({shards.infos[part.number].episode_index for part in side} for side in sides)
     held_out = sorted(kept - train)
     return (held_out or sorted(train))[:MEASURED_EPISODES], bool(held_out)
@@ -68,11 +68,11 @@ def reconstruction(this: Run, trained: Trained, episodes: Sequence[int]) -> Reco
     reader = LeRobotReader(trained.prepared.data.folder, depth_range=meta.depth_range)
     lengths = {info.index: info.length for info in reader.episodes}
     tokenizer = RepViTok.from_pretrained(trained.prepared.tokenizer_folder)
-    camera, size = meta.cameras[0], this.plan.size
-    per_latent = tokenizer.config.tubelet_frames * this.plan.stride
+    camera, size = meta.cameras[0], this.config.size
+    per_latent = tokenizer.config.tubelet_frames * this.config.stride
     clips, baselines = [], []
     for index in episodes:
-        frames = range(0, 1 + (lengths[index] - 1) // per_latent * per_latent, this.plan.stride)
+        frames = range(0, 1 + (lengths[index] - 1) // per_latent * per_latent, this.config.stride)
         video = prepare_frames(reader.frames(index, camera, frames), size)[None]
         with torch.no_grad():
             stream = tokenizer.stream(window=tokenizer.config.episode_window)
@@ -132,11 +132,11 @@ def _transition(
     with torch.no_grad():
         actions = lat.encode(z, meta.grid)[0]
         step = int((z[0, 1:] - z[0, :-1]).square().mean(dim=(1, 2)).argmax())
-        heat = acting_map(lat, z[0, step], actions[step], meta.grid)[:1]
+        heat = action_effect_map(lat, z[0, step], actions[step], meta.grid)[:1]
         arrows = transport_arrows(lat, z[0, step], actions[step], meta.grid)[:1]
     at = [step * meta.frames_per_latent, (step + 1) * meta.frames_per_latent]
     raw = reader.frames(episode.episode_index, meta.cameras[0], at)
-    frame, following = to_frames(prepare_frames(raw, this.plan.size))
+    frame, following = to_frames(prepare_frames(raw, this.config.size))
     drawn = draw_transition(frame, heat, arrows)
     return TransitionPicture(
         f"episode {episode.episode_index}, latent frame {step}: {episode.task}",

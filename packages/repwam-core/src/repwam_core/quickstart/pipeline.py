@@ -10,7 +10,7 @@ from functools import partial
 from repvitok.runtime.errors import UserError
 
 from repwam_core.quickstart import closed_loop, training
-from repwam_core.quickstart.config import RECIPES, Plan, load_plan, shaped_like
+from repwam_core.quickstart.config import RECIPES, QuickstartConfig, load_config, shaped_like
 from repwam_core.quickstart.runner import StageResult, StageRunner, code_digest, folder_digest
 from repwam_core.quickstart.stages import DataSet, Run, Trained, run_controls, train
 
@@ -22,12 +22,12 @@ def run(arguments: argparse.Namespace, repwam: training.Main) -> int:
 
     started_s = time.monotonic()
     recipe = "sim.yaml" if arguments.dataset is None else "dataset.yaml"
-    plan = load_plan(RECIPES / recipe, arguments)
-    plan = _checked(arguments, plan)
+    config = load_config(RECIPES / recipe, arguments)
+    config = _checked(arguments, config)
     data = None if arguments.dataset is None else _chosen(arguments)
     runner = StageRunner(arguments.out, fresh=arguments.fresh)
     command = "repwam " + " ".join(sys.argv[1:])
-    this = Run(plan, arguments.seed, arguments.workers, runner, command, started_s, repwam, code_digest())
+    this = Run(config, arguments.seed, arguments.workers, runner, command, started_s, repwam, code_digest())
     with runner.lock():
         trained, outcome = (train(this, data), {}) if data is not None else _from_simulator(this)
         if arguments.controls:
@@ -38,14 +38,14 @@ def run(arguments: argparse.Namespace, repwam: training.Main) -> int:
     return 0
 
 
-def _checked(arguments: argparse.Namespace, plan: Plan) -> Plan:
+def _checked(arguments: argparse.Namespace, config: QuickstartConfig) -> QuickstartConfig:
     """Find what would stop a later stage before the first one starts; fit the frame size to a data set's camera."""
     if arguments.dataset is None:
         if arguments.cameras or arguments.depth_range:
             raise UserError("--cameras and --depth-range are of a data set, so they need --dataset")
-        settings = closed_loop.settings_of(plan)
-        settings.make_task(settings.task_names(plan.all_tasks)[0]).close()  # is the simulator installed, does it start?
-        return plan
+        settings = closed_loop.settings_of(config)
+        settings.make_task(settings.task_names(config.all_tasks)[0]).close()  # is it installed, does it start?
+        return config
     if arguments.controls:
         raise UserError("--controls compares success in closed loop, which a recorded data set cannot give; drop it")
     from repvitok import RepViTokConfig
@@ -56,53 +56,53 @@ def _checked(arguments: argparse.Namespace, plan: Plan) -> Plan:
     reader = LeRobotReader(arguments.dataset, depth_range=arguments.depth_range)
     cameras, infos = choose_cameras(reader, arguments.cameras), infos_of(reader, arguments.episodes)
     describe_contents(reader, cameras, infos).announce(needs_actions=True)
-    per_latent = RepViTokConfig().tubelet_frames * plan.stride
-    needed, longest = min(plan.offsets) + 2 * per_latent + 1, max(info.length for info in infos)
+    per_latent = RepViTokConfig().tubelet_frames * config.stride
+    needed, longest = min(config.offsets) + 2 * per_latent + 1, max(info.length for info in infos)
     if longest < needed:
         raise UserError(
             f"{arguments.dataset}: latent actions are learned from episodes of {needed} frames or more, the longest "
             f"has {longest}"
         )
-    return plan if arguments.size is not None else shaped_like(plan, *reader.frame_size(cameras[0]))
+    return config if arguments.size is not None else shaped_like(config, *reader.frame_size(cameras[0]))
 
 
 def _from_simulator(this: Run) -> tuple[Trained, dict[str, StageResult]]:
-    plan = this.plan
-    sim = {"suite": plan.suite, "tasks": plan.all_tasks, "same_scene": plan.same_scene, "size": plan.size}
+    config = this.config
+    sim = {"suite": config.suite, "tasks": config.all_tasks, "same_scene": config.same_scene, "size": config.size}
     collected = this.stage(
         "collect",
-        partial(closed_loop.collect_demonstrations, plan=plan, seed=this.seed, workers=this.workers),
+        partial(closed_loop.collect_demonstrations, config=config, seed=this.seed, workers=this.workers),
         inputs={},
         **sim,
-        episodes=plan.episodes,
-        noise=plan.noise,
+        episodes=config.episodes,
+        noise=config.noise,
         seed=this.seed,
     )
     dataset = collected.folder / "dataset"
-    units = closed_loop.settings_of(plan).embodiment.action_units
+    units = closed_loop.settings_of(config).embodiment.action_units
     trained = train(this, DataSet(dataset, collected.digest, units))
-    sim |= {"eval_episodes": plan.eval_episodes}
+    sim |= {"eval_episodes": config.eval_episodes}
     baselines = this.stage(
         "baselines",
-        partial(closed_loop.run_baselines, plan=plan, dataset=dataset, workers=this.workers),
+        partial(closed_loop.run_baselines, config=config, dataset=dataset, workers=this.workers),
         inputs={"dataset": collected},
         **sim,
     )
-    drive = {"plan": plan, "policy": trained.policy, "workers": this.workers}
-    sim |= {"execute": plan.execute}
+    drive = {"config": config, "policy": trained.policy, "workers": this.workers}
+    sim |= {"execute": config.execute}
     rollouts = this.stage(
         "rollouts",
-        partial(closed_loop.run_policy, **drive, tasks=plan.all_tasks),
+        partial(closed_loop.run_policy, **drive, tasks=config.all_tasks),
         inputs={"policy": trained.adapted},
         **sim,
     )
     outcome = {"baselines": baselines, "rollouts": rollouts}
-    if plan.same_scene:
+    if config.same_scene:
         outcome["language"] = this.stage(
             "language",
             partial(closed_loop.run_language, **drive),
             inputs={"policy": trained.adapted},
-            language_episodes=plan.language_episodes,
+            language_episodes=config.language_episodes,
             **sim,
         )
     return trained, outcome

@@ -224,7 +224,7 @@ def report_data(this: Run, trained: Trained, outcome: dict[str, StageResult]) ->
 
 def _run_info(this: Run, trained: Trained) -> RunInfo:
     stages = [Stage(r.name, r.seconds, r.cached, r.digest[:10], _key_result(r.summary)) for r in this.runner.results]
-    suite = closed_loop.settings_of(this.plan) if this.plan.all_tasks else None
+    suite = closed_loop.settings_of(this.config) if this.config.all_tasks else None
     what = trained.prepared.data.folder.name if suite is None else suite.title or suite.suite
     packages = (*PACKAGES, *(suite.packages if suite else ()))
     return RunInfo(
@@ -257,9 +257,9 @@ def _key_result(summary: dict[str, Any]) -> str:
 
 
 def _configuration(this: Run, trained: Trained) -> str:
-    """The plan and its data, then the resolved configuration of every training stage."""
-    plan = json.loads(json.dumps({**this.plan.to_dict(), "data": trained.prepared.data.read()}, default=str))
-    parts = [f"# plan\n{yaml.safe_dump(plan, sort_keys=False)}"]
+    """The config and its data, then the resolved configuration of every training stage."""
+    config = json.loads(json.dumps({**this.config.to_dict(), "data": trained.prepared.data.read()}, default=str))
+    parts = [f"# config\n{yaml.safe_dump(config, sort_keys=False)}"]
     for stage in (trained.prepared.tokenizer, trained.prepared.lat, trained.pretrained, trained.adapted):
         parts.append(f"# {stage.name}\n{(stage.folder / FIT / 'config.yaml').read_text()}")
     return "\n".join(parts)
@@ -297,8 +297,8 @@ def _per_task(results: Sequence[EpisodeResult]) -> dict[str, Count]:
 
 def _success(this: Run, outcome: dict[str, StageResult]) -> list[SuccessRow]:
     """The tasks that the success rate is about; the pair that shares a scene has a table of its own."""
-    suite = closed_loop.settings_of(this.plan)
-    tasks = {suite.task_name(task) for task in this.plan.tasks}
+    suite = closed_loop.settings_of(this.config)
+    tasks = {suite.task_name(task) for task in this.config.tasks}
     rows = [SuccessRow("policy", _per_task(_of(tasks, closed_loop.read_results(outcome["rollouts"].folder, "policy"))))]
     notes = {
         "random": "uniform actions",
@@ -332,7 +332,7 @@ def _rollouts(this: Run, outcome: dict[str, StageResult]) -> list[Rollout]:
     results = closed_loop.read_results(folder, "policy")
     films = load_films(folder / "films.npz")
     shown: list[Rollout] = []
-    rate_hz = closed_loop.settings_of(this.plan).embodiment.rate_hz / 2  # every other frame is shown
+    rate_hz = closed_loop.settings_of(this.config).embodiment.rate_hz / 2  # every other frame is shown
     for task in dict.fromkeys(result.task for result in results):
         filmed = [r for r in results if r.task == task and film_key(r) in films]
         failures = [r for r in filmed if not r.success][:1]

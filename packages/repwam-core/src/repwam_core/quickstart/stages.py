@@ -13,7 +13,7 @@ import yaml
 
 from repwam_core import __version__
 from repwam_core.quickstart import closed_loop, training
-from repwam_core.quickstart.config import RECIPES, Plan
+from repwam_core.quickstart.config import RECIPES, QuickstartConfig
 from repwam_core.quickstart.runner import StageResult, StageRunner
 
 
@@ -21,7 +21,7 @@ from repwam_core.quickstart.runner import StageResult, StageRunner
 class Run:
     """One invocation of the quickstart; `code` is the `code_digest` of the packages it runs."""
 
-    plan: Plan
+    config: QuickstartConfig
     seed: int
     workers: int
     runner: StageRunner
@@ -104,16 +104,16 @@ class Trained:
 
 def train(this: Run, data: DataSet) -> Trained:
     """All training stages, the same for simulated and recorded data."""
-    plan = this.plan
+    config = this.config
     tokenizer = this.stage(
         "tokenizer",
-        partial(training.train_tokenizer, plan=plan, seed=this.seed, **data.read()),
+        partial(training.train_tokenizer, config=config, seed=this.seed, **data.read()),
         inputs={"dataset": data.digest, "recipe": recipe("repvitok.yaml")},
-        steps=plan.steps.repvitok,
+        steps=config.steps.repvitok,
         seed=this.seed,
-        size=plan.size,
-        stride=plan.stride,
-        held_out=plan.held_out,
+        size=config.size,
+        stride=config.stride,
+        held_out=config.held_out,
         **data.chosen(),
     )
     return train_on_latents(this, data, tokenizer)
@@ -131,22 +131,22 @@ def train_on_latents(
         prefix: of the stages' names, for a second chain in one run.
         overrides: laid over both recipes of the world action model.
     """
-    plan, common = this.plan, {"seed": this.seed, "held_out": this.plan.held_out}
+    config, common = this.config, {"seed": this.seed, "held_out": this.config.held_out}
     encoded = this.stage(
         f"{prefix}encode",
-        partial(training.encode, plan=plan, **data.read(), tokenizer=tokenizer.folder / "tokenizer"),
+        partial(training.encode, config=config, **data.read(), tokenizer=tokenizer.folder / "tokenizer"),
         inputs={"dataset": data.digest, "tokenizer": tokenizer},
-        size=plan.size,
-        stride=plan.stride,
-        offsets=plan.offsets,
+        size=config.size,
+        stride=config.stride,
+        offsets=config.offsets,
         **data.chosen(),
     )
     latents = encoded.folder / "latents"
     lat = this.stage(
         f"{prefix}latent-actions",
-        partial(training.train_latent_actions, plan=plan, seed=this.seed, latents=latents),
+        partial(training.train_latent_actions, config=config, seed=this.seed, latents=latents),
         inputs={"latents": encoded, "recipe": recipe("latent_action.yaml")},
-        steps=plan.steps.latent_action,
+        steps=config.steps.latent_action,
         **common,
     )
     labelled = this.stage(
@@ -165,16 +165,16 @@ def train_world_model(this: Run, given: Prepared, *, prefix: str = "", overrides
         partial(
             training.pretrain,
             repwam=this.repwam,
-            plan=this.plan,
+            config=this.config,
             seed=this.seed,
             latents=given.latents,
             overrides=overrides,
         ),
         inputs={"latents": given.labelled, "recipe": recipe("pretrain.yaml")},
-        steps=this.plan.steps.pretrain,
+        steps=this.config.steps.pretrain,
         **_settings(this, overrides),
     )
-    adapted = adapt(this, given, pretrained, steps=this.plan.steps.adapt, prefix=prefix, overrides=overrides)
+    adapted = adapt(this, given, pretrained, steps=this.config.steps.adapt, prefix=prefix, overrides=overrides)
     return Trained(given, pretrained, adapted)
 
 
@@ -196,7 +196,7 @@ def adapt(
         partial(
             training.adapt,
             repwam=this.repwam,
-            plan=this.plan,
+            config=this.config,
             seed=this.seed,
             steps=steps,
             latents=given.latents,
@@ -219,7 +219,7 @@ def recipe(name: str) -> str:
 
 
 def _settings(this: Run, overrides: Sequence[str]) -> dict[str, Any]:
-    settings: dict[str, Any] = {"seed": this.seed, "held_out": this.plan.held_out}
+    settings: dict[str, Any] = {"seed": this.seed, "held_out": this.config.held_out}
     return settings | ({"overrides": list(overrides)} if overrides else {})
 
 
@@ -251,7 +251,7 @@ def run_controls(this: Run, trained: Trained) -> dict[str, StageResult]:
 
 
 def _without_latent_actions(this: Run, trained: Trained) -> StageResult:
-    steps = this.plan.steps.pretrain + this.plan.steps.adapt
+    steps = this.config.steps.pretrain + this.config.steps.adapt
     architecture = yaml.safe_load(recipe("pretrain.yaml"))["model"]["wam"]  # otherwise the pretrained model's
     overrides = (f"--model.wam={json.dumps(architecture)}",)
     return adapt(this, trained.prepared, None, steps=steps, prefix="no-latent-actions-", overrides=overrides)
@@ -276,22 +276,22 @@ def _untrained_like(folder: Path, *, trained: Path, seed: int) -> dict[str, Any]
 
 
 def _driven(this: Run, name: str, adapted: StageResult) -> StageResult:
-    plan = this.plan
+    config = this.config
     return this.stage(
         f"{name.replace(' ', '-')}-rollouts",
         partial(
             closed_loop.run_policy,
-            plan=plan,
+            config=config,
             policy=adapted.folder / "policy",
             workers=this.workers,
-            tasks=plan.tasks,
+            tasks=config.tasks,
             filmed=0,
         ),
         inputs={"policy": adapted},
-        suite=plan.suite,
-        tasks=plan.tasks,
-        same_scene=plan.same_scene,
-        size=plan.size,
-        eval_episodes=plan.eval_episodes,
-        execute=plan.execute,
+        suite=config.suite,
+        tasks=config.tasks,
+        same_scene=config.same_scene,
+        size=config.size,
+        eval_episodes=config.eval_episodes,
+        execute=config.execute,
     )

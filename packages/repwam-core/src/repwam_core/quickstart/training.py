@@ -13,7 +13,7 @@ from repvitok.cli import main as repvitok
 from repvitok.runtime.checkpointing import LAST
 from repvitok.runtime.curves import read_curves
 
-from repwam_core.quickstart.config import RECIPES, Plan
+from repwam_core.quickstart.config import RECIPES, QuickstartConfig
 
 Main = Callable[[Sequence[str] | None], int]
 FIT = "fit"
@@ -41,7 +41,7 @@ def call(main: Main, *arguments: object) -> None:
 def train_tokenizer(
     folder: Path,
     *,
-    plan: Plan,
+    config: QuickstartConfig,
     seed: int,
     dataset: Path,
     cameras: Sequence[str] | None = None,
@@ -53,12 +53,12 @@ def train_tokenizer(
         repvitok,
         "repvitok.yaml",
         folder,
-        plan.steps.repvitok,
+        config.steps.repvitok,
         seed,
         f"--data.folders={json.dumps([str(dataset)])}",
-        f"--data.size=[{plan.size[0]},{plan.size[1]}]",
-        f"--data.stride={plan.stride}",
-        f"--data.held_out={plan.held_out}",
+        f"--data.size=[{config.size[0]},{config.size[1]}]",
+        f"--data.stride={config.stride}",
+        f"--data.held_out={config.held_out}",
         *((f"--data.cameras={json.dumps(list(cameras))}",) if cameras else ()),
         *((f"--data.episodes={','.join(episodes)}",) if episodes else ()),
         *((f"--data.depth_range={json.dumps(list(depth_range))}",) if depth_range else ()),
@@ -70,7 +70,7 @@ def train_tokenizer(
 def encode(
     folder: Path,
     *,
-    plan: Plan,
+    config: QuickstartConfig,
     dataset: Path,
     tokenizer: Path,
     cameras: Sequence[str] | None = None,
@@ -82,7 +82,7 @@ def encode(
         repvitok,
         "encode",
         *("--tokenizer", tokenizer, "--dataset", dataset, "--out", folder / "latents"),
-        *("--size", f"{plan.size[0]}x{plan.size[1]}", "--stride", plan.stride, "--offsets", *plan.offsets),
+        *("--size", f"{config.size[0]}x{config.size[1]}", "--stride", config.stride, "--offsets", *config.offsets),
         *(("--cameras", *cameras) if cameras else ()),
         *(("--episodes", *episodes) if episodes else ()),
         *(("--depth-range", *depth_range) if depth_range else ()),
@@ -90,16 +90,16 @@ def encode(
     return {}
 
 
-def train_latent_actions(folder: Path, *, plan: Plan, seed: int, latents: Path) -> dict[str, Any]:
+def train_latent_actions(folder: Path, *, config: QuickstartConfig, seed: int, latents: Path) -> dict[str, Any]:
     """Train the latent action tokenizer on the latents and export it to ``folder/lat``."""
     _fit(
         latent_action,
         "latent_action.yaml",
         folder,
-        plan.steps.latent_action,
+        config.steps.latent_action,
         seed,
         f"--data.latents={latents}",
-        f"--data.held_out={plan.held_out}",
+        f"--data.held_out={config.held_out}",
     )
     call(latent_action, "export", "--ckpt", folder / FIT / LAST, "--out", folder / "lat")
     return last_values(folder / FIT, "val/forward_loss", "val/copy_loss", "val/zero_action_loss")
@@ -122,17 +122,17 @@ def label(folder: Path, *, lat: Path, latents: Path) -> dict[str, Any]:
 
 
 def pretrain(
-    folder: Path, *, repwam: Main, plan: Plan, seed: int, latents: Path, overrides: Sequence[str] = ()
+    folder: Path, *, repwam: Main, config: QuickstartConfig, seed: int, latents: Path, overrides: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Stage one: video latents and latent actions."""
     _fit(
         repwam,
         "pretrain.yaml",
         folder,
-        plan.steps.pretrain,
+        config.steps.pretrain,
         seed,
         f"--data.latents={latents}",
-        f"--data.held_out={plan.held_out}",
+        f"--data.held_out={config.held_out}",
         *overrides,
     )
     call(repwam, "export", "--ckpt", folder / FIT / LAST, "--out", folder / "wam", "--wam-only")
@@ -143,7 +143,7 @@ def adapt(
     folder: Path,
     *,
     repwam: Main,
-    plan: Plan,
+    config: QuickstartConfig,
     seed: int,
     steps: int,
     latents: Path,
@@ -165,7 +165,7 @@ def adapt(
         steps,
         seed,
         f"--data.latents={latents}",
-        f"--data.held_out={plan.held_out}",
+        f"--data.held_out={config.held_out}",
         f"--model.init_from={'null' if pretrained is None else pretrained}",
         f"--data.action_kind={_action_kind(latents)}",
         *((f"--data.action_units=[{','.join(map(repr, action_units))}]",) if action_units else ()),

@@ -34,10 +34,10 @@ from repwam_core.sim.workers import default_workers, map_jobs
 
 __all__ = [
     "NOISE_MODES",
-    "CollectionPlan",
+    "CollectionConfig",
     "CollectionSummary",
     "Demonstration",
-    "Noise",
+    "Perturbation",
     "collect",
     "read_plan",
     "record_demonstration",
@@ -45,7 +45,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Noise:
+class Perturbation:
     """How the expert is disturbed, so that the data also shows how to recover.
 
     The recorded action is always what the expert wanted at that moment, never the disturbed one that was carried out.
@@ -76,18 +76,18 @@ class Noise:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Noise:
+    def from_dict(cls, values: Mapping[str, Any]) -> Perturbation:
         """Invert ``to_dict``; a wrong, missing or unknown field is a UserError."""
         return parse(values, cls, "noise", required=[field.name for field in fields(cls)])
 
 
 NOISE_MODES = {
-    "none": Noise(),
-    "pushes": Noise(pushes=2),
-    "gaussian": Noise(action_std=0.3),
-    "pushes+gaussian": Noise(pushes=2, action_std=0.3),
+    "none": Perturbation(),
+    "pushes": Perturbation(pushes=2),
+    "gaussian": Perturbation(action_std=0.3),
+    "pushes+gaussian": Perturbation(pushes=2, action_std=0.3),
 }
-"""Noise by name, as ``repwam collect --noise`` takes it. A push of 4 control steps lasts 8 environment steps."""
+"""Perturbation by name, as ``repwam collect --noise`` takes it. A push of 4 control steps lasts 8 environment steps."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +109,7 @@ class Demonstration:
 
 
 def record_demonstration(
-    task: SimTask, seed: int, noise: Noise | None = None, extra_steps: int = 4
+    task: SimTask, seed: int, noise: Perturbation | None = None, extra_steps: int = 4
 ) -> Demonstration | None:
     """Let the expert solve the episode of ``seed``; None if it does not.
 
@@ -119,7 +119,7 @@ def record_demonstration(
         noise: None leaves the expert alone.
         extra_steps: Control steps recorded after the first success.
     """
-    disturbance = _Disturbance(task, noise or Noise(), seed)
+    disturbance = _Perturber(task, noise or Perturbation(), seed)
     observations: list[Observation] = []
     actions: list[np.ndarray] = []
     observation, left = task.reset(seed), extra_steps
@@ -144,10 +144,10 @@ def _demonstration(observations: list[Observation], actions: list[np.ndarray]) -
     return Demonstration(frames, np.concatenate(states) if states else None, np.stack(actions))
 
 
-class _Disturbance:
+class _Perturber:
     """The pushes and the noise of one episode, all drawn from its seed."""
 
-    def __init__(self, task: SimTask, noise: Noise, seed: int) -> None:
+    def __init__(self, task: SimTask, noise: Perturbation, seed: int) -> None:
         self._rng = np.random.default_rng([seed, zlib.crc32(task.name.encode()), 1])
         self._limits = task.action_limits
         self._moves = np.array([unit != "1" for unit in task.embodiment.action_units])
@@ -178,7 +178,7 @@ TYPICAL_FRAMES = 60
 
 
 @dataclass(frozen=True)
-class CollectionPlan:
+class CollectionConfig:
     """Everything that decides what a collection holds; kept beside the data as ``collection.json``.
 
     Attributes:
@@ -196,7 +196,7 @@ class CollectionPlan:
     episodes_per_task: int
     seed: int
     settings: SimSettings
-    noise: Noise
+    noise: Perturbation
     extra_steps: int
     version: str
     pix_fmt: str
@@ -229,13 +229,15 @@ class CollectionPlan:
         return {"format": FORMAT, "format_version": FORMAT_VERSION, "suite": self.settings.suite, **values}
 
     @classmethod
-    def from_dict(cls, values: Any, source: str = "the collection's plan") -> CollectionPlan:
+    def from_dict(cls, values: Any, source: str = "the collection's plan") -> CollectionConfig:
         """Invert ``to_dict``; another format, a wrong, missing or unknown field is a UserError."""
         values = require_format(values, FORMAT, FORMAT_VERSION, source)
         suite = find_suite(values.pop("suite", DEFAULT_SUITE))
         if "settings" in values:
             values["settings"] = suite.from_dict(values["settings"])
-        return replace(parse(values, cls, source), noise=Noise.from_dict(values.get("noise")))  # it must be complete
+        return replace(
+            parse(values, cls, source), noise=Perturbation.from_dict(values.get("noise"))
+        )  # it must be complete
 
 
 @dataclass(frozen=True)
@@ -266,7 +268,7 @@ def collect(
     episodes_per_task: int,
     seed: int = 0,
     settings: SimSettings | None = None,
-    noise: Noise | None = None,
+    noise: Perturbation | None = None,
     extra_steps: int = 4,
     version: str = "v2.1",
     pix_fmt: str = "yuv444p",
@@ -281,7 +283,7 @@ def collect(
     episode in LeRobot's episodes table holds ``task_name``, ``environment_seed`` and ``failed_attempts``.
 
     Args:
-        out: Folder; new, empty, or one with the same plan.
+        out: Folder; new, empty, or one with the same config.
         tasks: Names of the suite's tasks.
         episodes_per_task: Demonstrations of each.
         seed: The data set's seed; other seeds give other layouts.
@@ -300,30 +302,30 @@ def collect(
     started_s = time.monotonic()
     root = Path(out)
     settings = settings or find_suite(DEFAULT_SUITE)()
-    plan = CollectionPlan(
+    config = CollectionConfig(
         settings.task_names(tasks),
         episodes_per_task,
         seed,
         settings,
-        noise or Noise(),
+        noise or Perturbation(),
         extra_steps,
         version,
         pix_fmt,
         crf,
     )
-    _require_room(root, plan)
-    writer = _writer(root, plan)  # refuses an unknown version before anything is written
+    _require_room(root, config)
+    writer = _writer(root, config)  # refuses an unknown version before anything is written
     with sole_writer(root):
-        _keep_plan(root, plan)
-        missing = [index for index in range(plan.num_episodes) if not writer.episode_exists(index)]
-        missing.sort(key=lambda index: (index % len(plan.tasks), index))  # a worker stays with a task while it can
-        _record_all(root, plan, missing, workers or default_workers())
+        _keep_plan(root, config)
+        missing = [index for index in range(config.num_episodes) if not writer.episode_exists(index)]
+        missing.sort(key=lambda index: (index % len(config.tasks), index))  # a worker stays with a task while it can
+        _record_all(root, config, missing, workers or default_workers())
         writer.finalize()
     return _summary(root, len(missing), time.monotonic() - started_s)
 
 
-def read_plan(root: str | Path) -> CollectionPlan:
-    """The plan of a collected data set.
+def read_plan(root: str | Path) -> CollectionConfig:
+    """The config of a collected data set.
 
     Raises:
         UserError: If the folder was not made by ``collect``.
@@ -331,16 +333,16 @@ def read_plan(root: str | Path) -> CollectionPlan:
     path = Path(root) / PLAN_FILE
     if not path.is_file():
         raise UserError(f"{root} holds no {PLAN_FILE}: it was not made by `repwam collect`")
-    return CollectionPlan.from_dict(load_json(path), str(path))
+    return CollectionConfig.from_dict(load_json(path), str(path))
 
 
 class DemonstrationRecorder:
-    """Records single episodes of a plan into its data set; lives in a worker process."""
+    """Records single episodes of a config into its data set; lives in a worker process."""
 
-    def __init__(self, root: Path, plan: CollectionPlan) -> None:
-        self._plan = plan
-        self._writer = _writer(root, plan)
-        self._tasks = TaskPool(plan.settings, keep=4)
+    def __init__(self, root: Path, config: CollectionConfig) -> None:
+        self._plan = config
+        self._writer = _writer(root, config)
+        self._tasks = TaskPool(config.settings, keep=4)
 
     def record(self, index: int) -> int:
         """Record episode ``index`` with the first of its seeds at which the expert succeeds; failed attempts."""
@@ -372,41 +374,41 @@ class DemonstrationRecorder:
         self._tasks.close()
 
 
-def _record_all(root: Path, plan: CollectionPlan, missing: Sequence[int], workers: int) -> None:
-    make: Callable[[], DemonstrationRecorder] = partial(DemonstrationRecorder, root, plan)
+def _record_all(root: Path, config: CollectionConfig, missing: Sequence[int], workers: int) -> None:
+    make: Callable[[], DemonstrationRecorder] = partial(DemonstrationRecorder, root, config)
     jobs = [(index,) for index in missing]
     failed = 0
-    with progress(range(plan.num_episodes), "collect", unit="episode") as bar:
-        bar.update(plan.num_episodes - len(missing))
+    with progress(range(config.num_episodes), "collect", unit="episode") as bar:
+        bar.update(config.num_episodes - len(missing))
         for _, attempts in map_jobs(make, "record", jobs, workers):
             failed += attempts
             bar.set_postfix(expert_failures=failed)
             bar.update(1)
 
 
-def _writer(root: Path, plan: CollectionPlan) -> LeRobotWriter:
-    robot = plan.settings.embodiment
+def _writer(root: Path, config: CollectionConfig) -> LeRobotWriter:
+    robot = config.settings.embodiment
     return LeRobotWriter(
         root,
-        version=plan.version,
+        version=config.version,
         fps=robot.rate_hz,
-        cameras=dict.fromkeys(robot.cameras, plan.settings.size),
+        cameras=dict.fromkeys(robot.cameras, config.settings.size),
         state_names=robot.state_channels,
         action_names=robot.action_names,
         robot_type=robot.name,
-        pix_fmt=plan.pix_fmt,
-        crf=plan.crf,
+        pix_fmt=config.pix_fmt,
+        crf=config.crf,
     )
 
 
-def _keep_plan(root: Path, plan: CollectionPlan) -> None:
-    """Write the plan, or check that it continues the one that is there."""
+def _keep_plan(root: Path, config: CollectionConfig) -> None:
+    """Write the config, or check that it continues the one that is there."""
     path = root / PLAN_FILE
     if not path.exists():
         refuse_foreign(root, (), "data set made by `repwam collect`")
-        write_json_atomic(path, plan.to_dict())
+        write_json_atomic(path, config.to_dict())
         return
-    before, now = read_plan(root).to_dict(), plan.to_dict()
+    before, now = read_plan(root).to_dict(), config.to_dict()
     changed = [key for key in now if before[key] != now[key] and key != "episodes_per_task"]
     if changed or now["episodes_per_task"] < before["episodes_per_task"]:
         key = changed[0] if changed else "episodes_per_task"
@@ -418,9 +420,9 @@ def _keep_plan(root: Path, plan: CollectionPlan) -> None:
         write_json_atomic(path, now)
 
 
-def _require_room(root: Path, plan: CollectionPlan) -> None:
-    height, width = plan.settings.size
-    pixels = plan.num_episodes * TYPICAL_FRAMES * len(plan.settings.embodiment.cameras) * height * width
+def _require_room(root: Path, config: CollectionConfig) -> None:
+    height, width = config.settings.size
+    pixels = config.num_episodes * TYPICAL_FRAMES * len(config.settings.embodiment.cameras) * height * width
     require_disk_space(root, int(pixels * BYTES_PER_PIXEL), "collecting demonstrations")
 
 

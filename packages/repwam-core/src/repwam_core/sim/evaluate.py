@@ -22,7 +22,7 @@ from repwam_core.interface import ActionChunk, BasePolicy, BatchedBasePolicy, Ob
 from repwam_core.policy.chunking import actions_to_execute
 from repwam_core.sim.base import DEFAULT_SUITE, SimSettings, find_suite, require_evaluation_seeds
 from repwam_core.sim.results import EpisodeResult, film_key, load_films, load_results, save_films, save_results
-from repwam_core.sim.workers import Progress, SimHost, Worker, WorkerDied, default_workers
+from repwam_core.sim.workers import Progress, VectorEnv, Worker, WorkerDied, default_workers
 
 __all__ = ["RESULTS_FILE", "OnePolicyEach", "RolloutFolder", "evaluate"]
 
@@ -266,7 +266,7 @@ class _Simulators:
     """Slots spread over worker processes. A process that dies takes its episodes with it, and is replaced."""
 
     def __init__(self, settings: SimSettings, workers: int) -> None:
-        self._make = partial(SimHost, settings)
+        self._make = partial(VectorEnv, settings)
         self._workers = [Worker(self._make) for _ in range(workers)]
 
     def __enter__(self) -> _Simulators:

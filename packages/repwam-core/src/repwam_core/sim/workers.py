@@ -23,7 +23,7 @@ from repvitok.runtime.errors import UserError
 from repwam_core.interface import Observation, stack_observations
 from repwam_core.sim.base import SimSettings, SimTask, TaskPool
 
-__all__ = ["Progress", "SimHost", "Worker", "WorkerDied", "crash", "default_workers", "map_jobs"]
+__all__ = ["Progress", "VectorEnv", "Worker", "WorkerDied", "crash", "default_workers", "map_jobs"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class Progress:
     traceback: str | None = None
 
 
-class SimHost:
+class VectorEnv:
     """Runs episodes in numbered slots; lives in a worker process. A crash ends its episode, not the host."""
 
     def __init__(self, settings: SimSettings) -> None:

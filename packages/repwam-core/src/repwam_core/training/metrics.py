@@ -13,7 +13,7 @@ from repwam_core.data.episodes import SegmentBatch
 from repwam_core.model.config import LATENT_SPACE
 from repwam_core.model.rollout import Rollout
 from repwam_core.model.wam import WorldActionModel
-from repwam_core.sampling import PlanSettings
+from repwam_core.sampling import SamplingConfig
 from repwam_core.scores import THRESHOLDS, count_below
 from repwam_core.statistics import Statistics
 from repwam_core.training.losses import equal_chunks, from_chunk_starts
@@ -22,7 +22,7 @@ from repwam_core.training.losses import equal_chunks, from_chunk_starts
 def sample_segments(
     wam: WorldActionModel,
     batch: SegmentBatch,
-    plan: PlanSettings,
+    plan: SamplingConfig,
     *,
     space: str,
     grid: tuple[int, int, int],
@@ -59,7 +59,7 @@ class SampledErrors:
         plan: how to sample.
     """
 
-    def __init__(self, statistics: Statistics, channels: Sequence[str], space: str, plan: PlanSettings) -> None:
+    def __init__(self, statistics: Statistics, channels: Sequence[str], space: str, plan: SamplingConfig) -> None:
         self.statistics, self.recorded = statistics.actions.widened(channels), statistics.targets.widened(channels)
         self.space, self.plan = space, plan
         self._sums: dict[str, float] = {}

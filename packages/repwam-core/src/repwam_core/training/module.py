@@ -27,7 +27,7 @@ from repwam_core.model.config import LATENT_SPACE
 from repwam_core.model.masks import Attend
 from repwam_core.model.sequence import SequenceLayout
 from repwam_core.model.wam import WorldActionModel
-from repwam_core.sampling import ChunkSpec, PlanSettings
+from repwam_core.sampling import ChunkSpec, SamplingConfig
 from repwam_core.statistics import Statistics
 from repwam_core.training.banner import StepBanner
 from repwam_core.training.build import build_sharded_wam, build_wam
@@ -83,7 +83,7 @@ class WAMTraining(L.LightningModule):
         chunk_sizes: tuple[Frames, Frames] = (1, 4),
         loss: LossSettings | None = None,
         optimizer: OptimizerSettings | None = None,
-        plan: PlanSettings | None = None,
+        plan: SamplingConfig | None = None,
         ema_decay: Decay = 0.999,
         seed: Seed = 0,
         scale: ScaleSettings | None = None,
@@ -97,7 +97,7 @@ class WAMTraining(L.LightningModule):
         self.chunks = ChunkSpec(smallest=chunk_sizes[0], largest=chunk_sizes[1])
         self.loss_settings = loss or LossSettings()
         self.optimizer_settings = optimizer or OptimizerSettings()
-        self.plan = plan or PlanSettings()
+        self.plan = plan or SamplingConfig()
         self.chunks.require(self.plan.chunk_frames)
         self.ema_decay, self.seed = ema_decay, seed
         self.scale = scale or ScaleSettings()

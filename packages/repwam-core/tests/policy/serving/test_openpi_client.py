@@ -12,7 +12,7 @@ import pytest
 from repwam_core.embodiment import Embodiment
 from repwam_core.interface import ActionChunk, Observation
 from repwam_core.policy import Policy
-from repwam_core.policy.folder import PolicyParts
+from repwam_core.policy.folder import LoadedPolicy
 from repwam_core.policy.serving import PolicyServer, ServerMetadata, ServeSettings
 from repwam_core.policy.serving.command import metadata_of
 
@@ -82,7 +82,7 @@ def test_a_thousand_requests_of_eight_clients(openpi):
 
 
 def test_a_real_policy_acts_over_the_wire_as_it_does_alone(openpi, world):
-    parts = PolicyParts.load(world.policy)
+    parts = LoadedPolicy.load(world.policy)
     server = PolicyServer(lambda: Policy(parts), metadata_of(Policy(parts)), ServeSettings(port=0))
     with server.running() as port:
         told = _drive(openpi, port, clients=3, requests=4)

@@ -155,8 +155,8 @@ class Metadata:
 
     def own_tasks(self, episode: int) -> tuple[str, ...]:
         """The texts that an episode's own row says, different ones, a number looked up in the task table."""
-        said = (self.tasks.get(task, "") if isinstance(task, int) else task for task in self.episodes[episode].tasks)
-        return tuple(dict.fromkeys(text for text in said if text.strip()))
+        texts = (self.tasks.get(task, "") if isinstance(task, int) else task for task in self.episodes[episode].tasks)
+        return tuple(dict.fromkeys(text for text in texts if text.strip()))
 
     def _video_place(self, row: EpisodeRow, camera: str) -> FilePlace:
         return row.videos.get(camera, FilePlace())

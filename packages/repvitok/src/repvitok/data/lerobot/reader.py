@@ -48,7 +48,7 @@ class Instructions:
     def __init__(self, metadata: Metadata, tables: EpisodeTables) -> None:
         self._metadata, self._tables = metadata, tables
         self._found: dict[int, str] = {}
-        self._told = False
+        self._warned = False
 
     @property
     def source(self) -> InstructionSource:
@@ -60,8 +60,8 @@ class Instructions:
     def __getitem__(self, episode: int) -> str:
         if episode not in self._found:
             text, odd = self._find(episode)
-            if odd and not self._told:
-                self._told = True
+            if odd and not self._warned:
+                self._warned = True
                 self._tell()
             self._found[episode] = text
         return self._found[episode]

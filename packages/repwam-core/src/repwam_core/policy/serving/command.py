@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from repvitok.runtime.commands import MANY, number, path_argument, text_argument, whole_number
 from repvitok.runtime.errors import UserError
 
-from repwam_core.sampling import add_plan_arguments, given_plan
+from repwam_core.sampling import add_sampling_arguments, given_sampling
 
 if TYPE_CHECKING:
     from repwam_core.policy.policy import Policy
@@ -49,7 +49,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-message-mib", type=whole_number(1, 4096), default=64, help="size of one request (default: %(default)s)"
     )
-    add_plan_arguments(parser)
+    add_sampling_arguments(parser)
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -58,7 +58,7 @@ def serve(options: argparse.Namespace) -> int:
         from repwam_core.policy.serving.server import PolicyServer, ServeSettings
     except ModuleNotFoundError as error:
         raise UserError(f"serving needs {error.name}: install repwam-core[serve]") from error
-    from repwam_core.policy.folder import PolicyParts
+    from repwam_core.policy.folder import LoadedPolicy
     from repwam_core.policy.policy import Policy
 
     settings = ServeSettings(
@@ -69,8 +69,8 @@ def serve(options: argparse.Namespace) -> int:
         max_sessions=options.max_sessions,
         idle_timeout_s=options.idle_timeout,
     )
-    parts = PolicyParts.load(options.policy, options.device)
-    plan = given_plan(options)
+    parts = LoadedPolicy.load(options.policy, options.device)
+    plan = given_sampling(options)
     server = PolicyServer(lambda: Policy(parts, **plan), metadata_of(Policy(parts, **plan)), settings)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     if settings.api_key is None and not _is_local(settings.host):

@@ -4,48 +4,9 @@ The public names are imported on first use, so that `import latent_action` does 
 """
 
 from importlib.metadata import version
-from typing import TYPE_CHECKING
 
-from repvitok.runtime.lazy import lazy_exports
-
-if TYPE_CHECKING:
-    from latent_action.config import LatentActionConfig
-    from latent_action.export import export_checkpoint
-    from latent_action.labelling import label_shards
-    from latent_action.model import LatentActionTokenizer, TransitionLosses, transition_losses
-    from latent_action.probe import ProbeReport, probe_shards
-    from latent_action.visualize import acting_map, action_effect_map, draw_transition, transport_arrows
+import lazy_loader
 
 __version__ = version("latent-action")
-__all__ = [
-    "LatentActionConfig",
-    "LatentActionTokenizer",
-    "ProbeReport",
-    "TransitionLosses",
-    "__version__",
-    "acting_map",
-    "action_effect_map",
-    "draw_transition",
-    "export_checkpoint",
-    "label_shards",
-    "probe_shards",
-    "transition_losses",
-    "transport_arrows",
-]
-
-_HOMES = {
-    "LatentActionConfig": "config",
-    "LatentActionTokenizer": "model",
-    "ProbeReport": "probe",
-    "TransitionLosses": "model",
-    "acting_map": "visualize",
-    "action_effect_map": "visualize",
-    "draw_transition": "visualize",
-    "export_checkpoint": "export",
-    "label_shards": "labelling",
-    "probe_shards": "probe",
-    "transition_losses": "model",
-    "transport_arrows": "visualize",
-}
-
-__getattr__, __dir__ = lazy_exports(__name__, _HOMES)
+# The names in __init__.pyi, imported when they are first used: importing the package imports no torch.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

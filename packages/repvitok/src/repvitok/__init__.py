@@ -1,42 +1,12 @@
-"""A semantic video tokenizer: video to representation-aligned latents, and back to pixels.
-
-Importing this package imports no torch: the names below are loaded when they are first used.
-"""
-
-from __future__ import annotations
+"""A semantic video tokenizer: video to representation-aligned latents, and back to pixels."""
 
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+
+import lazy_loader
 
 from repvitok.runtime import moved
-from repvitok.runtime.lazy import lazy_exports
-
-if TYPE_CHECKING:
-    from repvitok.config import RepViTokConfig
-    from repvitok.model import RepViTok, StreamState, TokenizerStream
-    from repvitok.runtime.errors import UserError
-    from repvitok.runtime.pretrained import PretrainedModel
 
 __version__ = version("repvitok")
-
-_HOMES = {
-    "PretrainedModel": "runtime.pretrained",
-    "RepViTok": "model",
-    "RepViTokConfig": "config",
-    "StreamState": "model",
-    "TokenizerStream": "model",
-    "UserError": "runtime.errors",
-}
-
-__all__ = [
-    "PretrainedModel",
-    "RepViTok",
-    "RepViTokConfig",
-    "StreamState",
-    "TokenizerStream",
-    "UserError",
-    "__version__",
-]
-
 moved.install()
-__getattr__, __dir__ = lazy_exports(__name__, _HOMES)
+# The names in __init__.pyi, imported when they are first used: importing the package imports no torch.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

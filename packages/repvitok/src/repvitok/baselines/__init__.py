@@ -1,12 +1,6 @@
 """What the tokenizer is compared with or measured by: Wan2.2's VAE, I3D, convolutional teachers."""
 
-from typing import TYPE_CHECKING
+import lazy_loader
 
-from repvitok.runtime.lazy import lazy_exports
-
-if TYPE_CHECKING:
-    from repvitok.baselines.wan import WanVae
-
-__all__ = ["WanVae"]
-
-__getattr__, __dir__ = lazy_exports(__name__, {"WanVae": "wan"})
+# The names in __init__.pyi, imported when they are first used.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,12 +1,6 @@
 """How the tokenizer is trained and measured: teachers, losses, metrics, the LightningModule and its export."""
 
-from typing import TYPE_CHECKING
+import lazy_loader
 
-from repvitok.runtime.lazy import lazy_exports
-
-if TYPE_CHECKING:
-    from repvitok.training.module import RepViTokTraining
-
-__all__ = ["RepViTokTraining"]
-
-__getattr__, __dir__ = lazy_exports(__name__, {"RepViTokTraining": "module"})
+# The names in __init__.pyi, imported when they are first used.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

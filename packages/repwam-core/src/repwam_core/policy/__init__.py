@@ -1,22 +1,6 @@
-"""From observations to actions: a trained policy, and how its chunks are carried out. Imported on first use."""
+"""From observations to actions: a trained policy, and how its chunks are carried out."""
 
-from typing import TYPE_CHECKING
+import lazy_loader
 
-from repvitok.runtime.lazy import lazy_exports
-
-if TYPE_CHECKING:
-    from repwam_core.policy.chunking import ChunkedPolicy
-    from repwam_core.policy.openloop import OpenLoopResult, evaluate_open_loop
-    from repwam_core.policy.policy import BatchedPolicy, Policy
-
-__all__ = ["BatchedPolicy", "ChunkedPolicy", "OpenLoopResult", "Policy", "evaluate_open_loop"]
-
-_HOMES = {
-    "BatchedPolicy": "policy",
-    "ChunkedPolicy": "chunking",
-    "OpenLoopResult": "openloop",
-    "Policy": "policy",
-    "evaluate_open_loop": "openloop",
-}
-
-__getattr__, __dir__ = lazy_exports(__name__, _HOMES)
+# The names in __init__.pyi, imported when they are first used.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

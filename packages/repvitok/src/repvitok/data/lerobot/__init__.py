@@ -1,16 +1,6 @@
 """The LeRobot format, versions 2.0, 2.1 and 3.0: read and written."""
 
-from typing import TYPE_CHECKING
+import lazy_loader
 
-from repvitok.runtime.lazy import lazy_exports
-
-if TYPE_CHECKING:
-    from repvitok.data.lerobot.format import EpisodeInfo
-    from repvitok.data.lerobot.reader import LeRobotReader
-    from repvitok.data.lerobot.writer import LeRobotWriter
-
-__all__ = ["EpisodeInfo", "LeRobotReader", "LeRobotWriter"]
-
-__getattr__, __dir__ = lazy_exports(
-    __name__, {"EpisodeInfo": "format", "LeRobotReader": "reader", "LeRobotWriter": "writer"}
-)
+# The names in __init__.pyi, imported when they are first used.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

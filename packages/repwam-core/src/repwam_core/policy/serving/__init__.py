@@ -1,22 +1,6 @@
-"""A policy behind a websocket, in openpi's protocol: what is said, who says it, who answers. No torch. On first use."""
+"""A policy behind a websocket, in openpi's protocol: what is said, who says it, who answers. No torch."""
 
-from typing import TYPE_CHECKING
+import lazy_loader
 
-from repvitok.runtime.lazy import lazy_exports
-
-if TYPE_CHECKING:
-    from repwam_core.policy.serving.client import PolicyClient, PolicyServerError
-    from repwam_core.policy.serving.protocol import ServerMetadata
-    from repwam_core.policy.serving.server import PolicyServer, ServeSettings
-
-__all__ = ["PolicyClient", "PolicyServer", "PolicyServerError", "ServeSettings", "ServerMetadata"]
-
-_HOMES = {
-    "PolicyClient": "client",
-    "PolicyServer": "server",
-    "PolicyServerError": "client",
-    "ServeSettings": "server",
-    "ServerMetadata": "protocol",
-}
-
-__getattr__, __dir__ = lazy_exports(__name__, _HOMES)
+# The names in __init__.pyi, imported when they are first used.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,1 @@
+from .wan import WanVae as WanVae

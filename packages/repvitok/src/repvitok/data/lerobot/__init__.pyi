@@ -1,0 +1,3 @@
+from .format import EpisodeInfo as EpisodeInfo
+from .reader import LeRobotReader as LeRobotReader
+from .writer import LeRobotWriter as LeRobotWriter

@@ -27,7 +27,7 @@ def step_forever(threads: int) -> None:
     import torch
     from repvitok.runtime.optim import build_optimizer
     from repvitok.runtime.training import ExponentialMovingAverage
-    from repwam_core.data.episodes import SegmentBatch
+    from repwam_core.data.batches import SegmentBatch
     from repwam_core.model.config import ActionSpace, WAMConfig
     from repwam_core.model.wam import WorldActionModel
     from repwam_core.training.losses import LossSettings, wam_loss

@@ -11,12 +11,12 @@ import lightning as L
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from repvitok.data.clips import EndlessLoader
 from repvitok.data.latents import LatentMeta
 from repvitok.data.shards import LatentShards
 from repvitok.data.split import HeldOut, split_latents
 from repvitok.runtime.documents import BatchSize, From0, Positive, Seed, check_arguments
 from repvitok.runtime.errors import UserError
+from repvitok.runtime.training import EndlessLoader
 from torch import Tensor
 
 from latent_action.transitions import TransitionTable, lie_within, load_transitions

@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 import msgspec
-from repvitok.runtime.commands import MANY, number, whole_number
 from repvitok.runtime.documents import Above0, From0, check_fields
 from repvitok.runtime.errors import UserError
 
@@ -91,6 +90,8 @@ class SamplingConfig:
 def add_sampling_arguments(parser: argparse.ArgumentParser, otherwise: str = "as the policy folder says") -> None:
     """Declare the options of `SamplingConfig`; `otherwise` is what holds where one is not given."""
     plan = parser.add_argument_group("planning", f"how chunks are planned; {otherwise} unless given here")
+    from repvitok.runtime.commands import MANY, number, whole_number  # of verbs alone; a policy loads without them
+
     steps, above_0, from_0 = whole_number(1, MOST_STEPS), number(0, MANY, above=True), number(0, MANY)
     plan.add_argument("--chunk-frames", type=steps, metavar="N", help="latent frames planned at a time")
     plan.add_argument("--execute-frames", type=steps, metavar="N", help="how many of them are carried out")

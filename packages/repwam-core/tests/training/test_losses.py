@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from repwam_core.data.episodes import SegmentBatch
+from repwam_core.data.batches import SegmentBatch
 from repwam_core.model.config import ActionSpace, WAMConfig
 from repwam_core.model.inputs import Velocities
 from repwam_core.model.sequence import training_layout

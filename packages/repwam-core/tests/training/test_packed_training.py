@@ -8,8 +8,8 @@ import pytest
 import torch
 from repvitok.runtime.checkpointing import read_checkpoint
 from repvitok.runtime.curves import read_curves
+from repwam_core.data.batches import PackedBatch
 from repwam_core.data.datamodule import WAMDataModule
-from repwam_core.data.packed import PackedBatch
 from repwam_core.data.packing import PackingSettings
 from repwam_core.estimate import DocumentCosts, SequenceCost
 from repwam_core.export import export_wam, read_trained

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int, UInt8
-from repvitok.data.clips import EndlessLoader
 from repvitok.data.lerobot.reader import LeRobotReader
 from repvitok.data.shards import LatentShards
 from repvitok.data.transforms import resize_frames, to_unit
 from repvitok.runtime.errors import UserError
+from repvitok.runtime.training import EndlessLoader
 from torch import Tensor
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import count, islice
-from typing import Any, Generic, TypeVar
+from itertools import count
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from repvitok.data.transforms import prepare_frames, resize_frames, to_unit
 from repvitok.runtime.documents import MAX_STRIDE
 from repvitok.runtime.errors import UserError
 from repvitok.runtime.progress import progress
+from repvitok.runtime.training import EndlessLoader
 
 log = logging.getLogger(__name__)
 
@@ -269,7 +269,6 @@ def _read_resized(source: VideoSource, video: int, size: tuple[int, int], block:
 
 
 Batch = TypeVar("Batch")
-ENDLESS = 2**62  # the length of what has no end; a float holds it exactly
 _KIND_STREAM = 9  # sets the draw of the kinds apart from the draw of the clips, which has the same seed
 
 
@@ -351,43 +350,6 @@ class ClipMixture(Dataset[Tensor]):
     def __getitem__(self, index: tuple[int, int]) -> Tensor:
         kind, number = index
         return self.datasets[kind][number]
-
-
-class EndlessLoader(ABC, Generic[Batch]):
-    """Training batches that keep their place: batch k of rank r is the same in every run.
-
-    Each pass over them goes on after the last batch handed out: so a new epoch of Lightning's (`limit_train_batches`)
-    has new batches, and a run that is resumed has those it would have had. Lightning stores `state_dict` in its
-    checkpoints. It asks for no batch ahead of time, because there is a length: the place is that of the training.
-
-    Attributes:
-        position: batches handed out so far, those of earlier runs included.
-    """
-
-    def __init__(self, first: int = 0, length: int = ENDLESS) -> None:
-        """Begins with batch `first`; every `length` batches end a pass."""
-        self.position, self._length = first, length
-
-    @abstractmethod
-    def batches_from(self, number: int) -> Iterator[Batch]:
-        """Batch `number` and those after it, without end."""
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __iter__(self) -> Iterator[Batch]:
-        end = (self.position // self._length + 1) * self._length
-        for batch in islice(self.batches_from(self.position), end - self.position):
-            self.position += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, Any]:
-        """The place, in plain numbers."""
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on after the last batch that was handed out."""
-        self.position = int(state["position"])
 
 
 class ClipLoader(EndlessLoader[Any]):

@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.loggers.logger import Logger
 from safetensors.torch import save
 
-from repvitok.runtime.checkpointing import LAST, read_checkpoint, set_aside, write_checkpoint
+from repvitok.runtime.checkpointing import LAST, generations_of, read_checkpoint, set_aside, write_checkpoint
 from repvitok.runtime.curves import Row, append_curves, mark_curves, rewind_curves
 from repvitok.runtime.documents import Above0, Positive, check_arguments
 from repvitok.runtime.errors import UserError
@@ -122,15 +122,6 @@ class AtomicCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         """Deletes a checkpoint file, if it is there."""
         Path(path).unlink(missing_ok=True)
-
-
-def generations_of(storage_options: Any | None) -> int:
-    """How many states to keep, from the one storage option that checkpoints take: {"generations": n}."""
-    options = dict(storage_options or {})
-    generations = options.pop("generations", 1)
-    if options:
-        raise UserError(f"checkpoints take no storage options but generations, got {options!r}")
-    return generations
 
 
 class SaveLast(Callback):

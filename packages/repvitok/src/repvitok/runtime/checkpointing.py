@@ -298,3 +298,12 @@ def _remove_leftovers(path: Path) -> None:
         pid = leftover.name.split(".")[-2]
         if pid.isdecimal() and not is_running(int(pid)):
             leftover.unlink(missing_ok=True)
+
+
+def generations_of(storage_options: Any | None) -> int:
+    """How many states to keep, from the one storage option that checkpoints take: {"generations": n}."""
+    options = dict(storage_options or {})
+    generations = options.pop("generations", 1)
+    if options:
+        raise UserError(f"checkpoints take no storage options but generations, got {options!r}")
+    return generations

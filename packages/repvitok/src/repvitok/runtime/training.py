@@ -1,12 +1,13 @@
-"""What all trainers share: losses, gradients and weights that are finite numbers, and averaged weights."""
+"""What all trainers share: losses, gradients and weights that are finite numbers, averaged weights, loaders."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain
-from typing import Any
+from itertools import chain, islice
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from repvitok.runtime.pretrained import first_not_finite
 # pyright: reportPrivateImportUsage=false
 
 
+Item = TypeVar("Item")
+ENDLESS = 2**62  # the length of what has no end; a float holds it exactly
 Batch = Callable[[], str]
 """Says which data a step was on; called for a step that went wrong, and only then."""
 
@@ -167,3 +170,40 @@ class ExponentialMovingAverage:
 
     def _parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
         return {name: p for name, p in module.named_parameters() if name in self.average}
+
+
+class EndlessLoader(ABC, Generic[Item]):
+    """Training batches that keep their place: batch k of rank r is the same in every run.
+
+    Each pass over them goes on after the last batch handed out: so a new epoch of Lightning's (`limit_train_batches`)
+    has new batches, and a run that is resumed has those it would have had. Lightning stores `state_dict` in its
+    checkpoints. It asks for no batch ahead of time, because there is a length: the place is that of the training.
+
+    Attributes:
+        position: batches handed out so far, those of earlier runs included.
+    """
+
+    def __init__(self, first: int = 0, length: int = ENDLESS) -> None:
+        """Begins with batch `first`; every `length` batches end a pass."""
+        self.position, self._length = first, length
+
+    @abstractmethod
+    def batches_from(self, number: int) -> Iterator[Item]:
+        """Batch `number` and those after it, without end."""
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Item]:
+        end = (self.position // self._length + 1) * self._length
+        for batch in islice(self.batches_from(self.position), end - self.position):
+            self.position += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place, in plain numbers."""
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on after the last batch that was handed out."""
+        self.position = int(state["position"])

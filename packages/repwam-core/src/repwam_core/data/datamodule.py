@@ -12,14 +12,15 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-from repvitok.data.clips import EndlessLoader
 from repvitok.data.contents import without_actions
 from repvitok.data.split import HeldOut
 from repvitok.runtime.documents import BatchSize, Count, Frames, From0, Positive, Seed, check_arguments
 from repvitok.runtime.errors import UserError
+from repvitok.runtime.training import EndlessLoader
 
+from repwam_core.data.batches import SegmentBatch
 from repwam_core.data.encoding import EncodingSettings, LatentsOnDemand, has_latents
-from repwam_core.data.episodes import MEMORY_LIMIT_GB, EpisodeStore, SegmentBatch, SegmentSampler
+from repwam_core.data.episodes import MEMORY_LIMIT_GB, EpisodeStore, SegmentSampler
 from repwam_core.data.mixture import DataSetSettings, Mixture
 from repwam_core.data.packed import PackedLoader, make_packer
 from repwam_core.data.packing import PackingSettings

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
 from repvitok.data import LatentMeta, LatentShards
 from repvitok.data.split import HeldOut, split_latents
 from repvitok.runtime.errors import UserError
 from repvitok.runtime.files import WriteError
-from torch import Tensor
 
+from repwam_core.data.batches import SegmentBatch
 from repwam_core.data.episode_arrays import (
     EpisodeArrays,
     MappedEpisodes,
@@ -34,49 +31,6 @@ log = logging.getLogger(__name__)
 
 MEMORY_LIMIT_GB = 8.0
 """Latents that take more than this in memory stay on disk."""
-
-
-@dataclass(frozen=True)
-class SegmentBatch:
-    """Segments as the world action model trains on them.
-
-    Attributes:
-        latents: standardised latents, (b, frames, tokens, d).
-        actions: scaled actions of each transition, (b, frames - 1, a, c).
-        state: standardised robot state at each latent frame, (b, frames, S), or None.
-        text: hidden states of the instruction, (b, s, D).
-        text_mask: which of them are real tokens, (b, s).
-        valid: which transitions are real; padding of a short episode is False and costs nothing, (b, frames - 1).
-        channel_mask: which action channels the embodiment has, (b, c).
-        episode: the row of the store that each segment is from, (b,).
-        start: first latent frame of each segment in its episode, (b,).
-        data_set: which of the run's data sets the segments are from.
-        reference: what each transition's actions are measured from, in their scale, (b, frames - 1, c): the state at
-            its first frame. None where actions are learned as recorded, or measured from their chunks' first frames.
-    """
-
-    latents: Float[Tensor, "b frames tokens d"]
-    actions: Float[Tensor, "b transitions a c"]
-    state: Float[Tensor, "b frames S"] | None
-    text: Float[Tensor, "b s D"]
-    text_mask: Bool[Tensor, "b s"]
-    valid: Bool[Tensor, "b transitions"]
-    channel_mask: Bool[Tensor, "b c"]
-    episode: Int[Tensor, " b"]
-    start: Int[Tensor, " b"]
-    data_set: int = 0
-    reference: Float[Tensor, "b transitions c"] | None = None
-
-    def __len__(self) -> int:
-        return len(self.latents)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> SegmentBatch:
-        """Return the batch on `device`."""
-
-        def moved(value: Any) -> Any:
-            return value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
-
-        return SegmentBatch(**{name: moved(value) for name, value in vars(self).items()})
 
 
 class EpisodeStore:

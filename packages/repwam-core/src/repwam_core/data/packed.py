@@ -5,56 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
-from repwam_core.data.episodes import SegmentBatch
+from repwam_core.data.batches import Document, PackedBatch
 from repwam_core.data.mixture import Mixture
-from repwam_core.data.packing import PackedPieces, PackingSettings, Piece, SequencePacker, Source, TokenCost
+from repwam_core.data.packing import PackedPieces, PackingSettings, SequencePacker, Source, TokenCost
 from repwam_core.model.config import WAMConfig
-
-
-@dataclass(frozen=True, eq=False)
-class Document:
-    """One episode, or piece of one, of a packed sequence.
-
-    Attributes:
-        segment: its tensors, batch size one.
-        grid: (views, h, w) of its latent frames.
-        piece: what it is; draws that depend on it alone are the same wherever it is packed.
-    """
-
-    segment: SegmentBatch
-    grid: tuple[int, int, int]
-    piece: Piece
-
-
-@dataclass(frozen=True, eq=False)
-class PackedBatch:
-    """One sequence of a training step.
-
-    Attributes:
-        index: number of the sequence in the stream of all ranks.
-        documents: what is packed.
-        tokens: how many tokens they have.
-        token_budget: how many there could be.
-    """
-
-    index: int
-    documents: tuple[Document, ...]
-    tokens: int
-    token_budget: int
-
-    def __len__(self) -> int:
-        return 1
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
-        """The batch on `device`."""
-        moved = [replace(item, segment=item.segment.to(device, non_blocking)) for item in self.documents]
-        return replace(self, documents=tuple(moved))
 
 
 def token_cost(config: WAMConfig, space: str, grid: tuple[int, int, int], vectors: int) -> TokenCost:

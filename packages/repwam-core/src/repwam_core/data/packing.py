@@ -16,6 +16,8 @@ import numpy as np
 from repvitok.runtime.documents import Frames, Positive, Size, check_fields
 from repvitok.runtime.errors import UserError
 
+from repwam_core.data.batches import Piece
+
 PATIENCE = 4
 """A sequence is closed before a fuller one after as many others as this times the open ones."""
 
@@ -70,19 +72,6 @@ class TokenCost:
     @property
     def _per_transition(self) -> int:
         return self.video + self.vectors * (1 + int(self.action_history))
-
-
-class Piece(NamedTuple):
-    """A document to be: consecutive transitions of an episode, most often all of them.
-
-    `visit` counts how often the data set has been gone through, so that draws that depend on a piece differ each time.
-    """
-
-    data_set: int
-    episode: int
-    start: int
-    transitions: int
-    visit: int
 
 
 class PackedPieces(NamedTuple):

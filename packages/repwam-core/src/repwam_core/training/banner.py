@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from repwam_core.data.packed import PackedBatch, PackedLoader
+from repwam_core.data.batches import PackedBatch
 from repwam_core.estimate import DocumentCosts, SequenceCost, peak_flops
 from repwam_core.training.losses import equal_chunks
 
@@ -75,7 +75,7 @@ class StepBanner(L.Callback):
 def _waited_s(trainer: L.Trainer) -> float:
     """Seconds that the loader has spent on handing out batches."""
     loader = trainer.train_dataloader
-    return loader.waited_s if isinstance(loader, PackedLoader) else 0.0
+    return getattr(loader, "waited_s", 0.0)  # only loaders that read ahead count it
 
 
 def batch_flops(

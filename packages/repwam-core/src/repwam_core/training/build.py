@@ -13,12 +13,12 @@ from repvitok.runtime.errors import UserError
 from repvitok.runtime.optim import copy_whole
 from torch import Tensor
 
-from repwam_core.data.mixture import Mixture
 from repwam_core.model.config import ActionSpace, WAMConfig
 from repwam_core.model.wam import WorldActionModel, initial_draws
 from repwam_core.training.parallel import ShardedStrategy, shard
 
 if TYPE_CHECKING:
+    from repwam_core.data.mixture import Mixture
     from repwam_core.training.module import WAMTraining
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from repvitok.runtime.documents import Above0, Share, check_fields
 from torch import Tensor, distributed
 
-from repwam_core.data.episodes import SegmentBatch
+from repwam_core.data.batches import SegmentBatch
 from repwam_core.model.flow import UniformSNRSampler, interpolate, velocity_target
 from repwam_core.model.inputs import Velocities, WAMInputs, document_inputs, pack, without_unread
 from repwam_core.model.masks import Attend

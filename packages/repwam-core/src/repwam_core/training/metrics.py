@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, distributed
 
-from repwam_core.data.episodes import SegmentBatch
+from repwam_core.data.batches import SegmentBatch
 from repwam_core.model.config import LATENT_SPACE
 from repwam_core.model.rollout import Rollout
 from repwam_core.model.wam import WorldActionModel

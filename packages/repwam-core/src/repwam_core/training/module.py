@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import numpy as np
@@ -19,9 +19,7 @@ from repvitok.runtime.errors import UserError
 from repvitok.runtime.optim import OptimizerSettings
 from repvitok.runtime.training import ExponentialMovingAverage, FiniteCheck, clip_gradients, require_finite_weights
 
-from repwam_core.data.episodes import EpisodeStore, SegmentBatch
-from repwam_core.data.mixture import Mixture
-from repwam_core.data.packed import PackedBatch
+from repwam_core.data.batches import PackedBatch, SegmentBatch
 from repwam_core.model.attention import make_attend, masked_attend
 from repwam_core.model.config import LATENT_SPACE
 from repwam_core.model.masks import Attend
@@ -47,6 +45,10 @@ from repwam_core.training.losses import (
 )
 from repwam_core.training.metrics import SampledErrors, sample_segments
 from repwam_core.training.parallel import ScaleSettings, ShardedStrategy, gather_for_sampling, prepare_layers
+
+if TYPE_CHECKING:
+    from repwam_core.data.episodes import EpisodeStore
+    from repwam_core.data.mixture import Mixture
 
 CHECKPOINT_KEY = "repwam"
 

@@ -28,8 +28,7 @@ from typing import Any, get_args
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from repvitok.runtime.callbacks import generations_of
-from repvitok.runtime.checkpointing import PART_BYTES, SHARDED_META, read_checkpoint, sharded_folders
+from repvitok.runtime.checkpointing import PART_BYTES, SHARDED_META, generations_of, read_checkpoint, sharded_folders
 from repvitok.runtime.errors import UserError
 from repvitok.runtime.files import WriteError, sync_file, sync_folder, translated
 from torch import Tensor, nn

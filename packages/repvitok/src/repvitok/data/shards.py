@@ -32,6 +32,7 @@ from repvitok.data.latents import ChannelStatistics, EpisodeInfo, InstructionSou
 from repvitok.runtime.documents import Count, Digest, load_json, parse, parse_episodes, require_format
 from repvitok.runtime.errors import UserError
 from repvitok.runtime.files import (
+    LastUsed,
     VerifiedFiles,
     atomic_file,
     link_or_copy,
@@ -40,7 +41,6 @@ from repvitok.runtime.files import (
     sole_writer,
     write_json_atomic,
 )
-from repvitok.runtime.last_used import LastUsed
 
 __all__ = [
     "ChannelStatistics",

@@ -26,8 +26,7 @@ from repvitok.data.sources import IMAGE_SUFFIXES, VIDEO_SUFFIXES, BadFiles
 from repvitok.data.video import VideoFile
 from repvitok.runtime.documents import Above0, DepthRange, checked_range, read_json, refuse_lfs_pointer
 from repvitok.runtime.errors import UserError
-from repvitok.runtime.files import atomic_file, write_text_atomic
-from repvitok.runtime.last_used import LastUsed
+from repvitok.runtime.files import LastUsed, atomic_file, write_text_atomic
 
 INDEX_VERSION = 1
 Natural = Annotated[int, msgspec.Meta(ge=0)]

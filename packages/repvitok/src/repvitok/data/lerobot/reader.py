@@ -23,7 +23,7 @@ from repvitok.data.lerobot.tables import EpisodeTables, pair_rows, row_times_s
 from repvitok.data.video import VideoFile
 from repvitok.runtime.documents import DepthRange, checked_range
 from repvitok.runtime.errors import UserError
-from repvitok.runtime.last_used import LastUsed
+from repvitok.runtime.files import LastUsed
 
 __all__ = ["EpisodeInfo", "LeRobotReader"]
 

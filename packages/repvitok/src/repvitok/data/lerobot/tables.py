@@ -23,7 +23,7 @@ from repvitok.data.lerobot.format import ROBOT_COLUMNS, Feature
 from repvitok.data.lerobot.metadata import Metadata, column_values, read_parquet
 from repvitok.data.video import VideoFile
 from repvitok.runtime.errors import UserError
-from repvitok.runtime.last_used import LastUsed
+from repvitok.runtime.files import LastUsed
 
 INDEX_COLUMNS = ("episode_index", "frame_index", "task_index")
 _INDEX = Feature("int64")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from repvitok.runtime.checkpointing import load_trained, read_checkpoint, read_section
-from repvitok.runtime.errors import UserError
+from repvitok.runtime.checkpointing import export_model, read_checkpoint, read_section
 
 from latent_action.config import LatentActionConfig
 from latent_action.model import LatentActionTokenizer
 
 CHECKPOINT_KEY = "latent_action"
-_PREFIX = "lat."
 
 
 def export_checkpoint(checkpoint: str | Path, out: str | Path) -> LatentActionTokenizer:
@@ -41,28 +40,11 @@ def read_tokenizer(checkpoint: dict[str, Any], where: str = "the checkpoint") ->
     Raises:
         ValueError: the checkpoint is of another stage, or its weights do not fit its config.
     """
-    stored = read_stored(checkpoint)
-    lat = LatentActionTokenizer(LatentActionConfig.from_dict(read_section(stored, where, "config")))
-    average = read_section(stored, where, "ema", "average") if stored["ema"] is not None else None
-    load_trained(lat, read_section(checkpoint, where, "state_dict"), _PREFIX, average, where)
-    return lat.eval()
 
+    def build(stored: Mapping[str, Any]) -> LatentActionTokenizer:
+        return LatentActionTokenizer(LatentActionConfig.from_dict(read_section(stored, where, "config")))
 
-def read_stored(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """What `LatentActionTraining` adds to a checkpoint: the config and the averaged weights (or None).
-
-    Raises:
-        ValueError: the checkpoint is of another stage.
-    """
-    if CHECKPOINT_KEY not in checkpoint:
-        raise UserError(
-            "This is no checkpoint of `latent-action fit`: it holds no latent action tokenizer. Give that run's "
-            "last.ckpt."
-        )
-    stored = read_section(checkpoint, "the checkpoint", CHECKPOINT_KEY)
-    if "config" not in stored or "ema" not in stored:
-        raise UserError(f"the checkpoint is damaged: expected config and ema in {CHECKPOINT_KEY}, got {sorted(stored)}")
-    return dict(stored)
+    return export_model(checkpoint, build, "lat.", key=CHECKPOINT_KEY, command="latent-action fit", where=where)
 
 
 def model_card(lat: LatentActionTokenizer, steps: int) -> str:

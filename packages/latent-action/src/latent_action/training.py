@@ -17,7 +17,7 @@ from torch import Tensor
 from latent_action.config import LatentActionConfig
 from latent_action.datamodule import TransitionBatch, which_episodes
 from latent_action.dynamics import ForwardDynamics
-from latent_action.export import CHECKPOINT_KEY, read_stored
+from latent_action.export import CHECKPOINT_KEY
 from latent_action.model import LatentActionTokenizer, copy_loss, transition_losses
 from latent_action.transfer import cycle_loss, effective_dimensions, read_again, reading_r2
 from latent_action.transport import Grid
@@ -80,16 +80,14 @@ class LatentActionTraining(L.LightningModule):
         """forward_weight * L_fwd + consistency_weight * L_cons, plus the control's own loss."""
         losses = transition_losses(self.lat, batch.z_t, batch.z_next, self.grid)
         loss = self.forward_weight * losses.forward + self.consistency_weight * losses.consistency
-        self.log("train/loss", loss)
-        self.log("train/forward_loss", losses.forward)
-        self.log("train/consistency_loss", losses.consistency)
         found = {"forward": losses.forward, "consistency": losses.consistency}
+        total = loss
         if self.control is not None:
-            found["zero_action"] = zero_action = self._control_loss(batch)
-            self.log("train/zero_action_loss", zero_action)
-            loss = loss + zero_action  # the two share no parameter, so the sum trains each on its own loss
+            found["zero_action"] = self._control_loss(batch)
+            total = loss + found["zero_action"]  # the two share no parameter, so the sum trains each on its own loss
+        self.log_dict({"train/loss": loss} | {f"train/{name}_loss": value for name, value in found.items()})
         self._finite.note(found, lambda: which_episodes(self.trainer, batch))
-        return loss
+        return total
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then move the average: callbacks that save at the end of a batch must find both done."""
@@ -146,7 +144,9 @@ class LatentActionTraining(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of other settings, other data or without the average that is asked for."""
-        stored = read_stored(checkpoint)
+        if CHECKPOINT_KEY not in checkpoint:
+            raise UserError("this checkpoint was not written by `latent-action fit`: give that run's last.ckpt")
+        stored = checkpoint[CHECKPOINT_KEY]
         self.lat.config.require_same(LatentActionConfig.from_dict(stored["config"]))
         if (stored["ema"] is None) != (self.ema is None):
             raise UserError("The checkpoint and this run differ in ema_decay: use the run's own config.yaml.")

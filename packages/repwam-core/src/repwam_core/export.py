@@ -11,7 +11,7 @@ import torch
 from repvitok.data import LatentMeta, LatentShards
 from repvitok.interface import VideoTokenizer
 from repvitok.model import load_tokenizer
-from repvitok.runtime.checkpointing import is_sharded, load_trained, read_checkpoint, read_section
+from repvitok.runtime.checkpointing import export_model, is_sharded, read_checkpoint
 from repvitok.runtime.documents import parse, parse_json
 from repvitok.runtime.errors import UserError, require_disk_space
 from repvitok.runtime.pretrained import find_device
@@ -76,14 +76,17 @@ def read_trained(checkpoint: str | Path, data_set: int | None = None) -> Trained
     """
     sharded, where = is_sharded(checkpoint), str(checkpoint)
     content = read_whole(checkpoint) if sharded else read_checkpoint(checkpoint)
-    if CHECKPOINT_KEY not in content:
-        raise UserError(f"{checkpoint} was not written by `repwam fit`; give that command's checkpoint")
-    text = read_section(content, where, CHECKPOINT_KEY).get("json")
-    stored = parse(parse_json(text, f"{where}, its JSON"), _StoredRun, where, unknown=True)
-    average = read_section(content, where, *(["ema_average"] if sharded else [CHECKPOINT_KEY, "ema", "average"]))
-    with torch.device("meta"):
-        wam = WorldActionModel(WAMConfig.from_dict(stored.config))
-    load_trained(wam, read_section(content, where, "state_dict"), "wam.", average, where)
+    if sharded and CHECKPOINT_KEY in content:  # the average lies among the ranks' parts
+        content[CHECKPOINT_KEY] = {**content[CHECKPOINT_KEY], "ema": {"average": content["ema_average"]}}
+    run: list[_StoredRun] = []
+
+    def build(section: Mapping[str, Any]) -> WorldActionModel:
+        run.append(parse(parse_json(section.get("json"), f"{where}, its JSON"), _StoredRun, where, unknown=True))
+        with torch.device("meta"):
+            return WorldActionModel(WAMConfig.from_dict(run[0].config))
+
+    wam = export_model(content, build, "wam.", key=CHECKPOINT_KEY, command="repwam fit", where=where)
+    (stored,) = run
     number = data_set or 0
     if not 0 <= number < len(stored.data_sets):
         raise UserError(f"{checkpoint} was trained on {len(stored.data_sets)} data sets, it has no number {number}")

@@ -14,7 +14,7 @@ from repwam_core.cli import main
 from repwam_core.data.encoding import EncodingSettings, LatentsOnDemand
 from repwam_core.policy import BatchedPolicy, evaluate_open_loop
 from repwam_core.policy.folder import PolicyManifest
-from repwam_core.quickstart import figures as pictures
+from repwam_core.quickstart import figures
 from repwam_core.quickstart.stages import DataSet
 
 SIZE, DEPTH_RANGE = (32, 16), (50.0, 200.0)
@@ -86,12 +86,12 @@ def test_pictures_and_pixels_beside_latents_are_read_with_their_range(depth_worl
     visualize.write_episode_picture(**given, out=tmp_path / "sheet.png")
     np.testing.assert_array_equal(drawn[0], np.concatenate(scaled(depth_world, 0, [4])[:, 0], 1))
 
-    this = SimpleNamespace(plan=SimpleNamespace(size=SIZE, stride=1, held_out=0.5), seed=0)
+    this = SimpleNamespace(config=SimpleNamespace(size=SIZE, stride=1, held_out=0.5), seed=0)
     prepared = {"latents": depth_world.shards, "tokenizer_folder": depth_world.policy / "tokenizer"}
     prepared["data"] = DataSet(depth_world.dataset, "digest", depth_range=DEPTH_RANGE)
     trained = SimpleNamespace(prepared=SimpleNamespace(**prepared), policy=depth_world.policy)
-    assert pictures.reconstruction(this, trained, [0]).clips
-    assert pictures.open_loop(this, trained, [0]).imagination is not None
+    assert figures.reconstruction(this, trained, [0]).clips
+    assert figures.open_loop(this, trained, [0]).imagination is not None
 
 
 def test_latents_made_on_demand_have_a_range_of_their_own(depth_world, tmp_path):

@@ -17,7 +17,7 @@ from repwam_core.model.config import ActionSpace, WAMConfig
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.policy import BatchedPolicy, evaluate_open_loop
 from repwam_core.policy.folder import PolicyManifest, write_policy
-from repwam_core.quickstart import figures as pictures
+from repwam_core.quickstart import figures
 from repwam_core.sampling import SamplingConfig
 
 CAMERA, SIZE, LENGTHS = "observation.images.top", (32, 32), (24, 32)
@@ -86,14 +86,14 @@ def test_pictures_show_the_frame_at_a_transition(made, tmp_path, monkeypatch):
 def test_pictures_of_the_report_do_too(made):
     shards, lat = LatentShards(made / "latents"), LatentActionTokenizer.from_pretrained(made / "lat")
     plan = SimpleNamespace(size=SIZE, stride=STRIDE, held_out=0.5)
-    this, reader = SimpleNamespace(plan=plan), LeRobotReader(made / "data")
-    shown = pictures._transition(this, reader, lat, shards[1], shards.meta)
+    this, reader = SimpleNamespace(config=plan), LeRobotReader(made / "data")
+    shown = figures._transition(this, reader, lat, shards[1], shards.meta)
     step = int(shown.name.split("latent frame ")[1].split(":")[0])
     assert shown.frame.mean() == pytest.approx(grey(step * PER_LATENT), abs=2)
     assert shown.next_frame.mean() == pytest.approx(grey((step + 1) * PER_LATENT), abs=2)
     data = SimpleNamespace(folder=made / "data")
     prepared = SimpleNamespace(data=data, latents=made / "latents", tokenizer_folder=made / "tokenizer")
-    clips = pictures.reconstruction(this, SimpleNamespace(prepared=prepared), [0, 1]).clips
+    clips = figures.reconstruction(this, SimpleNamespace(prepared=prepared), [0, 1]).clips
     for clip, last in zip(clips, (18, 30), strict=True):
         assert clip.original[-1].mean() == pytest.approx(grey(last), abs=2)
 

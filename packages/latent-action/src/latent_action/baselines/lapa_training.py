@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from repvitok.runtime.checkpointing import load_trained, read_checkpoint, read_section
+from repvitok.runtime.checkpointing import export_model, read_checkpoint, read_section
 from repvitok.runtime.documents import From0, Positive, Seed, Share, check_arguments
 from repvitok.runtime.errors import UserError
 from repvitok.runtime.optim import OptimizerSettings
@@ -20,7 +21,6 @@ from latent_action.baselines.lapa import LapaConfig, LapaQuantizer, code_usage
 from latent_action.datamodule import which_episodes
 
 CHECKPOINT_KEY = "lapa"
-_PREFIX = "lapa."
 DEFAULT_OPTIMIZER = OptimizerSettings(name="adamw", lr=1e-3, warmup_steps=500)
 
 
@@ -122,11 +122,19 @@ def export_lapa(checkpoint: str | Path, out: str | Path) -> LapaQuantizer:
         FileNotFoundError: no such checkpoint.
         ValueError: it is damaged or of another stage.
     """
-    loaded = read_checkpoint(checkpoint)
-    if CHECKPOINT_KEY not in loaded:
-        raise UserError(f"{checkpoint} is no checkpoint of `latent-action lapa fit`: give that run's last.ckpt.")
     where = str(checkpoint)
-    lapa = LapaQuantizer(LapaConfig.from_dict(read_section(loaded, where, CHECKPOINT_KEY, "config")))
-    load_trained(lapa, read_section(loaded, where, "state_dict"), _PREFIX, None, where)
+
+    def build(stored: Mapping[str, Any]) -> LapaQuantizer:
+        return LapaQuantizer(LapaConfig.from_dict(read_section(stored, where, "config")))
+
+    lapa = export_model(
+        read_checkpoint(where),
+        build,
+        "lapa.",
+        key=CHECKPOINT_KEY,
+        command="latent-action lapa fit",
+        where=where,
+        averaged=False,
+    )
     lapa.save_pretrained(out)
-    return lapa.eval()
+    return lapa

@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -21,6 +21,8 @@ from torch import nn
 from repvitok.runtime.errors import UserError
 from repvitok.runtime.files import atomic_file, is_running, sync_file, sync_folder
 from repvitok.runtime.pretrained import fitted_weights, load_weights
+
+Model = TypeVar("Model", bound=nn.Module)
 
 LAST = "last.ckpt"
 SHARDED_META = "meta.pt"
@@ -178,27 +180,43 @@ def read_section(checkpoint: Mapping[str, Any], where: str, *names: str) -> Mapp
     return found
 
 
-def load_trained(
-    model: nn.Module, state: Mapping[str, Any], prefix: str, average: Mapping[str, Any] | None, where: str
-) -> None:
-    """Gives a model its trained weights, and over them their average: each checked as a whole, see `load_weights`.
+def export_model(
+    checkpoint: Mapping[str, Any],
+    build: Callable[[Mapping[str, Any]], Model],
+    prefix: str,
+    *,
+    key: str,
+    command: str,
+    where: str,
+    averaged: bool = True,
+) -> Model:
+    """The model of a checkpoint, in evaluation mode, with the average of its weights where the run kept one.
 
     Args:
-        model: built from the checkpoint's config.
-        state: the section "state_dict" of the training module.
-        prefix: of the model's own weights in it, such as "wam.".
-        average: of the parameters, by the model's names; None for the weights of the last step.
+        checkpoint: as `read_checkpoint` reads it.
+        build: from what the run stored under `key` to the model, on any device, meta as well.
+        prefix: of the model's own weights in the section "state_dict", such as "wam.".
+        key: the section that the training module adds: "ema", and what `build` needs.
+        command: what wrote it, for messages.
         where: the file, for messages.
+        averaged: take the average; else the weights of the last step.
 
     Raises:
-        UserError: names what is missing, unexpected, of another shape or type, or not finite.
+        UserError: it is of another stage, or damaged: names what is missing, unexpected, of another shape or type, or
+            not finite.
     """
-    weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    load_weights(model, weights, where)
-    if average is not None:
+    if key not in checkpoint:
+        raise UserError(
+            f"{where} was not written by `{command}`: give that run's last.ckpt (keys {sorted(checkpoint)[:8]})"
+        )
+    stored, state = read_section(checkpoint, where, key), read_section(checkpoint, where, "state_dict")
+    model = build(stored)
+    load_weights(model, {n.removeprefix(prefix): value for n, value in state.items() if n.startswith(prefix)}, where)
+    if averaged and stored.get("ema", {}) is not None:  # None: the run kept no average
         expected = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        averaged = fitted_weights(average, expected, f"{where}, averaged weights")
-        model.load_state_dict(model.state_dict() | averaged, strict=True, assign=True)
+        average = fitted_weights(read_section(stored, where, "ema", "average"), expected, f"{where}, averaged weights")
+        model.load_state_dict(model.state_dict() | average, strict=True, assign=True)
+    return model.eval()
 
 
 def is_sharded(path: str | Path) -> bool:

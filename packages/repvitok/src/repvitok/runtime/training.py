@@ -104,6 +104,10 @@ class ExponentialMovingAverage:
 
     With `warmup` the decay of update k (from 0) is d_k = min(decay, (1 + k) / (10 + k)), so that a short run is not
     dominated by its random start.
+
+    Attributes:
+        average: of each trained parameter, by its name.
+        live: the parameters themselves while their averages are in the module; None otherwise.
     """
 
     def __init__(self, module: nn.Module, decay: float = 0.999, warmup: bool = True) -> None:
@@ -117,6 +121,7 @@ class ExponentialMovingAverage:
         self.decay = decay
         self.warmup = warmup
         self.updates = 0
+        self.live: dict[str, Tensor] | None = None
         self.average: dict[str, Tensor] = {
             name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad
         }
@@ -139,14 +144,23 @@ class ExponentialMovingAverage:
     @contextmanager
     def swapped(self, module: nn.Module) -> Iterator[nn.Module]:
         """Puts the averages into the module for the length of a `with` block, then the parameters back."""
-        kept = {name: p.detach().clone() for name, p in self._parameters(module).items()}
-        self.copy_to(module)
+        self.swap_in(module)
         try:
             yield module
         finally:
-            with torch.no_grad():
-                for name, parameter in self._parameters(module).items():
-                    parameter.copy_(kept[name])
+            self.swap_out(module)
+
+    def swap_in(self, module: nn.Module) -> None:
+        """Puts the averages into the module until `swap_out`; what is trained waits in `live`."""
+        self.live = {name: p.detach().clone() for name, p in self._parameters(module).items()}
+        self.copy_to(module)
+
+    @torch.no_grad()
+    def swap_out(self, module: nn.Module) -> None:
+        """Puts the parameters back, if the averages are in."""
+        for name, value in (self.live or {}).items():
+            module.get_parameter(name).copy_(value)
+        self.live = None
 
     def to(self, device: torch.device | str) -> ExponentialMovingAverage:
         """Moves the averages to a device, in place."""

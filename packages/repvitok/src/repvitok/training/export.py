@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from repvitok.config import RepViTokConfig
 from repvitok.model import RepViTok
-from repvitok.runtime.checkpointing import load_trained, read_checkpoint, read_section
-from repvitok.runtime.errors import UserError
+from repvitok.runtime.checkpointing import export_model, read_checkpoint, read_section
 
 CHECKPOINT_KEY = "repvitok"
 
@@ -24,26 +25,26 @@ def tokenizer_from_checkpoint(path: str | Path, averaged: bool = True) -> RepViT
     Raises:
         ValueError: if the file is not such a checkpoint.
     """
-    checkpoint = read_checkpoint(path)
-    if CHECKPOINT_KEY not in checkpoint:
-        raise UserError(
-            f"{path} was not written by `repvitok fit`: it holds no RepViTok (keys {sorted(checkpoint)[:8]})"
-        )
-    where = str(path)
-    config = RepViTokConfig.from_dict(dict(read_section(checkpoint, where, CHECKPOINT_KEY, "config")))
-    with torch.device("meta"):
-        tokenizer = RepViTok(config)
-    average = read_section(checkpoint, where, CHECKPOINT_KEY, "ema", "average") if averaged else None
-    load_trained(tokenizer, read_section(checkpoint, where, "state_dict"), "tokenizer.", average, where)
-    return tokenizer.eval()
+    return _tokenizer_of(read_checkpoint(path), str(path), averaged)
 
 
 def export_checkpoint(path: str | Path, out: str | Path, averaged: bool = True) -> RepViTok:
     """Writes config.json, model.safetensors and a model card README.md into `out`; returns the tokenizer."""
-    tokenizer = tokenizer_from_checkpoint(path, averaged)
-    steps = int(read_checkpoint(path, mmap=True).get("global_step") or 0)
+    checkpoint = read_checkpoint(path)
+    tokenizer = _tokenizer_of(checkpoint, str(path), averaged)
+    steps = int(checkpoint.get("global_step") or 0)
     tokenizer.save_pretrained(out, readme=model_card(tokenizer, steps, averaged))
     return tokenizer
+
+
+def _tokenizer_of(checkpoint: Mapping[str, Any], where: str, averaged: bool) -> RepViTok:
+    def build(stored: Mapping[str, Any]) -> RepViTok:
+        with torch.device("meta"):
+            return RepViTok(RepViTokConfig.from_dict(dict(read_section(stored, where, "config"))))
+
+    return export_model(
+        checkpoint, build, "tokenizer.", key=CHECKPOINT_KEY, command="repvitok fit", where=where, averaged=averaged
+    )
 
 
 def model_card(tokenizer: RepViTok, steps: int, averaged: bool) -> str:

@@ -106,7 +106,6 @@ class WAMTraining(L.LightningModule):
         self._finite = FiniteCheck()
         self.wam: WorldActionModel | None = None
         self.ema: ExponentialMovingAverage | None = None
-        self._live: dict[str, torch.Tensor] | None = None
 
     # -- building ------------------------------------------------------------------------------------------------
 
@@ -207,7 +206,7 @@ class WAMTraining(L.LightningModule):
     @contextmanager
     def live_weights(self) -> Iterator[None]:
         """For the length of a block the model has the weights that are trained, also during a validation."""
-        averaged = self._live is not None
+        averaged = self._average().live is not None
         self._swap_in_live()
         try:
             yield
@@ -216,19 +215,13 @@ class WAMTraining(L.LightningModule):
                 self._swap_in_average()
 
     def _swap_in_average(self) -> None:
-        model, average = self._model(), self._average().to(self.device)
-        self._live = {name: p.detach().clone() for name, p in model.named_parameters() if name in average.average}
-        average.copy_to(model)
-        gather_for_sampling(model, gathered=True)
+        self._average().to(self.device).swap_in(self._model())
+        gather_for_sampling(self._model(), gathered=True)
 
     def _swap_in_live(self) -> None:
-        if self._live is not None:
+        if self._average().live is not None:
             gather_for_sampling(self._model(), gathered=False)
-            with torch.no_grad():
-                for name, parameter in self._model().named_parameters():
-                    if name in self._live:
-                        parameter.copy_(self._live[name])
-            self._live = None
+            self._average().swap_out(self._model())
 
     def on_validation_epoch_end(self) -> None:
         """Log the loss over all ranks' held-out numbers, and what was sampled, of each data set by itself."""
@@ -285,7 +278,7 @@ class WAMTraining(L.LightningModule):
         if isinstance(self.trainer.strategy, ShardedStrategy):
             del average["average"]  # the strategy writes it, each rank its part
         else:  # during a validation the model holds averages
-            live = {f"wam.{name}": weight for name, weight in (self._live or {}).items()}
+            live = {f"wam.{name}": weight for name, weight in (self._average().live or {}).items()}
             checkpoint["state_dict"] = checkpoint["state_dict"] | live
         described = {
             "config": self._model().config.to_dict(),

@@ -68,12 +68,71 @@ def test_orthogonalize_brings_singular_values_near_one(shape):
     assert values.max() < 1.3
 
 
-@pytest.mark.parametrize("shape", [(16, 16), (8, 24), (24, 8)])
+@pytest.mark.parametrize("shape", [(16, 16), (8, 24), (24, 8), (3, 8, 24), (5, 96, 32)])
 def test_orthogonalize_equals_muon_optimizer_in_bf16(shape):
     muon = pytest.importorskip("muon")
     torch.manual_seed(1)
     matrix = torch.randn(*shape)
     assert torch.equal(orthogonalize(matrix), muon.zeropower_via_newtonschulz5(matrix, steps=5))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gram", "theirs"), [("bfloat16", False, 1), ("float32", False, 0), ("bfloat16", True, 0)]
+)
+def test_a_bf16_step_is_muon_optimizers_and_without_the_package_the_same_bits(dtype, gram, theirs, monkeypatch):
+    muon = pytest.importorskip("muon")
+    published, calls, stepped = muon.zeropower_via_newtonschulz5, [], []
+
+    def counted(*arguments, **options):
+        calls.append(arguments)
+        return published(*arguments, **options)
+
+    for installed in (True, False):
+        monkeypatch.setattr(muon, "zeropower_via_newtonschulz5", counted)
+        if not installed:  # as where another package is called muon
+            monkeypatch.delattr(muon, "zeropower_via_newtonschulz5")
+        torch.manual_seed(5)
+        model = nn.ModuleList([nn.Linear(8, 24, bias=False)])
+        optimizer = build_optimizer(model, "muon", newton_schulz_dtype=dtype, newton_schulz_gram=gram)
+        model[0].weight.grad = torch.randn(24, 8)
+        with torch.autocast("cpu", dtype=torch.float16):
+            optimizer.step()
+        stepped.append(model[0].weight.detach())
+    assert len(calls) == theirs
+    assert torch.equal(*stepped)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (8, 40), (40, 8), (3, 8, 24), (8, 11)])
+@pytest.mark.parametrize("steps", [1, 3, 5, 7])
+def test_the_gram_iteration_equals_the_plain_one(shape, steps):
+    torch.manual_seed(6)
+    matrix = torch.randn(*shape, dtype=torch.float64)
+    matrix[..., 0] *= 1e-5  # nearly of lower rank
+    plain, gram = (orthogonalize(matrix, steps, torch.float64, gram=gram) for gram in (False, True))
+    torch.testing.assert_close(gram, plain, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gram_iteration_rounds_no_worse_than_the_plain_one(dtype):
+    """Of a matrix whose singular values fall from 1 to 1e-4: what is lost in A = X X^T is not blown up."""
+    torch.manual_seed(7)
+    left, right = (torch.linalg.qr(torch.randn(n, 64, dtype=torch.float64))[0] for n in (64, 256))
+    matrix = left * torch.logspace(0, -4, 64, dtype=torch.float64) @ right.mT
+    exact = orthogonalize(matrix, dtype=torch.float64)
+    plain, gram = ((orthogonalize(matrix, dtype=dtype, gram=gram) - exact).norm() for gram in (False, True))
+    assert gram < 1.5 * plain
+
+
+def test_the_gram_iteration_takes_the_operations_that_it_says():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    m, n = 16, 80
+    counts = []
+    for gram in (False, True):
+        with FlopCounterMode(display=False) as counter:
+            orthogonalize(torch.randn(m, n), dtype=torch.float32, gram=gram)
+        counts.append(counter.get_total_flops())
+    assert counts == [20 * m**2 * n + 10 * m**3, 8 * m**2 * n + 28 * m**3]
 
 
 def test_orthogonalize_of_a_batch_is_that_of_each():

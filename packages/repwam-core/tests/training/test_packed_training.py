@@ -163,6 +163,7 @@ def test_a_packed_run_resumes_in_the_middle_of_an_epoch(fit, tmp_path):
     assert (curves["cost/tokens_per_s"][:, 1] > 0).all()
     assert 0 <= curves["cost/waste"][-1, 1] < 0.3
     assert 0 <= curves["cost/data_wait"][-1, 1] <= 1
+    assert 0 < curves["cost/optimizer"][-1, 1] < 1
 
 
 def test_several_robots_train_together_and_each_is_exported_with_its_own_channels(fit, tmp_path, write_shards):

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from repvitok.runtime.documents import parse_episodes
 from repvitok.runtime.errors import UserError
 
@@ -66,6 +68,14 @@ def split_episodes(
             "fewer"
         )
     return train, [episode for episode in left if episode in chosen]
+
+
+def held_out_by_0_1(episodes: Iterable[int], fraction: float) -> list[int]:
+    """The episodes that version 0.1 held out for a share: a permutation seeded by their count (docs/decisions/054)."""
+    known = sorted(set(episodes))
+    count = max(round(fraction * len(known)), 1) if fraction else 0
+    order = np.random.default_rng((2606, len(known))).permutation(len(known))
+    return sorted(known[place] for place in order[:count])
 
 
 class LatentSpan(NamedTuple):

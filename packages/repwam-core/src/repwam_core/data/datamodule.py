@@ -156,6 +156,7 @@ class WAMDataModule(L.LightningDataModule):
                 latents=latents or "", statistics=statistics, action_units=action_units, action_kind=action_kind
             )
         ]
+        self.split_of_0_1 = False
         self._on_demand = LatentsOnDemand(encoding) if encoding is not None else None
 
     @cached_property
@@ -169,7 +170,13 @@ class WAMDataModule(L.LightningDataModule):
             tokenizer_digest=self.tokenizer_digest,
             memory_limit_gb=self.memory_limit_gb,
             chunk_frames=self.chunk_sizes[1],
+            split_of_0_1=self.split_of_0_1,
         )
+
+    def keep_split_of_0_1(self) -> None:
+        """Holds out what version 0.1 did, since it began the run that goes on (docs/decisions/054)."""
+        self.split_of_0_1 = True
+        self.__dict__.pop("mixture", None)
 
     def _latents(self, entry: DataSetSettings) -> str | Path:
         """The folder of a data set's latents: the given one, or where they are made."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from repvitok.data import LatentMeta, LatentShards
-from repvitok.data.split import HeldOut
+from repvitok.data.split import HeldOut, held_out_by_0_1
 from repvitok.runtime.documents import Above0, check_arguments
 from repvitok.runtime.errors import UserError
 
@@ -55,6 +55,7 @@ class Mixture:
         tokenizer_digest: of the tokenizer that must have made all latents.
         memory_limit_gb: of each data set, see `EpisodeStore`.
         chunk_frames: latent frames of the longest chunk that is learned, see `count_statistics`.
+        split_of_0_1: hold out what version 0.1 did for a share: go on with a run that it began.
 
     Raises:
         ValueError: latents of different tokenizers or depth ranges, a different number of action vectors per
@@ -70,6 +71,7 @@ class Mixture:
         tokenizer_digest: str | None = None,
         memory_limit_gb: float | int = MEMORY_LIMIT_GB,
         chunk_frames: int = 1,
+        split_of_0_1: bool = False,
     ) -> None:
         shards = [LatentShards(entry.latents, expect_digest=tokenizer_digest) for entry in settings]
         metas = [entry.meta for entry in shards]
@@ -80,12 +82,15 @@ class Mixture:
         layout = _action_layout(settings, metas) if several else None
         states = list(dict.fromkeys(name for meta in metas for name in meta.state_names)) if several else None
         self.space, self.weights = space, [entry.weight for entry in settings]
+        kept: list[HeldOut] = [held_out for _ in shards]
+        if split_of_0_1 and isinstance(held_out, float | int):
+            kept = [held_out_by_0_1((info.episode_index for info in entry.infos), held_out) for entry in shards]
         self.stores = [
             EpisodeStore(
                 entry_shards,
                 space=space,
                 text_encoder=text_encoder,
-                held_out=held_out,
+                held_out=kept[number],
                 statistics=None if entry.statistics is None else Statistics.load(entry.statistics),
                 units=entry.action_units,
                 kind=entry.action_kind,

@@ -20,18 +20,24 @@ class StepBanner(L.Callback):
     """Logs the cost of packed training steps, every `log_every_n_steps` steps.
 
     `cost/tokens_per_s` over all ranks; `cost/mfu` where the device's peak is known, with recomputation counted once;
-    `cost/memory_gib` at most so far, on a GPU; `cost/waste`, the share of the token budget that holds no token, and
-    `cost/data_wait`, the share of time spent on getting batches.
+    `cost/memory_gib` at most so far, on a GPU; `cost/waste`, the share of the token budget that holds no token;
+    `cost/data_wait` and `cost/optimizer`, the shares of time spent on getting batches, and on clipping gradients,
+    stepping and averaging weights.
     """
 
     def __init__(self) -> None:
         self._start_s = self._waited_s = 0.0
+        self._optimizer: list[list[Any]] = []  # when each step of the optimizer began and ended
         self._tokens = self._budget = self._flops = 0.0
         self._known: dict[DocumentKind, tuple[DocumentCosts, DocumentCosts]] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
         """Start the clock."""
         self._restart(trainer)
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:  # noqa: ARG002
+        """The backward pass is over."""
+        self._optimizer.append([_now(trainer.strategy.root_device)])
 
     def on_train_batch_end(
         self,
@@ -42,7 +48,10 @@ class StepBanner(L.Callback):
         batch_idx: int,
     ) -> None:
         """Count a step; report and begin anew when it is time."""
+        if self._optimizer and len(self._optimizer[-1]) == 1:
+            self._optimizer[-1].append(_now(trainer.strategy.root_device))
         if not isinstance(batch, PackedBatch):
+            self._optimizer = []
             return
         self._tokens += batch.tokens
         self._budget += batch.token_budget
@@ -60,6 +69,7 @@ class StepBanner(L.Callback):
             "cost/tokens_per_s": trainer.world_size * self._tokens / spent_s,
             "cost/waste": 1 - self._tokens / self._budget,
             "cost/data_wait": (_waited_s(trainer) - self._waited_s) / spent_s,
+            "cost/optimizer": sum(_between_s(*times) for times in self._optimizer) / spent_s,
         }
         if trainer.strategy.root_device.type == "cuda":
             rows["cost/memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -70,6 +80,21 @@ class StepBanner(L.Callback):
     def _restart(self, trainer: L.Trainer) -> None:
         self._start_s, self._waited_s = time.perf_counter(), _waited_s(trainer)
         self._tokens = self._budget = self._flops = 0.0
+        self._optimizer = []
+
+
+def _now(device: torch.device) -> Any:
+    """A moment of a device's work: on a GPU an event in its stream, which nothing waits for."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between_s(begin: Any, end: Any) -> float:
+    """Seconds between two moments of `_now` that have passed."""
+    return begin.elapsed_time(end) / 1000 if isinstance(begin, torch.cuda.Event) else end - begin
 
 
 def _waited_s(trainer: L.Trainer) -> float:

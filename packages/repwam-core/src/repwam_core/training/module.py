@@ -286,6 +286,7 @@ class WAMTraining(L.LightningModule):
             "text_encoder": store.text_encoder,
             "plan": asdict(self.plan),
             "chunks": asdict(self.chunks),
+            "split_of_0_1": self.trainer.datamodule.split_of_0_1,  # type: ignore[attr-defined]
             **_described(store),
             "data_sets": [_described(store) for store in self._mixture().stores],
             "channels": list(store.action_channels),
@@ -301,6 +302,8 @@ class WAMTraining(L.LightningModule):
         if CHECKPOINT_KEY not in checkpoint:
             raise UserError("this checkpoint was not written by `repwam fit`: it holds no averaged weights")
         stored = json.loads(checkpoint[CHECKPOINT_KEY]["json"])
+        if stored.get("split_of_0_1", "chunks" not in stored):
+            self.trainer.datamodule.keep_split_of_0_1()  # type: ignore[attr-defined]
         expected = [Statistics.from_dict(entry["statistics"]) for entry in stored["data_sets"]]
         found = [store.statistics for store in self._mixture().stores]
         if len(expected) != len(found) or not all(map(Statistics.same_data, expected, found)):

@@ -127,8 +127,16 @@ def load_sharded(path: Path, module: Any, optimizer: torch.optim.Optimizer | Non
             "exported weights"
         )
     plain = read_checkpoint(path)
+    stored = PlainReader(path).read_metadata().state_dict_metadata
     tensors = _tensors(module, optimizer, created=True)
-    _check_names(path, tensors)
+    if optimizer is not None:
+        for name, parameter in module.named_parameters():
+            states = [f"optimizer.{name}.{key}" for key in optimizer.state[parameter]]
+            if not any(state in stored for state in states):  # it had no gradient so far, as another space's weights
+                del optimizer.state[parameter]
+                for state in states:
+                    del tensors[state]
+    _check_names(path, tensors, stored)
     load(tensors, storage_reader=PlainReader(path))
     module.ema.updates = plain["ema_updates"]
     if optimizer is not None:
@@ -213,8 +221,7 @@ def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
 
 
-def _check_names(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    stored = PlainReader(path).read_metadata().state_dict_metadata
+def _check_names(path: Path, tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> None:
     for name, tensor in tensors.items():
         if name not in stored:
             raise UserError(f"{path} holds no {name!r}: load a checkpoint of this model and optimizer")

@@ -17,7 +17,7 @@ import os
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -49,7 +49,6 @@ __all__ = [
     "LatentMeta",
     "LatentShardWriter",
     "LatentShards",
-    "add_episode_to_tar",
     "read_episode_file",
     "replace_instructions",
     "write_episode_file",
@@ -107,7 +106,7 @@ class LatentShardWriter:
         self._provenance = dict(provenance or {})
         self._statistics, self._latent_actions = ChannelStatistics(), ChannelStatistics()
         self._shards: list[dict[str, Any]] = []
-        self._open: tuple[tarfile.TarFile, Path, list[EpisodeInfo], ExitStack] | None = None
+        self._open: _OpenShard | None = None
         self._keys: set[str] = set()
         self._closed = False
         if (self.root / "meta.json").exists():
@@ -126,10 +125,13 @@ class LatentShardWriter:
         self._statistics.add(stored)
         if episode.latent_actions is not None and len(episode.latent_actions):
             self._latent_actions.add(episode.latent_actions)
-        tar, _, held, _ = self._open or self._start_shard()
-        add_episode_to_tar(tar, dataclasses.replace(episode, latents=stored))
-        held.append(episode.info)
-        if tar.fileobj is not None and tar.fileobj.tell() >= self._shard_bytes:
+        shard = self._open or self._start_shard()
+        sample = episode_sample(dataclasses.replace(episode, latents=stored))
+        shard.tar.write(sample)
+        # A tar is made of blocks of 512 bytes: one for a member's header, and those that its content begins.
+        shard.bytes += sum(512 * (1 + -(-len(data) // 512)) for name, data in sample.items() if name != "__key__")
+        shard.episodes.append(episode.info)
+        if shard.bytes >= self._shard_bytes:
             self._finish_shard()
 
     def close(self) -> LatentMeta:
@@ -161,7 +163,7 @@ class LatentShardWriter:
         if kind is None:
             self.close()
         elif self._open:
-            writing, self._open = self._open[-1], None
+            writing, self._open = self._open.writing, None
             writing.__exit__(kind, error, trace)
 
     def _check(self, episode: LatentEpisode) -> None:
@@ -177,20 +179,30 @@ class LatentShardWriter:
             raise UserError(f"{episode.key}: an episode with this key was already written to {self.root}")
         self._keys.add(episode.key)
 
-    def _start_shard(self) -> tuple[tarfile.TarFile, Path, list[EpisodeInfo], ExitStack]:
+    def _start_shard(self) -> _OpenShard:
         path, writing = self.root / f"latents-{len(self._shards):06d}.tar", ExitStack()
-        partial = writing.enter_context(atomic_file(path))
-        tar = writing.enter_context(tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT))  # noqa: SIM115
-        self._open = (tar, path, [], writing)
+        tar = writing.enter_context(tar_writer(writing.enter_context(atomic_file(path))))
+        self._open = _OpenShard(tar, path, writing)
         return self._open
 
     def _finish_shard(self) -> None:
         assert self._open is not None
-        _, path, held, writing = self._open
-        self._open = None
-        writing.close()
-        described = [dataclasses.asdict(info) for info in held]
-        self._shards.append({**_describe_tar(path), "keys": [info.key for info in held], "episodes": described})
+        shard, self._open = self._open, None
+        shard.writing.close()
+        infos = shard.episodes
+        described = [dataclasses.asdict(info) for info in infos]
+        self._shards.append({**_describe_tar(shard.path), "keys": [info.key for info in infos], "episodes": described})
+
+
+@dataclass
+class _OpenShard:
+    """A tar under way: its writer, where it will stand, what closes it, what it holds so far."""
+
+    tar: Any
+    path: Path
+    writing: ExitStack
+    episodes: list[EpisodeInfo] = field(default_factory=list)
+    bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -444,12 +456,12 @@ def write_labels(
             leftover.unlink()
         for number, shard in enumerate(document["shards"]):
             path = out / f"labels-{number:06d}.tar"
-            with atomic_file(path) as partial, tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+            with atomic_file(path) as partial, tar_writer(partial) as tar:
                 for key in shard["keys"]:
                     array = labels_of(infos[key])
                     if len(array):
                         statistics.add(array)
-                    _add_member(tar, f"{key}.latent_actions.npy", _npy(array))
+                    tar.write({"__key__": key, "latent_actions.npy": _npy(array)})
             shard["labels"] = _describe_tar(path)
             if elsewhere:
                 link_or_copy(shards.root / shard["name"], out / shard["name"])
@@ -525,21 +537,27 @@ def remove_work(root: Path, *more: str) -> None:
         (root / _BEGUN).unlink(missing_ok=True)
 
 
-def add_episode_to_tar(tar: tarfile.TarFile, episode: LatentEpisode) -> None:
-    """Appends one episode as WebDataset members `<key>.<array>.npy` and `<key>.json`; the same bytes every time."""
-    for name in _ARRAYS:
-        array = getattr(episode, name)
-        if array is not None:
-            _add_member(tar, f"{episode.key}.{name}.npy", _npy(array))
+@contextmanager
+def tar_writer(path: Path) -> Iterator[Any]:
+    """webdataset's `TarWriter` of a file, which writes the same bytes every time: no dates, no names of users."""
+    from webdataset import TarWriter  # it loads torch; who only reads does without
+
+    with open(path, "wb") as file, TarWriter(file, user="", group="", mode=0o644, encoder=False, mtime=0) as tar:
+        yield tar
+
+
+def episode_sample(episode: LatentEpisode) -> dict[str, Any]:
+    """An episode as a WebDataset sample: `<key>.<array>.npy` for each of its arrays, and `<key>.json`."""
     described = {"episode_index": episode.episode_index, "offset": episode.offset, "task": episode.task}
-    _add_member(tar, f"{episode.key}.json", json.dumps(described, sort_keys=True).encode())
+    arrays = {f"{name}.npy": _npy(a) for name in _ARRAYS if (a := getattr(episode, name)) is not None}
+    return {"__key__": episode.key, **arrays, "json": json.dumps(described, sort_keys=True).encode()}
 
 
 def write_episode_file(path: Path, episode: LatentEpisode, *, dtype: str = "float32") -> None:
     """Writes one episode as a tar of its own, whole or not at all: what a resumable job keeps while it runs."""
     stored = dataclasses.replace(episode, latents=np.ascontiguousarray(episode.latents.astype(dtype)))
-    with atomic_file(path) as partial, tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
-        add_episode_to_tar(tar, stored)
+    with atomic_file(path) as partial, tar_writer(partial) as tar:
+        tar.write(episode_sample(stored))
 
 
 def read_episode_file(path: Path) -> LatentEpisode:
@@ -555,12 +573,6 @@ def _npy(array: np.ndarray) -> bytes:
 
 def _describe_tar(path: Path) -> dict[str, Any]:
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
-
-
-def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
 
 
 def _read_document(root: Path) -> dict[str, Any]:

@@ -65,20 +65,6 @@ def test_reset_begins_a_new_clip_of_any_size(any_tok: VideoTokenizer, video: Ten
     assert torch.equal(stream.encode(video[:, :, :5]), first)
 
 
-def test_selected_streams_go_on_as_if_alone(any_tok: VideoTokenizer, video: Tensor) -> None:
-    stream = any_tok.stream(3, window=None)
-    z = stream.encode(video[:, :, :5])
-    stream.decode(z)
-    stream.select([2, 0])
-    assert stream.batch_size == 2
-    whole = any_tok.encode(video, window=None)
-    torch.testing.assert_close(stream.encode(video[[2, 0], :, 5:]), whole[[2, 0], 2:], rtol=0, atol=1e-4)
-    frames = any_tok.decode(whole, SIZE, window=None)
-    torch.testing.assert_close(stream.decode(whole[[2, 0], 2:]), frames[[2, 0], :, 5:], rtol=0, atol=1e-4)
-    with pytest.raises(ValueError, match=r"streams 0 to 1, got \[2\]"):
-        stream.select([2])
-
-
 def test_what_does_not_continue_a_stream_is_refused_and_changes_nothing(any_tok: VideoTokenizer, video: Tensor) -> None:
     stream = any_tok.stream(3, window=None)
     with pytest.raises(ValueError, match=r"1 \+ 4 n frames"):

@@ -137,18 +137,6 @@ def test_reset_begins_a_new_clip(tok: RepViTok, make_video: MakeVideo) -> None:
     assert torch.equal(stream.encode(make_video(5)), first)
 
 
-def test_selected_streams_go_on_as_if_alone(tok: RepViTok, make_video: MakeVideo) -> None:
-    video = make_video(9, batch=3)
-    stream = tok.stream(3)
-    stream.encode(video[:, :, :5])
-    stream.select([2, 0])
-    assert stream.batch_size == 2
-    latents = stream.encode(video[[2, 0], :, 5:])
-    torch.testing.assert_close(latents, tok.encode(video)[[2, 0], 2:], rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="streams 0 to 1, got \\[2\\]"):
-        stream.select([2])
-
-
 def test_a_stream_holds_no_graph(tok: RepViTok, make_video: MakeVideo) -> None:
     stream = tok.stream(2)
     assert not stream.encode(make_video(1)).requires_grad

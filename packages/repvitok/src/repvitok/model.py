@@ -114,18 +114,6 @@ class TokenizerStream:
         """Begin a new clip."""
         self.state = StreamState()
 
-    def select(self, rows: list[int]) -> None:
-        """Go on with some of the streams only, in the order of `rows`: the others have ended.
-
-        Raises:
-            ValueError: `rows` is empty or names a stream that is not there.
-        """
-        if not rows or not all(0 <= row < self.batch_size for row in rows):
-            raise UserError(f"rows must name some of the streams 0 to {self.batch_size - 1}, got {rows}")
-        halves = (self.state.encoder, self.state.decoder)
-        self.state = StreamState(*(half if half is None else half.select(rows) for half in halves))
-        self.batch_size = len(rows)
-
     @torch.no_grad()
     def encode(self, frames: Float[Tensor, "b 3 T H W"]) -> Float[Tensor, "b frames tokens d"]:
         """The latents of the next frames.

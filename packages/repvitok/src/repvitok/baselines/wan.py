@@ -200,14 +200,6 @@ class WanStream:
         """Begin a new clip."""
         self.state = WanState()
 
-    def select(self, rows: list[int]) -> None:
-        """Go on with some of the streams only; as `TokenizerStream.select`."""
-        if not rows or not all(0 <= row < self.batch_size for row in rows):
-            raise UserError(f"rows must name some of the streams 0 to {self.batch_size - 1}, got {rows}")
-        encoder, decoder = (_picked(slots, rows) for slots in (self.state.encoder, self.state.decoder))
-        self.state = replace(self.state, encoder=encoder, decoder=decoder)
-        self.batch_size = len(rows)
-
     @torch.no_grad()
     def encode(self, frames: Float[Tensor, "b 3 T H W"]) -> Float[Tensor, "b frames tokens d"]:
         """The latents of the next frames: 1 + 4n of them at the beginning, 4n afterwards.
@@ -264,13 +256,6 @@ class WanStream:
             raise UserError(
                 f"this stream began with frames of {began}, got {came}; reset() it to begin a clip of another size"
             )
-
-
-def _picked(slots: tuple[Any, ...] | None, rows: list[int]) -> tuple[Any, ...] | None:
-    """The memory of some streams; a slot may also hold nothing yet, or the mark of diffusers that one frame came."""
-    if slots is None:
-        return None
-    return tuple(slot[rows] if isinstance(slot, Tensor) else slot for slot in slots)
 
 
 def _slots(module: nn.Module) -> list[Any]:

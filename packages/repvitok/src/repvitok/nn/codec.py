@@ -92,11 +92,6 @@ class CodecState:
     grid: tuple[int, int]
     layers: tuple[KeyValues, ...]
 
-    def select(self, rows: list[int]) -> CodecState:
-        """The state of some of the batch's streams, in the order of `rows`."""
-        layers = tuple(KeyValues(layer.keys[rows], layer.values[rows]) for layer in self.layers)
-        return CodecState(self.frames, self.grid, layers)
-
 
 class LatentProjection(nn.Module):
     """The attention-based projection of tokens to latents, and the layer norm that gives them unit scale.

@@ -100,9 +100,6 @@ class LatentActionData(L.LightningDataModule):
             one of several frames: a change of code, not of the scene, and so large that it drowns the others
             (docs/decisions/020). Set it for a tokenizer that encodes every frame alike.
         memory_limit_gb: refuse latents that take more than this in memory.
-
-    Raises:
-        ValueError: on setup, where the latents cannot be used.
     """
 
     def __init__(
@@ -162,11 +159,7 @@ class LatentActionData(L.LightningDataModule):
         return EvaluationBatches(self._require_setup()[1], self.batch_size, self.val_transitions)
 
     def test_dataloader(self) -> EvaluationBatches:
-        """All transitions of the held-out episodes.
-
-        Raises:
-            UserError: there are none; Lightning would end without a word.
-        """
+        """All transitions of the held-out episodes."""
         held_out = self._require_setup()[1]
         if not len(held_out):
             raise UserError("data.held_out: nothing is held out of these episodes, so there is nothing to test on")

@@ -49,11 +49,7 @@ class TokenPositions(nn.Module):
         nn.init.normal_(self.view.weight, std=0.02)
 
     def forward(self, grid: Grid) -> Float[Tensor, "tokens features"]:
-        """Features of every token of `grid`.
-
-        Raises:
-            ValueError: the grid has more views than there are embeddings for.
-        """
+        """Features of every token of `grid`."""
         if grid[0] > self.view.num_embeddings:
             raise UserError(
                 f"grid {grid} has {grid[0]} views, but the model was made for at most "

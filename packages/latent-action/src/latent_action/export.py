@@ -35,11 +35,7 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path) -> LatentActionTo
 
 
 def read_tokenizer(checkpoint: dict[str, Any], where: str = "the checkpoint") -> LatentActionTokenizer:
-    """The LAT in a loaded checkpoint.
-
-    Raises:
-        ValueError: the checkpoint is of another stage, or its weights do not fit its config.
-    """
+    """The LAT in a loaded checkpoint."""
 
     def build(stored: Mapping[str, Any]) -> LatentActionTokenizer:
         return LatentActionTokenizer(LatentActionConfig.from_dict(read_section(stored, where, "config")))

@@ -114,11 +114,7 @@ def label_latents(
 
 
 def require_same_tokenizer(lat: LatentActionTokenizer, shards: LatentShards) -> None:
-    """Check that the latents are of the tokenizer the LAT was trained on.
-
-    Raises:
-        ValueError: the digests differ, or the LAT records none.
-    """
+    """Check that the latents are of the tokenizer the LAT was trained on."""
     known, found = lat.config.tokenizer_digest, shards.meta.tokenizer_digest
     if known is None:
         raise UserError(

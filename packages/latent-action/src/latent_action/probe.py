@@ -173,9 +173,6 @@ def make_task(
         train, scored: which transitions heads train on, and which they are scored on.
         grid: (views, rows, columns) of a latent frame.
         seed: of the batches.
-
-    Raises:
-        ValueError: the table holds no such target, or no transition to train on or to score.
     """
     values = {"actions": table.actions, "motion": table.motion}[target]
     if values is None:

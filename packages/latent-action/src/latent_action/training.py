@@ -40,9 +40,6 @@ class LatentActionTraining(L.LightningModule):
         optimizer: of the LAT and the control; its schedule ends at the trainer's max_steps.
         gradient_clip: largest norm of the gradient, of the LAT and of the control each; null for none.
         ema_decay: validate and export an average of the weights with this decay; null for none.
-
-    Raises:
-        ValueError: a weight is negative, or the data do not fit `lat`.
     """
 
     def __init__(

@@ -51,9 +51,6 @@ def transfer_losses(
             donor never shows the borrower's scene.
         grid: (views, rows, columns) of a latent frame.
         seed: of the random lenders.
-
-    Raises:
-        ValueError: the robot's motion is not known, or there is one group only.
     """
     group = table.episode if group is None else group
     donor = matching_transitions(table, group)
@@ -74,9 +71,6 @@ def matching_transitions(table: TransitionTable, group: Int[Tensor, " transition
     """For every transition, the one of another group in which the robot moved most alike.
 
     Alike is the Euclidean distance of the changes of the robot's state, each channel in its own standard deviation.
-
-    Raises:
-        ValueError: the robot's motion is not known, or there is one group only.
     """
     if table.motion is None:
         raise UserError("These latents hold no robot state, so nobody knows which motions are alike.")

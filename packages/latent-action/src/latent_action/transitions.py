@@ -77,9 +77,6 @@ def load_transitions(episodes: Iterable[LatentEpisode], standardise: Callable[[T
     Args:
         episodes: latent episodes, for example a `LatentShards`; those with one latent frame hold no transition.
         standardise: from raw latents (frames, tokens, d) to standardised ones.
-
-    Raises:
-        ValueError: no episode has two latent frames.
     """
     frames: list[Tensor] = []
     first: list[Tensor] = []

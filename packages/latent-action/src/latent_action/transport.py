@@ -29,9 +29,6 @@ def resolve_grid(tokens: int, grid: Grid | None) -> Grid:
     Args:
         tokens: tokens per latent frame, L.
         grid: (views, rows, columns), or None.
-
-    Raises:
-        ValueError: the grid does not hold `tokens` tokens, or `tokens` is no square and no grid is given.
     """
     if grid is None:
         side = math.isqrt(tokens)

@@ -200,10 +200,6 @@ def write_episode_picture(
         transitions: most transitions to draw in a PNG.
         columns: pictures per row of a PNG.
         lapa: LAPA's quantiser; its map is drawn to the right of ours.
-
-    Raises:
-        ValueError: the latents come from another tokenizer, hold no such episode, or belong to another data set; or
-            `out` is neither .png nor .mp4.
     """
     out = Path(out)
     if out.suffix.lower() not in (".png", ".mp4"):
@@ -246,11 +242,7 @@ def transition_layers(
 
 
 def find_episode(shards: LatentShards, episode: int | None) -> LatentEpisode:
-    """The first entry of an episode (it may have been encoded at several offsets); of None, the first of all.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The first entry of an episode (it may have been encoded at several offsets); of None, the first of all."""
     numbers = [info.episode_index for info in shards.infos]
     if episode is not None and episode not in numbers:
         raise UserError(f"{shards.root} holds no episode {episode}; it holds {format_episodes(numbers)}.")

@@ -109,11 +109,6 @@ def encode_dataset(
 
     Returns:
         The meta of the finished shards, or of the finished share; mean and std over all latents written.
-
-    Raises:
-        ValueError: a size, stride, offset, camera or episode does not fit, every episode is too short for an offset, a
-            video is missing or damaged, `out` holds latents made otherwise or anything else, or another process is
-            writing it.
     """
     out = Path(out)
     for name, value in (("workers", workers), ("batch_size", batch_size)):
@@ -392,9 +387,6 @@ def decode_shards(
 
     Returns:
         The files written.
-
-    Raises:
-        ValueError: if another tokenizer made the latents, or an episode asked for is not there.
     """
     shards = LatentShards(latents, expect_digest=tokenizer.digest())
     wanted = set(choose_episodes(episodes, [info.episode_index for info in shards.infos], str(latents)))

@@ -57,11 +57,7 @@ class EncodingJob:
         encode_dataset(tokenizer, reader, self.out, shard=shard, report=print, **self.settings)
 
     def announce(self, reader: EpisodeReader, shard: JobSlice | None = None) -> None:
-        """Says on stderr what the episodes and cameras to encode hold, and what later stages will miss.
-
-        Raises:
-            UserError: there is no such camera or episode, or a file that will be read is missing.
-        """
+        """Says on stderr what the episodes and cameras to encode hold, and what later stages will miss."""
         episodes = episodes_of_slice(infos_of(reader, self.settings.get("episodes")), shard)
         cameras = choose_cameras(reader, self.settings.get("cameras"))
         describe_contents(reader, cameras, episodes).announce()
@@ -70,9 +66,6 @@ class EncodingJob:
 def run_job(job: EncodingJob, *, shard: JobSlice | None = None, processes: int = 1) -> None:
     """Encodes, in this process or in several, which share the episodes; several without a `shard` are merged at the
     end.
-
-    Raises:
-        UserError: the number of processes is not positive, or one of them failed; it has said why.
     """
     if not 1 <= processes <= MOST_PROCESSES:
         raise UserError(f"--processes: expected 1 to {MOST_PROCESSES} on this machine, got {processes}")

@@ -98,12 +98,7 @@ def make_config(
     dtype: str,
     episodes: EpisodeNumbers | None = None,
 ) -> EncodingConfig:
-    """The config of an encoding.
-
-    Raises:
-        ValueError: a size, stride, offset, camera, dtype or episode does not fit, or every episode is too short for an
-            offset.
-    """
+    """The config of an encoding."""
     tok.grid(*size)
     chosen = choose_cameras(reader, cameras)
     asked = infos_of(reader, episodes)
@@ -141,11 +136,7 @@ def long_enough(episodes: Sequence[EpisodeInfo], offsets: Sequence[int]) -> list
 
 
 def choose_cameras(reader: EpisodeReader, cameras: Sequence[str] | None) -> tuple[str, ...]:
-    """The cameras to encode, all of the data set's when None.
-
-    Raises:
-        UserError: there is no such camera, none at all, or one is named twice.
-    """
+    """The cameras to encode, all of the data set's when None."""
     chosen = tuple(cameras or reader.camera_keys)
     for camera in chosen:
         reader.require_camera(camera)
@@ -165,11 +156,7 @@ def infos_of(reader: EpisodeReader, episodes: EpisodeNumbers | None) -> list[Epi
 
 
 def read_robot_columns(reader: EpisodeReader, episode: int) -> dict[str, np.ndarray]:
-    """The actions and states of an episode, as far as there are any: (T, channels) float32 each.
-
-    Raises:
-        UserError: a number that float32 cannot hold; and what `reader.episode` raises.
-    """
+    """The actions and states of an episode, as far as there are any: (T, channels) float32 each."""
     columns = reader.episode(episode, [key for key in ROBOT_COLUMNS if key in reader.features])
     return {
         key: robot_numbers(
@@ -210,11 +197,7 @@ def instruction_source(reader: EpisodeReader, episodes: Sequence[EpisodeInfo]) -
 
 
 def episodes_of_slice(episodes: Sequence[EpisodeInfo], share: JobSlice | None) -> list[EpisodeInfo]:
-    """The i-th of n runs of neighbouring episodes of about equally many frames, each at least one episode; None: all.
-
-    Raises:
-        ValueError: i is no number below n, or there are fewer than n episodes.
-    """
+    """The i-th of n runs of neighbouring episodes of about equally many frames, at least one each; None: all."""
     if share is None:
         return list(episodes)
     index, shares = share

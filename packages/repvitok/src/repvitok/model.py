@@ -32,9 +32,6 @@ def encode_flops(config: RepViTokConfig, frames: int, size: tuple[int, int]) -> 
 
     Norms, rotations and softmax are left out (under 2 % at the paper's size). A training step costs about three times
     the sum of both directions, four with recomputed activations.
-
-    Raises:
-        ValueError: the clip does not fit the config.
     """
     latent_frames, tokens, pairs = _tokens_and_pairs(config, frames, size)
     width, n = config.width, latent_frames * tokens

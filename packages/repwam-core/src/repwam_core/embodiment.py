@@ -89,11 +89,7 @@ class Embodiment:
 
 
 def shared_channels(embodiments: Sequence[Embodiment]) -> tuple[str, ...]:
-    """One order of named action channels for several embodiments: their union, in order of first appearance.
-
-    Raises:
-        UserError: when one name comes with two units.
-    """
+    """One order of named action channels for several embodiments: their union, in order of first appearance."""
     units: dict[str, str] = {}
     for embodiment in embodiments:
         for channel in embodiment.action_channels:

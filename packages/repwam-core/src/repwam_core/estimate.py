@@ -417,11 +417,7 @@ def estimate_run(request: RunRequest, config: WAMConfig | None = None) -> RunEst
 
 
 def packed_sequence(config: WAMConfig, request: RunRequest) -> SequenceCost:
-    """A sequence of equal episodes, as many as fit the token budget; of a piece of one where not even one fits.
-
-    Raises:
-        ValueError: not even one chunk fits.
-    """
+    """A sequence of equal episodes, as many as fit the token budget; of a piece of one where not even one fits."""
     costs = DocumentCosts(config, next(iter(config.spaces)), math.prod(request.grid), request.vectors)
 
     def tokens(chunks: int) -> int:

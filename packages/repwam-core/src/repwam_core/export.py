@@ -70,9 +70,6 @@ def read_trained(checkpoint: str | Path, data_set: int | None = None) -> Trained
         checkpoint: what to read.
         data_set: of a run on several data sets, the number of the one whose robot the model is for: its action space
             then has that robot's channels alone. None keeps the layout that all robots share.
-
-    Raises:
-        ValueError: when it is no checkpoint of `repwam fit`, or it knows no such data set.
     """
     sharded, where = is_sharded(checkpoint), str(checkpoint)
     content = read_whole(checkpoint) if sharded else read_checkpoint(checkpoint)
@@ -169,10 +166,6 @@ def export_policy(
         name: the embodiment's name; the data set's when None.
         plan: how to plan where not as in validation: values of `SamplingConfig` by name.
         data_set: of a run on several data sets, the number of the one whose robot is to be driven.
-
-    Raises:
-        ValueError: when the tokenizer, the latent action tokenizer or the shards are not those that were trained on, or
-            the checkpoint is of the latent space.
     """
     refuse_other_than_policy(Path(out))  # before the work
     trained, out = read_policy(checkpoint, data_set), Path(out)
@@ -189,11 +182,7 @@ def export_policy(
 
 
 def read_policy(checkpoint: str | Path, data_set: int = 0) -> TrainedModel:
-    """`read_trained` of a checkpoint that drives a robot.
-
-    Raises:
-        ValueError: as there, or it is of the latent space.
-    """
+    """`read_trained` of a checkpoint that drives a robot."""
     trained = read_trained(checkpoint, data_set)
     if trained.space == LATENT_SPACE:
         raise UserError(f"{checkpoint} acts in latent actions; adapt it to a robot first, or export it with --wam-only")
@@ -201,11 +190,7 @@ def read_policy(checkpoint: str | Path, data_set: int = 0) -> TrainedModel:
 
 
 def read_tokenizer(source: str | Path, latents: LatentMeta) -> VideoTokenizer:
-    """The tokenizer that made the latents, as `load_tokenizer` gives it.
-
-    Raises:
-        ValueError: it is another one.
-    """
+    """The tokenizer that made the latents, as `load_tokenizer` gives it."""
     tokenizer = load_tokenizer(source)
     if (found := tokenizer.digest()) != latents.tokenizer_digest:
         raise UserError(

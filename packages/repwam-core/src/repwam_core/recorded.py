@@ -34,9 +34,6 @@ class RecordedEpisodes(L.Callback):
             data set "all", or numbers and ranges like "0-9,12".
         cameras: the data set's cameras that stand for those trained on, in that order; None where they are called so.
         clip_features: as of `repwam openloop --clip-features`; None for no Frechet distance.
-
-    Raises:
-        ValueError: a data set without a tokenizer.
     """
 
     def __init__(
@@ -76,11 +73,7 @@ class RecordedEpisodes(L.Callback):
         require_recorded(self._reader, cameras, [info.index for info in infos_of(self._reader, self._chosen)])
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """One process plans; the others go on.
-
-        Raises:
-            ValueError: the data set or the tokenizer is not the run's.
-        """
+        """One process plans; the others go on."""
         if self.dataset is None or not trainer.is_global_zero:
             return
         result = evaluate_open_loop(self._policy(trainer, pl_module), self._reader, self._chosen, cameras=self.cameras)

@@ -66,9 +66,6 @@ def open_loop_score(
         chunks: errors (planned minus recorded) of each planned chunk, in the unit that `variant.scale` names.
         variant: the norm and what counts.
         thresholds: in that unit.
-
-    Raises:
-        ValueError: there is no chunk.
     """
     norms = [step_norms(errors, variant.norm) for errors in chunks if len(errors)]
     if not norms:

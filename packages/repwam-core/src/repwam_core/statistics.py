@@ -93,9 +93,6 @@ class ActionStatistics:
 
         The 1st to 99th percentile of an ordinary channel becomes [-1, 1]; of one that moves in under 1 % of the
         vectors, its minimum to maximum.
-
-        Raises:
-            ValueError: when there are no vectors, a wrong number of channels, or a value that is not finite.
         """
         values = _checked_values(values, channels, "action")
         q01, q99 = np.quantile(values, [0.01, 0.99], axis=0)
@@ -313,11 +310,7 @@ class Statistics:
         return counted(self) == counted(other)
 
     def reference(self, state_si: np.ndarray | None) -> np.ndarray:
-        """What actions are measured from: the states (..., S) of the channels' names, 0 elsewhere; float32 (..., c).
-
-        Raises:
-            ValueError: a state is needed and there is none.
-        """
+        """What actions are measured from: the states (..., S) of the channels' names, 0 elsewhere; float32 (..., c)."""
         if self.actions.kind != "from_state":
             return np.zeros(len(self.actions.channels), np.float32)
         if state_si is None or self.state is None:
@@ -407,11 +400,7 @@ def _flickers(values: np.ndarray, low: float, high: float) -> bool:
 
 
 def shared_channels(actions: Sequence[str], states: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Columns of the actions and of the states that have one name.
-
-    Raises:
-        ValueError: there are none.
-    """
+    """Columns of the actions and of the states that have one name."""
     columns = [(place, list(states).index(name)) for place, name in enumerate(actions) if name in states]
     if not columns:
         raise UserError(

@@ -21,9 +21,6 @@ class FramePairData(L.LightningDataModule):
         batch_size: pairs per batch.
         held_out: share of the episodes kept for validation, or their numbers; of an only one, of its transitions.
         seed: of the batches.
-
-    Raises:
-        ValueError: on setup, where the data cannot be used.
     """
 
     def __init__(

@@ -65,9 +65,6 @@ def load_frame_table(latents: str | Path, dataset: str | Path, size: tuple[int, 
         latents: folder of latent shards; says which episodes, offsets, stride, cameras and depth range.
         dataset: the LeRobot data set they were made from.
         size: height and width of a frame with all its cameras side by side, in pixels.
-
-    Raises:
-        ValueError: the data set lacks a camera or an episode of the shards, or no episode has a transition.
     """
     shards = LatentShards(latents)
     reader = LeRobotReader(dataset, depth_range=shards.meta.depth_range)

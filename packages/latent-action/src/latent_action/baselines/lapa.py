@@ -101,9 +101,6 @@ class LapaConfig:
         code_dim: channels of a code.
         residual: predict the change of the pixels instead of the pixels. Not the paper's; it spares a small budget
             from learning to copy.
-
-    Raises:
-        ValueError: a size that is not positive or does not divide.
     """
 
     size: tuple[Side, Side] = (64, 64)
@@ -138,11 +135,7 @@ class LapaConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LapaConfig:
-        """The inverse of `to_dict`.
-
-        Raises:
-            ValueError: a key is missing or unknown.
-        """
+        """The inverse of `to_dict`."""
         parse(values, cls, cls.__name__, required=[field.name for field in fields(cls)])
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**plain)
@@ -180,11 +173,7 @@ class LapaQuantizer(PretrainedModel):
     def encode(
         self, x_t: Float[Tensor, "b 3 h w"], x_next: Float[Tensor, "b 3 h w"]
     ) -> Float[Tensor, "b code_tokens code_dim"]:
-        """The transition before quantisation, d_t.
-
-        Raises:
-            ValueError: frames of another size than the config's, or none.
-        """
+        """The transition before quantisation, d_t."""
         self._require_frames(x_t, "x_t")
         self._require_frames(x_next, "x_next")
         seen = [_through(self.spatial, self._patches(x)) for x in (x_t, x_next)]

@@ -34,9 +34,6 @@ class LapaTraining(L.LightningModule):
         replace_every: steps between two looks for unused codes.
         replace_share: codes are replaced in this first share of training only, so that the rest can settle.
         seed: of the quantiser's noise, which follows from it and the step, so that a resumed run draws the same.
-
-    Raises:
-        ValueError: `replace_every` is below 1, `replace_share` outside of [0, 1], or `seed` negative.
     """
 
     used: Tensor

@@ -45,10 +45,6 @@ class ConvNetTeacher(Teacher):
             weights_path: its weights, a local .safetensors file.
             hub: take timm's weights from the Hugging Face hub, or from its local cache.
             random_weights_for_tests: random weights; nothing is learned from such a teacher.
-
-        Raises:
-            ValueError: if no source or several are given, timm is missing, the weights cannot be had, or the network
-                has no such stage.
         """
         super().__init__()
         require_one_source(name, weights_path=weights_path, hub=hub, random_weights_for_tests=random_weights_for_tests)

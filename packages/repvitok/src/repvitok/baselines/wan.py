@@ -202,11 +202,7 @@ class WanStream:
 
     @torch.no_grad()
     def encode(self, frames: Float[Tensor, "b 3 T H W"]) -> Float[Tensor, "b frames tokens d"]:
-        """The latents of the next frames: 1 + 4n of them at the beginning, 4n afterwards.
-
-        Raises:
-            ValueError: another batch size, frame count or picture size.
-        """
+        """The latents of the next frames: 1 + 4n of them at the beginning, 4n afterwards."""
         tokenizer, vae, begins = self._tokenizer, self._tokenizer.vae, self.state.encoder is None
         require_video(frames, tokenizer.config, begins=begins)
         self._require_continuation(frames.shape[0], (frames.shape[-2], frames.shape[-1]))
@@ -225,11 +221,7 @@ class WanStream:
     def decode(
         self, latents: Float[Tensor, "b frames tokens d"], size: tuple[int, int] | None = None
     ) -> Float[Tensor, "b 3 T H W"]:
-        """The frames of the next latents; size = (H, W) is needed on a stream that has not seen a frame yet.
-
-        Raises:
-            ValueError: another batch size or grid, or the size is not known.
-        """
+        """The frames of the next latents; size = (H, W) is needed on a stream that has not seen a frame yet."""
         tokenizer, vae, begins = self._tokenizer, self._tokenizer.vae, self.state.decoder is None
         size = size or self.state.size
         if size is None:

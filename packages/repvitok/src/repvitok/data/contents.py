@@ -85,11 +85,7 @@ class DataContents:
         return [found, f"{self.root}: later stages will find {missed}"] if missed else [found]
 
     def announce(self, *, needs_actions: bool = False) -> None:
-        """Says the lines on stderr, before hours are spent on the data.
-
-        Raises:
-            UserError: robot actions will be learned, and there are none.
-        """
+        """Says the lines on stderr, before hours are spent on the data."""
         if needs_actions and ACTION not in self.columns:
             told = missing_actions(str(self.root), self.columns if self.recording else None, self.cameras)
             raise UserError(f"robot actions are to be learned, and there are none: {told}")
@@ -121,9 +117,6 @@ def describe_contents(reader: Any, cameras: Sequence[str], episodes: Sequence[Ep
         reader: a `LeRobotReader`, or videos read as one.
         cameras: those that are taken.
         episodes: those that are taken.
-
-    Raises:
-        UserError: a camera was never recorded, or an episode's files are missing; says which option leaves it out.
     """
     columns = number_columns(reader)
     recording = isinstance(reader, LeRobotReader)
@@ -263,9 +256,6 @@ def require_recorded(reader: Any, cameras: Sequence[str], episodes: Sequence[int
         cameras: those that are taken.
         episodes: numbers of those that are taken.
         layout: cameras are named by a layout, not by an option.
-
-    Raises:
-        UserError: names the camera or the episodes, and what leaves them out.
     """
     tables = {number: reader.data_path(number) for number in episodes}
     there = {path: path.is_file() for path in set(tables.values())}

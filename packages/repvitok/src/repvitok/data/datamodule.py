@@ -117,9 +117,6 @@ class ClipDataModule(LightningDataModule):
             max_bad_fraction: how many files may be unreadable; see `ClipDataset`.
             cache_folder: where WebDataset shards keep their indices and local copies.
             depth_range: reads depth maps, too: (MIN, MAX) in the numbers they store become black and white.
-
-        Raises:
-            ValueError: if a number is out of range or there is no folder.
         """
         super().__init__()
         check_arguments(ClipDataModule.__init__, locals())
@@ -202,11 +199,7 @@ class ClipDataModule(LightningDataModule):
         return self._loader(self._val, GivenBatches([mine[i : i + size] for i in range(0, len(mine), size)]))
 
     def test_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """The validation clips.
-
-        Raises:
-            UserError: there are none; Lightning would end without a word.
-        """
+        """The validation clips."""
         if self._val is None:
             raise UserError("data.held_out: nothing is held out of these videos, so there is nothing to test on")
         return self.val_dataloader()
@@ -222,11 +215,7 @@ class ClipDataModule(LightningDataModule):
         return {"batch_size": self.batch_size, "seed": self.seed, "mixture": mixture, "world_size": world_size}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues after the last batch trained on; batch size, seed, mixture and processes must be the same.
-
-        Raises:
-            ValueError: if they are not: the order of the data would be another.
-        """
+        """Continues after the last batch trained on; batch size, seed, mixture and processes must be the same."""
         mine = self.state_dict()
         theirs = {"mixture": [], "world_size": mine["world_size"]} | state_dict  # version 0.1 wrote neither
         for name in ("batch_size", "seed", "mixture", "world_size"):

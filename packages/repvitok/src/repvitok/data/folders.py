@@ -206,9 +206,6 @@ class VideoEpisodes:
         root: what the source was opened from.
         fps: frames per second of all videos; 1 for images.
         depth_range: what the source scales depth maps by (it was opened with it); None: it has none.
-
-    Raises:
-        ValueError: the videos have different frame rates.
     """
 
     def __init__(self, root: str | Path, source: VideoSource, depth_range: DepthRange | None = None) -> None:

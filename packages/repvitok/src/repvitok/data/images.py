@@ -39,9 +39,6 @@ def picture_to_rgb(
         picture: opened, not yet loaded.
         depth_range: what becomes black and what white.
         is_depth: the picture is known to be a depth map: with a range, it is scaled even if it has 8 bits.
-
-    Raises:
-        UserError: numbers of more than 8 bits, and no range.
     """
     if "LA;16" in _raw_mode(picture):
         raise UserError("16-bit grey with alpha, of which only the upper 8 bits can be read; store it without alpha")
@@ -89,11 +86,7 @@ class DepthCodes:
 
 
 def depth_codes(feature: Mapping[str, Any], source: str) -> DepthCodes | None:
-    """How the depth video of a feature is coded, by info.json; None where it does not say: the numbers are the depth.
-
-    Raises:
-        UserError: it says it, but in values that are none.
-    """
+    """How a depth video is coded, by info.json; None where it says nothing: the numbers are the depth."""
     described = _described(feature)
     keys = [f"video.{name}" for name in ("depth_min", "depth_max", "shift", "use_log")]
     if not all(key in described for key in keys):
@@ -130,11 +123,7 @@ def deep_grey(pixel_format: str) -> bool:
 def read_image(
     file: Path | io.BytesIO, frames: Sequence[int] | None, name: str, depth_range: DepthRange | None = None
 ) -> UInt8[np.ndarray, "n h w 3"]:
-    """An image as a video of one frame, turned as its EXIF data says; `name` is what errors call it.
-
-    Raises:
-        ValueError: not a readable image, one that needs a `depth_range`, or a frame other than 0 was asked for.
-    """
+    """An image as a video of one frame, turned as its EXIF data says; `name` is what errors call it."""
     if frames is not None and any(frame != 0 for frame in frames):
         raise UserError(f"{name}: an image has frame 0 only, asked for {list(frames)}")
     try:

@@ -518,9 +518,6 @@ def refuse_foreign_tars(root: Path, *own: str) -> None:
     Args:
         root: the folder; it need not exist.
         own: more names that may be there.
-
-    Raises:
-        UserError: says what stands there.
     """
     begun = any((root / name).exists() for name in (*_WORK, LABEL_WORK))
     refuse_foreign(root, (TARS, _LABEL_TARS, *own) if begun else own, "unfinished latents")
@@ -540,7 +537,7 @@ def remove_work(root: Path, *more: str) -> None:
 @contextmanager
 def tar_writer(path: Path) -> Iterator[Any]:
     """webdataset's `TarWriter` of a file, which writes the same bytes every time: no dates, no names of users."""
-    from webdataset import TarWriter  # it loads torch; who only reads does without
+    from webdataset.writer import TarWriter  # it loads torch; who only reads does without
 
     with open(path, "wb") as file, TarWriter(file, user="", group="", mode=0o644, encoder=False, mtime=0) as tar:
         yield tar

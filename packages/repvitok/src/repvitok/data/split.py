@@ -47,9 +47,6 @@ def split_episodes(
         episodes: numbers of all episodes of the data set, before any is left out; in any order, with repetitions.
         held_out: a fraction in [0, 1), or the numbers themselves.
         usable: the episodes that this stage can use; None for all. No other one is returned.
-
-    Raises:
-        ValueError: the fraction is out of range, a number is no episode, or none would be left to train on.
     """
     known = sorted(set(episodes))
     if isinstance(held_out, float | int):
@@ -99,9 +96,6 @@ def split_latents(
         shards: the latents.
         held_out: a fraction, or numbers of episodes.
         shortest: latent frames that a stage needs of an episode.
-
-    Raises:
-        ValueError: no episode is long enough, or as `split_episodes`.
     """
     longest: dict[int, int] = {}
     for info in shards.infos:
@@ -212,9 +206,6 @@ def choose_episodes(chosen: EpisodeNumbers | None, there: Iterable[int], where: 
         chosen: numbers and ranges; both ends of a range belong to it.
         there: the episodes of the data set.
         where: what an error calls the data set.
-
-    Raises:
-        UserError: not numbers and ranges, or numbers of no episode; says which there are.
     """
     present = sorted(set(there))
     if chosen is None:

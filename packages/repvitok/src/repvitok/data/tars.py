@@ -214,11 +214,7 @@ def is_shards(data: str | os.PathLike[str]) -> bool:
 
 
 def expand_shards(shards: str | os.PathLike[str]) -> list[str]:
-    """The tars that a folder, a path, a URL or a pattern with braces names, in order.
-
-    Raises:
-        ValueError: a folder without tars.
-    """
+    """The tars that a folder, a path, a URL or a pattern with braces names, in order."""
     text = os.fspath(shards)
     if not text.startswith(_URL) and Path(text).is_dir():
         paths = sorted(str(path) for path in Path(text).glob("*.tar") if not path.name.startswith("."))

@@ -27,11 +27,7 @@ class Rotary(NamedTuple):
 
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
-    """How many of a head's channel pairs turn with the frame, the row and the column.
-
-    Raises:
-        ValueError: head_dim is odd or below 6, so that an axis would get no pair.
-    """
+    """How many of a head's channel pairs turn with the frame, the row and the column."""
     pairs = head_dim // 2
     spatial = max(1, pairs * 3 // 8)
     if head_dim % 2 or pairs < 3:

@@ -110,9 +110,6 @@ def find_checkpoint(folder: str | Path) -> Found | None:
 
     Returns:
         None where the folder holds no checkpoint at all.
-
-    Raises:
-        UserError: there are some, and none is whole.
     """
     damaged: dict[Path, str] = {}
     for path in _candidates(Path(folder)):
@@ -167,11 +164,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
 
 def read_section(checkpoint: Mapping[str, Any], where: str, *names: str) -> Mapping[str, Any]:
-    """A part of a checkpoint by the names that lead to it.
-
-    Raises:
-        UserError: it is missing, or no mapping.
-    """
+    """A part of a checkpoint by the names that lead to it."""
     found: Any = checkpoint
     for name in names:
         found = found.get(name) if isinstance(found, Mapping) else None
@@ -200,10 +193,6 @@ def export_model(
         command: what wrote it, for messages.
         where: the file, for messages.
         averaged: take the average; else the weights of the last step.
-
-    Raises:
-        UserError: it is of another stage, or damaged: names what is missing, unexpected, of another shape or type, or
-            not finite.
     """
     if key not in checkpoint:
         raise UserError(

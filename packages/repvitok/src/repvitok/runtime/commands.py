@@ -105,9 +105,6 @@ def run_commands(
 
     Returns:
         The verb's exit code, 0 when it returned None.
-
-    Raises:
-        UserError: for arguments that cannot be parsed.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     raw = {command.name: command for command in commands if isinstance(command, RawCommand)}

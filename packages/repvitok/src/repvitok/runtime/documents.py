@@ -126,9 +126,6 @@ def load_yaml(path: str | Path) -> Any:
 def refuse_yaml_bomb(text: str, source: str) -> None:
     """Stops at YAML that no loader survives: nested without end, an anchor that contains itself, or anchors that are
     far more values, written out, than the document shows.
-
-    Raises:
-        UserError: names `source`. What is no YAML at all is left to whoever loads it.
     """
     if len(text) < MAX_YAML_DEPTH and "*" not in text:
         return  # a value of the command line
@@ -180,9 +177,6 @@ def parse(
         unknown: whether keys that no field names are left out instead of refused, here and inside; those of the
             outermost `kind` unread.
         required: fields of the outermost `kind` that must be there although they have a default.
-
-    Raises:
-        UserError: `source`, the field, what was expected and what came.
     """
     try:
         return _parsed(document, kind, source, unknown, set(required))
@@ -214,11 +208,7 @@ def _parsed(document: Any, kind: Any, source: str, unknown: bool, required: set[
 
 
 def require_format(document: Any, name: str, version: int, source: str) -> dict[str, Any]:
-    """What a document holds besides "format" and "format_version", which must be these.
-
-    Raises:
-        UserError: no JSON object, or of another format or version.
-    """
+    """What a document holds besides "format" and "format_version", which must be these."""
     if not isinstance(document, dict):
         raise UserError(f"{source}: expected a JSON object of format {name!r}, got {short_json(document)}")
     content = dict(document)
@@ -232,11 +222,7 @@ def require_format(document: Any, name: str, version: int, source: str) -> dict[
 
 
 def check_fields(settings: Any) -> None:
-    """Holds the fields of a dataclass to their annotated types and ranges, and its numbers to finite ones.
-
-    Raises:
-        UserError: the field, what was expected and what came.
-    """
+    """Holds the fields of a dataclass to their annotated types and ranges, and its numbers to finite ones."""
     for name, kind in _annotations(type(settings)).items():
         _check(name, getattr(settings, name), kind)
 
@@ -247,9 +233,6 @@ def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> N
     Args:
         function: whose annotations they are; a dataclass whose other fields are of any kind, too.
         given: name -> value of all its arguments, such as `locals()` in its first line.
-
-    Raises:
-        UserError: the argument, what was expected and what came.
     """
     for name, kind in _arguments(function).items():
         _check(name, given[name], kind)
@@ -265,11 +248,7 @@ def _check(name: str, value: Any, kind: Any) -> None:
 
 
 def checked_range(depth_range: Sequence[float | int] | None) -> tuple[float, float] | None:
-    """The range as two floats.
-
-    Raises:
-        UserError: they are not two finite numbers, the lower one first.
-    """
+    """The range as two floats."""
     if depth_range is None:
         return None
     numbers = [float(value) for value in depth_range]
@@ -304,9 +283,6 @@ def refuse_lfs_pointer(path: str | Path, content: bytes | None = None) -> None:
     Args:
         path: of the file, or what an error calls it.
         content: what it holds; None: that is read.
-
-    Raises:
-        UserError: says what to run.
     """
     if content is None:
         with open(path, "rb") as file:
@@ -423,11 +399,7 @@ def short_json(value: Any) -> str:
 
 
 def parse_episodes(text: str) -> list[range]:
-    """Numbers and ranges of episodes: "0-9,12" -> [range(0, 10), range(12, 13)].
-
-    Raises:
-        UserError: anything else.
-    """
+    """Numbers and ranges of episodes: "0-9,12" -> [range(0, 10), range(12, 13)]."""
     ranges = []
     for part in text.split(","):
         ends = [end.strip() for end in part.split("-")]

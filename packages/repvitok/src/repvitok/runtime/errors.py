@@ -139,9 +139,6 @@ def require_disk_space(path: str | Path, size_bytes: int, what: str) -> None:
         path: the file or folder about to be written; it and its parents need not exist yet.
         size_bytes: what the stage will need, in bytes.
         what: the stage, for the message, e.g. "latent shards".
-
-    Raises:
-        UserError: too little space; names what is needed, what is free and where.
     """
     place = Path(path).absolute()
     while not place.exists():

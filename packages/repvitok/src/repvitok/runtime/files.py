@@ -360,9 +360,6 @@ def refuse_foreign(folder: str | Path, own: Iterable[str], what: str) -> None:
         folder: it need not exist.
         own: patterns of names that may be there.
         what: what is to be written there, without an article, for the message.
-
-    Raises:
-        UserError: says what stands there.
     """
     folder, own = Path(folder), tuple(own)
     if folder.exists() and not folder.is_dir():
@@ -466,11 +463,7 @@ class VerifiedFiles:
         self._known = self._recorded()
 
     def require(self, path: Path, sha256: str, *, again: bool = False) -> None:
-        """Compares a file with its digest, unless that was done before and the file is as it was then.
-
-        Raises:
-            UserError: it is another file, or damaged.
-        """
+        """Compares a file with its digest, unless that was done before and the file is as it was then."""
         status = path.stat()
         line = json.dumps([path.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, sha256])
         if line in self._known and not again:

@@ -89,10 +89,6 @@ def run_lightning(verb: str, argv: list[str], stage: TrainingStage) -> int:
     Returns:
         0, or 128 + the number of the signal that ended training after its state was saved: 143 for SIGTERM, 138 for
         SIGUSR1.
-
-    Raises:
-        UserError: for a configuration that cannot be parsed or built, and what Lightning refuses.
-        KeyboardInterrupt: when Ctrl-C ended training after its state was saved.
     """
     with isolate_rng(), _quiet(), _environment_kept():
         try:
@@ -136,9 +132,6 @@ def parse_recipe(verb: str, recipes: list[str], stage: TrainingStage, overrides:
 
     Returns:
         The configuration, a namespace with the sections model, data, trainer, ...
-
-    Raises:
-        UserError: an unknown key, a wrong type, a class that cannot be imported.
     """
     arguments = [*(part for recipe in recipes for part in ("-c", recipe)), *overrides]
     with isolate_rng(), _quiet(), _environment_kept():

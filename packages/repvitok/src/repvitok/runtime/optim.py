@@ -37,11 +37,7 @@ def copy_whole(target: Tensor, whole: Tensor) -> None:
 
 
 def row_group(parameter: DTensor) -> dist.ProcessGroup:
-    """The ranks over which the rows of a parameter are spread, as FSDP2 and HSDP spread them.
-
-    Raises:
-        ValueError: the parameter is spread in another way.
-    """
+    """The ranks over which the rows of a parameter are spread, as FSDP2 and HSDP spread them."""
     sharded = [(axis, place) for axis, place in enumerate(parameter.placements) if not place.is_replicate()]
     if len(sharded) != 1 or not sharded[0][1].is_shard(0):
         raise UserError(f"expected a parameter sharded by its rows over one mesh axis, got {parameter.placements}")
@@ -341,9 +337,6 @@ def build_optimizer(
         newton_schulz_dtype: type of Muon's iteration; "float32" on a CPU.
         newton_schulz_gram: iterate on the Gram matrices of rectangular ones, see `orthogonalize`.
         is_hidden: see `parameter_groups`.
-
-    Raises:
-        ValueError: for an unknown name, or a learning rate that is not positive.
     """
     if name not in ("adamw", "muon"):
         raise UserError(f'expected optimizer "adamw" or "muon", got {name!r}')

@@ -186,9 +186,6 @@ def hub_id(source: str | Path) -> str | None:
     Only "hf://owner/name" is asked of the hub. A bare "owner/name" without a folder "owner" here is looked for in the
     hub's cache on this machine and nowhere else: it may be a typing mistake in a local path, "rnus/tokenizer", and a
     stranger could own that name. Longer paths, and those that begin with a dot, a slash or a tilde, are paths.
-
-    Raises:
-        UserError: "hf://" with something else behind it.
     """
     if not isinstance(source, str):
         return None
@@ -226,12 +223,7 @@ def find_folder(source: str | Path, files: tuple[str, ...], revision: str | None
 
 
 def read_config(folder: Path, expected_format: str, expected_version: int) -> dict[str, Any]:
-    """The contents of `folder`/config.json, if it describes this kind of model.
-
-    Raises:
-        ValueError: no JSON object with exactly "format", "format_version" and "config", or another format or
-            version.
-    """
+    """The contents of `folder`/config.json, if it describes this kind of model."""
     path = folder / CONFIG_FILE
     stored = load_json(path)
     if not isinstance(stored, dict) or "format" not in stored:
@@ -255,9 +247,6 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Any], where: str) -> No
         model: on any device, also "meta"; its parameters become these tensors.
         tensors: by name. Of another floating type they are converted, which is logged; whole numbers are refused.
         where: the file, for messages.
-
-    Raises:
-        UserError: names what is missing, unexpected, of another shape or type, or not finite.
     """
     model.load_state_dict(fitted_weights(tensors, model.state_dict(), where), strict=True, assign=True)
 
@@ -292,9 +281,6 @@ def read_weights(path: Path, expected: Mapping[str, Tensor], config_hash: str | 
         expected: a state dict of the right names and shapes; meta tensors will do.
         config_hash: `config_sha256` of the config that was read beside it; compared with what the file says,
             if it does.
-
-    Raises:
-        UserError: unreadable, truncated or damaged, of another config, or not the weights expected.
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -330,9 +316,6 @@ def find_device(name: str | torch.device, process: int = 0) -> torch.device:
     Args:
         name: "cpu", "cuda", "cuda:1", another of torch's devices, or "auto": CUDA where there is one.
         process: which of several processes on this machine asks: "auto" and "cuda" are spread over its GPUs.
-
-    Raises:
-        UserError: no such device, or this machine has none, or none that answers.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -353,11 +336,7 @@ def find_device(name: str | torch.device, process: int = 0) -> torch.device:
 
 
 def refuse_another_model(folder: Path, kind: str) -> None:
-    """Stop before a model of format `kind` is written over something else.
-
-    Raises:
-        UserError: the folder is not empty and holds no model of this format.
-    """
+    """Stop before a model of format `kind` is written over something else."""
     refuse_foreign(folder, MODEL_FILES, f"{kind} model")
     config = readable(folder) / CONFIG_FILE
     if config.exists() and (found := kind_of(config.parent)) != kind_in_words(kind):

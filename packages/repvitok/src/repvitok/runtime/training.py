@@ -44,9 +44,6 @@ class FiniteCheck:
         """Stops unless all losses noted and the norms of the gradients are finite; `module` is a LightningModule.
 
         Where gradients are scaled (16-mixed), a norm may overflow: the scaler leaves that step out by itself.
-
-        Raises:
-            UserError: the step, its losses, the norm and the batch.
         """
         noted, self._noted = self._noted, []
         scaled = getattr(module.trainer.precision_plugin, "scaler", None) is not None
@@ -82,9 +79,6 @@ def require_finite_weights(module: Any) -> None:
     """Stops before a checkpoint is written of weights that are no numbers: the one on disk stays. Every rank calls it.
 
     Every weight is read once.
-
-    Raises:
-        UserError: names the first such weight, or says that another rank has it.
     """
     named = chain(module.named_parameters(), module.named_buffers())
     bad = first_not_finite({name: local(value) for name, value in named})
@@ -111,11 +105,7 @@ class ExponentialMovingAverage:
     """
 
     def __init__(self, module: nn.Module, decay: float = 0.999, warmup: bool = True) -> None:
-        """Starts from the module's present parameters.
-
-        Raises:
-            ValueError: if decay is not in [0, 1).
-        """
+        """Starts from the module's present parameters."""
         if not 0 <= decay < 1:
             raise UserError(f"expected an EMA decay in [0, 1), got {decay}")
         self.decay = decay

@@ -28,9 +28,6 @@ class Evaluation:
         Args:
             perceptual: the network of LPIPS.
             features: one Frechet distance each.
-
-        Raises:
-            ValueError: if two distances bear the same name.
         """
         names = [network.metric for network in features]
         if doubled := {name for name in names if names.count(name) > 1}:
@@ -58,9 +55,6 @@ class Evaluation:
 
         Args:
             stride: raw frames from one frame of a clip to the next, as the data module says it.
-
-        Raises:
-            ValueError: if nothing was added, or too few clips for a distance.
         """
         found = self._frames.compute()
         frames = f"{found.frames} frames"

@@ -21,9 +21,6 @@ def tokenizer_from_checkpoint(path: str | Path, averaged: bool = True) -> RepViT
     Args:
         path: a checkpoint written by `repvitok fit`.
         averaged: take the moving average of the weights, what validation measured; else the last step's weights.
-
-    Raises:
-        ValueError: if the file is not such a checkpoint.
     """
     return _tokenizer_of(read_checkpoint(path), str(path), averaged)
 

@@ -55,11 +55,7 @@ class InceptionFeatures(FeatureNetwork):
     FILE = "weights-inception-2015-12-05-6726825d.pth"
 
     def __init__(self, weights_path: str) -> None:
-        """Loads the network from torch-fidelity's weight file; nothing is downloaded.
-
-        Raises:
-            ValueError: if torch-fidelity is missing or there is no such file.
-        """
+        """Loads the network from torch-fidelity's weight file; nothing is downloaded."""
         super().__init__()
         path = local_file(weights_path, f"torch-fidelity's {self.FILE} (its GitHub releases)")
         try:
@@ -97,9 +93,6 @@ class I3DFeatures(FeatureNetwork):
         """Loads the network from a local file; nothing is downloaded.
 
         A TorchScript archive holds a program as well as weights: take it from a source you trust.
-
-        Raises:
-            ValueError: for an unknown variant, or a file that is missing or holds something else.
         """
         super().__init__()
         if variant not in ("tfhub-kinetics400", "pytorch-i3d"):

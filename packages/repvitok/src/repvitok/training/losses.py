@@ -229,9 +229,6 @@ class PerceptualLoss(nn.Module):
             net: "vgg", "alex" or "squeeze".
             frames_per_clip: frames compared per clip, drawn at random; None for all of them.
             random_backbone_for_tests: keeps the backbone's random weights; its numbers mean nothing.
-
-        Raises:
-            ValueError: if `lpips` is not installed, the backbone is unknown, or the file is missing or does not fit.
         """
         super().__init__()
         check_arguments(PerceptualLoss.__init__, locals())

@@ -88,11 +88,7 @@ class FrechetStatistics:
 
     @torch.no_grad()
     def update(self, features: Float[Tensor, "n d"]) -> FrechetStatistics:
-        """Adds a batch of feature vectors; returns itself.
-
-        Raises:
-            ValueError: if their length is not `dim`, or one is not finite.
-        """
+        """Adds a batch of feature vectors; returns itself."""
         if features.shape[1] != self.dim:
             raise UserError(f"expected features of {self.dim} numbers, got {features.shape[1]}")
         if not torch.isfinite(features).all():

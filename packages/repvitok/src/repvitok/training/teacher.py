@@ -89,9 +89,6 @@ class TimmTeacher(Teacher):
             weights_path: its weights, a local .safetensors file.
             hub: take timm's weights from the Hugging Face hub, or from its local cache.
             random_weights_for_tests: random weights; nothing is learned from such a teacher.
-
-        Raises:
-            ValueError: if no source or several are given, timm is missing, or the weights cannot be had.
         """
         super().__init__()
         require_one_source(name, weights_path=weights_path, hub=hub, random_weights_for_tests=random_weights_for_tests)
@@ -135,9 +132,6 @@ class OpenClipTeacher(Teacher):
             hub_tag: open_clip's `pretrained` tag, fetched from the hub or its local cache, e.g. "meta".
             image_size: side of the square the frames are resized to; None for the model's own.
             random_weights_for_tests: random weights; nothing is learned from such a teacher.
-
-        Raises:
-            ValueError: if no source or several are given, open_clip is missing, or the weights cannot be had.
         """
         super().__init__()
         check_arguments(OpenClipTeacher.__init__, locals())
@@ -207,11 +201,7 @@ class HOGTeacher(Teacher):
 
 
 def require_one_source(name: str, **sources: str | bool | None) -> None:
-    """Checks that exactly one source of a teacher's weights was chosen.
-
-    Raises:
-        ValueError: says how to get weights.
-    """
+    """Checks that exactly one source of a teacher's weights was chosen."""
     chosen = [source for source, value in sources.items() if value]
     if len(chosen) != 1:
         offered = ", ".join(sources)
@@ -224,11 +214,7 @@ def require_one_source(name: str, **sources: str | bool | None) -> None:
 
 
 def timm_network(name: str, weights_path: str | None, hub: bool, **options: Any) -> Any:
-    """timm's model `name` with its classifier, so that its weights load strictly; `options` go to timm.
-
-    Raises:
-        ValueError: if timm is missing or has no such model, or the weights cannot be had.
-    """
+    """timm's model `name` with its classifier, so that its weights load strictly; `options` go to timm."""
     try:
         import timm
     except ImportError as error:
@@ -327,9 +313,6 @@ class CachedTeacher(Teacher):
             teacher: computes what is not there yet.
             folder: created if missing; can be deleted at any time.
             max_gib: once the folder holds this much nothing is added, and known frames are still read.
-
-        Raises:
-            ValueError: if max_gib is not positive.
         """
         super().__init__()
         check_arguments(CachedTeacher.__init__, locals())
@@ -371,11 +354,7 @@ class CachedTeacher(Teacher):
 
 
 def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """Stored features, or None where there are none.
-
-    Raises:
-        ValueError: if the file is damaged; names it.
-    """
+    """Stored features, or None where there are none."""
     if not path.is_file():
         return None
     try:

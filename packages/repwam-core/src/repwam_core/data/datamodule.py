@@ -228,11 +228,7 @@ class WAMDataModule(L.LightningDataModule):
         return HeldOutLoader(parts, self.batch_size, self.transitions, *self._rank())
 
     def test_dataloader(self) -> HeldOutLoader:
-        """Every held-out segment.
-
-        Raises:
-            ValueError: there is none; Lightning would end without a word.
-        """
+        """Every held-out segment."""
         if not any(len(store.val_episodes) for store in self.mixture.stores):
             raise UserError("data.held_out: nothing is held out of these episodes, so there is nothing to test on")
         return HeldOutLoader(self._held_out_rows(), self.batch_size, self.transitions, *self._rank())

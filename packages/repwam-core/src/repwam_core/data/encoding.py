@@ -85,9 +85,6 @@ class LatentsOnDemand:
         Args:
             dataset: as for `make`.
             needs_actions: whether robot actions will be learned.
-
-        Raises:
-            UserError: there are no robot actions, no such camera or episode, or a file that will be read is missing.
         """
         reader = self._open(dataset)
         cameras, infos = choose_cameras(reader, self.settings.cameras), infos_of(reader, self.settings.episodes)
@@ -102,10 +99,6 @@ class LatentsOnDemand:
 
         Returns:
             The folder of the latents.
-
-        Raises:
-            UserError: another run is at it.
-            ValueError: the data set does not fit the settings, or has changed since its latents were made.
         """
         settings, reader, folder = self.settings, self._open(dataset), self.folder(dataset)
         with sole_writer(folder, f"{folder}: another run is making these latents; start this one when it has"):

@@ -104,11 +104,7 @@ class Scaling:
         return _placed(torch.from_numpy(scaled), statistics.channels, self.action_channels, "action")
 
     def state(self, raw: np.ndarray | None) -> Tensor | None:
-        """Standardised states (frames, S) in the layout, None where the data set has none.
-
-        Raises:
-            ValueError: there are statistics of states, but this episode has none.
-        """
+        """Standardised states (frames, S) in the layout, None where the data set has none."""
         statistics = self.statistics.state
         if not self.state_channels or statistics is None:
             return None
@@ -198,11 +194,7 @@ class MappedEpisodes:
 
 
 def read_actions(shards: LatentShards, number: int, space: str) -> np.ndarray:
-    """The actions of an episode as stored, (frames - 1, a, C), or latent actions (frames - 1, d_l).
-
-    Raises:
-        ValueError: the episode has none.
-    """
+    """The actions of an episode as stored, (frames - 1, a, C), or latent actions (frames - 1, d_l)."""
     arrays = shards.mapped(number)
     name = "latent_actions" if space == LATENT_SPACE else "actions"
     if name not in arrays:
@@ -219,11 +211,7 @@ def read_actions(shards: LatentShards, number: int, space: str) -> np.ndarray:
 def require_finite(
     shards: LatentShards, number: int, space: str, frames: Int[np.ndarray, " frames"] | None = None
 ) -> None:
-    """Stop at an action or state of an episode that is no number; of its latent frames `frames` only, if given.
-
-    Raises:
-        ValueError: names the episode, the row of its table, the channel and the value.
-    """
+    """Stop at an action or state of an episode that is no number; of its latent frames `frames` only, if given."""
     arrays, info, meta = {"actions": read_actions(shards, number, space)}, shards.infos[number], shards.meta
     if "state" in (stored := shards.mapped(number)):
         arrays["state"] = stored["state"]
@@ -272,9 +260,6 @@ def count_statistics(
         kind: what recorded actions are and what is learned of them.
         most: see `COUNTED_TRANSITIONS`.
         chunk_frames: latent frames of the longest chunk that is learned; for "from_state" alone.
-
-    Raises:
-        ValueError: an action or state is not finite, or no state has an action's name where one is needed.
     """
     meta = shards.meta
     reach = chunk_frames if kind == "from_state" and space != LATENT_SPACE else 1

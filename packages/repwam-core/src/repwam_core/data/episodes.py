@@ -63,9 +63,6 @@ class EpisodeStore:
         keys, tasks: their names and instructions.
         lengths: latent frames of each row.
         train_episodes, val_episodes: which rows are trained on, and which are held out.
-
-    Raises:
-        ValueError: no episode has a transition, or one lacks the actions of `space`.
     """
 
     def __init__(

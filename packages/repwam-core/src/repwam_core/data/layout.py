@@ -75,11 +75,7 @@ class DatasetLayout:
 
     @classmethod
     def load(cls, name: str | Path) -> DatasetLayout:
-        """Read a layout: one of this package's by name, or a YAML file.
-
-        Raises:
-            ValueError: for an unknown name, unknown or missing keys, or a number of names that fits no selection.
-        """
+        """Read a layout: one of this package's by name, or a YAML file."""
         path = LAYOUTS / f"{name}.yaml" if "/" not in str(name) and not str(name).endswith(".yaml") else Path(name)
         if not path.is_file():
             raise UserError(f"no layout {str(name)!r}: expected a YAML file or one of {known_layouts()}")
@@ -119,10 +115,6 @@ def prepare(source: Path, out: Path, layout: DatasetLayout, episodes: EpisodeNum
         out: folder to write; empty, or of an earlier `prepare` of the same data, layout and episodes.
         layout: which columns become what.
         episodes: numbers of those that are kept; all when None.
-
-    Raises:
-        ValueError: when the data set lacks a column, a camera or an episode, a column has another size than the layout
-            says, or `out` is the data set itself or holds something else.
     """
     reader = LeRobotReader(source)
     kept = frozenset(choose_episodes(episodes, [episode.index for episode in reader.episodes], str(source)))
@@ -466,11 +458,7 @@ def _write_episode_table(path: Path, counted: dict[int, dict[str, Any]], gone: s
 
 
 def _verify(reader: LeRobotReader, prepared: LeRobotReader, layout: DatasetLayout, kept: frozenset[int]) -> None:
-    """Read back what was written and compare it with the source, all but the pixels between first and last frame.
-
-    Raises:
-        UserError: they differ; the source was changed meanwhile, or the disk is at fault.
-    """
+    """Read back what was written and compare it with the source, all but the pixels between first and last frame."""
 
     def require(same: bool, what: str) -> None:
         if not same:

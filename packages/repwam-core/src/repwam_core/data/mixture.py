@@ -56,10 +56,6 @@ class Mixture:
         memory_limit_gb: of each data set, see `EpisodeStore`.
         chunk_frames: latent frames of the longest chunk that is learned, see `count_statistics`.
         split_of_0_1: hold out what version 0.1 did for a share: go on with a run that it began.
-
-    Raises:
-        ValueError: latents of different tokenizers or depth ranges, a different number of action vectors per
-            transition, or one channel name with two units or two kinds.
     """
 
     def __init__(

@@ -117,9 +117,6 @@ class SequencePacker(Iterator[PackedPieces]):
         sources: the data sets.
         settings: the budget.
         seed: of the orders and cuts.
-
-    Raises:
-        ValueError: the budget is too small for the data.
     """
 
     def __init__(self, sources: Sequence[Source], settings: PackingSettings, seed: int = 0) -> None:
@@ -163,11 +160,7 @@ class SequencePacker(Iterator[PackedPieces]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where another packer of the same data stood.
-
-        Raises:
-            ValueError: the state is of other data.
-        """
+        """Go on from where another packer of the same data stood."""
         if state["episodes"] != (own := [len(source.episodes) for source in self.sources]):
             raise UserError(f"the packing was saved with {state['episodes']} episodes per data set, these have {own}")
         self._drawn, self._spent = list(state["drawn"]), list(state["spent"])

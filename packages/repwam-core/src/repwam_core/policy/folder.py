@@ -191,10 +191,6 @@ def write_policy(
         wam, tokenizer, statistics, manifest: what to write.
         sources: model folders copied along, by the name of their part.
         text: file of embedded instructions to copy, if it is there.
-
-    Raises:
-        UserError: the embedded instructions are damaged, the folder holds something else, another process is writing
-            it, or it cannot be written.
     """
     refuse_other_than_policy(out)
     if text is not None and text.exists():
@@ -214,11 +210,7 @@ def write_policy(
 
 
 def refuse_other_than_policy(out: Path) -> None:
-    """Stop before a policy is written over something else.
-
-    Raises:
-        UserError: the folder is not empty and holds no policy.
-    """
+    """Stop before a policy is written over something else."""
     if not (readable(out) / "policy.json").exists():
         refuse_foreign(out, (), "policy")
 

@@ -57,11 +57,7 @@ class ClipFeatures(Protocol):
 
 
 def named_clip_features(named: Sequence[str] | None) -> ClipFeatures | None:
-    """The network of `repwam openloop --clip-features`: its name and, for I3D, the file of its weights.
-
-    Raises:
-        ValueError: there is no such network.
-    """
+    """The network of `repwam openloop --clip-features`: its name and, for I3D, the file of its weights."""
     match list(named or ()):
         case []:
             return None
@@ -114,9 +110,6 @@ def score_video(pairs: Iterable[tuple[Frames, Frames]], network: ClipFeatures | 
 
     Clips are `CLIP_FRAMES` consecutive frames of one camera, cut one after the other; what is left at the end of an
     episode is in no clip.
-
-    Raises:
-        ValueError: nothing to compare.
     """
     sums, frames = np.zeros(2), 0
     sides = None if network is None else (FrechetStatistics(network.dim), FrechetStatistics(network.dim))

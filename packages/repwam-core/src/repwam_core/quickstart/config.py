@@ -74,11 +74,7 @@ class QuickstartConfig:
 
 
 def load_config(path: Path, arguments: argparse.Namespace) -> QuickstartConfig:
-    """Read a config and lay the command line's options over it.
-
-    Raises:
-        UserError: a key is missing or unknown, or an option is out of range.
-    """
+    """Read a config and lay the command line's options over it."""
     return _with_options(parse(load_yaml(path), QuickstartConfig, str(path)), arguments)
 
 

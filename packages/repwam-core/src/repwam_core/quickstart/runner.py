@@ -108,9 +108,6 @@ class StageRunner:
     Args:
         root: the run's folder; created if missing. An existing folder must be an earlier run's or empty.
         fresh: remove the earlier run's stages first.
-
-    Raises:
-        UserError: ``root`` holds something that no earlier run wrote.
     """
 
     def __init__(self, root: Path, *, fresh: bool = False) -> None:

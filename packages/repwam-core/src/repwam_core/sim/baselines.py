@@ -50,9 +50,6 @@ def run_baseline(
 
     Returns:
         One result per episode, all tasks of the first seed, then of the next.
-
-    Raises:
-        UserError: If a task is unknown, or has no demonstrations to replay.
     """
     settings = settings or find_suite(DEFAULT_SUITE)()
     names = settings.task_names(tasks)
@@ -87,11 +84,7 @@ def run_baseline(
 
 
 def demonstrated_actions(root: str | Path, tasks: Sequence[str]) -> dict[str, list[np.ndarray]]:
-    """Canonical task name -> the actions of each of its demonstrations, float32 ``(T, C)``.
-
-    Raises:
-        UserError: If a task has none in this data set.
-    """
+    """Canonical task name -> the actions of each of its demonstrations, float32 ``(T, C)``."""
     reader = LeRobotReader(root)
     actions: dict[str, list[np.ndarray]] = {task: [] for task in tasks}
     for episode in reader.episodes:

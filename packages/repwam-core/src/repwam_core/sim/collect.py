@@ -294,10 +294,6 @@ def collect(
         pix_fmt, crf: Colour and quality of the videos. The defaults keep small frames close to what a policy sees
             in closed loop (39 dB at 64 pixels; 30 dB with yuv420p and 18); ``pix_fmt="yuv420p"`` plays everywhere.
         workers: Processes; None as many as there are cores, 1 this one.
-
-    Raises:
-        UserError: If a task is unknown, the folder holds something else, the disk is too full, the simulator is not
-            installed or cannot render, or an expert fails ten times at one episode.
     """
     started_s = time.monotonic()
     root = Path(out)
@@ -325,11 +321,7 @@ def collect(
 
 
 def read_plan(root: str | Path) -> CollectionConfig:
-    """The config of a collected data set.
-
-    Raises:
-        UserError: If the folder was not made by ``collect``.
-    """
+    """The config of a collected data set."""
     path = Path(root) / PLAN_FILE
     if not path.is_file():
         raise UserError(f"{root} holds no {PLAN_FILE}: it was not made by `repwam collect`")

@@ -42,10 +42,6 @@ class RolloutFolder:
     Args:
         folder: It is created if need be; None keeps nothing.
         about: JSON values that say what is run; stored with the results.
-
-    Raises:
-        UserError: On entering, if the folder holds something else or episodes of other values, or another process is
-            writing there.
     """
 
     def __init__(self, folder: str | Path | None, about: Mapping[str, Any]) -> None:

@@ -168,11 +168,7 @@ def save_results(path: str | Path, results: Sequence[EpisodeResult], **about: An
 
 
 def load_results(path: str | Path) -> tuple[list[EpisodeResult], Mapping[str, Any]]:
-    """What ``save_results`` wrote: the episodes, without frames, and what describes the run.
-
-    Raises:
-        ValueError: If it is another kind of file.
-    """
+    """What ``save_results`` wrote: the episodes, without frames, and what describes the run."""
     stored = parse(require_format(load_json(path), FORMAT, FORMAT_VERSION, str(path)), _Stored, str(path))
     return [EpisodeResult(**vars(episode)) for episode in stored.episodes], stored.about
 

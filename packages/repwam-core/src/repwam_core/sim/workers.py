@@ -115,9 +115,6 @@ class Worker:
     Args:
         make: Builds the object; called in the new process, so it must be picklable (a function of a module, or
             ``functools.partial`` of one).
-
-    Raises:
-        UserError: If it is not; where the new process cannot import it, from ``result``.
     """
 
     def __init__(self, make: Callable[[], Any]) -> None:

@@ -246,9 +246,6 @@ class WAMTraining(L.LightningModule):
             the state before their chunk), latent actions as they are scaled; `latents` (b, transitions, tokens, d),
             standardised, None where the plan skips the video; `valid` (b, transitions), False behind an episode's end;
             and whose they are: `data_set`, `episode` and `start`, the first latent frame, (b,) each.
-
-        Raises:
-            ValueError: the model predicts actions jointly with the latents and plans none.
         """
         if self._model().config.joint_actions:
             raise UserError("joint prediction has no action tokens to plan; predict with the adapted model")

@@ -116,11 +116,7 @@ def _write_meta(plain: dict[str, Any], partial: Path) -> None:
 
 
 def load_sharded(path: Path, module: Any, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    """Overwrite the module's parameters and averages, and the optimizer's state; return what is not sharded.
-
-    Raises:
-        ValueError: the checkpoint is of another model, or no sharded one.
-    """
+    """Overwrite the module's parameters and averages, and the optimizer's state; return what is not sharded."""
     if path.is_file():
         raise UserError(
             f"{path} is the checkpoint of a run that was not sharded: use its trainer.strategy, or start from its "

@@ -164,11 +164,7 @@ class DataSetOnDisk:
         return index < info.total_episodes if info else self.data_path(index).is_file()
 
     def records(self) -> list[Record]:
-        """Everything known about each complete episode, in order, from pending records and earlier meta files.
-
-        Raises:
-            ValueError: none is complete, a number is missing, or two have different columns.
-        """
+        """Everything known about each complete episode, in order, from pending records and earlier meta files."""
         found = {record["episode_index"]: record for record in [*self._finished_records(), *self._pending_records()]}
         if not found:
             raise UserError(f"{self.root}: no complete episode to make a data set of")

@@ -116,9 +116,6 @@ class PathTemplate:
 
     Attributes:
         names: the placeholders in it.
-
-    Raises:
-        UserError: an unknown placeholder, or one with a format other than a width of at most two digits.
     """
 
     def __init__(self, text: str, source: str) -> None:
@@ -142,9 +139,6 @@ class PathTemplate:
         """The path with its placeholders filled in, relative to the data set's folder.
 
         Only the words of the path are judged: where a link on the way leads is the business of whoever set it.
-
-        Raises:
-            UserError: the path is absolute, leads upwards, or is none that a file could have.
         """
         path = self.text.format(**{name: values[name] for name in self.names})
         parts = re.split(r"[/\\]", path)

@@ -32,9 +32,6 @@ class PictureColumn:
         source: what an error should call the column.
         depth_range: what becomes black and what white where the pictures are no 8-bit colour.
         is_depth: they are depth maps, whatever their bits.
-
-    Raises:
-        ValueError: it is no column of pictures.
     """
 
     def __init__(
@@ -51,11 +48,7 @@ class PictureColumn:
         self._depth_range, self._is_depth = depth_range, is_depth
 
     def read(self, rows: Sequence[int]) -> UInt8[np.ndarray, "n h w 3"]:
-        """The pictures of some rows as (n, H, W, 3) uint8 RGB.
-
-        Raises:
-            ValueError: a picture is missing or damaged, they differ in size, or they need a range.
-        """
+        """The pictures of some rows as (n, H, W, 3) uint8 RGB."""
         pictures = [self._decode(row) for row in rows]
         sizes = sorted({picture.shape[:2] for picture in pictures})
         if len(sizes) > 1:
@@ -63,11 +56,7 @@ class PictureColumn:
         return np.stack(pictures) if pictures else np.zeros((0, *self._first_size(), 3), np.uint8)
 
     def is_deep(self, row: int) -> bool:
-        """Whether a picture has one channel of more than 8 bits, by its header.
-
-        Raises:
-            ValueError: it is missing or damaged.
-        """
+        """Whether a picture has one channel of more than 8 bits, by its header."""
         with self._opened(row) as picture:
             return is_deep(picture)
 

@@ -281,11 +281,7 @@ def _parquet_file(path: Path) -> Iterator[pq.ParquetFile]:
 
 
 def column_values(table: pa.Table, name: str, path: Path) -> list[Any]:
-    """A column as Python values.
-
-    Raises:
-        UserError: they cannot be read.
-    """
+    """A column as Python values."""
     try:
         return table[name].to_pylist()
     except (pa.ArrowException, ValueError, OverflowError) as error:

@@ -65,11 +65,7 @@ class EpisodeTables:
         self._columns: LastUsed[tuple[Path, frozenset[str]], _Columns] = LastUsed(8)
 
     def rows(self, episode: int) -> EpisodeRows:
-        """Where an episode's rows are; reads its table's index columns if that was not done yet.
-
-        Raises:
-            UserError: the rows are not as many as its length, or not in one piece and in order.
-        """
+        """Where an episode's rows are; reads its table's index columns if that was not done yet."""
         path = self._metadata.table_of(episode)
         if path not in self._rows:
             self.read(path, ())
@@ -90,10 +86,6 @@ class EpisodeTables:
             episode: its number.
             keys: the columns.
             optional: which of them are left out where the table has none.
-
-        Raises:
-            UserError: see `rows`; a column is missing, holds other values than info.json says, or the robot's actions
-                or states are not finite.
         """
         path = self._metadata.table_of(episode)
         columns = self._columns.get_or_make((path, frozenset(keys)), lambda: self._read_columns(path, keys, optional))
@@ -153,9 +145,6 @@ def to_numpy(table: pa.Table, key: str, feature: Feature, path: Path, where: Whe
     Any way that a table can store the values is taken: lists of fixed, free or large size, nested or flat, every width
     of integer and float. Values must survive the dtype that info.json gives: a whole number stays that number, a
     fraction never becomes a whole one, a finite number never infinite. Floats are rounded to its precision.
-
-    Raises:
-        UserError: a value is missing, rows differ in length or disagree with info.json, or a value does not fit.
     """
     if not feature.is_number:
         return np.fromiter(column_values(table, key, path), dtype=object, count=len(table))
@@ -183,9 +172,6 @@ def robot_numbers(values: np.ndarray, names: Sequence[str], where: Where) -> np.
         values: (rows, ...) of any dtype.
         names: one per channel.
         where: a row of them -> what an error calls it.
-
-    Raises:
-        UserError: a number that is not finite, too large a one, or a whole number that float32 cannot hold.
     """
     values = values.reshape(len(values), math.prod(values.shape[1:]))
     numbers, kept = _converted(values, np.dtype(np.float32))
@@ -328,10 +314,6 @@ def row_times_s(timestamps: pa.ChunkedArray | None, rows: int, fps: float, sourc
         rows: how many rows the episode has.
         fps: info.json's rows per second.
         source: what an error should call the episode.
-
-    Raises:
-        UserError: not one number a row, a number that is missing or not finite, one not later than the row's before, or
-            another rate than `fps`.
     """
     if timestamps is None:
         with np.errstate(all="ignore"):
@@ -390,10 +372,6 @@ def pair_rows(
     Returns:
         One number a row, none smaller than the one before: a `range` where they are evenly spaced. Rows that come
         faster than the video's frames share them.
-
-    Raises:
-        UserError: a row has no frame within half a frame, or two rows share one though the video has as many frames a
-            second as rows; the message names row, time and frame.
     """
     first = int(video.nearest(start_s))
     last = len(video) if next_start_s is None else max(int(video.nearest(next_start_s)), first + 1)

@@ -55,12 +55,7 @@ def pack(message: Mapping[str, Any]) -> bytes:
 
 
 def unpack(data: bytes) -> dict[str, Any]:
-    """Invert `pack`; arrays come out writable, in the machine's byte order.
-
-    Raises:
-        ValueError: when `data` is no whole message, is not a map with names as keys, holds a text longer than an
-            instruction may be, or an array's bytes do not fit its dtype and shape.
-    """
+    """Invert `pack`; arrays come out writable, in the machine's byte order."""
     counted = _Counter()
     try:
         message = msgpack.unpackb(
@@ -246,11 +241,7 @@ class Request:
     executed: np.ndarray | None = None
 
     def observation(self) -> Observation | None:
-        """What the policy gets; None for a request that only resets.
-
-        Raises:
-            ValueError: for pictures or a state of a wrong dtype or shape; for a request that neither shows nor resets.
-        """
+        """What the policy gets; None for a request that only resets."""
         if self.images is None:
             if not self.reset:
                 raise UserError("expected images, or reset: true for a request that only begins a new episode")
@@ -277,11 +268,7 @@ class Request:
 
     @classmethod
     def from_message(cls, message: Mapping[str, Any]) -> Request:
-        """Invert `to_message`.
-
-        Raises:
-            ValueError: for an unknown key or a value of the wrong kind; the message names it.
-        """
+        """Invert `to_message`."""
         unknown = sorted(set(message) - set(cls.__dataclass_fields__))
         if unknown:
             raise UserError(f"expected the keys {sorted(cls.__dataclass_fields__)}, got {unknown} as well")
@@ -307,11 +294,7 @@ def chunk_to_message(chunk: ActionChunk, timing: Mapping[str, float]) -> dict[st
 
 
 def chunk_from_message(message: Mapping[str, Any]) -> ActionChunk:
-    """Invert `chunk_to_message`, but for the timing.
-
-    Raises:
-        ValueError: when it is no answer that holds actions.
-    """
+    """Invert `chunk_to_message`, but for the timing."""
     missing = sorted({"actions", "channels", "rate_hz"} - set(message))
     if missing:
         raise UserError(f"expected an answer with actions, got one without {missing}")

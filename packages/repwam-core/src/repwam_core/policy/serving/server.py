@@ -57,11 +57,7 @@ class Session:
         self._begun = False
 
     def answer(self, data: bytes) -> bytes:
-        """Answer one request; takes as long as the policy needs.
-
-        Raises:
-            ValueError: for a message that is damaged or does not fit the policy. The session cannot go on.
-        """
+        """Answer one request; takes as long as the policy needs."""
         start_s = time.perf_counter()
         request = Request.from_message(unpack(data))
         observation = request.observation()

@@ -350,11 +350,7 @@ DIFFICULTIES: dict[str, tuple[str, ...]] = {"easy": _EASY, **_HARDER}
 
 
 def difficulty(task: str) -> str:
-    """The group of a task by its canonical name.
-
-    Raises:
-        UserError: it is no task of Meta-World.
-    """
+    """The group of a task by its canonical name."""
     if task not in TASKS:
         raise UserError(f"expected one of Meta-World's {len(TASKS)} tasks by its canonical name, got {task!r}")
     return next(name for name, tasks in DIFFICULTIES.items() if task in tasks)

@@ -33,9 +33,6 @@ def import_mujoco() -> ModuleType:
 
     MuJoCo reads that variable and loads the GL library when it is first imported, so this must come before any other
     import of it.
-
-    Raises:
-        UserError: If the package or the GL library is missing; names what to install.
     """
     if sys.platform.startswith("linux"):
         os.environ.setdefault("MUJOCO_GL", "egl")

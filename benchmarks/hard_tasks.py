@@ -2,16 +2,16 @@
 
 Three parts, each a table in Markdown:
 
-- ``stages``: how far trained policies get on unseen layouts, beside the scripted expert, and what a longer episode
+- `stages`: how far trained policies get on unseen layouts, beside the scripted expert, and what a longer episode
   would bring: successes within 200, 400 and 500 environment steps are of the same episodes
-- ``handover``: the expert drives until the hand is down at the object, or until the object moves; then the policy does
-- ``tolerance``: the expert is told a wrong place of the object; how wrong may it be?
+- `handover`: the expert drives until the hand is down at the object, or until the object moves; then the policy does
+- `tolerance`: the expert is told a wrong place of the object; how wrong may it be?
 
     uv run python benchmarks/hard_tasks.py --policy base=POLICY gripper=POLICY --episodes 10
 
-POLICY is a policy folder, such as ``train-*/policy`` of ``benchmarks/wam_learning.py --question tasks``. ``--plan``
-lets policies plan otherwise than trained (``--plan action_steps=10``); less than one latent frame of four actions
-cannot be carried out. What the latents know of the objects' places: ``benchmarks/hard_tasks_latents.py``.
+POLICY is a policy folder, such as `train-*/policy` of `benchmarks/wam_learning.py --question tasks`. `--plan`
+lets policies plan otherwise than trained (`--plan action_steps=10`); less than one latent frame of four actions
+cannot be carried out. What the latents know of the objects' places: `benchmarks/hard_tasks_latents.py`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class MeasuredTask(MetaWorldTask):
         return self.name == "push" and bool(self._env.touching_main_object)
 
     def mistaken_action(self, offset_m: np.ndarray) -> np.ndarray:
-        """The expert's action if it saw the object ``offset_m`` (x, y) away from where it is."""
+        """The expert's action if it saw the object `offset_m` (x, y) away from where it is."""
         true = self._require_started()
         self._obs = true.copy()
         self._obs[4:6] += offset_m
@@ -126,7 +126,7 @@ class Trace:
         return np.stack([self.object_m[0][:2], self.hand_m[low.argmax()][:2]]) if low.any() else None
 
     def measures(self, limit: int) -> dict[str, float]:
-        """What the table shows of the first ``limit`` environment steps; distances in cm."""
+        """What the table shows of the first `limit` environment steps; distances in cm."""
         end = limit // self.task.settings.act_repeat + 1
         apart = (np.stack(self.hand_m) - np.stack(self.object_m))[:end]
         flat, moved, low = np.linalg.norm(apart[:, :2], axis=1), self._moved()[:end], self._down()[:end]
@@ -193,7 +193,7 @@ def _carried_out(trace: Trace, rows: np.ndarray, by_policy: bool) -> Observation
 
 
 def _repeated(observation: Observation, count: int) -> Observation:
-    """An observation of ``count`` frames: an episode that is over goes on showing its last one."""
+    """An observation of `count` frames: an episode that is over goes on showing its last one."""
     if observation.num_frames == count:
         return observation
     at = np.minimum(np.arange(count), observation.num_frames - 1)
@@ -203,7 +203,7 @@ def _repeated(observation: Observation, count: int) -> Observation:
 
 
 def drive_expert(tasks: Sequence[str], episodes: int, limit: int, offset_m: float = 0.0) -> list[Trace]:
-    """The scripted expert, told a place that is ``offset_m`` off in a direction drawn by the seed."""
+    """The scripted expert, told a place that is `offset_m` off in a direction drawn by the seed."""
     traces = []
     for name in tasks:
         with closing(MeasuredTask(name, MetaWorldSettings(max_env_steps=limit))) as task:
@@ -266,9 +266,9 @@ def _successes(steps: np.ndarray, limits: Sequence[int]) -> list[str]:
 def print_stages(policies: dict[str, BatchedPolicy], options: argparse.Namespace) -> None:
     """How far episodes get within the first limit; medians over episodes, distances in cm.
 
-    ``aim`` is the hand's horizontal distance from the object when it first comes down, ``closest`` is before the object
-    moves, ``< 5`` and ``< 2`` count episodes by the horizontal one, ``closed`` those that then close the gripper,
-    ``left`` is what is left of the way to the goal, ``steps`` the environment steps of the solved episodes.
+    `aim` is the hand's horizontal distance from the object when it first comes down, `closest` is before the object
+    moves, `< 5` and `< 2` count episodes by the horizontal one, `closed` those that then close the gripper,
+    `left` is what is left of the way to the goal, `steps` the environment steps of the solved episodes.
     """
     columns = ["driver", "task", "down", "aim", "follows", "closest, flat", "closest", "< 5", "< 2", *_COUNTED, "left"]
     columns += [*(f"in {limit}" for limit in options.limits), "steps"]

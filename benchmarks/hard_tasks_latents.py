@@ -2,12 +2,12 @@
 
 The places of the object, and of push's goal, are read from the latents of an episode's first frame, as a policy sees
 them, by ridge regression and by a small MLP; and from the frame's pixels the same way. Errors are medians on layouts
-held out from the reader, beside the error of always saying the mean. With ``--dataset``, the demonstrations of the
+held out from the reader, beside the error of always saying the mean. With `--dataset`, the demonstrations of the
 first policy, also its open-loop errors on episodes that it was trained on and on held-out ones.
 
     uv run python benchmarks/hard_tasks_latents.py --policy "64 px=POLICY" "128 px=POLICY" --dataset DATASET
 
-POLICY is a policy folder, such as ``train-*/policy`` of ``benchmarks/wam_learning.py --question tasks``; its tokenizer,
+POLICY is a policy folder, such as `train-*/policy` of `benchmarks/wam_learning.py --question tasks`; its tokenizer,
 cameras and size are used. Features are reduced to their first 128 principal components, of the training layouts. Both
 readers are weak: an error of pixels is no lower bound.
 """
@@ -129,7 +129,7 @@ def as_pixels(frames: Sequence[Observation]) -> Tensor:
 
 
 def reading_errors(features: Tensor, places: Tensor, number: int) -> list[float]:
-    """Median errors in metres on the last layouts: of the mean, ridge regression and an MLP, trained on ``number``."""
+    """Median errors in metres on the last layouts: of the mean, ridge regression and an MLP, trained on `number`."""
     held_out = round(HELD_OUT * len(features))
     train, test = slice(0, number), slice(-held_out, None)
     centre, scale = features[train].mean(0), places[train].std(0).clamp_min(1e-6)

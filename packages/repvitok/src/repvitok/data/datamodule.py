@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal
 
-from lightning.pytorch import LightningDataModule
+import lightning as L
 from torch.utils.data import DataLoader
 
 from repvitok.data.clips import (
@@ -58,7 +58,7 @@ class ClipKind:
         require_pace(1 if self.stride is None else self.stride, self.rate_hz)
 
 
-class ClipDataModule(LightningDataModule):
+class ClipDataModule(L.LightningDataModule):
     """Random clips from folders of data; some episodes or videos are held out for validation.
 
     Batch k of a run is drawn from (seed, k) alone, whatever its epochs. The loader keeps its place, which is part of

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float, UInt8
-from lightning.pytorch import LightningModule
 from PIL import Image
 from torch import Tensor, nn
 
@@ -73,7 +73,7 @@ def log_picture(loggers: Iterable[Any], name: str, pixels: UInt8[np.ndarray, "he
             logger.experiment.add_image(name, pixels, step, dataformats="HWC")
 
 
-class RepViTokTraining(LightningModule):
+class RepViTokTraining(L.LightningModule):
     """Trains a RepViTok and keeps the moving average of its weights, which is what gets validated and exported.
 
     One step: the weighted losses of the tokenizer, gradients clipped, a step of its optimizer and of the average; then,

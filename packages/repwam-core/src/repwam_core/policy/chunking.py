@@ -14,15 +14,15 @@ class ChunkedPolicy:
     """Drives a robot step by step with a policy that plans chunks.
 
     Every control step hands in the newest observation and gets one action. The policy is asked at the first step and
-    then after every ``execute`` actions; it receives all frames since it was last asked, so that a streaming tokenizer
-    misses none. What a chunk holds beyond ``execute`` actions is dropped.
+    then after every `execute` actions; it receives all frames since it was last asked, so that a streaming tokenizer
+    misses none. What a chunk holds beyond `execute` actions is dropped.
 
     Args:
         policy: What plans.
         execute: Actions carried out before planning again; None means the whole chunk.
 
     Raises:
-        ValueError: If ``execute`` is not positive, or larger than a chunk the policy returns.
+        ValueError: If `execute` is not positive, or larger than a chunk the policy returns.
     """
 
     def __init__(self, policy: BasePolicy, execute: int | None = None) -> None:
@@ -39,7 +39,7 @@ class ChunkedPolicy:
         self._waiting, self._actions = [], []
 
     def step(self, observation: Observation) -> np.ndarray:
-        """The next action, float32 ``(C,)`` in SI units, for the newest observation."""
+        """The next action, float32 `(C,)` in SI units, for the newest observation."""
         self._waiting.append(observation)
         if not self._actions:
             chunk = self.policy.act(stack_observations(self._waiting))
@@ -49,7 +49,7 @@ class ChunkedPolicy:
 
 
 def actions_to_execute(chunk: ActionChunk, execute: int | None) -> np.ndarray:
-    """The first ``execute`` actions of a chunk, float32 ``(execute, C)``; all of them for None."""
+    """The first `execute` actions of a chunk, float32 `(execute, C)`; all of them for None."""
     if execute is None:
         return chunk.actions
     if execute > len(chunk):

@@ -28,7 +28,7 @@ def settings_of(config: QuickstartConfig) -> SimSettings:
 
 
 def collect_demonstrations(folder: Path, *, config: QuickstartConfig, seed: int, workers: int) -> dict[str, Any]:
-    """Record the experts into ``folder/dataset``."""
+    """Record the experts into `folder/dataset`."""
     summary = collect(
         folder / "dataset",
         config.all_tasks,
@@ -67,7 +67,7 @@ def run_policy(
     tasks: Sequence[str],
     filmed: int = FILMED_PER_TASK,
 ) -> dict[str, Any]:
-    """The policy on the evaluation seeds of ``tasks``, under the right instruction; films a few episodes of each."""
+    """The policy on the evaluation seeds of `tasks`, under the right instruction; films a few episodes of each."""
     results = _drive(config, policy, tasks, None, workers, filmed, config.eval_episodes)
     save_results(folder / "policy.json", results, method="policy")
     save_films(folder / "films.npz", results)
@@ -94,7 +94,7 @@ def run_language(folder: Path, *, config: QuickstartConfig, policy: Path, worker
 
 
 def read_results(folder: Path, name: str) -> list[EpisodeResult]:
-    """The episodes that a stage above saved under ``name``."""
+    """The episodes that a stage above saved under `name`."""
     return load_results(folder / f"{name}.json")[0]
 
 

@@ -26,7 +26,7 @@ class Steps:
     adapt: Size
 
     def scaled(self, budget: float) -> Steps:
-        """Every stage's steps times ``budget``, at least two."""
+        """Every stage's steps times `budget`, at least two."""
         return Steps(**{name: max(2, round(value * budget)) for name, value in asdict(self).items()})
 
 
@@ -43,7 +43,7 @@ class QuickstartConfig:
         size: frame height and width in pixels, multiples of 16.
         stride: raw frames per frame read from the data set.
         offsets: first raw frames at which every episode is encoded once.
-        noise: how demonstrations are perturbed; ``none`` or a mode of ``repwam collect``.
+        noise: how demonstrations are perturbed; `none` or a mode of `repwam collect`.
         held_out: share of the episodes held out of every training stage.
         steps: optimizer steps of each training stage.
         execute: action vectors executed before the policy plans again.

@@ -49,7 +49,7 @@ class OpenLoopFindings:
 
 
 def measured_episodes(this: Run, trained: Trained) -> tuple[list[int], bool]:
-    """Numbers of the episodes to show and measure, at most ``MEASURED_EPISODES``, and whether they are held out.
+    """Numbers of the episodes to show and measure, at most `MEASURED_EPISODES`, and whether they are held out.
 
     They are those that no training stage saw and that every stage could use. Where there are none, because only one
     episode is long enough, they are those that were trained on: the end of an only one, which is held out of it, is too
@@ -148,7 +148,7 @@ def _transition(
 
 
 def open_loop(this: Run, trained: Trained, episodes: Sequence[int], measured: str = "held-out") -> OpenLoopFindings:
-    """The policy's actions and imagined video along some episodes, ``measured`` ones: held-out or training."""
+    """The policy's actions and imagined video along some episodes, `measured` ones: held-out or training."""
     policy = BatchedPolicy.from_pretrained(trained.policy, video="imagine")
     latents = policy.parts.manifest.latents
     reader = LeRobotReader(trained.prepared.data.folder, depth_range=latents.depth_range)
@@ -198,7 +198,7 @@ def _imagined(episode: OpenLoopEpisode) -> ImaginedClip:
 
 
 def _thinned(frames: np.ndarray, count: int = 10) -> np.ndarray:
-    """At most ``count`` frames, evenly spread."""
+    """At most `count` frames, evenly spread."""
     return frames[np.unique(np.linspace(0, len(frames) - 1, count).round().astype(int))]
 
 

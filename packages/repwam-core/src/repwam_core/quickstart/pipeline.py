@@ -16,7 +16,7 @@ from repwam_core.quickstart.stages import DataSet, Run, Trained, run_controls, t
 
 
 def run(arguments: argparse.Namespace, repwam: training.Main) -> int:
-    """Run the quickstart; returns the exit code. ``repwam`` is the command that trains its later stages."""
+    """Run the quickstart; returns the exit code. `repwam` is the command that trains its later stages."""
     from repwam_core.quickstart.results import report_data
     from repwam_core.report import write_report
 

@@ -1,7 +1,7 @@
 """Runs named stages once each: a stage is cached by the digest of its settings and of its inputs.
 
-A stage owns one folder, ``<root>/<name>-<digest>``. The work happens inside that folder, so a stage that was
-interrupted finds its own partial results there and may resume from them; ``stage.json`` is written last and
+A stage owns one folder, `<root>/<name>-<digest>`. The work happens inside that folder, so a stage that was
+interrupted finds its own partial results there and may resume from them; `stage.json` is written last and
 atomically, and only a folder that has it counts as done.
 """
 
@@ -67,7 +67,7 @@ def stage_digest(name: str, settings: Mapping[str, Any], inputs: Mapping[str, st
 
 
 def folder_digest(folder: Path) -> str:
-    """Identity of a data set folder: relative names and sizes of all files, and the content of its ``meta``.
+    """Identity of a data set folder: relative names and sizes of all files, and the content of its `meta`.
 
     Videos are not read: a data set is taken to be unchanged while its metadata and file sizes are.
     """

@@ -127,7 +127,7 @@ def train_on_latents(
     Args:
         this: the run.
         data: what to learn from.
-        tokenizer: a stage whose folder holds ``tokenizer``.
+        tokenizer: a stage whose folder holds `tokenizer`.
         prefix: of the stages' names, for a second chain in one run.
         overrides: laid over both recipes of the world action model.
     """
@@ -238,7 +238,7 @@ def run_controls(this: Run, trained: Trained) -> dict[str, StageResult]:
     """Train every control and drive the evaluation's unseen seeds with it.
 
     Returns:
-        control -> its closed-loop stage, whose folder holds ``policy.json``.
+        control -> its closed-loop stage, whose folder holds `policy.json`.
     """
     adapted = {
         "without latent actions": _without_latent_actions(this, trained),
@@ -265,7 +265,7 @@ def _untrained_tokenizer(this: Run, trained: Trained) -> Trained:
 
 
 def _untrained_like(folder: Path, *, trained: Path, seed: int) -> dict[str, Any]:
-    """A tokenizer of the trained one's architecture with random weights, in ``folder/tokenizer``."""
+    """A tokenizer of the trained one's architecture with random weights, in `folder/tokenizer`."""
     import torch
     from repvitok import RepViTok
 

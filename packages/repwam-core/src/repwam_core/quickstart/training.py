@@ -48,7 +48,7 @@ def train_tokenizer(
     episodes: Sequence[str] | None = None,
     depth_range: Sequence[float] | None = None,
 ) -> dict[str, Any]:
-    """Train RepViTok on the data set's video and export it to ``folder/tokenizer``."""
+    """Train RepViTok on the data set's video and export it to `folder/tokenizer`."""
     _fit(
         repvitok,
         "repvitok.yaml",
@@ -91,7 +91,7 @@ def encode(
 
 
 def train_latent_actions(folder: Path, *, config: QuickstartConfig, seed: int, latents: Path) -> dict[str, Any]:
-    """Train the latent action tokenizer on the latents and export it to ``folder/lat``."""
+    """Train the latent action tokenizer on the latents and export it to `folder/lat`."""
     _fit(
         latent_action,
         "latent_action.yaml",
@@ -153,9 +153,9 @@ def adapt(
     action_units: Sequence[str] = (),
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Stage two: robot actions, starting from the pretrained model; exports the policy to ``folder/policy``.
+    """Stage two: robot actions, starting from the pretrained model; exports the policy to `folder/policy`.
 
-    ``action_units`` are the action channels' units where they are known; a LeRobot data set does not hold them. Targets
+    `action_units` are the action channels' units where they are known; a LeRobot data set does not hold them. Targets
     close to the robot's state are learned as changes from it.
     """
     _fit(

@@ -30,7 +30,7 @@ def number(value: float) -> str:
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers (1, 2, 5 times a power of ten) inside [low, high], about ``count`` of them."""
+    """Round numbers (1, 2, 5 times a power of ten) inside [low, high], about `count` of them."""
     if high <= low:
         return [low]
     rough = (high - low) / count

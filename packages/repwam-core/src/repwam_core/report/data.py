@@ -1,6 +1,6 @@
 """What a report says: frozen dataclasses, validated, one per section of the page.
 
-Frames are uint8 arrays ``(n, H, W, 3)``, single images ``(H, W, 3)``, RGB. Every section but ``run`` may be left
+Frames are uint8 arrays `(n, H, W, 3)`, single images `(H, W, 3)`, RGB. Every section but `run` may be left
 out; the page then says that it is absent.
 """
 
@@ -19,7 +19,7 @@ Number: TypeAlias = float | int
 
 
 class Curve(NamedTuple):
-    """One measured series: ``values[i]`` at ``steps[i]``. A plain ``(steps, values)`` tuple is taken as well."""
+    """One measured series: `values[i]` at `steps[i]`. A plain `(steps, values)` tuple is taken as well."""
 
     steps: Sequence[Number] | np.ndarray
     values: Sequence[Number] | np.ndarray
@@ -40,7 +40,7 @@ class Stage:
 
     name: str
     seconds: Number
-    cached: bool = False  #: True when the result was taken from an earlier run; ``seconds`` is then its first cost
+    cached: bool = False  #: True when the result was taken from an earlier run; `seconds` is then its first cost
     digest: str = ""
     result: str = ""  #: the stage's key number in words, such as "24.8 dB PSNR on held-out clips"
 
@@ -80,7 +80,7 @@ class ReconstructedClip:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What the visual tokenizer keeps of a clip. Means are over ``num_clips`` clips, not over the ones shown."""
+    """What the visual tokenizer keeps of a clip. Means are over `num_clips` clips, not over the ones shown."""
 
     clips: Sequence[ReconstructedClip]
     psnr_db: Number
@@ -166,7 +166,7 @@ class Rollout:
     success: bool
     frames: np.ndarray
     instruction: str = ""
-    frame_rate_hz: Number = 20.0  #: at which ``frames`` play in real time
+    frame_rate_hz: Number = 20.0  #: at which `frames` play in real time
     method: str = "policy"
 
     def __post_init__(self) -> None:
@@ -291,7 +291,7 @@ class ReportData:
 
 
 def require_frames(frames: np.ndarray, what: str) -> None:
-    """Raise ValueError unless ``frames`` is a uint8 array (n, H, W, 3) with at least one frame."""
+    """Raise ValueError unless `frames` is a uint8 array (n, H, W, 3) with at least one frame."""
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
         raise UserError(
             f"expected {what} as a uint8 RGB array (n, H, W, 3), got {frames.dtype} of shape {frames.shape}"
@@ -299,7 +299,7 @@ def require_frames(frames: np.ndarray, what: str) -> None:
 
 
 def require_same_shape(reference: np.ndarray, frames: np.ndarray, what: str) -> None:
-    """Raise ValueError unless ``frames`` is a uint8 array of the reference's shape."""
+    """Raise ValueError unless `frames` is a uint8 array of the reference's shape."""
     require_frames(frames, what)
     if frames.shape != reference.shape:
         raise UserError(f"expected {what} of shape {reference.shape}, got {frames.shape}")

@@ -20,7 +20,7 @@ HOLD_S = 1.2  #: how long an animation rests on its last frame
 
 
 class Picture(NamedTuple):
-    """What an ``img`` needs; width and height in CSS pixels."""
+    """What an `img` needs; width and height in CSS pixels."""
 
     src: str
     alt: str
@@ -54,12 +54,12 @@ def reduce(frames: np.ndarray) -> np.ndarray:
 
 
 def zoom(height: int, target: int) -> int:
-    """The whole number by which pixels are enlarged so that a frame is about ``target`` CSS pixels high."""
+    """The whole number by which pixels are enlarged so that a frame is about `target` CSS pixels high."""
     return max(1, round(target / height))
 
 
 def evenly(n: int, most: int) -> list[int]:
-    """At most ``most`` indices of range(n), evenly spread, first and last included."""
+    """At most `most` indices of range(n), evenly spread, first and last included."""
     return [int(i) for i in np.linspace(0, n - 1, min(n, most)).round()]
 
 
@@ -71,7 +71,7 @@ def data_uri(image: Image.Image, **options: object) -> str:
 
 
 def still(image: np.ndarray, alt: str, target: int = 128) -> Picture:
-    """One image (H, W, 3), enlarged by a whole number to about ``target`` CSS pixels."""
+    """One image (H, W, 3), enlarged by a whole number to about `target` CSS pixels."""
     image = reduce(image[None])[0]
     height, width = image.shape[:2]
     scale = zoom(height, target)

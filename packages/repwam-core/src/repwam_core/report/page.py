@@ -80,7 +80,7 @@ def render_report(data: ReportData) -> str:
 
 
 def write_report(data: ReportData, path: str | Path) -> Path:
-    """Write the report to ``path`` and return it.
+    """Write the report to `path` and return it.
 
     The file appears whole or not at all.
     """

@@ -43,10 +43,10 @@ MAX_ATTEMPTS = 10
 
 
 def collection_seed(dataset_seed: int, episode: int, attempt: int = 0) -> int:
-    """The simulator's seed for one attempt at demonstration number ``episode`` of a task.
+    """The simulator's seed for one attempt at demonstration number `episode` of a task.
 
-    ``dataset_seed * 10,000 + attempt * 1,000 + episode``: distinct for distinct arguments, and below
-    ``EVALUATION_SEEDS_FROM``. Tasks share seeds, so that tasks of one scene are shown in the same layouts.
+    `dataset_seed * 10,000 + attempt * 1,000 + episode`: distinct for distinct arguments, and below
+    `EVALUATION_SEEDS_FROM`. Tasks share seeds, so that tasks of one scene are shown in the same layouts.
 
     Raises:
         UserError: If an argument is out of range.
@@ -62,7 +62,7 @@ def collection_seed(dataset_seed: int, episode: int, attempt: int = 0) -> int:
 
 
 def evaluation_seeds(count: int, first: int = EVALUATION_SEEDS_FROM) -> list[int]:
-    """``count`` consecutive seeds that no collection uses."""
+    """`count` consecutive seeds that no collection uses."""
     seeds = list(range(first, first + count))
     require_evaluation_seeds(seeds)
     return seeds
@@ -83,21 +83,21 @@ def require_evaluation_seeds(seeds: list[int]) -> None:
 DEFAULT_SUITE = "metaworld"
 """Also of the data sets and results of version 0.1, which name no suite."""
 ENTRY_POINTS = "repwam.simulators"
-"""The group in which a package names its suites: ``suite = "module:SettingsClass"``."""
+"""The group in which a package names its suites: `suite = "module:SettingsClass"`."""
 BUILT_IN = EntryPoint("metaworld", "repwam_core.sim.metaworld:MetaWorldSettings", ENTRY_POINTS)
 _SUITES: dict[str, type[SimSettings]] = {}
 
 
 class SimTask(ABC):
-    """One task in one simulator. The seed of ``start`` fixes the whole episode, whatever ran before it.
+    """One task in one simulator. The seed of `start` fixes the whole episode, whatever ran before it.
 
-    Simulating and rendering are two calls, because rendering costs far more: ``start`` and ``advance`` simulate,
-    ``observe`` renders; ``reset`` and ``step`` do both.
+    Simulating and rendering are two calls, because rendering costs far more: `start` and `advance` simulate,
+    `observe` renders; `reset` and `step` do both.
 
     Attributes:
         name: The task's name, as a user gives it.
         embodiment: Action channels with units, state names, camera keys and control rate.
-        action_limits: The largest magnitude of each action channel, ``(C,)`` in its unit.
+        action_limits: The largest magnitude of each action channel, `(C,)` in its unit.
         max_steps: Control steps after which an episode counts as failed.
     """
 
@@ -108,11 +108,11 @@ class SimTask(ABC):
 
     @abstractmethod
     def start(self, seed: int) -> None:
-        """Begin the episode of ``seed`` without rendering."""
+        """Begin the episode of `seed` without rendering."""
 
     @abstractmethod
     def advance(self, action_si: np.ndarray) -> None:
-        """Carry out one action, ``(C,)`` in the embodiment's units, for one control step, without rendering.
+        """Carry out one action, `(C,)` in the embodiment's units, for one control step, without rendering.
 
         Raises:
             UserError: If the action has another shape or is not finite.
@@ -123,7 +123,7 @@ class SimTask(ABC):
         """Render every camera and read the robot's state, now."""
 
     def expert_action(self) -> np.ndarray:
-        """What the scripted expert would do now, float32 ``(C,)`` in the embodiment's units; a task may have none."""
+        """What the scripted expert would do now, float32 `(C,)` in the embodiment's units; a task may have none."""
         raise UserError(f"task {self.name!r} has no scripted expert, which demonstrations and --baseline expert need")
 
     @property
@@ -134,7 +134,7 @@ class SimTask(ABC):
     @property
     @abstractmethod
     def steps(self) -> int:
-        """Control steps since ``start``."""
+        """Control steps since `start`."""
 
     @abstractmethod
     def close(self) -> None:
@@ -146,16 +146,16 @@ class SimTask(ABC):
         return self.success or self.steps >= self.max_steps
 
     def random_action(self, rng: np.random.Generator) -> np.ndarray:
-        """An action drawn uniformly from all that the robot accepts, float32 ``(C,)``."""
+        """An action drawn uniformly from all that the robot accepts, float32 `(C,)`."""
         return (rng.uniform(-1.0, 1.0, self.action_limits.shape) * self.action_limits).astype(np.float32)
 
     def reset(self, seed: int) -> Observation:
-        """``start``, then ``observe``."""
+        """`start`, then `observe`."""
         self.start(seed)
         return self.observe()
 
     def step(self, action_si: np.ndarray) -> Observation:
-        """``advance``, then ``observe``."""
+        """`advance`, then `observe`."""
         self.advance(action_si)
         return self.observe()
 
@@ -170,10 +170,10 @@ class SimSettings(ABC):
     """How one suite of simulated tasks is run and seen, and how its tasks are made.
 
     A subclass is a frozen dataclass whose fields are JSON values: they are stored with data sets and results. Defining
-    it registers it under ``suite``. Worker processes make tasks by it, so it lives in a module that they can import.
+    it registers it under `suite`. Worker processes make tasks by it, so it lives in a module that they can import.
 
     Attributes:
-        suite: The name under which ``find_suite`` and ``--suite`` know it.
+        suite: The name under which `find_suite` and `--suite` know it.
         tasks: Canonical names of all its tasks.
         title: The simulator's name in messages and reports; the suite's where it is empty.
         groups: Groups of tasks whose mean success rates are told, in order.
@@ -196,18 +196,18 @@ class SimSettings(ABC):
     @property
     @abstractmethod
     def embodiment(self) -> Embodiment:
-        """The robot of all tasks; its cameras are keys of LeRobot, ``observation.images.<camera>``."""
+        """The robot of all tasks; its cameras are keys of LeRobot, `observation.images.<camera>`."""
 
     @abstractmethod
     def instruction(self, task: str, seed: int) -> str:
-        """What a person would say in the episode of ``seed``; ``(task, seed)`` alone decides it."""
+        """What a person would say in the episode of `seed`; `(task, seed)` alone decides it."""
 
     @abstractmethod
     def make_task(self, name: str, renderer: Any = None) -> SimTask:
-        """A simulator of one task by its canonical name, with what ``make_renderer`` gave."""
+        """A simulator of one task by its canonical name, with what `make_renderer` gave."""
 
     def make_renderer(self) -> Any:
-        """What the tasks of one process share and ``TaskPool`` closes, such as a GL context; None where nothing is."""
+        """What the tasks of one process share and `TaskPool` closes, such as a GL context; None where nothing is."""
         return None
 
     @classmethod
@@ -238,12 +238,12 @@ class SimSettings(ABC):
         return names
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary; ``from_dict`` inverts it."""
+        """A JSON-ready dictionary; `from_dict` inverts it."""
         return json.loads(json.dumps(asdict(self)))  # pyright: ignore[reportArgumentType]: subclasses are dataclasses
 
     @classmethod
     def from_dict(cls, values: Any, *, complete: bool = True) -> SimSettings:
-        """Invert ``to_dict``; a wrong, unknown or (if it must be ``complete``) missing field is a UserError."""
+        """Invert `to_dict`; a wrong, unknown or (if it must be `complete`) missing field is a UserError."""
         required = [field.name for field in fields(cls)] if complete else []  # pyright: ignore[reportArgumentType]
         return parse(values, cls, f"{cls.title or cls.suite} settings", required=required)
 
@@ -276,7 +276,7 @@ class TaskPool:
 
     Args:
         settings: Makes the tasks of the pool.
-        keep: Idle simulators kept for the next ``take``; the longest idle ones are closed first.
+        keep: Idle simulators kept for the next `take`; the longest idle ones are closed first.
     """
 
     def __init__(self, settings: SimSettings, keep: int = 64) -> None:
@@ -293,7 +293,7 @@ class TaskPool:
         return self._settings.make_task(name, self._renderer)
 
     def give_back(self, task: SimTask) -> None:
-        """Return what ``take`` gave."""
+        """Return what `take` gave."""
         self._idle.append(task)
         while len(self._idle) > self._keep:
             self._idle.pop(0).close()

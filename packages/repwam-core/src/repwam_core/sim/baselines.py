@@ -36,7 +36,7 @@ def run_baseline(
 ) -> list[EpisodeResult]:
     """Drive every task at every seed without a policy. A crash of a simulator is a failed episode, recorded as crashed.
 
-    ``expert`` is the suite's scripted policy; ``random`` draws every action uniformly; ``replay`` carries out the
+    `expert` is the suite's scripted policy; `random` draws every action uniformly; `replay` carries out the
     actions of one demonstration of the task, drawn by the seed, whatever the layout, and then stands still.
 
     Args:
@@ -44,9 +44,9 @@ def run_baseline(
         tasks: Names of the suite's tasks.
         seeds: The simulator's seeds.
         settings: As for the policy it is compared with (None is Meta-World); cameras and size do not matter.
-        demonstrations: A data set made by ``collect``, for ``replay``.
+        demonstrations: A data set made by `collect`, for `replay`.
         workers: Processes; None as many as there are cores, 1 this one.
-        out: The folder for ``results.json``, in which episodes that have ended are kept meanwhile, as by ``evaluate``.
+        out: The folder for `results.json`, in which episodes that have ended are kept meanwhile, as by `evaluate`.
 
     Returns:
         One result per episode, all tasks of the first seed, then of the next.
@@ -84,7 +84,7 @@ def run_baseline(
 
 
 def demonstrated_actions(root: str | Path, tasks: Sequence[str]) -> dict[str, list[np.ndarray]]:
-    """Canonical task name -> the actions of each of its demonstrations, float32 ``(T, C)``."""
+    """Canonical task name -> the actions of each of its demonstrations, float32 `(T, C)`."""
     reader = LeRobotReader(root)
     actions: dict[str, list[np.ndarray]] = {task: [] for task in tasks}
     for episode in reader.episodes:

@@ -72,12 +72,12 @@ class Perturbation:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary; ``from_dict`` inverts it."""
+        """A JSON-ready dictionary; `from_dict` inverts it."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Perturbation:
-        """Invert ``to_dict``; a wrong, missing or unknown field is a UserError."""
+        """Invert `to_dict`; a wrong, missing or unknown field is a UserError."""
         return parse(values, cls, "noise", required=[field.name for field in fields(cls)])
 
 
@@ -87,7 +87,7 @@ NOISE_MODES = {
     "gaussian": Perturbation(action_std=0.3),
     "pushes+gaussian": Perturbation(pushes=2, action_std=0.3),
 }
-"""Perturbation by name, as ``repwam collect --noise`` takes it. A push of 4 control steps lasts 8 environment steps."""
+"""Perturbation by name, as `repwam collect --noise` takes it. A push of 4 control steps lasts 8 environment steps."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,9 +95,9 @@ class Demonstration:
     """What one successful episode showed.
 
     Attributes:
-        frames: Camera key -> uint8 ``(T, H, W, 3)``.
-        state: float32 ``(T, S)``; None where the robot tells none.
-        action: float32 ``(T, C)``: what the expert wanted to do after frame i.
+        frames: Camera key -> uint8 `(T, H, W, 3)`.
+        state: float32 `(T, S)`; None where the robot tells none.
+        action: float32 `(T, C)`: what the expert wanted to do after frame i.
     """
 
     frames: dict[str, np.ndarray]
@@ -111,7 +111,7 @@ class Demonstration:
 def record_demonstration(
     task: SimTask, seed: int, noise: Perturbation | None = None, extra_steps: int = 4
 ) -> Demonstration | None:
-    """Let the expert solve the episode of ``seed``; None if it does not.
+    """Let the expert solve the episode of `seed`; None if it does not.
 
     Args:
         task: The simulated task.
@@ -163,7 +163,7 @@ class _Perturber:
                 self._pushes[step] = velocity
 
     def applied_to(self, wanted: np.ndarray, step: int) -> np.ndarray:
-        """The action to carry out at control step ``step`` in place of ``wanted``, float32 ``(C,)``."""
+        """The action to carry out at control step `step` in place of `wanted`, float32 `(C,)`."""
         action = np.where(self._moves, self._pushes[step], wanted) if step in self._pushes else wanted
         if self._std:
             action = action + self._std * self._rng.standard_normal(wanted.shape) * self._limits * self._moves
@@ -179,17 +179,17 @@ TYPICAL_FRAMES = 60
 
 @dataclass(frozen=True)
 class CollectionConfig:
-    """Everything that decides what a collection holds; kept beside the data as ``collection.json``.
+    """Everything that decides what a collection holds; kept beside the data as `collection.json`.
 
     Attributes:
-        tasks: Canonical task names. Episode i of the data set shows task ``i % len(tasks)``.
+        tasks: Canonical task names. Episode i of the data set shows task `i % len(tasks)`.
         episodes_per_task: Demonstrations of each task.
-        seed: The data set's seed, 0 to 99; see ``seeds.collection_seed``.
+        seed: The data set's seed, 0 to 99; see `seeds.collection_seed`.
         settings: The suite, its cameras, size, rate and length.
         noise: How the expert is disturbed.
         extra_steps: Control steps recorded after success.
         version: LeRobot's format version, "v2.1" or "v3.0".
-        pix_fmt, crf: Colour and quality of the videos, see ``repvitok.data.video.write_video``.
+        pix_fmt, crf: Colour and quality of the videos, see `repvitok.data.video.write_video`.
     """
 
     tasks: tuple[str, ...]
@@ -219,18 +219,18 @@ class CollectionConfig:
         return len(self.tasks) * self.episodes_per_task
 
     def task_of(self, index: int) -> tuple[str, int]:
-        """Task and number among its task's demonstrations of episode ``index``."""
+        """Task and number among its task's demonstrations of episode `index`."""
         return self.tasks[index % len(self.tasks)], index // len(self.tasks)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary; ``from_dict`` inverts it."""
+        """A JSON-ready dictionary; `from_dict` inverts it."""
         values = {**asdict(self), "tasks": list(self.tasks)}
         values |= {"settings": self.settings.to_dict(), "noise": self.noise.to_dict()}
         return {"format": FORMAT, "format_version": FORMAT_VERSION, "suite": self.settings.suite, **values}
 
     @classmethod
     def from_dict(cls, values: Any, source: str = "the collection's plan") -> CollectionConfig:
-        """Invert ``to_dict``; another format, a wrong, missing or unknown field is a UserError."""
+        """Invert `to_dict`; another format, a wrong, missing or unknown field is a UserError."""
         values = require_format(values, FORMAT, FORMAT_VERSION, source)
         suite = find_suite(values.pop("suite", DEFAULT_SUITE))
         if "settings" in values:
@@ -242,7 +242,7 @@ class CollectionConfig:
 
 @dataclass(frozen=True)
 class CollectionSummary:
-    """What a run of ``collect`` did.
+    """What a run of `collect` did.
 
     Attributes:
         root: The data set's folder.
@@ -275,12 +275,12 @@ def collect(
     crf: int = 10,
     workers: int | None = None,
 ) -> CollectionSummary:
-    """Record demonstrations of the scripted experts into ``out``, a LeRobot data set with an instruction per episode.
+    """Record demonstrations of the scripted experts into `out`, a LeRobot data set with an instruction per episode.
 
-    What comes out depends on the arguments alone, never on ``workers`` or on interruptions. Episodes that are already
+    What comes out depends on the arguments alone, never on `workers` or on interruptions. Episodes that are already
     there are kept, so a killed run is continued by running it again, and a v2.1 data set is made longer by asking for
     more episodes per task. Where the expert fails, the episode is tried again with its next seed; the row of each
-    episode in LeRobot's episodes table holds ``task_name``, ``environment_seed`` and ``failed_attempts``.
+    episode in LeRobot's episodes table holds `task_name`, `environment_seed` and `failed_attempts`.
 
     Args:
         out: Folder; new, empty, or one with the same config.
@@ -292,7 +292,7 @@ def collect(
         extra_steps: Control steps recorded after success.
         version: "v2.1" or "v3.0".
         pix_fmt, crf: Colour and quality of the videos. The defaults keep small frames close to what a policy sees
-            in closed loop (39 dB at 64 pixels; 30 dB with yuv420p and 18); ``pix_fmt="yuv420p"`` plays everywhere.
+            in closed loop (39 dB at 64 pixels; 30 dB with yuv420p and 18); `pix_fmt="yuv420p"` plays everywhere.
         workers: Processes; None as many as there are cores, 1 this one.
     """
     started_s = time.monotonic()
@@ -337,7 +337,7 @@ class DemonstrationRecorder:
         self._tasks = TaskPool(config.settings, keep=4)
 
     def record(self, index: int) -> int:
-        """Record episode ``index`` with the first of its seeds at which the expert succeeds; failed attempts."""
+        """Record episode `index` with the first of its seeds at which the expert succeeds; failed attempts."""
         name, episode = self._plan.task_of(index)
         task = self._tasks.take(name)
         for attempt in range(MAX_ATTEMPTS):

@@ -128,22 +128,22 @@ def evaluate(
 ) -> list[EpisodeResult]:
     """Let the policy drive every task at every seed.
 
-    Episodes run ``batch_size`` at a time and in step: the policy plans for all of them at once, the simulators carry
-    out ``execute`` actions of each chunk, rendering one frame per action, and an episode stops at its first success or
+    Episodes run `batch_size` at a time and in step: the policy plans for all of them at once, the simulators carry
+    out `execute` actions of each chunk, rendering one frame per action, and an episode stops at its first success or
     when its steps are used up. A crash of a simulator is a failed episode, recorded as crashed. An error of the policy
     ends the evaluation.
 
     Args:
         policy: Plans for a batch; or a function that makes a policy for one episode, called once per place in a batch.
         tasks: Names of the suite's tasks.
-        seeds: Evaluation seeds, see ``seeds.evaluation_seeds``.
+        seeds: Evaluation seeds, see `seeds.evaluation_seeds`.
         settings: The suite, its cameras, size, rate and length; the ones of the demonstrations. None is Meta-World.
         instruction_of: (task, seed) -> what the policy is told, or None for nothing; by default the suite's own.
         execute: Actions carried out before planning again; None for whole chunks.
         batch_size: Episodes in step.
         workers: Processes; None as many as there are cores.
         filmed_per_task: Episodes of each task, the first ones, of which all frames are kept.
-        out: The folder for ``results.json`` and ``films.npz``, in which batches that have ended are kept meanwhile: a
+        out: The folder for `results.json` and `films.npz`, in which batches that have ended are kept meanwhile: a
             killed evaluation goes on with the next batch, and its results are those of an uninterrupted one. None
             writes nothing.
         about: JSON values to store with the results, such as the policy's digests; a folder of other ones is refused.
@@ -238,7 +238,7 @@ class _Batch:
         ]
 
     def _take(self, progress: dict[int, Progress], count: int) -> None:
-        """Note where every live episode stands; all show ``count`` frames, with their last one repeated if need be."""
+        """Note where every live episode stands; all show `count` frames, with their last one repeated if need be."""
         seen = {slot: _newest(observation) for slot, observation in self._seen.items()}
         for slot, now in progress.items():
             ended = {name: getattr(now, name) for name in ("success", "steps", "crashed", "traceback")}
@@ -312,7 +312,7 @@ def _newest(observation: Observation) -> Observation:
 
 
 def _with_frames(observation: Observation, count: int) -> Observation:
-    """At least ``count`` frames: the last one is repeated."""
+    """At least `count` frames: the last one is repeated."""
     missing = count - observation.num_frames
     if missing <= 0:
         return observation

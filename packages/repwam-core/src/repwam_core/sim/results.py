@@ -35,10 +35,10 @@ Z_95 = 1.959963984540054
 
 
 def wilson_interval(successes: int, episodes: int, z: float = Z_95) -> tuple[float, float]:
-    """The interval of success rates that ``successes`` of ``episodes`` are compatible with.
+    """The interval of success rates that `successes` of `episodes` are compatible with.
 
     With p = successes / episodes, n = episodes, the bounds are
-    ``(p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)`` (Wilson, 1927), clipped to [0, 1]. Unlike
+    `(p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)` (Wilson, 1927), clipped to [0, 1]. Unlike
     the normal approximation it is sensible at 0 and at all successes.
 
     Args:
@@ -63,8 +63,8 @@ def wilson_interval(successes: int, episodes: int, z: float = Z_95) -> tuple[flo
 def difference_interval(first: tuple[int, int], second: tuple[int, int], z: float = Z_95) -> tuple[float, float]:
     """The interval of differences of two independent success rates, first minus second.
 
-    With each rate's Wilson bounds l, u, the bounds are ``d - sqrt((p1 - l1)^2 + (u2 - p2)^2)`` and
-    ``d + sqrt((u1 - p1)^2 + (p2 - l2)^2)`` (Newcombe, 1998, method 10). A difference whose interval holds
+    With each rate's Wilson bounds l, u, the bounds are `d - sqrt((p1 - l1)^2 + (u2 - p2)^2)` and
+    `d + sqrt((u1 - p1)^2 + (p2 - l2)^2)` (Newcombe, 1998, method 10). A difference whose interval holds
     0 has not been measured.
 
     Args:
@@ -96,7 +96,7 @@ class EpisodeResult:
         steps: Control steps carried out.
         crashed: What went wrong in the simulator, or None.
         traceback: Where it went wrong, where the simulator raised an exception; None also where its process died.
-        frames: What the first camera saw, uint8 ``(n, H, W, 3)``, where the episode was filmed.
+        frames: What the first camera saw, uint8 `(n, H, W, 3)`, where the episode was filmed.
     """
 
     task: str
@@ -159,7 +159,7 @@ def mean_rates(results: Sequence[EpisodeResult], groups: Mapping[str, Sequence[s
 
 
 def save_results(path: str | Path, results: Sequence[EpisodeResult], **about: Any) -> None:
-    """Write episodes, rates and whatever JSON values describe the run (``about``), whole or not at all."""
+    """Write episodes, rates and whatever JSON values describe the run (`about`), whole or not at all."""
     counted = {**success_rates(results), "all": SuccessRate.of(results)}
     rates = {task: {**asdict(rate), "rate": rate.rate} for task, rate in counted.items()}
     episodes = [result.to_dict() for result in results]
@@ -168,7 +168,7 @@ def save_results(path: str | Path, results: Sequence[EpisodeResult], **about: An
 
 
 def load_results(path: str | Path) -> tuple[list[EpisodeResult], Mapping[str, Any]]:
-    """What ``save_results`` wrote: the episodes, without frames, and what describes the run."""
+    """What `save_results` wrote: the episodes, without frames, and what describes the run."""
     stored = parse(require_format(load_json(path), FORMAT, FORMAT_VERSION, str(path)), _Stored, str(path))
     return [EpisodeResult(**vars(episode)) for episode in stored.episodes], stored.about
 
@@ -208,5 +208,5 @@ def save_films(path: str | Path, results: Sequence[EpisodeResult]) -> None:
 
 
 def load_films(path: str | Path) -> Mapping[str, np.ndarray]:
-    """``film_key`` -> uint8 ``(n, H, W, 3)``, read when looked up."""
+    """`film_key` -> uint8 `(n, H, W, 3)`, read when looked up."""
     return np.load(path, allow_pickle=False)

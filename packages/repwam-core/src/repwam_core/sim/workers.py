@@ -62,7 +62,7 @@ class VectorEnv:
         return {slot: self._start(slot, *episode) for slot, episode in episodes.items()}
 
     def execute(self, actions: dict[int, np.ndarray]) -> dict[int, Progress]:
-        """Carry out actions ``(n, C)`` per slot, one frame after each, until they or the episode end."""
+        """Carry out actions `(n, C)` per slot, one frame after each, until they or the episode end."""
         return {slot: self._execute(slot, rows) for slot, rows in actions.items()}
 
     def close(self) -> None:
@@ -114,7 +114,7 @@ class Worker:
 
     Args:
         make: Builds the object; called in the new process, so it must be picklable (a function of a module, or
-            ``functools.partial`` of one).
+            `functools.partial` of one).
     """
 
     def __init__(self, make: Callable[[], Any]) -> None:
@@ -125,7 +125,7 @@ class Worker:
         child.close()
 
     def submit(self, method: str, *arguments: Any) -> None:
-        """Start a call; ``result`` waits for it."""
+        """Start a call; `result` waits for it."""
         try:
             self.connection.send((method, arguments))
         except (BrokenPipeError, ConnectionResetError) as error:
@@ -172,10 +172,10 @@ def map_jobs(
     workers: int,
     lost: Callable[[tuple, WorkerDied], Any] | None = None,
 ) -> Iterator[tuple[int, Any]]:
-    """Call ``method`` once per job, on ``workers`` objects built by ``make``; one worker means this very process.
+    """Call `method` once per job, on `workers` objects built by `make`; one worker means this very process.
 
     Args:
-        make: Builds an object, see ``Worker``.
+        make: Builds an object, see `Worker`.
         method: Its method.
         jobs: The arguments of each call.
         workers: Processes.

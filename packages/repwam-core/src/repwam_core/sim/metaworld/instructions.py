@@ -323,14 +323,14 @@ TASKS: tuple[str, ...] = tuple(_SENTENCES)
 
 
 def paraphrases(task: str) -> tuple[str, ...]:
-    """Every sentence for ``task`` (a name of ``TASKS``), at least four."""
+    """Every sentence for `task` (a name of `TASKS`), at least four."""
     if task not in _SENTENCES:
         raise UserError(f"no instructions for task {task!r}; there are some for {', '.join(TASKS)}")
     return _SENTENCES[task]
 
 
 def instruction(task: str, seed: int) -> str:
-    """The sentence of one episode: a uniform draw that ``(task, seed)`` alone decides."""
+    """The sentence of one episode: a uniform draw that `(task, seed)` alone decides."""
     sentences = paraphrases(task)
     rng = np.random.default_rng([seed, zlib.crc32(task.encode())])
     return sentences[int(rng.integers(len(sentences)))]

@@ -29,7 +29,7 @@ _NO_GL = (
 
 
 def import_mujoco() -> ModuleType:
-    """MuJoCo's Python package, with EGL chosen for rendering on Linux unless the user has set ``MUJOCO_GL``.
+    """MuJoCo's Python package, with EGL chosen for rendering on Linux unless the user has set `MUJOCO_GL`.
 
     MuJoCo reads that variable and loads the GL library when it is first imported, so this must come before any other
     import of it.
@@ -65,7 +65,7 @@ class CameraView:
     fovy_deg: float | None = None
 
     def place(self, model: Any) -> None:
-        """Move the camera in ``model``; seen after the next forward pass of the simulator."""
+        """Move the camera in `model`; seen after the next forward pass of the simulator."""
         camera = model.camera(self.name).id
         if self.pos_m is not None:
             model.cam_pos[camera] = self.pos_m
@@ -76,8 +76,8 @@ class CameraView:
 class FrameRenderer:
     """Renders any number of models at one size.
 
-    Small pictures are drawn at twice their size and averaged down (``OVERSAMPLED_UP_TO_PX``). What the GL library holds
-    for a model (meshes, textures) is made once per ``key`` and shared by all models of that key, which must come from
+    Small pictures are drawn at twice their size and averaged down (`OVERSAMPLED_UP_TO_PX`). What the GL library holds
+    for a model (meshes, textures) is made once per `key` and shared by all models of that key, which must come from
     the same file.
 
     Args:
@@ -95,12 +95,12 @@ class FrameRenderer:
         self._pixels = np.empty((height, width, 3), np.uint8)
 
     def render(self, key: str, model: Any, data: Any, view: CameraView, markers: bool = True) -> np.ndarray:
-        """A picture, uint8 RGB ``(H, W, 3)``, right side up.
+        """A picture, uint8 RGB `(H, W, 3)`, right side up.
 
         Args:
             key: Names the model's file; see the class.
-            model: ``MjModel``.
-            data: ``MjData`` after a forward pass.
+            model: `MjModel`.
+            data: `MjData` after a forward pass.
             view: The camera.
             markers: Whether to draw the model's sites, such as the spheres that mark a goal.
         """
@@ -121,7 +121,7 @@ class FrameRenderer:
         return _averaged(upright, self.oversampling)
 
     def close(self) -> None:
-        """Free everything the GL library holds. A later ``render`` starts it again."""
+        """Free everything the GL library holds. A later `render` starts it again."""
         atexit.unregister(self.close)
         for _, context in self._contexts.values():
             context.free()
@@ -170,7 +170,7 @@ class FrameRenderer:
 
 
 def _averaged(pixels: np.ndarray, factor: int) -> np.ndarray:
-    """Mean over ``factor`` x ``factor`` blocks, uint8 ``(H factor, W factor, 3)`` -> ``(H, W, 3)``, rounded."""
+    """Mean over `factor` x `factor` blocks, uint8 `(H factor, W factor, 3)` -> `(H, W, 3)`, rounded."""
     if factor == 1:
         return np.ascontiguousarray(pixels)
     rows = np.add.reduce([pixels[offset::factor].astype(np.uint16) for offset in range(factor)])

@@ -39,7 +39,7 @@ CAMERAS = {
     "gripper": CameraView("gripperPOV"),
     "behind_gripper": CameraView("behindGripper"),
 }
-"""Camera names a user may give. ``corner2`` stands closer than in the model, as in LeRobot's Meta-World data."""
+"""Camera names a user may give. `corner2` stands closer than in the model, as in LeRobot's Meta-World data."""
 SAME_SCENE_PAIR = ("faucet-close", "faucet-open")
 """Two tasks that one picture cannot tell apart when they share a layout; docs/decisions/005-same-scene-pair.md."""
 
@@ -49,7 +49,7 @@ class MetaWorldSettings(SimSettings):
     """How Meta-World is run and seen. The same settings must serve collection and evaluation.
 
     Attributes:
-        cameras: Names from ``CAMERAS``.
+        cameras: Names from `CAMERAS`.
         size: Height and width of every picture, in pixels, multiples of 16 (the tokenizer's patch).
         act_repeat: Environment steps (80 Hz) that one action lasts; 2 gives 40 Hz.
         max_env_steps: Environment steps after which an episode has failed, at most Meta-World's own 500.
@@ -99,7 +99,7 @@ class MetaWorldSettings(SimSettings):
         return Embodiment("metaworld-sawyer", ACTION_CHANNELS, STATE_CHANNELS, self.camera_keys, self.rate_hz)
 
     def scene_of(self, task: str) -> str | None:
-        """The task whose layouts ``task`` shares, or None where it has its own."""
+        """The task whose layouts `task` shares, or None where it has its own."""
         name = self.task_name(task)
         for group in self.same_scene:
             members = [self.task_name(member) for member in group]
@@ -118,27 +118,27 @@ class MetaWorldSettings(SimSettings):
 
     @classmethod
     def task_name(cls, task: str) -> str:
-        """``button-press-topdown`` for that name with or without Meta-World's version suffix."""
+        """`button-press-topdown` for that name with or without Meta-World's version suffix."""
         return super().task_name(task.removesuffix("-v3"))
 
 
 def camera_key(camera: str) -> str:
-    """The key of a camera in observations and LeRobot data sets: ``observation.images.<camera>``."""
+    """The key of a camera in observations and LeRobot data sets: `observation.images.<camera>`."""
     return f"observation.images.{camera}"
 
 
 class MetaWorldTask(SimTask):
     """One Meta-World task.
 
-    Actions are what is commanded for one control step: the mocap target moves by ``ee_delta_*`` metres in
-    ``act_repeat`` equal parts (at most 0.01 m per environment step and axis; more is cut), and the fingers are pressed
-    together (1) or apart (-1) with ``gripper_effort``. The state is the hand's position in metres and the distance
+    Actions are what is commanded for one control step: the mocap target moves by `ee_delta_*` metres in
+    `act_repeat` equal parts (at most 0.01 m per environment step and axis; more is cut), and the fingers are pressed
+    together (1) or apart (-1) with `gripper_effort`. The state is the hand's position in metres and the distance
     between the fingers in metres.
 
     Args:
         task: One of the 50 names.
         settings: Cameras, size, rate and length.
-        renderer: Shared by all tasks of a process; None makes one of its own on the first ``observe``.
+        renderer: Shared by all tasks of a process; None makes one of its own on the first `observe`.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class MetaWorldTask(SimTask):
 
     @property
     def state(self) -> np.ndarray:
-        """Hand position and finger distance in metres, float32 ``(4,)``."""
+        """Hand position and finger distance in metres, float32 `(4,)`."""
         obs = self._require_started()
         return np.array([*obs[:3], obs[3] * FINGER_SPAN_M], np.float32)
 

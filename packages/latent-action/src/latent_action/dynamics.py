@@ -92,6 +92,7 @@ class InverseDynamics(nn.Module):
         self, z_t: Float[Tensor, "b tokens d"], z_next: Float[Tensor, "b tokens d"], grid: Grid
     ) -> tuple[Float[Tensor, "b action"], Float[Tensor, "b action"]]:
         """q(z_t, z_{t+1}) and q(z_{t+1}, z_t), from one pass of the MLP over both orders."""
+        # both orders along the batch, (2b, tokens, d), cut in two again
         one, other = self._pooled(torch.cat([z_t, z_next]), torch.cat([z_next, z_t]), grid).chunk(2)
         return (one - other, other - one) if self.antisymmetric else (one, other)
 
@@ -102,6 +103,7 @@ class InverseDynamics(nn.Module):
         out = self.mlp(torch.cat([z_t, z_next - z_t, positions.to(z_t.dtype)], dim=-1))
         if not self.attends:
             return out.mean(dim=1)
+        # the outputs of a token: first the values of all action numbers, then their logits
         value, logit = rearrange(out, "b tokens (two action) -> two b tokens action", two=2)
         return (value * logit.softmax(dim=1)).sum(dim=1)
 

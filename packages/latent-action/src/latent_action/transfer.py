@@ -80,6 +80,7 @@ def matching_transitions(table: TransitionTable, group: Int[Tensor, " transition
     motion = table.motion / torch.where(std > 1e-6, std, 1.0)
     pieces = []
     for index in torch.arange(len(table)).split(_BATCH):
+        # (piece, transitions) distances, those of the same group out of reach
         distance = torch.cdist(motion[index], motion)
         pieces.append(distance.masked_fill(group[index, None] == group[None], torch.inf).argmin(dim=1))
     return torch.cat(pieces)
@@ -148,6 +149,7 @@ def effective_dimensions(actions: Float[Tensor, "n action"]) -> float:
     varying = centred[:, std > 1e-9] / std[std > 1e-9]
     if varying.shape[1] == 0:
         return 0.0
+    # of the correlation matrix: columns are centred and in units of their standard deviation
     eigenvalues = torch.linalg.eigvalsh(varying.T.double() @ varying.double() / len(varying)).clamp(min=0)
     return float(eigenvalues.sum().square() / eigenvalues.square().sum())
 
@@ -156,6 +158,7 @@ def _random_donor(group: Int[Tensor, " transitions"], random: torch.Generator) -
     """For every transition a random one of another group."""
     donor = torch.empty_like(group)
     for value in group.unique():
+        # rows of this group, each given a row of any other
         mine, others = (group == value).nonzero()[:, 0], (group != value).nonzero()[:, 0]
         donor[mine] = others[torch.randint(len(others), (len(mine),), generator=random)]
     return donor

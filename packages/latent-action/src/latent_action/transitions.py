@@ -63,10 +63,12 @@ def lie_within(
         infos: of all entries of the shards.
         first: where each transition starts in the frames of all entries, as `load_transitions` puts them.
     """
+    # entries of one latent frame were not loaded; entry n begins at row begins[n] of all frames
     loaded = [info.frames if info.frames >= 2 else 0 for info in infos]
     begins = np.cumsum([0, *loaded])
     inside = torch.zeros(int(begins[-1]), dtype=torch.bool)
     for span in spans:
+        # a transition starts at each frame of the span but the last, whose next frame lies outside
         inside[begins[span.number] + span.first : begins[span.number] + span.last - 1] = True
     return inside[first]
 
@@ -90,6 +92,7 @@ def load_transitions(episodes: Iterable[LatentEpisode], standardise: Callable[[T
         if count < 2:
             continue
         frames.append(standardise(torch.from_numpy(episode.latents)))
+        # an episode's last frame starts no transition: its next row is another episode's
         first.append(torch.arange(start, start + count - 1))
         episode_of.append(torch.full((count - 1,), episode.episode_index))
         place.append(torch.arange(count - 1))

@@ -72,6 +72,7 @@ def position_features(
     """
     _, rows, columns = grid
     place = token_coordinates(grid, device) * torch.tensor([2 / rows, 2 / columns], device=device)
+    # (tokens, 2) places in (-1, 1), each at k frequencies: (tokens, 2, k), read as 2 k angles per token
     octaves = math.pi * 2.0 ** (torch.arange(frequencies, dtype=torch.float32, device=device) - 1)
     angles = rearrange(place[:, :, None] * octaves, "tokens two k -> tokens (two k)")
     return torch.cat([place, angles.sin(), angles.cos()], dim=-1)
@@ -115,9 +116,12 @@ class Transport(NamedTuple):
         place = token_coordinates(grid, flow.displacement.device)
         target = place + flow.displacement.float()
         s = flow.sharpness.float()[..., None]
+        # -s |p_j - target|^2 = 2 s target . p_j  -  s |p_j|^2  -  s |target|^2; the last is the same for all j and
+        # cancels in the softmax. So 2 + 1 factors hold the flow: (2 s target, -s) . (p_j, |p_j|^2).
         query = [flow.content_query.float(), 2 * s * target, -s]
         key = [flow.content_key.float(), place, place.square().sum(-1, keepdim=True)]
         if grid[0] > 1:
+            # one factor per view: stay_i where i and j lie in the same one
             view = F.one_hot(token_views(grid, place.device), grid[0]).float()
             query.append(flow.stay.float()[..., None] * view)
             key.append(view)
@@ -136,6 +140,7 @@ class Transport(NamedTuple):
         is padded with zeros, which changes no inner product.
         """
         with torch.autocast(self.query.device.type, enabled=False):
+            # the batch stands where attention has its batch, with one head
             width = max(self.query.shape[-1], values.shape[-1])
             query, key, value = (
                 rearrange(F.pad(x, (0, width - x.shape[-1])), "b tokens e -> b 1 tokens e")

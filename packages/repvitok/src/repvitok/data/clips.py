@@ -291,6 +291,7 @@ class StepBatches:
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in count(self.first):
+            # rank after rank, batch after batch: (batch, rank, clip) read as one number
             start = (batch * self.world_size + self.rank) * self.batch_size
             yield list(range(start, start + self.batch_size))
 
@@ -330,6 +331,7 @@ class MixtureBatches:
 
     def kind(self, batch: int) -> int:
         """The kind of batch number `batch`."""
+        # a point on the weights laid end to end: the kind whose stretch it falls into
         draw = np.random.default_rng([self.seed, batch, _KIND_STREAM]).random() * sum(self.weights)
         return int(np.searchsorted(np.cumsum(self.weights)[:-1], draw, side="right"))
 

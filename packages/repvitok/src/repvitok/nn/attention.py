@@ -49,6 +49,7 @@ def block_causal_attention(
         tokens_per_frame: tokens of one latent frame.
         window: frames a token sees, its own included; None is the whole prefix.
     """
+    # keys begin with the cached frames: query frame f is number past + f among them
     frames, past = q.shape[-2] // tokens_per_frame, (k.shape[-2] - q.shape[-2]) // tokens_per_frame
     if frames > 1 and k.shape[-2] <= ONE_CALL_KEYS:
         mask = dense_mask(frames, tokens_per_frame, window, past, q.device)
@@ -78,6 +79,7 @@ def dense_mask(
         past: cached frames before them; m = (past + frames) * tokens_per_frame.
         device: where to build it.
     """
+    # frame numbers of every token, (n, 1) and (1, m): their difference is how old a key is
     query = torch.arange(past, past + frames, device=device).repeat_interleave(tokens_per_frame)[:, None]
     key = torch.arange(past + frames, device=device).repeat_interleave(tokens_per_frame)[None, :]
     return _visible(query - key, window)

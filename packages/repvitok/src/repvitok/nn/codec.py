@@ -153,6 +153,7 @@ class Encoder(nn.Module):
         grid = (video.shape[3] // self.config.patch_size, video.shape[4] // self.config.patch_size)
         first_frame, layers = (0, None) if state is None else (state.frames, state.layers)
         layout = frame_layout(self.config, first_frame, x, grid, window)
+        # the state's last entry is the projection's own attention
         x, kept = self.transformer.step(x, layout, None if layers is None else layers[:-1])
         z, seen = self.project(x, layout, None if layers is None else layers[-1])
         z = rearrange(z, "b (frames tokens) d -> b frames tokens d", tokens=layout.tokens_per_frame)

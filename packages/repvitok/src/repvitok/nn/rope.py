@@ -61,6 +61,7 @@ def rotary_table(
         for start, length, pairs in zip(starts, lengths, axis_pairs(head_dim), strict=True)
     ]
     rows, columns = grid
+    # each axis' angles, spread over the two others: (frames * rows * columns, pairs of the axis)
     angles = torch.cat(
         [
             repeat(axes[0], "f p -> (f r c) p", r=rows, c=columns),

@@ -122,6 +122,7 @@ class StackedEpisodes:
 
     def __init__(self, shards: LatentShards, scaling: Scaling, parts: Sequence[LatentSpan]) -> None:
         lengths = np.array([part.last - part.first for part in parts])
+        # part n begins at row _first[n] of all frames
         self._first = np.concatenate([[0], np.cumsum(lengths)[:-1]])
         self.vectors = vectors_per_transition(shards, scaling.space, parts[0].number)
         total, (tokens, d) = int(lengths.sum()), (shards.meta.tokens, shards.meta.latent_dim)
@@ -135,6 +136,7 @@ class StackedEpisodes:
             self.latents[first : first + length] = scaling.latents(arrays["latents"][frames])
             raw = read_actions(shards, part.number, scaling.space)[part.first : part.last - 1]
             state_si = arrays["state"][frames] if "state" in arrays else None
+            # transition k leads from frame k to k + 1, so the last frame has none: its row stays zero
             before = None if state_si is None else state_si[:-1]
             self.actions[first : first + length - 1] = scaling.actions(raw, before)
             if self.reference is not None:
@@ -145,8 +147,8 @@ class StackedEpisodes:
 
     def rows(self, part: Int[np.ndarray, " b"], frame: Int[np.ndarray, "b frames"]) -> Rows:
         """See `EpisodeArrays`."""
-        rows = torch.from_numpy(self._first[part][:, None] + frame)
-        before = rows[:, :-1]
+        rows = torch.from_numpy(self._first[part][:, None] + frame)  # (b, frames)
+        before = rows[:, :-1]  # (b, transitions): a transition lies in the row of the frame it begins at
         return Rows(
             latents=self.latents[rows],
             actions=self.actions[before],
@@ -181,7 +183,7 @@ class MappedEpisodes:
         require_finite(self._shards, number, scaling.space, frames)
         state_si = np.asarray(arrays["state"][frames]) if "state" in arrays else None
         raw = read_actions(self._shards, number, scaling.space)
-        real = frames[:-1] < part.last - 1
+        real = frames[:-1] < part.last - 1  # padding repeats the last frame, where no transition begins
         actions = torch.zeros(len(real), self.vectors, len(scaling.action_channels))
         if real.any():
             before = None if state_si is None else state_si[:-1][real]
@@ -218,11 +220,13 @@ def require_finite(
     names = {"actions": meta.action_names if space != LATENT_SPACE else (), "state": meta.state_names}
     per = arrays["actions"].shape[1] if space != LATENT_SPACE else 1
     for what, array in arrays.items():
+        # (frames,) of (frames, a, C) or (frames, S): one axis between, so that both are (frames, vectors, channels)
         chosen = np.arange(len(array)) if frames is None else frames[frames < len(array)]
         values = array[chosen].reshape(len(chosen), -1, array.shape[-1])
         if np.isfinite(values).all():
             continue
         frame, vector, channel = np.argwhere(~np.isfinite(values))[0]
+        # row of the recording: `per` actions for each latent frame, from the raw frame that encoding began at
         row = info.offset + per * int(chosen[frame]) + int(vector)
         place = f"row {row}" if space != LATENT_SPACE else f"latent frame {chosen[frame]}"
         name = names[what][channel] if names[what] else channel
@@ -264,6 +268,7 @@ def count_statistics(
     meta = shards.meta
     reach = chunk_frames if kind == "from_state" and space != LATENT_SPACE else 1
     transitions = reach * sum(part.last - part.first - 1 for part in parts)
+    # every n-th part, n = ceil(transitions / most): spread over the data set, whole parts
     counted = parts[:: max(1, -(-transitions // most))]
     for part in counted:
         require_finite(shards, part.number, space, np.arange(part.first, part.last))
@@ -282,6 +287,7 @@ def count_statistics(
     learned = []
     for offset in range(reach):
         for array, before in zip(actions, states, strict=True):
+            # the transition `offset` frames into a chunk, less the state at the frame the chunk began at
             changes = np.array(array[offset:])
             changes[..., ours] -= before[: len(changes), None, theirs]
             learned.append(changes.reshape(-1, changes.shape[-1]))
@@ -314,6 +320,7 @@ def _placed(values: Tensor, names: Sequence[str], layout: Sequence[str], what: s
         return values
     if missing := [name for name in names if name not in layout]:
         raise UserError(f"expected a layout with every {what} channel of the episodes, it lacks {missing}")
+    # channel k of the episodes goes to the column that the layout has for its name
     placed = torch.zeros(*values.shape[:-1], len(layout))
     placed[..., [list(layout).index(name) for name in names]] = values
     return placed

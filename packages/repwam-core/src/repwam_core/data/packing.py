@@ -185,9 +185,11 @@ class SequencePacker(Iterator[PackedPieces]):
 
     def _feed(self) -> None:
         """Place the next episode."""
+        # tokens given so far in units of its share: the least served is next
         behind = [spent / source.weight for spent, source in zip(self._spent, self.sources, strict=True)]
         number = int(np.argmin(behind))
         source = self.sources[number]
+        # the d-th draw is place d % n of the order of pass d // n
         visit, position = divmod(self._drawn[number], len(source.episodes))
         row = _order(len(source.episodes), self.seed, number, visit)[position]
         self._drawn[number] += 1
@@ -203,6 +205,7 @@ class SequencePacker(Iterator[PackedPieces]):
             yield 0, transitions
             return
         longest, multiple = self._longest[number], self.settings.chunk_multiple
+        # the first piece is a random multiple of the chunk, so that borders fall elsewhere on each visit
         start = multiple * int(np.random.default_rng((self.seed, 1, number, *key)).integers(1, longest // multiple + 1))
         yield 0, start
         while start < transitions:

@@ -19,10 +19,9 @@ from typing import get_args
 import torch
 from repvitok.optim import build_optimizer
 from repwam_core.estimate import DocumentCosts, SequenceCost, activation_bytes, meta_model, peak_flops, state_bytes
-from repwam_core.model.attention import make_attend
+from repwam_core.model.attention import make_attention
 from repwam_core.model.config import ActionSpace, Recompute, WAMConfig
-from repwam_core.model.inputs import WAMInputs
-from repwam_core.model.sequence import SequenceLayout, concat, training_layout
+from repwam_core.model.sequence import TokenLayout, WAMInputs, concat, training_layout
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.training.parallel import ScaleSettings, prepare_layers
 
@@ -32,10 +31,10 @@ LENGTHS = (96, 48, 24, 12, 6)
 SPACE = ActionSpace(channels=16, vectors_per_transition=VECTORS)
 
 
-def sequence(config: WAMConfig, tokens: int, grid: tuple[int, int, int]) -> tuple[SequenceLayout, SequenceCost]:
+def sequence(config: WAMConfig, tokens: int, grid: tuple[int, int, int]) -> tuple[TokenLayout, SequenceCost]:
     """Episodes of 96, 48 and 24 transitions in turn, shorter ones where these do not fit, in chunks of two."""
     layouts, cost, left = [], SequenceCost(), tokens
-    costs = DocumentCosts(config, "robot", math.prod(grid), VECTORS, pruned=False)
+    costs = DocumentCosts(config, "robot", math.prod(grid), VECTORS)
     for number in itertools.count():
         fitting = [layout for size in LENGTHS if len(layout := _episode(size, grid)) <= left]
         if not fitting:
@@ -49,11 +48,11 @@ def sequence(config: WAMConfig, tokens: int, grid: tuple[int, int, int]) -> tupl
     return concat(layouts), cost
 
 
-def _episode(transitions: int, grid: tuple[int, int, int]) -> SequenceLayout:
+def _episode(transitions: int, grid: tuple[int, int, int]) -> TokenLayout:
     return training_layout(transitions + 1, (2,) * (transitions // 2), grid, VECTORS)
 
 
-def inputs_of(config: WAMConfig, layout: SequenceLayout, device: str) -> WAMInputs:
+def inputs_of(config: WAMConfig, layout: TokenLayout, device: str) -> WAMInputs:
     """Random tensors of the right shapes."""
     documents = layout.documents
     return WAMInputs(
@@ -82,7 +81,7 @@ def measure(options: argparse.Namespace, tokens: int) -> dict[str, object]:
         torch.cuda.reset_peak_memory_stats()
     for _ in range(options.steps):
         start_s = time.perf_counter()
-        attend = make_attend(layout, config.coupling, config.window, "auto", options.device)
+        attend = make_attention(layout, config.coupling, config.window, "auto", options.device)
         planned_s.append(time.perf_counter() - start_s)
         with torch.autocast(options.device, torch.bfloat16, enabled=cuda):
             velocities = wam(inputs, attend)

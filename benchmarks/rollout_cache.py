@@ -19,9 +19,8 @@ from collections.abc import Callable
 
 import torch
 from repwam_core.model.config import ActionSpace, WAMConfig
-from repwam_core.model.inputs import WAMInputs
 from repwam_core.model.rollout import Rollout
-from repwam_core.model.sequence import SequenceLayout, training_layout
+from repwam_core.model.sequence import TokenLayout, WAMInputs, training_layout
 from repwam_core.model.wam import WorldActionModel
 from torch import Tensor
 
@@ -70,7 +69,7 @@ class Episode:
             video_steps=VIDEO_STEPS, action_steps=ACTION_STEPS, video_noise=self.video, action_noise=self.action
         )
 
-    def recompute(self, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
+    def recompute(self, layout: TokenLayout) -> tuple[Tensor, Tensor]:
         """Velocities of the noisy chunk at noise time 0 from one pass over history and chunk."""
         times = torch.ones(len(self.text), len(layout.levels))
         times[:, layout.levels.noisy] = 0.0
@@ -88,7 +87,7 @@ class Episode:
         )
         return output.video, output.actions
 
-    def layout(self) -> SequenceLayout:
+    def layout(self) -> TokenLayout:
         """All of the history clean, and the next chunk noisy."""
         chunks = (CHUNK,) * (self.frames // CHUNK + 1)
         whole = training_layout(self.frames + CHUNK, chunks, self.grid, VECTORS)

@@ -13,18 +13,16 @@ from collections.abc import Callable
 
 import torch
 from repwam_core.estimate import DocumentCosts
-from repwam_core.model.attention import flex_block_mask, make_attend
-from repwam_core.model.blocked import block_plan
+from repwam_core.model.attention import block_plan, flex_block_mask, make_attention
 from repwam_core.model.config import ActionSpace, WAMConfig
-from repwam_core.model.inputs import WAMInputs
-from repwam_core.model.sequence import SequenceLayout, concat, training_layout
+from repwam_core.model.sequence import TokenLayout, WAMInputs, concat, training_layout
 from repwam_core.model.wam import WorldActionModel
 
 GRID, VECTORS, CHUNK = (1, 4, 4), 4, 2
 SPACE = ActionSpace(channels=4, vectors_per_transition=VECTORS)
 
 
-def sequence(tokens: int, transitions: int) -> SequenceLayout:
+def sequence(tokens: int, transitions: int) -> TokenLayout:
     """Equal episodes of at most `transitions` transitions that hold about `tokens` tokens."""
     per_transition = 2 * (GRID[1] * GRID[2] + VECTORS)
     transitions = min(transitions, tokens // per_transition) // CHUNK * CHUNK
@@ -32,7 +30,7 @@ def sequence(tokens: int, transitions: int) -> SequenceLayout:
     return concat([episode] * max(1, round(tokens / len(episode))))
 
 
-def random_inputs(config: WAMConfig, layout: SequenceLayout) -> WAMInputs:
+def random_inputs(config: WAMConfig, layout: TokenLayout) -> WAMInputs:
     """Tensors of the right shapes."""
     documents = layout.documents
     return WAMInputs(
@@ -51,12 +49,12 @@ def step_s(wam: WorldActionModel, inputs: WAMInputs, backend: str) -> float:
     """Process seconds of one forward and backward pass, the attention's plan included."""
     wam.zero_grad()
     start_s = time.process_time()
-    velocities = wam(inputs, make_attend(inputs.layout, wam.config.coupling, wam.config.window, backend))
+    velocities = wam(inputs, make_attention(inputs.layout, wam.config.coupling, wam.config.window, backend))
     (velocities.video.square().mean() + velocities.actions.square().mean()).backward()
     return time.process_time() - start_s
 
 
-def process_s(make: Callable[..., object], layout: SequenceLayout) -> float:
+def process_s(make: Callable[..., object], layout: TokenLayout) -> float:
     """Process seconds of making a plan or a mask."""
     start_s = time.process_time()
     make(layout, "joint", 32)
@@ -105,7 +103,7 @@ def main() -> None:
         median = {name: statistics.median(values[1:]) for name, values in spent.items()}  # the first one warms up
         blocked, dense = median["blocked"], median.get("dense")
         chunks = (CHUNK,) * (int(layout.frame.max()) // CHUNK)
-        costs = DocumentCosts(config, "robot", GRID[1] * GRID[2], VECTORS, text=8, pruned=False)
+        costs = DocumentCosts(config, "robot", GRID[1] * GRID[2], VECTORS, text=8)
         rate = layout.documents * costs.of(chunks).training_flops / blocked / 1e9
         compared = f"{dense:.2f} | {dense / blocked:.1f}" if dense else "not run | "
         row = (f"{len(layout):,}", layout.documents, f"{blocked:.2f}", compared)

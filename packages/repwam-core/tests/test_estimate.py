@@ -19,11 +19,10 @@ from repwam_core.estimate import (
     peak_flops,
     state_bytes,
 )
-from repwam_core.model.attention import make_attend
+from repwam_core.model.attention import make_attention
 from repwam_core.model.config import ActionSpace, Recompute, WAMConfig
-from repwam_core.model.inputs import WAMInputs, document_inputs, pack, read_tokens, without_unread
 from repwam_core.model.masks import dense_mask
-from repwam_core.model.sequence import concat, training_layout
+from repwam_core.model.sequence import WAMInputs, concat, document_inputs, pack, training_layout
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.training.parallel import ScaleSettings, prepare_layers
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -61,7 +60,7 @@ def inputs(config: WAMConfig) -> tuple[WAMInputs, SequenceCost]:
             )
         )
         cost += DocumentCosts(config, "robot", 16, 2, state=state, text=5).of(chunks)
-    return pack([without_unread(entry, config.coupling) for entry in documents]), cost
+    return pack(documents), cost
 
 
 @pytest.mark.parametrize("coupling", ["joint", "sequential"])
@@ -71,13 +70,11 @@ def test_tokens_and_visible_pairs_are_the_layouts(coupling, history, state):
     documents = *CHUNKS, (1,) * 9, (2,) * 6 + (1,), (3,) * 5  # also longer than the window
     model = config(coupling=coupling, action_history=history)
     layout = concat([training_layout(sum(c) + 1, c, GRID, 2, state=state, action_history=history) for c in documents])
-    for read in (False, True):
-        part = read_tokens(layout, coupling).layout if read else layout
-        costs = DocumentCosts(model, "robot", 16, 2, state=state, pruned=read)
-        cost = sum((costs.of(chunks) for chunks in documents), SequenceCost())
-        assert (cost.tokens, cost.video) == (len(part), len(part.video))
-        assert cost.clean_video == len(part.video) - len(part.noisy_video)
-        assert cost.pairs == int(dense_mask(part, coupling, model.window).sum())
+    costs = DocumentCosts(model, "robot", 16, 2, state=state)
+    cost = sum((costs.of(chunks) for chunks in documents), SequenceCost())
+    assert (cost.tokens, cost.video) == (len(layout), len(layout.video))
+    assert cost.clean_video == len(layout.video) - len(layout.noisy_video)
+    assert cost.pairs == int(dense_mask(layout, coupling, model.window).sum())
 
 
 def test_bytes_of_the_state_are_those_of_a_step():
@@ -96,9 +93,9 @@ def test_flops_are_those_of_the_matrix_products(attention, coupling):
     wanted = config(attention=attention, coupling=coupling)
     wam = WorldActionModel(wanted)
     packed, cost = inputs(wanted)
-    attend = make_attend(packed.layout, coupling, wanted.window)
+    attention = make_attention(packed.layout, coupling, wanted.window)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        velocities = wam(packed, attend)
+        velocities = wam(packed, attention)
         forward = counter.get_total_flops()
         (velocities.video.square().mean() + velocities.actions.square().mean()).backward()
     assert forward == cost.flops
@@ -170,7 +167,7 @@ def test_offloaded_inputs_leave_the_gpu_until_the_backward_pass():
         wam = WorldActionModel(wanted).cuda()
         prepare_layers(wam, ScaleSettings(recompute=recompute))
         before = torch.cuda.memory_allocated()
-        velocities = wam(packed, make_attend(packed.layout, wanted.coupling, wanted.window, "dense", "cuda"))
+        velocities = wam(packed, make_attention(packed.layout, wanted.coupling, wanted.window, "dense", "cuda"))
         kept[recompute] = torch.cuda.memory_allocated() - before
         (velocities.video.square().mean() + velocities.actions.square().mean()).backward()
         gradients[recompute] = [parameter.grad for parameter in wam.parameters() if parameter.grad is not None]

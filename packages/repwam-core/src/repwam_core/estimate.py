@@ -21,7 +21,7 @@ from repvitok.runtime.errors import UserError
 from repwam_core.model.config import Recompute, WAMConfig
 
 if TYPE_CHECKING:
-    from repwam_core.model.sequence import SequenceLayout
+    from repwam_core.model.sequence import TokenLayout
     from repwam_core.model.wam import WorldActionModel
 
 GIB = 2**30
@@ -111,9 +111,8 @@ def meta_model(config: WAMConfig) -> WorldActionModel:
 class DocumentCosts:
     """The costs of documents of one kind, by the sizes of their chunks (`sequence.training_layout`).
 
-    All but self-attention grows by the same amounts with each transition, each chunk and each frame of the last chunk,
-    whose clean tokens are left out (`inputs.without_unread`). Four documents of at most three transitions tell them.
-    They pass a narrow twin of the model, with the same layers, on the CPU.
+    All but self-attention grows by the same amounts with each transition and each chunk. Three documents of at most two
+    transitions tell them. They pass a narrow twin of the model, with the same layers, on the CPU.
 
     Args:
         config: of the model.
@@ -122,40 +121,34 @@ class DocumentCosts:
         vectors: action vectors per transition; 0 where the video expert predicts the actions.
         state: whether clean frames have a state token.
         text: padded length of the instructions, without the null token.
-        pruned: without the clean tokens that nothing reads.
     """
 
     def __init__(
-        self, config: WAMConfig, space: str, tokens: int, vectors: int, *, state: bool = False, text: int = 16,
-        pruned: bool = True,
-    ) -> None:  # fmt: skip
+        self, config: WAMConfig, space: str, tokens: int, vectors: int, *, state: bool = False, text: int = 16
+    ) -> None:
         import torch
 
         from repwam_core.model.wam import WorldActionModel
 
         self.config, self.space, self.tokens, self.vectors = config, space, tokens, vectors
-        self.state, self.text, self.pruned = state, text, pruned
+        self.state, self.text = state, text
         narrow = {"width": 8, "heads": 1, "ffn": 1, "action_width": 8, "action_ffn": 1, "latent_dim": 1, "text_dim": 1}
         with torch.random.fork_rng(devices=[]):
             twin, model = WorldActionModel(replace(config, **narrow)), meta_model(config)
-        shortest, long_chunk, two_chunks, both = (
-            self._pass(twin, model, chunk_sizes) for chunk_sizes in ((1,), (2,), (1, 1), (2, 1))
-        )
-        self._shortest, self._per_transition = shortest, both + two_chunks * -1
-        self._per_chunk = two_chunks + (shortest + self._per_transition) * -1
-        self._per_last = long_chunk + (shortest + self._per_transition) * -1
+        shortest, long_chunk, two_chunks = (self._pass(twin, model, sizes) for sizes in ((1,), (2,), (1, 1)))
+        self._shortest, self._per_transition = shortest, long_chunk + shortest * -1
+        self._per_chunk = two_chunks + long_chunk * -1
 
     def without_attention(self, chunk_sizes: Sequence[int]) -> SequenceCost:
         """The cost of a document, but for the pairs of self-attention."""
-        transitions, chunks, last = sum(chunk_sizes), len(chunk_sizes), chunk_sizes[-1]
-        further = self._per_transition * (transitions - 1) + self._per_chunk * (chunks - 1)
-        return self._shortest + further + self._per_last * (last - 1)
+        transitions, chunks = sum(chunk_sizes), len(chunk_sizes)
+        return self._shortest + self._per_transition * (transitions - 1) + self._per_chunk * (chunks - 1)
 
     def of(self, chunk_sizes: Sequence[int]) -> SequenceCost:
         """The cost of a document."""
         config, cost = self.config, self.without_attention(chunk_sizes)
         history = config.action_history, config.coupling, config.window
-        pairs = visible_pairs(tuple(chunk_sizes), self.tokens, self.vectors, self.state, self.pruned, *history)
+        pairs = visible_pairs(tuple(chunk_sizes), self.tokens, self.vectors, self.state, *history)
         # Per pair and layer a product with the query and one with the value: no counter sees into FlexAttention.
         return replace(cost, pairs=pairs, flops=cost.flops + 4 * config.width * config.depth * pairs)
 
@@ -165,11 +158,9 @@ class DocumentCosts:
         from torch import nn
 
         from repwam_core.model.blocks import CrossAttention
-        from repwam_core.model.inputs import WAMInputs
-        from repwam_core.model.sequence import Modality
+        from repwam_core.model.sequence import Modality, WAMInputs
 
         layout = _layout(chunk_sizes, self.tokens, self.vectors, self.state, self.config.action_history)
-        layout = _pruned(layout, self.config.coupling) if self.pruned else layout
         space, narrow = self.config.space(self.space), twin.config
         inputs = WAMInputs(
             layout=layout,
@@ -206,22 +197,16 @@ class DocumentCosts:
         return SequenceCost(1, clean_video, video, side, self.text + 1, video // self.tokens, 0, flops)
 
 
-def _layout(chunk_sizes: tuple[int, ...], tokens: int, vectors: int, state: bool, history: bool) -> SequenceLayout:
+def _layout(chunk_sizes: tuple[int, ...], tokens: int, vectors: int, state: bool, history: bool) -> TokenLayout:
     from repwam_core.model.sequence import training_layout
 
     frames = sum(chunk_sizes) + 1
     return training_layout(frames, chunk_sizes, (1, 1, tokens), vectors, state=state, action_history=history)
 
 
-def _pruned(layout: SequenceLayout, coupling: str) -> SequenceLayout:
-    from repwam_core.model.inputs import read_tokens
-
-    return read_tokens(layout, coupling).layout
-
-
 @lru_cache(maxsize=1024)
 def visible_pairs(
-    chunk_sizes: tuple[int, ...], tokens: int, vectors: int, state: bool, pruned: bool, history: bool, coupling: str,
+    chunk_sizes: tuple[int, ...], tokens: int, vectors: int, state: bool, history: bool, coupling: str,
     window: int,
 ) -> int:  # fmt: skip
     """Pairs of tokens of a document of which one attends to the other (`masks.visible`).
@@ -231,17 +216,16 @@ def visible_pairs(
     """
     import numpy as np
 
-    from repwam_core.model.blocked import block_plan
+    from repwam_core.model.attention import block_plan
     from repwam_core.model.sequence import Modality
 
     size = chunk_sizes[0]
     equal = next((number for number, other in enumerate(chunk_sizes) if other != size), len(chunk_sizes))
     if (further := equal - window // size - 3) > 0:  # their windows end after the prefix: each chunk adds the same
-        rest = tokens, vectors, state, pruned, history, coupling, window
+        rest = tokens, vectors, state, history, coupling, window
         long, short = (visible_pairs(chunk_sizes[further + less :], *rest) for less in (0, 1))
         return long + further * (long - short)
     layout = _layout(chunk_sizes, 1, min(vectors, 1), state, history)
-    layout = _pruned(layout, coupling) if pruned else layout
     weight = np.array([tokens, vectors, 1])[layout.modality.numpy()]  # in the order of Modality
     assert [*Modality] == [Modality.VIDEO, Modality.ACTION, Modality.STATE]
     plan = block_plan(layout, coupling, window)
@@ -295,18 +279,18 @@ def _layer_bytes(config: WAMConfig, cost: SequenceCost, bf16: bool) -> int:
     """What one layer keeps: in each bracket the numbers in the autocast type, then those that are float32 always.
 
     Counted off the layer's code: of all tokens the inputs of q, k, v (three casts under bf16, one tensor otherwise), q
-    and k before their norm, q, k, v, what attention returned and what the output layer made of it; of one expert's
-    tokens what its norms, gates, cross-attention and feed-forward keep, and the modulation, which the action expert has
-    for each token.
+    and k before their norm and before its scale, q, k, v, what attention returned and what the output layer made of it;
+    of one expert's tokens what its norms, gates, cross-attention and feed-forward keep, and the modulation, which the
+    action expert has for each token.
     """
     w, a, heads = config.width, config.action_width, config.heads
     side_heads = a // config.head_dim
     low, casts = (2, 2) if bf16 else (4, 0)
-    common = cost.tokens * (low * (8 + casts) * w + 4 * 3 * heads)
-    video = cost.video * (low * (7 * w + 2 * config.ffn) + 4 * (5 * w + 2 * heads + 6))
+    common = cost.tokens * (low * (6 + casts) * w + 4 * (4 * w + 3 * heads))
+    video = cost.video * (low * (6 * w + 2 * config.ffn) + 4 * (7 * w + 2 * heads + 6))
     side = cost.side * (low * (8 * a + 2 * config.action_ffn) + 4 * (13 * a + 2 * side_heads + 6))
-    text = cost.text * low * (3 + casts) * (w + a)
-    return common + video + side + text + cost.groups * 4 * 8 * w
+    text = cost.text * (low * (2 + casts) + 4 * 2) * (w + a)
+    return common + video + side + text + cost.groups * 4 * 6 * w
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,12 +63,14 @@ def test_a_packed_batch_is_the_stored_episodes(mixture):
         packed = next(packer)
         batch = read_packed(mixture, packed, 300)
         assert batch.tokens <= batch.token_budget == 300
-        for document, piece in zip(batch.documents, packed.pieces, strict=True):
-            store = mixture.stores[piece.data_set]
+        for number, piece in enumerate(packed.pieces):
+            store, segment = mixture.stores[piece.data_set], batch.segment(number)
             whole = store.batch(np.array([piece.episode]), np.array([0]), int(store.lengths[piece.episode]) - 1)
-            assert torch.equal(document.segment.latents, whole.latents)
-            assert document.segment.valid.all()
-            assert document.grid == store.meta.grid
+            for name in ("latents", "actions", "state", "channel_mask"):
+                assert torch.equal(getattr(segment, name), getattr(whole, name)), name
+            assert torch.equal(segment.text[segment.text_mask], whole.text[whole.text_mask])
+            assert segment.valid.all()
+            assert batch.documents.grids[number] == store.meta.grid
             seen.add(piece.data_set)
     assert seen == {0, 1}
 

@@ -7,14 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from repwam_core.model import blocked
-from repwam_core.model.attention import TILE, FlexAttend, bucket, compiled_flex, flex_block_mask, make_attend
-from repwam_core.model.blocked import block_plan
+from repwam_core.model import attention
+from repwam_core.model.attention import TILE, block_plan, bucket, compiled_flex, flex_block_mask, make_attention
 from repwam_core.model.masks import dense_mask
-from repwam_core.model.sequence import SequenceLayout, concat, training_layout
+from repwam_core.model.sequence import TokenLayout, concat, training_layout
 
 
-def packed(chunks: list[list[int]], tokens: int, vectors: int = 2) -> SequenceLayout:
+def packed(chunks: list[list[int]], tokens: int, vectors: int = 2) -> TokenLayout:
     layouts = [training_layout(sum(sizes) + 1, tuple(sizes), (1, 1, tokens), vectors, state=True) for sizes in chunks]
     return concat(layouts).streams
 
@@ -62,7 +61,7 @@ def test_sequences_of_one_budget_share_few_buckets():
 def test_a_plan_does_not_depend_on_how_much_is_worked_out_at_once(monkeypatch, rows):
     layout = packed([[2, 1, 3, 1, 2], [1, 1, 2]], tokens=3)
     whole = block_plan(layout, "sequential", 2)
-    monkeypatch.setattr(blocked, "ROWS_AT_A_TIME", rows)
+    monkeypatch.setattr(attention, "ROWS_AT_A_TIME", rows)
     assert block_plan(layout, "sequential", 2) == whole
 
 
@@ -88,8 +87,8 @@ def test_flex_equals_dense_and_compiles_once_for_a_bucket():
     with torch.no_grad():
         for layout, coupling in itertools.product(layouts, ["joint"]):
             q, k, v = (torch.randn(1, 2, len(layout), 16) for _ in range(3))
-            flex = FlexAttend.of(layout, coupling, 2)(0, q, k, v)
-            dense = make_attend(layout, coupling, 2, "dense")(0, q, k, v)
+            flex = make_attention(layout, coupling, 2, "flex")(0, q, k, v)
+            dense = make_attention(layout, coupling, 2, "dense")(0, q, k, v)
             torch.testing.assert_close(flex, dense, atol=1e-5, rtol=1e-5)
             graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[0] > 0
@@ -105,7 +104,7 @@ def test_flex_equals_dense_forward_and_backward_on_a_gpu(coupling):
     weights = torch.randn(1, 4, len(layout), 64, device="cuda")
     results = []
     for backend in ("flex", "dense"):
-        output = make_attend(layout, coupling, 2, backend, "cuda")(0, *inputs)
+        output = make_attention(layout, coupling, 2, backend, "cuda")(0, *inputs)
         results.append([output, *torch.autograd.grad((output * weights).sum(), inputs)])
     for flex, dense in zip(*results, strict=True):
         torch.testing.assert_close(flex, dense, atol=2e-2, rtol=2e-2)  # TF32 in the kernel

@@ -1,11 +1,11 @@
-"""Normalised and turned heads equal the written-out chain of norm, product and rotation, gradients included."""
+"""Normalised and turned heads equal the chain of norm, product and rotation, gradients included."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from repvitok.nn.rope import Rotary, rotate
-from repwam_core.model.blocks import EPSILON, Turn, join_heads, normalised_heads, split_heads
+from repwam_core.model.blocks import EPSILON, normalised_heads
 from torch import Tensor
 
 HEAD_DIM = 8
@@ -16,10 +16,17 @@ def rotary(n: int = 5, dtype: torch.dtype = torch.float64) -> Rotary:
     return Rotary(angles.cos(), angles.sin())
 
 
+def turn(table: Rotary) -> tuple[Tensor, Tensor]:
+    """Its cosines and signed sines of both halves of the channels, as `LayoutTensors` has them."""
+    cos, sin = table.cos[:, None], table.sin[:, None]
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
 def chain(x: Tensor, scale: Tensor, table: Rotary | None) -> Tensor:
-    """The same from torch's own parts."""
-    heads = torch.nn.functional.rms_norm(split_heads(x, HEAD_DIM), (HEAD_DIM,), scale, EPSILON)
-    return heads if table is None else rotate(heads, table)
+    """The same written out, rotated as the tokenizer rotates."""
+    heads = x.unflatten(-1, (-1, HEAD_DIM))
+    heads = heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + EPSILON) * scale
+    return heads if table is None else rotate(heads.transpose(1, 2), table).transpose(1, 2)
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -27,9 +34,9 @@ def test_equals_norm_then_rotation_forward_and_backward(turned: bool) -> None:
     x = torch.randn(2, 5, 3 * HEAD_DIM, dtype=torch.float64, requires_grad=True)
     scale = torch.randn(HEAD_DIM, dtype=torch.float64, requires_grad=True)
     table = rotary() if turned else None
-    weights = torch.randn(2, 3, 5, HEAD_DIM, dtype=torch.float64)
+    weights = torch.randn(2, 5, 3, HEAD_DIM, dtype=torch.float64)
     results = []
-    for y in (normalised_heads(x, scale, Turn.of(table) if table else None), chain(x, scale, table)):
+    for y in (normalised_heads(x, scale, turn(table) if table else None), chain(x, scale, table)):
         results.append([y, *torch.autograd.grad((y * weights).sum(), (x, scale))])
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-12, rtol=1e-10)
@@ -38,7 +45,7 @@ def test_equals_norm_then_rotation_forward_and_backward(turned: bool) -> None:
 def test_a_scale_of_zero_and_a_token_of_zeros_have_finite_gradients() -> None:
     x = torch.zeros(1, 2, HEAD_DIM, requires_grad=True)
     scale = torch.zeros(HEAD_DIM, requires_grad=True)
-    normalised_heads(x, scale, Turn.of(rotary(2, torch.float32))).sum().backward()
+    normalised_heads(x, scale, turn(rotary(2, torch.float32))).sum().backward()
     assert x.grad is not None
     assert scale.grad is not None
     assert torch.isfinite(x.grad).all()
@@ -47,23 +54,10 @@ def test_a_scale_of_zero_and_a_token_of_zeros_have_finite_gradients() -> None:
 
 def test_bfloat16_is_computed_in_float32_and_returned() -> None:
     x = torch.randn(1, 5, HEAD_DIM, dtype=torch.bfloat16, requires_grad=True)
-    scale, table = torch.ones(HEAD_DIM), Turn.of(rotary(dtype=torch.float32))
+    scale, table = torch.ones(HEAD_DIM), turn(rotary(dtype=torch.float32))
     y = normalised_heads(x, scale, table)
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, normalised_heads(x.float(), scale, table).bfloat16())
     y.sum().backward()
     assert x.grad is not None
     assert x.grad.dtype == torch.bfloat16
-
-
-def test_heads_split_and_join() -> None:
-    x = torch.randn(2, 5, 3 * HEAD_DIM)
-    assert split_heads(x, HEAD_DIM).shape == (2, 3, 5, HEAD_DIM)
-    assert torch.equal(join_heads(split_heads(x, HEAD_DIM)), x)
-
-
-def test_a_turn_of_some_tokens_is_the_turn_cut() -> None:
-    x, table = torch.randn(1, 5, HEAD_DIM), Turn.of(rotary(dtype=torch.float32))
-    scale = torch.ones(HEAD_DIM)
-    whole = normalised_heads(x, scale, table)
-    assert torch.equal(normalised_heads(x[:, 2:4], scale, table.tokens(2, 4)), whole[:, :, 2:4])

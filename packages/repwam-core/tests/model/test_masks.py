@@ -6,10 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from repwam_core.model.attention import flex_mask_mod, masked_attend
-from repwam_core.model.blocked import block_plan
+from repwam_core.model.attention import block_plan, flex_mask_mod, make_attention
 from repwam_core.model.masks import dense_mask
-from repwam_core.model.sequence import Modality, SequenceLayout, concat, training_layout
+from repwam_core.model.sequence import Modality, TokenLayout, concat, training_layout
 
 COUPLINGS = st.sampled_from(["joint", "sequential"])
 Spec = tuple[list[int], int, int, bool, bool]
@@ -22,7 +21,7 @@ PACKED = st.lists(
 )  # fmt: skip
 
 
-def packed(specs: list[Spec]) -> SequenceLayout:
+def packed(specs: list[Spec]) -> TokenLayout:
     """Documents of the given chunks, tokens per frame, action vectors, state and action history."""
     return concat(
         [
@@ -90,7 +89,7 @@ def test_mask_by_hand(coupling: str, window: int, expected: str) -> None:
     assert torch.equal(dense_mask(layout, coupling, window), parse(expected))
 
 
-def sees(layout: SequenceLayout, i: int, j: int, coupling: str, window: int) -> bool:
+def sees(layout: TokenLayout, i: int, j: int, coupling: str, window: int) -> bool:
     """docs/decisions/000, entries 2, 3 and 6, token by token, in plain words."""
     if layout.document[i] != layout.document[j]:
         return False
@@ -153,7 +152,7 @@ def test_blocked_attention_equals_dense_forward_and_backward(specs: list[Spec], 
     weights = torch.randn(2, 2, len(layout), 8)
     results = []
     for backend in ("dense", "blocked"):
-        output = masked_attend(layout, coupling, window, backend)(0, q, k, v)
+        output = make_attention(layout, coupling, window, backend)(0, q, k, v)
         results.append([output, *torch.autograd.grad((output * weights).sum(), (q, k, v))])
     for dense, blocked in zip(*results, strict=True):
         torch.testing.assert_close(blocked, dense, atol=1e-5, rtol=1e-5)
@@ -169,4 +168,4 @@ def test_a_plan_for_a_long_sequence_is_made_without_the_dense_matrix() -> None:
 
 def test_unknown_backend_is_refused() -> None:
     with pytest.raises(ValueError, match=r"expected one of .*'blocked', 'dense'"):
-        masked_attend(training_layout(2, (1,), (1, 1, 1), 1), "joint", 1, "sparse")
+        make_attention(training_layout(2, (1,), (1, 1, 1), 1), "joint", 1, "sparse")

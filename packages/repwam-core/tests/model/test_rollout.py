@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 from repwam_core.model.config import ActionSpace, WAMConfig
-from repwam_core.model.inputs import WAMInputs, document_inputs
 from repwam_core.model.rollout import Rollout
-from repwam_core.model.sequence import training_layout
+from repwam_core.model.sequence import WAMInputs, document_inputs, training_layout
 from repwam_core.model.wam import WorldActionModel
 from torch import Tensor
 

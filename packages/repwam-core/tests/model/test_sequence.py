@@ -8,11 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from repwam_core.model.sequence import (
     Modality,
-    SequenceLayout,
+    TokenLayout,
     chunk_layout,
     concat,
     history_layout,
-    runs,
     training_layout,
 )
 
@@ -20,7 +19,7 @@ CHUNKS = st.lists(st.integers(1, 4), min_size=1, max_size=5).map(tuple)
 GRIDS = st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 3))
 
 
-def spell(layout: SequenceLayout) -> str:
+def spell(layout: TokenLayout) -> str:
     """Tokens as letters and frames: V, A, S clean, v, a noisy."""
     letters = "VAS"
     return " ".join(
@@ -120,13 +119,8 @@ def test_concat_renumbers_documents_and_levels() -> None:
 
 
 def test_equal_arguments_give_the_same_object() -> None:
-    """The attention plan of a layout is kept by identity, so this saves work every training step."""
+    """What is made of a layout is kept with it, so this saves work every training step."""
     assert training_layout(3, (1, 1), (1, 2, 2), 1) is training_layout(3, (1, 1), (1, 2, 2), 1)
-
-
-def test_runs() -> None:
-    assert runs(torch.tensor([2, 3, 4, 8])) == [(2, 5), (8, 9)]
-    assert runs(torch.tensor([], dtype=torch.long)) == []
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from repwam_core.model.attention import masked_attend
+from repwam_core.model.attention import make_attention
 from repwam_core.model.config import ActionSpace, WAMConfig
-from repwam_core.model.inputs import Velocities, WAMInputs, document_inputs, pack
-from repwam_core.model.sequence import Modality, training_layout
+from repwam_core.model.sequence import Modality, Velocities, WAMInputs, document_inputs, pack, training_layout
 from repwam_core.model.wam import WorldActionModel
 from torch import Tensor
 
@@ -133,10 +133,11 @@ def test_no_action_history_means_no_clean_actions() -> None:
 
 @COUPLINGS
 @ATTENTIONS
-def test_packed_equals_alone(coupling: str, attention: str) -> None:
-    """Outputs and gradients of two documents of other length, resolution, cameras and instruction."""
+@pytest.mark.parametrize("other", [{"chunks": (3, 1, 1), "seed": 2, "grid": (2, 1, 3)}, {"chunks": (1, 2), "seed": 1}])
+def test_packed_equals_alone(coupling: str, attention: str, other: dict[str, Any]) -> None:
+    """Outputs and gradients of two documents of other length, resolution, cameras and instruction, or of one shape."""
     model = small_model(coupling=coupling, attention=attention)
-    documents = [document(model.config, (1, 2)), document(model.config, (3, 1, 1), seed=2, grid=(2, 1, 3))]
+    documents = [document(model.config, (1, 2)), document(model.config, **other)]
     alone = [model(inputs) for inputs in documents]
     packed = model(pack(documents))
     for name in ("video", "actions"):
@@ -160,7 +161,7 @@ def test_packed_equals_alone(coupling: str, attention: str) -> None:
 def test_dense_and_blocked_attention_give_the_same_velocities(coupling: str) -> None:
     model = small_model(coupling=coupling, window=2)
     inputs = pack([document(model.config, (1, 2, 2)), document(model.config, (2, 1), seed=1)])
-    dense = masked_attend(inputs.layout, coupling, 2, "dense")
+    dense = make_attention(inputs.layout, coupling, 2, "dense")
     for name in ("video", "actions"):
         expected = getattr(model(inputs, dense), name)
         torch.testing.assert_close(getattr(model(inputs), name), expected, atol=1e-5, rtol=1e-5)

@@ -7,8 +7,7 @@ import pytest
 import torch
 from repvitok.data import LeRobotReader
 from repwam_core.interface import Observation
-from repwam_core.model.inputs import WAMInputs, document_inputs
-from repwam_core.model.sequence import training_layout
+from repwam_core.model.sequence import WAMInputs, document_inputs, training_layout
 from repwam_core.policy import BatchedPolicy
 from torch import Tensor
 

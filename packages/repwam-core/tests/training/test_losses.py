@@ -2,18 +2,18 @@
 
 import pytest
 import torch
-from repwam_core.data.batches import SegmentBatch
+from repwam_core.data.batches import Documents, Noise, SegmentBatch
 from repwam_core.model.config import ActionSpace, WAMConfig
-from repwam_core.model.inputs import Velocities
-from repwam_core.model.sequence import training_layout
+from repwam_core.model.sequence import TokenLayout, Velocities, WAMInputs, training_layout
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.training import losses as losses_module
 from repwam_core.training.losses import (
     LossSettings,
+    WAMLoss,
     combined,
     draw_noise,
     equal_chunks,
-    flow_matching_loss,
+    loss_terms,
     noised_inputs,
     over_ranks,
     wam_loss,
@@ -41,6 +41,15 @@ def _replaced(batch: SegmentBatch, **changes: torch.Tensor) -> SegmentBatch:
     return SegmentBatch(**{**vars(batch), **changes})
 
 
+def _inputs(batch: SegmentBatch, layout: TokenLayout, noise: Noise) -> WAMInputs:
+    return noised_inputs(Documents.of_segments(batch, GRID), layout, noise, "robot")
+
+
+def flow_matching_loss(velocities: Velocities, batch: SegmentBatch, noise: Noise, action_weight: float) -> WAMLoss:
+    """Eq. 7 of segments."""
+    return combined([loss_terms(velocities, Documents.of_segments(batch, GRID), noise)], action_weight)
+
+
 def _generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -65,13 +74,14 @@ def test_every_chunk_stands_at_its_own_time_on_the_path():
     batch, chunks = _batch(), (2, 1)
     layout = training_layout(4, chunks, GRID, 2, state=True)
     noise = draw_noise(batch, 2, LossSettings(), _generator())
-    inputs = noised_inputs(batch, layout, chunks, noise, "robot")
+    inputs = _inputs(batch, layout, noise)
     noisy = inputs.video.reshape(3, 7, 2, 4)[:, 4:]
+    of_video = noise.video.reshape(3, 3, 2, 4)
     actions = inputs.actions.reshape(3, 6, 2, 3)[:, 3:]
     for frame, chunk in ((0, 0), (1, 0), (2, 1)):
         for sample in range(3):
             t = noise.video_t[sample, chunk]
-            path = (1 - t) * noise.video[sample, frame] + t * batch.latents[sample, frame + 1]
+            path = (1 - t) * of_video[sample, frame] + t * batch.latents[sample, frame + 1]
             torch.testing.assert_close(noisy[sample, frame], path)
             t = noise.action_t[sample, chunk]
             path = (1 - t) * noise.actions[sample, frame] + t * batch.actions[sample, frame]
@@ -96,12 +106,12 @@ def test_samples_with_the_video_off_are_pure_noise_without_video_loss():
     batch = _batch(b=200)
     noise = draw_noise(batch, 3, LossSettings(video_noise_prob=0.3), _generator())
     assert 0.2 < noise.video_off.float().mean() < 0.4
-    assert (noise.video_t[noise.video_off] == 0).all()
-    assert (noise.video_t[~noise.video_off] > 0).any()
+    assert (noise.video_t[noise.video_off[:, 0]] == 0).all()
+    assert (noise.video_t[~noise.video_off[:, 0]] > 0).any()
     velocities = Velocities(torch.zeros(200, 6, 4), torch.zeros(200, 6, 3))
     losses = flow_matching_loss(velocities, batch, noise, 1.0)
-    kept = ~noise.video_off
-    expected = (batch.latents[kept, 1:] - noise.video[kept]).square().mean()
+    kept = ~noise.video_off[:, 0]
+    expected = (batch.latents[kept, 1:].flatten(1, 2) - noise.video[kept]).square().mean()
     torch.testing.assert_close(losses.video, expected)
 
 
@@ -125,7 +135,7 @@ def test_history_noise_is_told_to_the_model():
     batch, chunks = _batch(), (1, 1, 1)
     layout = training_layout(4, chunks, GRID, 2, state=True)
     noise = draw_noise(batch, 3, LossSettings(history_noise=0.2), _generator())
-    inputs = noised_inputs(batch, layout, chunks, noise, "robot")
+    inputs = _inputs(batch, layout, noise)
     assert (noise.history_t >= 0.8).all()
     assert (noise.history_t < 1).all()
     assert torch.equal(inputs.times[:, layout.levels.clean_video], noise.history_t)
@@ -136,7 +146,7 @@ def test_a_withheld_instruction_is_masked_out_entirely():
     batch = _batch()
     noise = draw_noise(batch, 3, LossSettings(text_drop_prob=1.0), _generator())
     layout = training_layout(4, (1, 1, 1), GRID, 2, state=True)
-    assert not noised_inputs(batch, layout, (1, 1, 1), noise, "robot").text_mask.any()
+    assert not _inputs(batch, layout, noise).text_mask.any()
 
 
 def test_the_loss_is_a_function_of_the_generator_and_flows_to_every_part():

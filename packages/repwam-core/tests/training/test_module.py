@@ -16,8 +16,7 @@ from repwam_core.cli import STAGE, main
 from repwam_core.data.datamodule import WAMDataModule
 from repwam_core.data.episodes import EpisodeStore
 from repwam_core.export import export_wam, read_trained
-from repwam_core.model.attention import DenseAttend
-from repwam_core.model.blocked import BlockedAttend
+from repwam_core.model.attention import BlockAttention, DenseAttention
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.training.module import CHECKPOINT_KEY, WAMTraining
 from safetensors.torch import load_file
@@ -133,11 +132,11 @@ def test_what_a_user_can_get_wrong_is_one_line(fit, tmp_path, capsys, overrides,
 @pytest.mark.parametrize("backend", ["dense", "blocked"])
 def test_the_attention_asked_for_serves_segments_too(fit, tmp_path, monkeypatch, backend):
     ran = set()
-    for kind in (DenseAttend, BlockedAttend):
+    for kind in (DenseAttention, BlockAttention):
         call = kind.__call__
         monkeypatch.setattr(kind, "__call__", lambda self, *a, call=call: ran.add(type(self)) or call(self, *a))
     fit(tmp_path, f"--model.scale.attention={backend}", "--trainer.max_steps=1", "--trainer.limit_val_batches=0")
-    assert ran == {DenseAttend if backend == "dense" else BlockedAttend}
+    assert ran == {DenseAttention if backend == "dense" else BlockAttention}
 
 
 def test_a_checkpoint_of_other_data_is_not_resumed(fit, tmp_path, write_shards, capsys):
@@ -218,7 +217,7 @@ def test_epochs_of_a_few_batches_have_new_ones_and_resume_exactly(fit, tmp_path,
     seen, step = [], WAMTraining.training_step
 
     def training_step(self, batch, batch_idx):
-        parts = [document.segment for document in batch.documents] if packed else [batch]
+        parts = [batch.segment(number) for number in range(len(batch.pieces))] if packed else [batch]
         seen.append([(part.episode.tolist(), part.start.tolist()) for part in parts])
         return step(self, batch, batch_idx)
 

@@ -216,7 +216,7 @@ class WAMDataModule(L.LightningDataModule):
         if self.packing is not None:
             model: Any = self.trainer.lightning_module  # type: ignore[union-attr]
             packer = make_packer(self.mixture, self.packing, model.wam.config, self.seed)
-            return PackedLoader(self.mixture, packer, self.steps_per_epoch, *self._rank())
+            return PackedLoader(self.mixture, packer, self.steps_per_epoch, *self._rank(), model.with_noise)
         sampler = SegmentSampler(self.store, self.transitions, self.seed)
         return SegmentLoader(sampler, self.batch_size, self.steps_per_epoch, *self._rank())
 

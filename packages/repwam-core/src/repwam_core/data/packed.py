@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
 
-from repwam_core.data.batches import Document, PackedBatch
+from repwam_core.data.batches import Documents, PackedBatch
 from repwam_core.data.mixture import Mixture
 from repwam_core.data.packing import PackedPieces, PackingSettings, SequencePacker, Source, TokenCost
 from repwam_core.model.config import WAMConfig
@@ -41,8 +41,8 @@ def read_packed(mixture: Mixture, packed: PackedPieces, token_budget: int) -> Pa
     for piece in packed.pieces:
         store = mixture.stores[piece.data_set]
         segment = store.batch(np.array([piece.episode]), np.array([piece.start]), piece.transitions)
-        documents.append(Document(segment, store.meta.grid, piece))
-    return PackedBatch(packed.index, tuple(documents), packed.tokens, token_budget)
+        documents.append(Documents.of_segments(segment, store.meta.grid))
+    return PackedBatch(packed.index, packed.pieces, Documents.packed(documents), packed.tokens, token_budget)
 
 
 class PackedLoader:
@@ -55,14 +55,21 @@ class PackedLoader:
     The next sequence is planned and read while training works on the last one; what is saved is where the stream stood
     when the last batch was handed out.
 
+    Args:
+        mixture, packer: what is read, and in which order.
+        batches: of an epoch.
+        rank, world_size: which sequences are this process's.
+        prepare: adds what can be made of a sequence ahead of its step.
+
     Attributes:
         waited_s: seconds that training has waited for batches so far.
     """
 
     def __init__(
-        self, mixture: Mixture, packer: SequencePacker, batches: int, rank: int = 0, world_size: int = 1
-    ) -> None:
-        self.mixture, self.packer, self.batches = mixture, packer, batches
+        self, mixture: Mixture, packer: SequencePacker, batches: int, rank: int = 0, world_size: int = 1,
+        prepare: Callable[[PackedBatch], PackedBatch] = lambda batch: batch,
+    ) -> None:  # fmt: skip
+        self.mixture, self.packer, self.batches, self.prepare = mixture, packer, batches, prepare
         self.rank, self.world_size = rank, world_size
         self.position, self.waited_s = 0, 0.0
         self._stood = packer.state_dict()
@@ -100,4 +107,5 @@ class PackedLoader:
     def _read_next(self) -> tuple[PackedBatch, dict[str, Any]]:
         """This rank's next sequence, and where the packer stands after it."""
         mine = [next(self.packer) for _ in range(self.world_size)][self.rank]
-        return read_packed(self.mixture, mine, self.packer.settings.token_budget), self.packer.state_dict()
+        batch = read_packed(self.mixture, mine, self.packer.settings.token_budget)
+        return self.prepare(batch), self.packer.state_dict()

@@ -1,12 +1,16 @@
-"""Masked self-attention of a teacher-forced pass: the visible pairs only, every pair under a mask, or FlexAttention.
+"""Masked self-attention of a teacher-forced pass: every pair under a mask, blocks of visible pairs, or FlexAttention.
 
-FlexAttention takes a block mask made from a plan: which tiles of the attention matrix are empty, part or all visible.
-Its lengths are rounded up to a few sizes, so that the kernel is compiled for few of them.
+`block_plan` cuts a layout into blocks of queries that see the same keys, without ever holding the mask's matrix:
+`masks.visible` is asked for one token per run of equal tokens, and only against runs that are near enough in time to
+matter, so that the work grows with tokens times window. On a CPU the blocks of one shape are attended together, however
+many documents and chunks they come from. FlexAttention, for a GPU, takes a block mask made from the same plan: which
+tiles of the attention matrix are empty, part or all visible. Its lengths are rounded up to a few sizes, so that the
+kernel is compiled for few of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -20,12 +24,152 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from repwam_core.model.blocked import BlockedAttend, BlockPlan, block_plan
-from repwam_core.model.masks import Attend, dense_mask, visible
-from repwam_core.model.sequence import KEPT_LAYOUTS, PADDING, SequenceLayout, TokenFields
+from repwam_core.model.masks import AttentionFn, dense_mask, pairs, visible
+from repwam_core.model.sequence import PADDING, Buckets, TokenFields, TokenLayout
 
+BACKENDS = ("auto", "flex", "blocked", "dense")
 TILE = 128
 """Side of a tile of the attention matrix."""
+ROWS_AT_A_TIME = 256
+"""Runs whose visibility is worked out at once: bounds the memory of a plan."""
+
+
+def make_attention(
+    layout: TokenLayout, coupling: str, window: int, backend: str = "auto", device: torch.device | str = "cpu"
+) -> AttentionFn:
+    """The attention of a teacher-forced pass over `layout`, whose tokens are in `streams` order.
+
+    Args:
+        layout: on the CPU, where the attention is planned.
+        coupling, window: see `visible`.
+        backend: "flex" (FlexAttention, for a GPU), "blocked", "dense", or "auto": "flex" on a GPU, else "blocked". All
+            are the same function. On a CPU blocked is faster at every length measured.
+        device: where the attention will run.
+
+    Raises:
+        ValueError: unknown backend.
+    """
+    if backend == "auto":
+        backend = "flex" if torch.device(device).type == "cuda" else "blocked"
+    if backend == "blocked":
+        return BlockAttention(Buckets.of(token_blocks(block_plan(layout.streams, coupling, window)), device))
+    if backend == "dense":
+        return DenseAttention(dense_mask(layout.streams, coupling, window).to(device))
+    if backend == "flex":
+        return FlexAttention(flex_block_mask(layout.streams, coupling, window, device), bucket(len(layout)))
+    raise UserError(f"attention backend: expected one of {BACKENDS}, got {backend!r}.")
+
+
+@dataclass(frozen=True, eq=False)
+class DenseAttention:
+    """Masked attention that computes every pair of tokens."""
+
+    mask: Bool[Tensor, "n m"]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ARG002
+        return scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockAttention:
+    """Attention that computes the visible pairs only; each token is a query of one block."""
+
+    buckets: Buckets
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ARG002
+        return self.buckets.attend(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Queries that see exactly the same keys: numbers of segments, in order."""
+
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """A layout cut into segments of consecutive tokens, and blocks of segments inside which everything is visible.
+
+    Attributes:
+        sizes: tokens of each segment; they cover the layout in order.
+        blocks: every segment is among the queries of exactly one block, or of none if it is padding.
+    """
+
+    sizes: tuple[int, ...]
+    blocks: tuple[Block, ...]
+
+
+def block_plan(layout: TokenLayout, coupling: str, window: int) -> BlockPlan:
+    """Cut a layout so that attention needs no mask and computes no hidden pair."""
+    fields = TokenFields(*(values.cpu() for values in layout.fields))
+    first = _run_starts(fields)
+    runs = TokenFields(*(values[first] for values in fields))
+    keys = list(_groups(runs, coupling, window))
+    group = np.full(len(first), -1)
+    for number, (queries, _) in enumerate(keys):
+        group[queries] = number
+    # A run is joined with the one before it unless some query tells them apart, or they see different keys.
+    border = np.concatenate([[True], np.diff(group) != 0, [True]])
+    for _, seen in keys:
+        ends = np.flatnonzero(np.diff(seen) != 1)
+        border[seen[np.concatenate([[0], ends + 1])]] = True
+        border[seen[np.concatenate([ends, [len(seen) - 1]])] + 1] = True
+    segment = np.cumsum(border[:-1]) - 1
+    starts = np.append(first[border[:-1]], len(layout))
+    blocks = [Block(_distinct(segment[queries]), _distinct(segment[seen])) for queries, seen in keys]
+    blocks.sort(key=lambda block: tuple(-number for number in block.keys))
+    return BlockPlan(tuple(np.diff(starts).tolist()), tuple(blocks))
+
+
+def _run_starts(fields: TokenFields) -> np.ndarray:
+    """Where a token differs from the one before it in anything that decides who sees whom."""
+    if not len(fields.document):
+        return np.zeros(0, np.int64)
+    changes = torch.stack([values[1:] != values[:-1] for values in fields]).any(0)
+    return np.concatenate([[0], np.flatnonzero(changes.numpy()) + 1])
+
+
+def _groups(runs: TokenFields, coupling: str, window: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Runs that see the same runs, and these: (queries, keys), both increasing."""
+    for queries, candidates in _neighbourhoods(runs, window):
+        rows = TokenFields(*(values[queries] for values in runs))
+        columns = TokenFields(*(values[candidates] for values in runs))
+        seen = pairs(rows, columns, coupling, window).numpy()
+        distinct, of_row = np.unique(np.packbits(seen, axis=1), axis=0, return_inverse=True)
+        of_row = of_row.reshape(-1)
+        for number, row in enumerate(np.unpackbits(distinct, axis=1, count=len(candidates)).astype(bool)):
+            yield queries[of_row == number], candidates[row]
+
+
+def _neighbourhoods(runs: TokenFields, window: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Some consecutive chunks' runs of one document, and all runs that their tokens could see.
+
+    `visible` lets a token see its own chunk and clean frames back to `window` before it: nothing outside of the frames
+    between the first chunk's start minus `window` and the last frame of these chunks.
+    """
+    document, chunk, frame, start = (x.numpy() for x in (runs.document, runs.chunk, runs.frame, runs.chunk_start))
+    for number in np.unique(document[document != PADDING]):
+        inside = np.flatnonzero(document == number)
+        chunks, of_run = np.unique(chunk[inside], return_inverse=True)
+        together = max(1, ROWS_AT_A_TIME * len(chunks) // len(inside))
+        for first in range(0, len(chunks), together):
+            queries = inside[(of_run >= first) & (of_run < first + together)]
+            low, high = start[queries].min() - window, frame[queries].max()
+            yield queries, inside[(frame[inside] >= low) & (frame[inside] <= high)]
+
+
+def _distinct(numbers: np.ndarray) -> tuple[int, ...]:
+    """An increasing sequence without its repetitions."""
+    return tuple(numbers[np.concatenate([[True], np.diff(numbers) != 0])].tolist())
+
+
+def token_blocks(plan: BlockPlan) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The tokens that are queries, and those that are keys, of each block."""
+    tokens = np.split(np.arange(sum(plan.sizes)), np.cumsum(plan.sizes)[:-1])
+    parts = ([np.concatenate([tokens[n] for n in part]) for part in (b.queries, b.keys)] for b in plan.blocks)
+    return [(queries, keys) for queries, keys in parts]
 
 
 def bucket(tokens: int) -> int:
@@ -34,7 +178,7 @@ def bucket(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-def flex_mask_mod(layout: SequenceLayout, coupling: str, window: int) -> Callable[..., Tensor]:
+def flex_mask_mod(layout: TokenLayout, coupling: str, window: int) -> Callable[..., Tensor]:
     """`visible` in the form FlexAttention asks for: mask_mod(batch, head, query index, key index)."""
     return _mask_mod(layout.fields, coupling, window)
 
@@ -97,9 +241,7 @@ def _counted(sizes: Int[np.ndarray, " n"]) -> Int[np.ndarray, " total"]:
     return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
-def flex_block_mask(
-    layout: SequenceLayout, coupling: str, window: int, device: torch.device | str = "cpu"
-) -> BlockMask:
+def flex_block_mask(layout: TokenLayout, coupling: str, window: int, device: torch.device | str = "cpu") -> BlockMask:
     """The block mask of a layout, padded to its `bucket`; made on the CPU from the plan, never from the matrix.
 
     Args:
@@ -141,7 +283,7 @@ def _tile_lists(tiles: Bool[np.ndarray, "rows columns"]) -> tuple[Tensor, Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class FlexAttend:
+class FlexAttention:
     """Self-attention by FlexAttention; queries, keys and values are padded to the mask's length.
 
     It has no backward pass on a CPU.
@@ -149,11 +291,6 @@ class FlexAttend:
 
     mask: BlockMask
     tokens: int
-
-    @classmethod
-    def of(cls, layout: SequenceLayout, coupling: str, window: int, device: torch.device | str = "cpu") -> FlexAttend:
-        """The attention of a layout whose tokens are in the order of the model's streams."""
-        return cls(flex_block_mask(layout, coupling, window, device), bucket(len(layout)))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ARG002
         tokens = q.shape[-2]
@@ -165,64 +302,3 @@ class FlexAttend:
 def compiled_flex() -> Any:
     """FlexAttention, compiled once for each length that it meets."""
     return torch.compile(flex_attention, dynamic=False)
-
-
-BACKENDS = ("auto", "flex", "blocked", "dense")
-
-
-@dataclass(frozen=True, eq=False)
-class DenseAttend:
-    """Masked attention that computes every pair of tokens."""
-
-    mask: Bool[Tensor, "n m"]
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ARG002
-        return scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
-
-
-@lru_cache(maxsize=KEPT_LAYOUTS)
-def masked_attend(
-    layout: SequenceLayout,
-    coupling: str,
-    window: int,
-    backend: str = "blocked",
-    device: torch.device | str = "cpu",
-) -> Attend:
-    """The attention of a teacher-forced pass over `layout`, whose tokens are in `streams` order.
-
-    Args:
-        layout: compared by identity; the builders in `sequence` return the same object for the same arguments.
-        coupling, window: see `visible`.
-        backend: see `make_attend`; all are the same function. On a CPU blocked is faster at every length measured,
-            forward and backward: 1.2x at 345 tokens, 2.1x at 673, 2.5x at 1,329.
-        device: where the attention will run.
-
-    Raises:
-        ValueError: unknown backend.
-    """
-    return make_attend(layout, coupling, window, backend, device)
-
-
-def make_attend(
-    layout: SequenceLayout, coupling: str, window: int, backend: str = "blocked", device: torch.device | str = "cpu"
-) -> Attend:
-    """`masked_attend` for a layout that will not come again, such as a packed one; nothing is kept.
-
-    Args:
-        layout: on the CPU, where the attention is planned.
-        coupling, window: see `visible`.
-        backend: "flex" (FlexAttention, for a GPU), "blocked", "dense", or "auto": "flex" on a GPU, else "blocked".
-        device: where the attention will run.
-
-    Raises:
-        ValueError: unknown backend.
-    """
-    if backend == "auto":
-        backend = "flex" if torch.device(device).type == "cuda" else "blocked"
-    if backend == "blocked":
-        return BlockedAttend(block_plan(layout.streams, coupling, window))
-    if backend == "dense":
-        return DenseAttend(dense_mask(layout.streams, coupling, window).to(device))
-    if backend == "flex":
-        return FlexAttend.of(layout.streams, coupling, window, device)
-    raise UserError(f"attention backend: expected one of {BACKENDS}, got {backend!r}.")

@@ -3,6 +3,10 @@
 The video expert works at width h_v, the action expert (action and state tokens, the "side" stream) at h_a. Both are
 diffusion-transformer layers: adaptive layer norm from the noise level of each token, self-attention, cross-attention
 to the instruction, feed-forward. Only self-attention is common to both (RepWAM Sec. 3.3, docs/decisions/000, entry 5).
+
+A layer is what comes before self-attention (norm, modulation, projections, norm of queries and keys, rotation) and what
+comes after it (output projection, gate, cross-attention, norm, feed-forward, gate): `WAMLayer.before` and
+`WAMLayer.after` are functions of tensors alone, which a compiler can fuse each into few kernels.
 """
 
 from __future__ import annotations
@@ -10,168 +14,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
-from repvitok.nn.rope import Rotary
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
-from torch.nn.functional import layer_norm, scaled_dot_product_attention
+from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from repwam_core.model.config import Recompute, WAMConfig
-from repwam_core.model.masks import Attend
-from repwam_core.model.sequence import Run
+from repwam_core.model.masks import AttentionFn
+from repwam_core.model.sequence import Heads, LayoutTensors, StreamTensors
 
 EPSILON = 1e-6
 
 Stream = Float[Tensor, "b n width"]
-Heads = Float[Tensor, "b heads n c"]
-
-
-class Turn(NamedTuple):
-    """A rotary table as two factors per channel: y = x * along + swap(x * across), where swap exchanges the halves."""
-
-    along: Float[Tensor, "n 1 c"]
-    across: Float[Tensor, "n 1 c"]
-
-    @classmethod
-    def of(cls, rotary: Rotary) -> Turn:
-        """The turn (a, b) -> (a cos - b sin, b cos + a sin) of the channel halves a and b."""
-        cos, sin = rotary.cos[:, None], rotary.sin[:, None]
-        return cls(torch.cat([cos, cos], dim=-1), torch.cat([sin, -sin], dim=-1))
-
-    def tokens(self, start: int, stop: int) -> Turn:
-        """The turn of some of the tokens."""
-        return Turn(self.along[start:stop], self.across[start:stop])
-
-
-def split_heads(x: Stream, head_dim: int) -> Heads:
-    """Channels to heads, heads before tokens."""
-    return rearrange(x, "b n (heads c) -> b heads n c", c=head_dim)
-
-
-def join_heads(x: Heads) -> Stream:
-    """The inverse of `split_heads`."""
-    return rearrange(x, "b heads n c -> b n (heads c)")
-
-
-def normalised_heads(x: Stream, scale: Float[Tensor, " c"], turn: Turn | None = None) -> Heads:
-    """Heads divided by their root mean square, times a scale that all heads share, turned to where their token stands.
-
-    Computed in float32 at least; the result has the type of `x`.
-    """
-    by_head = x.unflatten(-1, (-1, scale.shape[0]))
-    y = _NormaliseAndTurn.apply(by_head, scale, *(turn or (None, None)))
-    return y.to(x.dtype).transpose(1, 2)
-
-
-class _NormaliseAndTurn(torch.autograd.Function):
-    """y = R (scale * x) / rms(x) over the last axis, where R is the turn; gradients for x and scale.
-
-    Written out because autograd's own chain of rms_norm, products and concatenation reads and writes these tensors
-    about three times as often, and on a CPU that is what a training step of a small model waits for.
-
-    With r = (mean x^2 + eps)^(-1/2) and h = R^T g:  dx = r scale h - x r^3 mean(scale x h),  dscale = sum r x h.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, along: Tensor | None, across: Tensor | None) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        r = torch.rsqrt(norm.square() / x.shape[-1] + EPSILON)
-        if along is None or across is None:
-            y = wide * scale
-        else:
-            y = _turned(wide, along * scale, across * scale)
-        ctx.save_for_backward(x, scale, r, along, across)
-        return y.mul_(r)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, scale, r, along, across = ctx.saved_tensors
-        h = grads[0] if along is None else _turned(grads[0], along, -across)
-        products = x * h
-        scale_grad = r.flatten() @ products.flatten(0, -2)
-        mean = (products @ scale.to(products.dtype))[..., None] / x.shape[-1]
-        x_grad = (h * scale).mul_(r).addcmul_(x, mean * r**3, value=-1)
-        return x_grad.to(x.dtype), scale_grad.to(scale.dtype), None, None
-
-
-def _turned(x: Tensor, along: Tensor, across: Tensor) -> Tensor:
-    """x * along + swap(x * across)."""
-    y, half = x * along, x.shape[-1] // 2
-    y[..., :half].addcmul_(x[..., half:], across[..., half:])
-    y[..., half:].addcmul_(x[..., :half], across[..., :half])
-    return y
-
-
-TextKeysValues = tuple[Float[Tensor, "b documents heads s c"], Float[Tensor, "b documents heads s c"]]
-
-
-@dataclass(frozen=True, eq=False)
-class TextContext:
-    """The embedded instructions, as one expert reads them.
-
-    Attributes:
-        tokens: for each document a learned null token, then the instruction's tokens.
-        mask: which of them are attended; the null token always is.
-        keys_values: of each layer, where they were computed once for many passes; else empty.
-    """
-
-    tokens: Float[Tensor, "b documents s width"]
-    mask: Bool[Tensor, "b documents s"]
-    keys_values: Sequence[TextKeysValues] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class StreamContext:
-    """What a layer needs to know about one stream besides its tokens.
-
-    Attributes:
-        modulation: six vectors per group of tokens of one noise level; n is a multiple of the number of groups.
-        text: the instructions.
-        documents: the ranges of tokens of one document, and which it is; they cover the stream in order.
-    """
-
-    modulation: Float[Tensor, "b groups 6 width"]
-    text: TextContext
-    documents: Sequence[tuple[Run, int]]
-
-
-@dataclass(frozen=True, eq=False)
-class LayerContext:
-    """What all layers share in one pass: both streams' contexts, where the tokens stand, the attention."""
-
-    video: StreamContext
-    side: StreamContext
-    turn: Turn
-    attend: Attend
-
-
-@dataclass(frozen=True, eq=False)
-class Kept:
-    """The tokens that leave the last layer: of the others only keys and values matter there.
-
-    Attributes:
-        runs: ranges of tokens of both streams, video first.
-        video_runs, side_runs: the same of each stream.
-        video, side: the contexts of those tokens alone.
-    """
-
-    runs: list[Run]
-    video_runs: list[Run]
-    side_runs: list[Run]
-    video: StreamContext
-    side: StreamContext
-
-
-def take(x: Float[Tensor, "b n width"], ranges: Sequence[Run]) -> Float[Tensor, "b m width"]:
-    """The tokens in `ranges`; a view if there is only one."""
-    parts = [x[:, start:stop] for start, stop in ranges]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) if parts else x[:, :0]
+Rotary = tuple[Float[Tensor, "n 1 c"], Float[Tensor, "n 1 c"]]
+"""Cosines and sines of `LayoutTensors`."""
+Modulation = Float[Tensor, "b _ 6 _"]
+"""Shift, scale and gate of self-attention, then of the feed-forward, of each group of tokens."""
 
 
 def normalise(x: Stream) -> Stream:
@@ -181,16 +44,51 @@ def normalise(x: Stream) -> Stream:
 
 def modulate(x: Stream, shift: Float[Tensor, "b groups width"], scale: Float[Tensor, "b groups width"]) -> Stream:
     """x * (1 + scale) + shift, where each of the groups holds n / groups consecutive tokens."""
-    if not x.shape[1]:
-        return x
-    grouped = x.unflatten(1, (shift.shape[1], -1))
-    return torch.addcmul(shift[:, :, None], grouped, 1 + scale[:, :, None]).flatten(1, 2)
+    return torch.addcmul(shift[:, :, None], _grouped(x, shift), 1 + scale[:, :, None]).flatten(1, 2)
 
 
 def add_gated(x: Stream, gate: Float[Tensor, "b groups width"], update: Stream) -> Stream:
     """x + gate * update, grouped as in `modulate`."""
-    groups = (gate.shape[1], -1)
-    return torch.addcmul(x.unflatten(1, groups), gate[:, :, None], update.unflatten(1, groups)).flatten(1, 2)
+    return torch.addcmul(_grouped(x, gate), gate[:, :, None], _grouped(update, gate)).flatten(1, 2)
+
+
+def _grouped(x: Stream, of_group: Float[Tensor, "b groups width"]) -> Float[Tensor, "b groups m width"]:
+    groups = of_group.shape[1]
+    return x.unflatten(1, (groups, x.shape[1] // max(groups, 1)))
+
+
+def normalised_heads(x: Stream, scale: Float[Tensor, " c"], rotary: Rotary | None = None) -> Heads:
+    """Heads divided by their root mean square, times a scale that all heads share, turned to where their token stands.
+
+    Computed in float32 at least; the result has the type of `x`.
+
+    Args:
+        x: the tokens.
+        scale: of the channels of a head.
+        rotary: cosines and sines of `LayoutTensors`; None turns nothing.
+    """
+    heads = x.unflatten(-1, (-1, len(scale)))
+    heads = heads.to(torch.promote_types(x.dtype, torch.float32))
+    y = rms_norm(heads, scale.shape, scale.to(heads.dtype), EPSILON)
+    if rotary is not None:
+        cos, sin = rotary
+        y = torch.addcmul(y * cos, y.roll(len(scale) // 2, -1), sin)  # rolled by half of the channels: halves swapped
+    return y.to(x.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddedText:
+    """The instructions of all documents, as one expert reads them.
+
+    Attributes:
+        tokens: for each document a learned null token, then the instruction's tokens.
+        mask: which of them are attended; the null token always is.
+        keys_values: of each layer, where they were computed once for many passes; else empty.
+    """
+
+    tokens: Float[Tensor, "b documents s width"]
+    mask: Bool[Tensor, "b documents s"]
+    keys_values: Sequence[tuple[Float[Tensor, "b documents s heads c"], Float[Tensor, "b documents s heads c"]]] = ()
 
 
 class Projections(nn.Module):
@@ -212,13 +110,13 @@ class Projections(nn.Module):
         self.query_scale = nn.Parameter(torch.ones(head_dim))
         self.key_scale = nn.Parameter(torch.ones(head_dim))
 
-    def queries(self, x: Stream, turn: Turn | None = None) -> Heads:
+    def queries(self, x: Stream, rotary: Rotary | None = None) -> Heads:
         """Normalised queries of a stream, turned to where their tokens stand."""
-        return normalised_heads(self.query(x), self.query_scale, turn)
+        return normalised_heads(self.query(x), self.query_scale, rotary)
 
-    def keys_values(self, x: Stream, turn: Turn | None = None) -> tuple[Heads, Heads]:
+    def keys_values(self, x: Stream, rotary: Rotary | None = None) -> tuple[Heads, Heads]:
         """Normalised keys, turned as the queries are, and values, of a stream."""
-        return normalised_heads(self.key(x), self.key_scale, turn), split_heads(self.value(x), self.head_dim)
+        return normalised_heads(self.key(x), self.key_scale, rotary), self.value(x).unflatten(-1, (-1, self.head_dim))
 
 
 class SharedAttention(nn.Module):
@@ -230,15 +128,15 @@ class SharedAttention(nn.Module):
         self.action_enter = nn.Linear(config.action_width, config.width)
         self.action_leave = nn.Linear(config.width, config.action_width)
 
-    def enter(self, video: Tensor, side: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (b, heads, n, c) of all tokens, video first."""
+    def enter(self, video: Tensor, side: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (b, n, heads, c) of all tokens, video first."""
         x = torch.cat([video, self.action_enter(side)], dim=1)
-        return self.shared.queries(x, turn), *self.shared.keys_values(x, turn)
+        return self.shared.queries(x, rotary), *self.shared.keys_values(x, rotary)
 
-    def leave(self, attended: Stream, videos: int) -> tuple[Tensor, Tensor]:
+    def leave(self, attended: Tensor, videos: int) -> tuple[Tensor, Tensor]:
         """The updates of both streams from what their tokens, of which `videos` are video, attended to."""
-        video, side = self.shared.out(attended).split([videos, attended.shape[1] - videos], dim=1)
-        return video, self.action_leave(side)
+        out = self.shared.out(attended)
+        return out[:, :videos], self.action_leave(out[:, videos:])
 
 
 class PerModalityAttention(nn.Module):
@@ -249,19 +147,18 @@ class PerModalityAttention(nn.Module):
         self.video = Projections(config.width, config.width, config.head_dim)
         self.action = Projections(config.action_width, config.width, config.head_dim)
 
-    def enter(self, video: Tensor, side: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (b, heads, n, c) of all tokens, video first."""
-        videos, n = video.shape[1], len(turn.along)
-        video_turn, side_turn = turn.tokens(0, videos), turn.tokens(videos, n)
-        of_video = self.video.queries(video, video_turn), *self.video.keys_values(video, video_turn)
-        of_side = self.action.queries(side, side_turn), *self.action.keys_values(side, side_turn)
-        q, k, v = (torch.cat(parts, dim=2) for parts in zip(of_video, of_side, strict=True))
-        return q, k, v
+    def enter(self, video: Tensor, side: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (b, n, heads, c) of all tokens, video first."""
+        videos, (cos, sin) = video.shape[1], rotary
+        of_video, of_side = (cos[:videos], sin[:videos]), (cos[videos:], sin[videos:])
+        k, v = self.video.keys_values(video, of_video)
+        side_k, side_v = self.action.keys_values(side, of_side)
+        q = torch.cat([self.video.queries(video, of_video), self.action.queries(side, of_side)], dim=1)
+        return q, torch.cat([k, side_k], dim=1), torch.cat([v, side_v], dim=1)
 
-    def leave(self, attended: Stream, videos: int) -> tuple[Tensor, Tensor]:
+    def leave(self, attended: Tensor, videos: int) -> tuple[Tensor, Tensor]:
         """The updates of both streams from what their tokens, of which `videos` are video, attended to."""
-        video, side = attended.split([videos, attended.shape[1] - videos], dim=1)
-        return self.video.out(video), self.action.out(side)
+        return self.video.out(attended[:, :videos]), self.action.out(attended[:, videos:])
 
 
 class CrossAttention(nn.Module):
@@ -271,34 +168,24 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.projections = Projections(width, width, head_dim)
 
-    def keys_values(self, text: TextContext) -> TextKeysValues:
-        """Keys and values of this layer, for every document."""
-        documents = text.tokens.shape[1]
+    def keys_values(self, text: EmbeddedText) -> tuple[Tensor, Tensor]:
+        """Keys and values of this layer (b, documents, s, heads, c)."""
         k, v = self.projections.keys_values(text.tokens.flatten(1, 2))
-        k = rearrange(k, "b heads (docs s) c -> b docs heads s c", docs=documents)
-        return k, rearrange(v, "b heads (docs s) c -> b docs heads s c", docs=documents)
+        documents = text.tokens.shape[1:3]
+        return k.unflatten(1, documents), v.unflatten(1, documents)
 
-    def forward(self, layer: int, x: Stream, context: StreamContext) -> Stream:
+    def forward(self, layer: int, x: Stream, text: EmbeddedText, stream: StreamTensors) -> Stream:
         """The update of the stream."""
-        text = context.text
+        q = self.projections.queries(x)
         k, v = text.keys_values[layer] if text.keys_values else self.keys_values(text)
-        q, outputs = self.projections.queries(x), []
-        for (start, stop), document in context.documents:
-            mask = text.mask[:, document, None, None, :]
-            part = q[:, :, start:stop]
-            outputs.append(scaled_dot_product_attention(part, k[:, document], v[:, document], attn_mask=mask))
-        return self.projections.out(join_heads(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)))
-
-
-class Modulation(NamedTuple):
-    """Shift, scale and gate of self-attention, then of the feed-forward, of each group of tokens."""
-
-    shift: Float[Tensor, "b groups width"]
-    scale: Float[Tensor, "b groups width"]
-    gate: Float[Tensor, "b groups width"]
-    ffn_shift: Float[Tensor, "b groups width"]
-    ffn_scale: Float[Tensor, "b groups width"]
-    ffn_gate: Float[Tensor, "b groups width"]
+        if stream.documents is not None:
+            return self.projections.out(stream.documents.attend(q, k, v, text.mask).flatten(2))
+        # As many tokens in every document: (b, documents m, heads, c) is (b documents, heads, m, c).
+        b, documents = text.mask.shape[:2]
+        parts = (x.unflatten(1, (documents, -1)).flatten(0, 1) for x in (q, k.flatten(1, 2), v.flatten(1, 2)))
+        q, k, v = (part.transpose(1, 2) for part in parts)
+        attended = scaled_dot_product_attention(q, k, v, attn_mask=text.mask.flatten(0, 1)[:, None, None])
+        return self.projections.out(attended.transpose(1, 2).unflatten(0, (b, documents)).flatten(1, 2).flatten(2))
 
 
 class ExpertLayer(nn.Module):
@@ -312,29 +199,23 @@ class ExpertLayer(nn.Module):
         self.ffn_in = nn.Linear(width, ffn)
         self.ffn_out = nn.Linear(ffn, width)
 
-    def modulation(self, context: StreamContext) -> Modulation:
-        """This layer's modulation of the stream's groups."""
-        return Modulation(*(context.modulation + self.table).unbind(dim=2))
-
-    def before_attention(self, x: Stream, modulation: Modulation) -> Stream:
+    def before(self, x: Stream, modulation: Modulation) -> Stream:
         """Normalised and modulated tokens for self-attention."""
-        return modulate(normalise(x), modulation.shift, modulation.scale)
+        shift, scale = (modulation[:, :, :2] + self.table[:, :2]).unbind(2)
+        return modulate(normalise(x), shift, scale)
 
-    def after_attention(
-        self, layer: int, x: Stream, update: Stream, modulation: Modulation, context: StreamContext
+    def after(
+        self, layer: int, x: Stream, update: Stream, modulation: Modulation, text: EmbeddedText, stream: StreamTensors
     ) -> Stream:
         """Self-attention's update added, then cross-attention and feed-forward."""
         if not x.shape[1]:
             return x
-        x = add_gated(x, modulation.gate, update)
-        scale, shift = self.cross_norm.weight.to(x.dtype), self.cross_norm.bias.to(x.dtype)
-        x = x + self.cross(layer, layer_norm(x, x.shape[-1:], scale, shift, EPSILON), context)
-        return self.feed_forward(x, modulation)
-
-    def feed_forward(self, x: Stream, modulation: Modulation) -> Stream:
-        """The feed-forward network, modulated and gated, added."""
-        inner = modulate(normalise(x), modulation.ffn_shift, modulation.ffn_scale)
-        return add_gated(x, modulation.ffn_gate, self.ffn_out(nn.functional.gelu(self.ffn_in(inner))))
+        gate, shift, scale, ffn_gate = (modulation[:, :, 2:] + self.table[:, 2:]).unbind(2)
+        x = add_gated(x, gate, update)
+        weight, bias = self.cross_norm.weight.to(x.dtype), self.cross_norm.bias.to(x.dtype)
+        x = x + self.cross(layer, layer_norm(x, x.shape[-1:], weight, bias, EPSILON), text, stream)
+        inner = modulate(normalise(x), shift, scale)
+        return add_gated(x, ffn_gate, self.ffn_out(nn.functional.gelu(self.ffn_in(inner))))
 
 
 class WAMLayer(nn.Module):
@@ -350,55 +231,53 @@ class WAMLayer(nn.Module):
         self.action = ExpertLayer(config.action_width, config.action_ffn, config.head_dim)
 
     def forward(
-        self, layer: int, video: Stream, side: Tensor, context: LayerContext, kept: Kept | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Both streams after this layer, or the kept tokens of them.
+        self, layer: int, video: Tensor, side: Tensor, modulations: tuple[Modulation, Modulation],
+        texts: tuple[EmbeddedText, EmbeddedText], tensors: LayoutTensors, attention: AttentionFn,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Both streams after this layer.
 
         Args:
-            layer: number of this layer, for `context.attend` and the texts' `keys_values`.
+            layer: number of this layer, for `attention` and the texts' `keys_values`.
             video: (b, n_video, width).
             side: action and state tokens, (b, n_side, action_width).
-            context: the rest.
-            kept: what leaves the last layer.
+            modulations: by the noise level, of the video and of the side stream.
+            texts: the instructions as the video and as the action expert read them.
+            tensors: of the layout.
+            attention: self-attention over the tokens in `layout.streams` order.
         """
+        inputs = layer, video, side, modulations, texts, tensors, attention
         if self.recompute == "full":
-            return _recomputed(self._layer, layer, video, side, context, kept)
+            return _recomputed(self._layer, *inputs)
         if self.recompute == "offload":
             with save_on_cpu(pin_memory=video.is_cuda):
-                return _recomputed(self._layer, layer, video, side, context, kept)
-        return self._layer(layer, video, side, context, kept)
+                return _recomputed(self._layer, *inputs)
+        return self._layer(*inputs)
 
     def _layer(
-        self, layer: int, video: Stream, side: Tensor, context: LayerContext, kept: Kept | None
-    ) -> tuple[Tensor, Tensor]:
+        self, layer: int, video: Tensor, side: Tensor, modulations: tuple[Modulation, Modulation],
+        texts: tuple[EmbeddedText, EmbeddedText], tensors: LayoutTensors, attention: AttentionFn,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         around = _recomputed if self.recompute == "selective" else _called
-        modulations = self.video.modulation(context.video), self.action.modulation(context.side)
-        q, k, v = around(self._enter, video, side, *modulations, context)
-        attended = join_heads(context.attend(layer, q, k, v))
-        return around(self._leave, layer, video, side, attended, *modulations, context, kept)
+        q, k, v = around(self.before, video, side, modulations, (tensors.cos, tensors.sin))
+        attended = attention(layer, *(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2).flatten(2)
+        return around(self.after, layer, video, side, attended, modulations, texts, (tensors.video, tensors.side))
 
-    def _enter(
-        self, video: Stream, side: Tensor, of_video: Modulation, of_side: Modulation, context: LayerContext
+    def before(
+        self, video: Tensor, side: Tensor, modulations: tuple[Modulation, Modulation], rotary: Rotary
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of the tokens of both streams, video first."""
-        before = self.video.before_attention(video, of_video), self.action.before_attention(side, of_side)
-        return self.attention.enter(*before, context.turn)
+        """Queries, keys and values (b, n, heads, c) of the tokens of both streams, video first."""
+        inner = self.video.before(video, modulations[0]), self.action.before(side, modulations[1])
+        return self.attention.enter(*inner, rotary)
 
-    def _leave(
-        self, layer: int, video: Stream, side: Tensor, attended: Tensor, of_video: Modulation, of_side: Modulation,
-        context: LayerContext, kept: Kept | None,
+    def after(
+        self, layer: int, video: Tensor, side: Tensor, attended: Tensor, modulations: tuple[Modulation, Modulation],
+        texts: tuple[EmbeddedText, EmbeddedText], streams: tuple[StreamTensors, StreamTensors],
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Both streams after the layer, from what their tokens attended to, at the width of the video expert."""
-        video_context, side_context = context.video, context.side
-        if kept is not None:
-            video, side = take(video, kept.video_runs), take(side, kept.side_runs)
-            attended = take(attended, kept.runs)
-            video_context, side_context = kept.video, kept.side
-            of_video, of_side = self.video.modulation(kept.video), self.action.modulation(kept.side)
         updates = self.attention.leave(attended, video.shape[1])
         return (
-            self.video.after_attention(layer, video, updates[0], of_video, video_context),
-            self.action.after_attention(layer, side, updates[1], of_side, side_context),
+            self.video.after(layer, video, updates[0], modulations[0], texts[0], streams[0]),
+            self.action.after(layer, side, updates[1], modulations[1], texts[1], streams[1]),
         )
 
 
@@ -451,12 +330,12 @@ class TextEmbedding(nn.Module):
         self.text_out = nn.Linear(width, width)
         self.null = nn.Parameter(torch.zeros(1, 1, 1, width))
 
-    def forward(self, text: Float[Tensor, "b docs s text"], mask: Bool[Tensor, "b docs s"]) -> TextContext:
+    def forward(self, text: Float[Tensor, "b docs s text"], mask: Bool[Tensor, "b docs s"]) -> EmbeddedText:
         """Null token and embedded tokens."""
         tokens = self.text_out(nn.functional.gelu(self.text_in(text)))
         null = self.null.expand(*text.shape[:2], 1, -1)
         attended = torch.cat([mask.new_ones(*mask.shape[:2], 1), mask], dim=2)
-        return TextContext(torch.cat([null, tokens.to(null.dtype)], dim=2), attended)
+        return EmbeddedText(torch.cat([null, tokens.to(null.dtype)], dim=2), attended)
 
 
 class OutputHead(nn.Module):

@@ -17,13 +17,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from repwam_core.model.config import WAMConfig
 from repwam_core.model.masks import pairs
-from repwam_core.model.sequence import PADDING, Modality, SequenceLayout, TokenFields
+from repwam_core.model.sequence import PADDING, Modality, TokenFields, TokenLayout
 
 KeysValues = tuple[Float[Tensor, "b heads slots c"], Float[Tensor, "b heads slots c"]]
 
 
 @dataclass(frozen=True, eq=False)
-class CachedAttend:
+class CachedAttention:
     """Self-attention of a pass whose keys and values go into the cache and meet everything there.
 
     Attributes:
@@ -97,7 +97,7 @@ class KeyValueCache:
         )
         self._used = self.scratch
 
-    def attend_history(self, layout: SequenceLayout) -> CachedAttend:
+    def attend_history(self, layout: TokenLayout) -> CachedAttention:
         """Attention for a clean chunk that becomes history."""
         place = self.scratch + layout.frame % self.capacity * self.per_frame
         self._forget(layout)
@@ -106,7 +106,7 @@ class KeyValueCache:
         side = torch.where(layout.modality == Modality.STATE, self.vectors, layout.vector) + self.tokens
         return self._attend(layout, place + torch.where(layout.modality == Modality.VIDEO, self._cell(layout), side))
 
-    def attend_scratch(self, layout: SequenceLayout) -> CachedAttend:
+    def attend_scratch(self, layout: TokenLayout) -> CachedAttention:
         """Attention for tokens of the chunk being planned; they are visible until the scratch part is cleared."""
         number = layout.frame - layout.chunk_start
         video = number * self.tokens + self._cell(layout)
@@ -121,21 +121,21 @@ class KeyValueCache:
         """Keep only the given rollouts of the batch."""
         self.layers = [(keys[rows], values[rows]) for keys, values in self.layers]
 
-    def _cell(self, layout: SequenceLayout) -> Tensor:
+    def _cell(self, layout: TokenLayout) -> Tensor:
         """Number of a video token within its frame; camera-major."""
         _, rows, columns = self.grid
         return (layout.view * rows + layout.row) * columns + layout.col
 
-    def _forget(self, layout: SequenceLayout) -> None:
+    def _forget(self, layout: TokenLayout) -> None:
         """Empty the places of the layout's frames, whatever they held: a frame may now have fewer tokens."""
         ring = self.fields.document[self.scratch :].view(self.capacity, self.per_frame)
         ring[layout.frame % self.capacity] = PADDING
 
-    def _attend(self, layout: SequenceLayout, slots: Tensor) -> CachedAttend:
+    def _attend(self, layout: TokenLayout, slots: Tensor) -> CachedAttention:
         device = self.fields.document.device
         slots, fields = slots.to(device), TokenFields(*(values.to(device) for values in layout.fields))
         for held, new in zip(self.fields, fields, strict=True):
             held[slots] = new
         used = len(self.fields.document) if self.static_shapes else self._used
         in_use = TokenFields(*(values[:used] for values in self.fields))
-        return CachedAttend(self.layers, slots, pairs(fields, in_use, self.config.coupling, self.config.window))
+        return CachedAttention(self.layers, slots, pairs(fields, in_use, self.config.coupling, self.config.window))

@@ -1,6 +1,6 @@
 """Who may attend to whom: one predicate, and the interface of the attention that follows it.
 
-`visible` is the only definition. The dense mask, the blocked attention, FlexAttention's block mask and the cached
+`visible` is the only definition. The dense mask, the blocks of visible pairs, FlexAttention's mask and the cached
 rollout are all read off it, and tests hold them equal.
 """
 
@@ -11,11 +11,11 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Bool
 from torch import Tensor
 
-from repwam_core.model.sequence import PADDING, Modality, SequenceLayout, TokenFields
+from repwam_core.model.sequence import PADDING, Modality, TokenFields, TokenLayout
 
 
 @runtime_checkable
-class Attend(Protocol):
+class AttentionFn(Protocol):
     """Self-attention of one layer, given to the model as an argument: masked for training, cached for a rollout."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -59,6 +59,6 @@ def pairs(query: TokenFields, key: TokenFields, coupling: str, window: int) -> B
     return visible(rows, columns, coupling, window)
 
 
-def dense_mask(layout: SequenceLayout, coupling: str, window: int) -> Bool[Tensor, "n n"]:
+def dense_mask(layout: TokenLayout, coupling: str, window: int) -> Bool[Tensor, "n n"]:
     """Every token of a layout against every other: the oracle, and the mask of short sequences on a GPU."""
     return pairs(layout.fields, layout.fields, coupling, window)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -15,28 +14,26 @@ from jaxtyping import Bool, Float, Int
 from repvitok.runtime.errors import UserError
 from torch import Tensor
 
-from repwam_core.model.blocks import TextContext
-from repwam_core.model.cache import CachedAttend, KeyValueCache
+from repwam_core.model.blocks import EmbeddedText
+from repwam_core.model.cache import CachedAttention, KeyValueCache
 from repwam_core.model.flow import euler, time_grid
-from repwam_core.model.inputs import Velocities, WAMInputs
-from repwam_core.model.masks import Attend
-from repwam_core.model.sequence import SequenceLayout, chunk_layout, history_layout
-from repwam_core.model.wam import PassPlan, WorldActionModel
+from repwam_core.model.masks import AttentionFn
+from repwam_core.model.sequence import (
+    LayoutTensors,
+    TokenLayout,
+    Velocities,
+    WAMInputs,
+    chunk_layout,
+    history_layout,
+)
+from repwam_core.model.wam import WorldActionModel
 from repwam_core.sampling import SamplingConfig
 
 VIDEO_MODES = ("imagine", "skip")
-
-
-Run = Callable[[WAMInputs, PassPlan, Attend, tuple[TextContext, TextContext]], Velocities]
+Run = Callable[[WAMInputs, LayoutTensors, AttentionFn, tuple[EmbeddedText, EmbeddedText]], Velocities]
 """What `WorldActionModel.run` is."""
-
-
-class Pass(NamedTuple):
-    """One kind of pass over a chunk: its tokens, what follows from them, and what they attend to."""
-
-    layout: SequenceLayout
-    plan: PassPlan
-    attend: CachedAttend
+Pass = tuple[TokenLayout, CachedAttention]
+"""Tokens of one kind of pass over a chunk, and what they attend to."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +95,7 @@ class Rollout:
         self._text_mask = self._double(text_mask.to(self.device))[:, None].clone()
         self._text_mask[self.batch :] = False
         with torch.no_grad():
-            self._contexts = wam.embed_text(self._text, self._text_mask, per_layer=True)
+            self._texts = wam.embed_text(self._text, self._text_mask, per_layer=True)
         self.cache = KeyValueCache(
             wam.config,
             batch=len(self._text),
@@ -172,7 +169,7 @@ class Rollout:
             (1.0, 1.0),
         )
         self._clear()
-        self._pass(self._planned(layout, self.cache.attend_history), inputs)
+        self._pass(inputs, self.cache.attend_history(layout.streams))
         self.frame, self.chunk = self.frame + frames, self.chunk + 1
 
     def plan_chunk(
@@ -267,9 +264,9 @@ class Rollout:
         if given is None:
             raise UserError("expected the video or the actions of the chunk, got neither.")
         kind = "both" if video is not None and actions is not None else "actions" if video is None else "video"
-        now = self._scratch_pass(kind, given.shape[1])
-        inputs = self._inputs(now.layout, _flat(video), _flat(actions), None, (video_time, action_time))
-        output = self._guided(self._pass(now, inputs))
+        layout, attention = self._scratch_pass(kind, given.shape[1])
+        inputs = self._inputs(layout, _flat(video), _flat(actions), None, (video_time, action_time))
+        output = self._guided(self._pass(inputs, attention))
         return (
             rearrange(output.video, "b (frames tokens) d -> b frames tokens d", tokens=self.cache.tokens),
             rearrange(output.actions, "b (frames a) c -> b frames a c", a=self.sizes.vectors_per_transition),
@@ -278,9 +275,9 @@ class Rollout:
     @torch.no_grad()
     def imagine(self, latents: Float[Tensor, "b frames tokens d"]) -> None:
         """Let the planned chunk's actions see this as the clean video of their chunk (`sequential`)."""
-        now = self._scratch_pass("imagined", latents.shape[1])
+        layout, attention = self._scratch_pass("imagined", latents.shape[1])
         self._passes.pop(("actions", latents.shape[1]), None)
-        self._pass(now, self._inputs(now.layout, _flat(latents), None, None, (1.0, 1.0)))
+        self._pass(self._inputs(layout, _flat(latents), None, None, (1.0, 1.0)), attention)
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
         """Go on with only these episodes of the batch, in this order."""
@@ -288,7 +285,7 @@ class Rollout:
         both = torch.cat([rows, rows + self.batch]) if self.guidance != 1.0 else rows
         self.cache.select(both)
         self._text, self._text_mask = self._text[both], self._text_mask[both]
-        self._contexts = (_select_text(self._contexts[0], both), _select_text(self._contexts[1], both))
+        self._texts = (_select_text(self._texts[0], both), _select_text(self._texts[1], both))
         self.batch = len(rows)
         self._clear()
 
@@ -301,10 +298,10 @@ class Rollout:
         """The first arguments of the layout of the next chunk."""
         return self.frame, frames, self.chunk, self.grid, self.sizes.vectors_per_transition
 
-    def _pass(self, now: Pass, inputs: WAMInputs) -> Velocities:
+    def _pass(self, inputs: WAMInputs, attention: CachedAttention) -> Velocities:
         """One pass of the model."""
         inputs.check(self.wam.config)
-        return self._run(inputs, now.plan, now.attend, self._contexts)
+        return self._run(inputs, self.wam.tensors(inputs.layout, self.device), attention, self._texts)
 
     def _scratch_pass(self, kind: str, frames: int) -> Pass:
         """What a pass over the next chunk needs, made once for all its steps."""
@@ -315,12 +312,8 @@ class Rollout:
                 layout = history_layout(*self._place(frames), action_history=False)
             else:
                 layout = chunk_layout(*self._place(frames), video=kind != "actions", actions=kind != "video")
-            self._passes[kind, frames] = self._planned(layout, self.cache.attend_scratch)
+            self._passes[kind, frames] = layout, self.cache.attend_scratch(layout.streams)
         return self._passes[kind, frames]
-
-    def _planned(self, layout: SequenceLayout, attend: Callable[[SequenceLayout], CachedAttend]) -> Pass:
-        """A pass over the tokens of a layout."""
-        return Pass(layout, self.wam.plan(layout, self.device), attend(layout.streams))
 
     def _solve_joint(
         self, video: Tensor, action: Tensor, video_times: list[float], action_times: list[float]
@@ -346,7 +339,7 @@ class Rollout:
         return video, euler(lambda x, t: self.velocities(None, x, action_time=t)[1], action, action_times)
 
     def _inputs(
-        self, layout: SequenceLayout, video: Tensor | None, actions: Tensor | None, states: Tensor | None,
+        self, layout: TokenLayout, video: Tensor | None, actions: Tensor | None, states: Tensor | None,
         times: tuple[float, float],
     ) -> WAMInputs:  # fmt: skip
         """One pass's inputs, for both copies of the batch where the video is guided."""
@@ -397,5 +390,5 @@ def _flat(values: Tensor | None) -> Tensor | None:
     return None if values is None else rearrange(values, "b frames tokens c -> b (frames tokens) c")
 
 
-def _select_text(text: TextContext, rows: Tensor) -> TextContext:
-    return TextContext(text.tokens[rows], text.mask[rows], [(k[rows], v[rows]) for k, v in text.keys_values])
+def _select_text(text: EmbeddedText, rows: Tensor) -> EmbeddedText:
+    return EmbeddedText(text.tokens[rows], text.mask[rows], [(k[rows], v[rows]) for k, v in text.keys_values])

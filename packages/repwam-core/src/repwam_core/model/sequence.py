@@ -1,4 +1,4 @@
-"""The token layout: which tokens a sequence holds, in which order, and what each one is.
+"""The token layout: what each token of a sequence is, its tensors on a device, and the inputs that it explains.
 
 A document (an episode, or a piece of one) has latent frames 0 .. F. Frame 0 is the clean prefix, chunk 0; the frames
 1 .. F are grouped into chunks 1 .. N. Every frame appears once clean (history) and, from chunk 1 on, once noisy (what
@@ -9,23 +9,36 @@ is predicted), so that all chunks are trained in one pass (docs/decisions/000, e
 
 Worked example, `training_layout(3, (2,), grid=(1, 1, 1), vectors=1)`: V0 | V1 A1 V2 A2 | v1 v2 a1 a2, where capitals
 are clean and the bars separate the prefix, clean chunk 1 and noisy chunk 1.
+
+`TokenLayout` is index arrays on the CPU, for one document or for many in one sequence; `LayoutTensors` is what a pass
+of the model needs of it, on a device. Nothing in either is a list of documents: a document is a number of each token.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 from functools import cached_property, lru_cache
-from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from repvitok.nn.rope import axis_pairs
 from repvitok.runtime.errors import UserError
 from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from repwam_core.model.config import LATENT_SPACE, WAMConfig
+
+PADDING = -1
+"""The document of a slot that holds no token: visible to no document."""
+KEPT_LAYOUTS = 64
+"""Layouts of each kind that are kept for reuse; one of 200,000 tokens takes about 40 MB."""
+Made = TypeVar("Made")
+Heads = Float[Tensor, "b n heads c"]
 
 
 class Modality(IntEnum):
@@ -34,96 +47,6 @@ class Modality(IntEnum):
     VIDEO = 0
     ACTION = 1
     STATE = 2
-
-
-class Spans(NamedTuple):
-    """Frames of a document with their chunk and its first frame, (frames,) each."""
-
-    frame: np.ndarray
-    chunk: np.ndarray
-    start: np.ndarray
-
-    def after_prefix(self) -> Spans:
-        """Without frame 0, which no transition leads into."""
-        keep = self.frame > 0
-        return Spans(*(values[keep] for values in self))
-
-
-class TokenBlock(NamedTuple):
-    """A block of tokens of one modality, frame by frame, and the key that sorts it among the others."""
-
-    columns: dict[str, np.ndarray]
-    order: np.ndarray
-
-
-def one_chunk(first_frame: int, frames: int, chunk: int) -> Spans:
-    """`frames` frames from `first_frame` on, all of one chunk."""
-    if first_frame < 0 or chunk < 0:
-        raise UserError(f"expected a frame and a chunk of at least 0, got {first_frame} and {chunk}.")
-    frame = np.arange(first_frame, first_frame + frames)
-    return Spans(frame, np.full(frames, chunk), np.full(frames, first_frame))
-
-
-def clean_tokens(
-    spans: Spans, video_level: np.ndarray, side_level: int, grid: tuple[int, int, int], vectors: int, state: bool,
-    action_history: bool,
-) -> list[TokenBlock]:  # fmt: skip
-    """Clean video, state and action tokens, sorted frame by frame: a window then cuts one contiguous range."""
-    blocks = [_block(spans, Modality.VIDEO, False, video_level, grid, 1, 3 * spans.frame)]
-    side = np.full(len(spans.frame), side_level)
-    if state:
-        blocks.append(_block(spans, Modality.STATE, False, side, (1, 1, 1), 1, 3 * spans.frame + 1))
-    later = spans.after_prefix()
-    if action_history and len(later.frame):
-        side = side[: len(later.frame)]
-        blocks.append(_block(later, Modality.ACTION, False, side, (1, 1, 1), vectors, 3 * later.frame + 2))
-    return blocks
-
-
-def noisy_tokens(
-    spans: Spans, video_level: np.ndarray, action_level: np.ndarray, grid: tuple[int, int, int], vectors: int
-) -> list[TokenBlock]:
-    """Noisy video and action tokens, sorted chunk by chunk, after every clean token."""
-    after_clean = 3 * (int(spans.frame.max()) + 1)
-    order = after_clean + 2 * spans.chunk
-    return [
-        _block(spans, Modality.VIDEO, True, video_level, grid, 1, order),
-        _block(spans, Modality.ACTION, True, action_level, (1, 1, 1), vectors, order + 1),
-    ]
-
-
-def _block(
-    spans: Spans, modality: Modality, noisy: bool, level: np.ndarray, grid: tuple[int, int, int], vectors: int,
-    order: np.ndarray,
-) -> TokenBlock:  # fmt: skip
-    """All tokens of one modality: for each frame a grid of them, or for each frame its action vectors."""
-    view, row, col, vector = (axis.ravel() for axis in np.indices((*grid, vectors)))
-    count, frames = len(view), len(spans.frame)
-    columns = {
-        "frame": spans.frame.repeat(count),
-        "chunk": spans.chunk.repeat(count),
-        "chunk_start": spans.start.repeat(count),
-        "noisy": np.full(frames * count, noisy),
-        "modality": np.full(frames * count, int(modality)),
-        "view": np.tile(view, frames),
-        "row": np.tile(row, frames),
-        "col": np.tile(col, frames),
-        "vector": np.tile(vector, frames),
-        "level": level.repeat(count),
-    }
-    # Vector j of a stands at f - 1 + (j + 1) / a; video and state tokens, with j = 0 and a = 1, stand at f.
-    columns["time"] = columns["frame"] - 1 + (columns["vector"] + 1) / vectors
-    return TokenBlock(columns, order.repeat(count))
-
-
-PADDING = -1
-"""The document of a slot that holds no token: visible to no document."""
-
-KEPT_LAYOUTS = 64
-"""Layouts of each kind that are kept for reuse; one of 200,000 tokens takes about 40 MB."""
-
-Run = tuple[int, int]
-"""A half-open range of positions."""
 
 
 class TokenFields(NamedTuple):
@@ -138,8 +61,8 @@ class TokenFields(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class LevelTable:
-    """The noise levels of a sequence: every token has exactly one, `SequenceLayout.level` points into this table.
+class NoiseLevels:
+    """The noise levels of a sequence: every token has exactly one, `TokenLayout.level` points into this table.
 
     A document with chunks 0 .. N has a level for the clean video of each chunk (history noise augmentation), one for
     all its clean actions and states, one for the noisy video and one for the noisy actions of each chunk 1 .. N.
@@ -158,16 +81,6 @@ class LevelTable:
         return len(self.document)
 
     @cached_property
-    def noisy_video(self) -> Int[Tensor, " chunks"]:
-        """Indices of the levels of noisy video, chunk by chunk."""
-        return (self.noisy & (self.modality == Modality.VIDEO)).nonzero()[:, 0]
-
-    @cached_property
-    def noisy_actions(self) -> Int[Tensor, " chunks"]:
-        """Indices of the levels of noisy actions, chunk by chunk."""
-        return (self.noisy & (self.modality == Modality.ACTION)).nonzero()[:, 0]
-
-    @cached_property
     def clean_video(self) -> Int[Tensor, " chunks"]:
         """Indices of the levels of clean video, chunk by chunk, the prefix first."""
         return (~self.noisy & (self.modality == Modality.VIDEO)).nonzero()[:, 0]
@@ -177,9 +90,19 @@ class LevelTable:
         """Indices of the levels of clean actions and states, document by document."""
         return (~self.noisy & (self.modality == Modality.ACTION)).nonzero()[:, 0]
 
+    @cached_property
+    def noisy_video(self) -> Int[Tensor, " chunks"]:
+        """Indices of the levels of noisy video, chunk by chunk."""
+        return (self.noisy & (self.modality == Modality.VIDEO)).nonzero()[:, 0]
+
+    @cached_property
+    def noisy_actions(self) -> Int[Tensor, " chunks"]:
+        """Indices of the levels of noisy actions, chunk by chunk."""
+        return (self.noisy & (self.modality == Modality.ACTION)).nonzero()[:, 0]
+
 
 @dataclass(frozen=True, eq=False)
-class SequenceLayout:
+class TokenLayout:
     """What each of the n tokens of a sequence is; shared by the whole batch, never changed, on the CPU.
 
     Attributes:
@@ -210,7 +133,7 @@ class SequenceLayout:
     vector: Int[Tensor, " n"]
     position: Float[Tensor, "n 3"]
     level: Int[Tensor, " n"]
-    levels: LevelTable
+    levels: NoiseLevels
     group: int
 
     def __len__(self) -> int:
@@ -237,6 +160,11 @@ class SequenceLayout:
         return (self.modality == Modality.STATE).nonzero()[:, 0]
 
     @cached_property
+    def side_order(self) -> Int[Tensor, " n_side"]:
+        """The action expert's tokens document by document, as places among all actions, then all states."""
+        return self.document[torch.cat([self.actions, self.states])].argsort(stable=True)
+
+    @cached_property
     def noisy_video(self) -> Int[Tensor, " n_noisy_video"]:
         """Positions of the noisy video tokens: the order of the predicted video velocities."""
         return self.video[self.noisy[self.video]]
@@ -245,32 +173,6 @@ class SequenceLayout:
     def noisy_actions(self) -> Int[Tensor, " n_noisy_action"]:
         """Positions of the noisy action tokens: the order of the predicted action velocities."""
         return self.actions[self.noisy[self.actions]]
-
-    @cached_property
-    def noisy_video_runs(self) -> list[Run]:
-        """Where the noisy tokens stand among the video tokens."""
-        return runs(self.noisy[self.video].nonzero()[:, 0])
-
-    @cached_property
-    def noisy_action_runs(self) -> list[Run]:
-        """Where the noisy tokens stand among the action tokens."""
-        return runs(self.noisy[self.actions].nonzero()[:, 0])
-
-    @cached_property
-    def document_runs(self) -> list[tuple[Run, int]]:
-        """The maximal ranges of tokens of one document, in order, and which document it is."""
-        borders = [0, *(self.document.diff().nonzero()[:, 0] + 1).tolist(), len(self)]
-        return [((a, b), int(self.document[a])) for a, b in pairwise(borders) if b > a]
-
-    @cached_property
-    def video_stream(self) -> SequenceLayout:
-        """The video tokens: the stream of the video expert."""
-        return self.take(self.video)
-
-    @cached_property
-    def side_stream(self) -> SequenceLayout:
-        """The action tokens, then the state tokens: the stream of the action expert."""
-        return self.take(torch.cat([self.actions, self.states]))
 
     @cached_property
     def views(self) -> int:
@@ -283,16 +185,101 @@ class SequenceLayout:
         return int(self.document.max()) + 1 if len(self) else 0
 
     @cached_property
-    def streams(self) -> SequenceLayout:
-        """The same tokens in the order the model computes in: all video, then all actions, then all states."""
-        return self.take(torch.cat([self.video, self.actions, self.states]))
+    def streams(self) -> TokenLayout:
+        """The same tokens in the order the model computes in: all video, then actions and states of each document."""
+        return self.take(torch.cat([self.video, torch.cat([self.actions, self.states])[self.side_order]]))
 
-    def take(self, index: Int[Tensor, " m"]) -> SequenceLayout:
+    def take(self, index: Int[Tensor, " m"]) -> TokenLayout:
         """The layout of the tokens at `index`, in that order, with the same noise levels."""
         return replace(self, **{name: getattr(self, name)[index] for name in _TOKEN_FIELDS})
 
+    def once(self, make: Callable[..., Made], *arguments: Any) -> Made:
+        """`make(self, *arguments)`, made once and kept as long as this layout is.
 
-_TOKEN_FIELDS = tuple(item.name for item in fields(SequenceLayout) if item.name not in ("levels", "group"))
+        Layouts of segments are kept (`training_layout`), and so is what they need in every step; a packed sequence's
+        goes with it.
+        """
+        if (make, arguments) not in self._made:
+            self._made[make, arguments] = make(self, *arguments)
+        return self._made[make, arguments]
+
+    @cached_property
+    def _made(self) -> dict[tuple[Callable[..., Any], tuple[Any, ...]], Any]:
+        return {}
+
+
+_TOKEN_FIELDS = tuple(item.name for item in fields(TokenLayout) if item.name not in ("levels", "group"))
+
+Columns = dict[str, np.ndarray]
+"""The fields of some tokens, and `order`, which sorts them among others."""
+
+
+def _tokens(
+    frames: Int[np.ndarray, "3 frames"], modality: Modality, noisy: bool, level: np.ndarray, order: np.ndarray,
+    grid: tuple[int, int, int] = (1, 1, 1), vectors: int = 1,
+) -> Columns:  # fmt: skip
+    """All tokens of one modality: for each frame a grid of them, or for each frame its action vectors.
+
+    `frames` holds each frame, its chunk and its chunk's first frame; `level` and `order` are of frames too.
+    """
+    frame, chunk, start = frames
+    view, row, col, vector = (axis.ravel() for axis in np.indices((*grid, vectors)))
+    of_frame = {"frame": frame, "chunk": chunk, "chunk_start": start, "level": level, "order": order}
+    in_frame = {"view": view, "row": row, "col": col, "vector": vector}
+    columns = {name: values.repeat(len(view)) for name, values in of_frame.items()}
+    columns |= {name: np.tile(values, len(frame)) for name, values in in_frame.items()}
+    columns["noisy"] = np.full(len(columns["frame"]), noisy)
+    columns["modality"] = np.full(len(columns["frame"]), int(modality))
+    # Vector j of a stands at f - 1 + (j + 1) / a; video and state tokens, with j = 0 and a = 1, stand at f.
+    columns["time"] = columns["frame"] - 1 + (columns["vector"] + 1) / vectors
+    return columns
+
+
+def _clean(
+    frames: Int[np.ndarray, "3 frames"], video_level: np.ndarray, side_level: int, grid: tuple[int, int, int],
+    vectors: int, state: bool, action_history: bool,
+) -> list[Columns]:  # fmt: skip
+    """Clean video, state and action tokens, sorted frame by frame: a window then cuts one contiguous range."""
+    later = frames[:, frames[0] > 0]  # no transition leads into frame 0
+    tokens = [_tokens(frames, Modality.VIDEO, False, video_level, 3 * frames[0], grid)]
+    if state:
+        level = np.full(frames.shape[1], side_level)
+        tokens.append(_tokens(frames, Modality.STATE, False, level, 3 * frames[0] + 1))
+    if action_history:
+        level = np.full(later.shape[1], side_level)
+        tokens.append(_tokens(later, Modality.ACTION, False, level, 3 * later[0] + 2, vectors=vectors))
+    return tokens
+
+
+def _noisy(
+    frames: Int[np.ndarray, "3 frames"], video_level: np.ndarray, action_level: np.ndarray,
+    grid: tuple[int, int, int], vectors: int,
+) -> list[Columns]:  # fmt: skip
+    """Noisy video and action tokens, sorted chunk by chunk, after every clean token."""
+    frame, chunk, _ = frames
+    order = 3 * (int(frame.max()) + 1) + 2 * chunk
+    return [
+        _tokens(frames, Modality.VIDEO, True, video_level, order, grid),
+        _tokens(frames, Modality.ACTION, True, action_level, order + 1, vectors=vectors),
+    ]
+
+
+def _layout(
+    tokens: Sequence[Columns], levels: Sequence[tuple[int, Modality, bool]], grid: tuple[int, int, int]
+) -> TokenLayout:
+    """One document of these tokens, whose noise levels are of these chunks and modalities, noisy or not."""
+    columns = {name: np.concatenate([part[name] for part in tokens]) for name in tokens[0]}
+    order = np.argsort(columns.pop("order"), kind="stable")
+    columns = {name: values[order] for name, values in columns.items()}
+    position = np.stack([columns.pop("time"), columns["row"], columns["col"]], axis=1).astype(np.float32)
+    chunk, modality, is_noisy = torch.tensor(levels, dtype=torch.long).unbind(1)
+    return TokenLayout(
+        document=torch.zeros(len(order), dtype=torch.long),
+        position=torch.from_numpy(position),
+        levels=NoiseLevels(torch.zeros_like(chunk), chunk, modality, is_noisy.bool()),
+        group=math.prod(grid),
+        **{name: torch.from_numpy(values) for name, values in columns.items()},
+    )
 
 
 @lru_cache(maxsize=KEPT_LAYOUTS)
@@ -304,7 +291,7 @@ def training_layout(
     *,
     state: bool = False,
     action_history: bool = True,
-) -> SequenceLayout:
+) -> TokenLayout:
     """One document, clean and noisy, for teacher forcing in one pass.
 
     Args:
@@ -324,18 +311,14 @@ def training_layout(
             f"expected chunk sizes that sum to the {frames - 1} frames after the prefix (at least one), got "
             f"{chunk_sizes}, which sum to {sum(chunk_sizes)}."
         )
-    chunks = len(chunk_sizes)
-    sizes = np.array((1, *chunk_sizes))
+    chunks, sizes = len(chunk_sizes), np.array((1, *chunk_sizes))
     chunk = np.repeat(np.arange(chunks + 1), sizes)
-    start = np.repeat(np.cumsum(sizes) - sizes, sizes)
-    frame = np.arange(frames)
-    noisy_levels = [(c, m, True) for m in (Modality.VIDEO, Modality.ACTION) for c in range(1, chunks + 1)]
-    clean_levels = [(c, Modality.VIDEO, False) for c in range(chunks + 1)] + [(0, Modality.ACTION, False)]
-    levels = _levels(clean_levels + noisy_levels)
-    spans = Spans(frame, chunk, start)
-    clean = clean_tokens(spans, chunk, chunks + 1, grid, vectors, state, action_history)
-    later = spans.after_prefix()
-    noisy = noisy_tokens(later, later.chunk + chunks + 1, later.chunk + 2 * chunks + 1, grid, vectors)
+    every = np.stack([np.arange(frames), chunk, np.repeat(np.cumsum(sizes) - sizes, sizes)])
+    # Levels: clean video of chunks 0 .. N, clean actions and states, noisy video and noisy actions of chunks 1 .. N.
+    levels = [(c, Modality.VIDEO, False) for c in range(chunks + 1)] + [(0, Modality.ACTION, False)]
+    levels += [(c, modality, True) for modality in (Modality.VIDEO, Modality.ACTION) for c in range(1, chunks + 1)]
+    clean = _clean(every, chunk, chunks + 1, grid, vectors, state, action_history)
+    noisy = _noisy(every[:, 1:], chunk[1:] + chunks + 1, chunk[1:] + 2 * chunks + 1, grid, vectors)
     return _layout([*clean, *noisy], levels, grid)
 
 
@@ -349,15 +332,14 @@ def history_layout(
     *,
     state: bool = False,
     action_history: bool = True,
-) -> SequenceLayout:
+) -> TokenLayout:
     """One clean chunk: `frames` observed frames from `first_frame` on. Frame 0 has no transition into it.
 
     Its levels are clean video (0) and clean actions and states (1).
     """
-    _check_sizes(grid, vectors, (frames,))
-    spans = one_chunk(first_frame, frames, chunk)
-    tokens = clean_tokens(spans, np.zeros(frames, int), 1, grid, vectors, state, action_history)
-    return _layout(tokens, _levels([(chunk, Modality.VIDEO, False), (chunk, Modality.ACTION, False)]), grid)
+    every = _one_chunk(first_frame, frames, chunk, grid, vectors)
+    tokens = _clean(every, np.zeros(frames, int), 1, grid, vectors, state, action_history)
+    return _layout(tokens, [(chunk, Modality.VIDEO, False), (chunk, Modality.ACTION, False)], grid)
 
 
 @lru_cache(maxsize=KEPT_LAYOUTS)
@@ -370,19 +352,28 @@ def chunk_layout(
     *,
     video: bool = True,
     actions: bool = True,
-) -> SequenceLayout:
+) -> TokenLayout:
     """One noisy chunk: what is to be predicted, `frames` frames from `first_frame` on, or one modality of it.
 
     Its levels are noisy video (0) and noisy actions (1).
     """
+    every = _one_chunk(first_frame, frames, chunk, grid, vectors)
+    of_video, of_actions = _noisy(every, np.zeros(frames, int), np.ones(frames, int), grid, vectors)
+    tokens = [of_video] * video + [of_actions] * actions
+    return _layout(tokens, [(chunk, Modality.VIDEO, True), (chunk, Modality.ACTION, True)], grid)
+
+
+def _one_chunk(
+    first_frame: int, frames: int, chunk: int, grid: tuple[int, int, int], vectors: int
+) -> Int[np.ndarray, "3 frames"]:
+    """`frames` frames from `first_frame` on, all of one chunk, as `_tokens` takes them."""
     _check_sizes(grid, vectors, (frames,))
-    spans = one_chunk(first_frame, frames, chunk)
-    zeros = np.zeros(frames, int)
-    tokens = noisy_tokens(spans, zeros, zeros + 1, grid, vectors)[0 if video else 1 : 2 if actions else 1]
-    return _layout(tokens, _levels([(chunk, Modality.VIDEO, True), (chunk, Modality.ACTION, True)]), grid)
+    if first_frame < 0 or chunk < 0:
+        raise UserError(f"expected a frame and a chunk of at least 0, got {first_frame} and {chunk}.")
+    return np.stack([first_frame + np.arange(frames), np.full(frames, chunk), np.full(frames, first_frame)])
 
 
-def concat(layouts: Sequence[SequenceLayout]) -> SequenceLayout:
+def concat(layouts: Sequence[TokenLayout]) -> TokenLayout:
     """Pack documents one after the other; documents and levels are renumbered, nothing else changes.
 
     Raises:
@@ -390,52 +381,18 @@ def concat(layouts: Sequence[SequenceLayout]) -> SequenceLayout:
     """
     if not layouts:
         raise UserError("expected at least one layout to pack, got none.")
-    documents = np.cumsum([0] + [layout.documents for layout in layouts])
-    offsets = np.cumsum([0] + [len(layout.levels) for layout in layouts])
-    moved = [
-        replace(layout, document=layout.document + int(document), level=layout.level + int(offset))
-        for layout, document, offset in zip(layouts, documents, offsets, strict=False)
-    ]
-    tables = [
-        replace(layout.levels, document=layout.levels.document + int(document))
-        for layout, document in zip(layouts, documents, strict=False)
-    ]
-    levels = LevelTable(*(torch.cat([getattr(table, item.name) for table in tables]) for item in fields(LevelTable)))
-    tokens = {name: torch.cat([getattr(layout, name) for layout in moved]) for name in _TOKEN_FIELDS}
-    return SequenceLayout(**tokens, levels=levels, group=math.gcd(*(layout.group for layout in layouts)))
-
-
-def runs(index: Int[Tensor, " m"]) -> list[Run]:
-    """The maximal ranges of consecutive numbers in an increasing index: [2, 3, 4, 8] -> [(2, 5), (8, 9)]."""
-    if not len(index):
-        return []
-    values = index.cpu().numpy()
-    breaks = np.flatnonzero(np.diff(values) != 1) + 1
-    bounds = [0, *breaks.tolist(), len(values)]
-    return [(int(values[a]), int(values[b - 1]) + 1) for a, b in pairwise(bounds)]
-
-
-def _layout(blocks: Sequence[TokenBlock], levels: LevelTable, grid: tuple[int, int, int]) -> SequenceLayout:
-    order = np.argsort(np.concatenate([block.order for block in blocks]), kind="stable")
-    columns = {name: np.concatenate([block.columns[name] for block in blocks])[order] for name in blocks[0].columns}
-    position = np.stack([columns.pop("time"), columns["row"], columns["col"]], axis=1).astype(np.float32)
-    return SequenceLayout(
-        document=torch.zeros(len(order), dtype=torch.long),
-        position=torch.from_numpy(position),
-        levels=levels,
-        group=math.prod(grid),
-        **{name: torch.from_numpy(values) for name, values in columns.items()},
-    )
-
-
-def _levels(entries: Sequence[tuple[int, Modality, bool]]) -> LevelTable:
-    chunk, modality, noisy = zip(*entries, strict=True)
-    return LevelTable(
-        document=torch.zeros(len(entries), dtype=torch.long),
-        chunk=torch.tensor(chunk),
-        modality=torch.tensor([int(value) for value in modality]),
-        noisy=torch.tensor(noisy),
-    )
+    if len(layouts) == 1:
+        return layouts[0]
+    counts = torch.tensor([(len(layout), len(layout.levels), layout.documents) for layout in layouts])
+    tokens, levels, _ = counts.unbind(1)
+    _, first_level, first_document = (counts.cumsum(0) - counts).unbind(1)
+    whole = {name: torch.cat([getattr(layout, name) for layout in layouts]) for name in _TOKEN_FIELDS}
+    whole["document"] += first_document.repeat_interleave(tokens)
+    whole["level"] += first_level.repeat_interleave(tokens)
+    names = [item.name for item in fields(NoiseLevels)]
+    table = {name: torch.cat([getattr(layout.levels, name) for layout in layouts]) for name in names}
+    table["document"] += first_document.repeat_interleave(levels)
+    return TokenLayout(**whole, levels=NoiseLevels(**table), group=math.gcd(*(layout.group for layout in layouts)))
 
 
 def _check_sizes(grid: tuple[int, int, int], vectors: int, chunk_sizes: tuple[int, ...]) -> None:
@@ -445,3 +402,275 @@ def _check_sizes(grid: tuple[int, int, int], vectors: int, chunk_sizes: tuple[in
         raise UserError(f"vectors: expected a number of action vectors per transition, got {vectors}.")
     if not chunk_sizes or min(chunk_sizes) < 1:
         raise UserError(f"expected chunks of at least one latent frame, got {chunk_sizes}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Buckets:
+    """Blocks of queries that see the same keys, those of one shape together: what attention computes without a mask.
+
+    Attributes:
+        queries, keys: for each shape the tokens of its g blocks, (g, m) and (g, k).
+        place: where each of the n tokens stands among all queries, bucket after bucket.
+    """
+
+    queries: list[Int[Tensor, "_ _"]]
+    keys: list[Int[Tensor, "_ _"]]
+    place: Int[Tensor, " n"]
+
+    @classmethod
+    def of(cls, blocks: Sequence[tuple[np.ndarray, np.ndarray]], device: torch.device | str) -> Buckets:
+        """Sort blocks by shape; each of n tokens is a query of one block."""
+        by_shape: dict[tuple[int, int], list[tuple[np.ndarray, np.ndarray]]] = {}
+        for queries, keys in blocks:
+            by_shape.setdefault((len(queries), len(keys)), []).append((queries, keys))
+        queries = [torch.from_numpy(np.stack([block[0] for block in same])) for same in by_shape.values()]
+        keys = [torch.from_numpy(np.stack([block[1] for block in same])) for same in by_shape.values()]
+        place = torch.cat([index.flatten() for index in queries]).argsort()
+        return cls([index.to(device) for index in queries], [index.to(device) for index in keys], place.to(device))
+
+    def attend(
+        self, q: Heads, k: Float[Tensor, "b m *s heads c"], v: Float[Tensor, "b m *s heads c"],
+        mask: Bool[Tensor, "b m s"] | None = None,
+    ) -> Heads:  # fmt: skip
+        """Softmax attention of each block's queries to its keys: one call for each shape, however many blocks.
+
+        Args:
+            q: queries of n tokens.
+            k, v: keys and values of m tokens, or of s tokens of each of m instructions.
+            mask: which of an instruction's tokens are real.
+        """
+        outputs = []
+        for queries, keys in zip(self.queries, self.keys, strict=True):
+            # (b, n, heads, c) -> (b, g, m, heads, c) -> (b g, heads, m, c): each block is an entry of the batch.
+            parts = (_of_blocks(x, index) for x, index in ((q, queries), (k, keys), (v, keys)))
+            seen = None if mask is None else mask.index_select(1, keys.flatten()).flatten(0, 1)[:, None, None]
+            output = scaled_dot_product_attention(*parts, attn_mask=seen).transpose(1, 2)
+            outputs.append(output.unflatten(0, (-1, len(queries))).flatten(1, 2))
+        return torch.cat(outputs, dim=1).index_select(1, self.place)
+
+
+def _of_blocks(x: Float[Tensor, "b n *s heads c"], index: Int[Tensor, "g m"]) -> Float[Tensor, "bg heads ms c"]:
+    picked = x.index_select(1, index.flatten()).unflatten(1, index.shape).flatten(0, 1)
+    return picked.flatten(1, -3).transpose(1, 2)
+
+
+@dataclass(frozen=True, eq=False)
+class StreamTensors:
+    """One expert's tokens in a pass.
+
+    Attributes:
+        level: noise level of each group of consecutive tokens.
+        noisy: which of the tokens are predicted.
+        noisy_level: noise level of each group of these.
+        documents: the tokens of each document (queries) and the places of its instruction (keys), by the number of
+            tokens; None where all documents have as many, one after the other.
+    """
+
+    level: Int[Tensor, " groups"]
+    noisy: Int[Tensor, " n_noisy"]
+    noisy_level: Int[Tensor, " noisy_groups"]
+    documents: Buckets | None
+
+
+@dataclass(frozen=True, eq=False)
+class LayoutTensors:
+    """What a pass of the model needs of a layout, on a device; video tokens stand before the action expert's.
+
+    Attributes:
+        view: camera of each video token.
+        vector: which of its transition's action vectors each action token is.
+        cos, sin: rotary table of the turn (a, b) -> (a cos - b sin, b cos + a sin) of the channel halves a and b:
+            x cos + swap(x) sin, where swap exchanges the halves and `sin` is negative for the first.
+        side_order: see `TokenLayout.side_order`; None where it changes nothing.
+        video, side: the streams of the experts.
+    """
+
+    view: Int[Tensor, " n_video"]
+    vector: Int[Tensor, " n_action"]
+    cos: Float[Tensor, "n 1 c"]
+    sin: Float[Tensor, "n 1 c"]
+    side_order: Int[Tensor, " n_side"] | None
+    video: StreamTensors
+    side: StreamTensors
+
+
+def layout_tensors(layout: TokenLayout, head_dim: int, rope_base: float, device: torch.device | str) -> LayoutTensors:
+    """The tensors of a layout; `layout.once(layout_tensors, ...)` where many passes share it."""
+    streams, videos, order = layout.streams, len(layout.video), layout.side_order
+    angles = [  # in float64, so that frames may grow
+        torch.outer(streams.position[:, axis].double(), rope_base ** -(torch.arange(pairs).double() / pairs))
+        for axis, pairs in enumerate(axis_pairs(head_dim))
+    ]
+    table = torch.cat(angles, dim=-1)[:, None]
+    cos, sin = table.cos().float(), table.sin().float()
+
+    def stream(start: int, stop: int, group: int) -> StreamTensors:
+        """The tensors of the tokens start .. stop, of which each `group` consecutive ones share a noise level."""
+        level, document = streams.level[start:stop], streams.document[start:stop]
+        noisy = streams.noisy[start:stop].nonzero()[:, 0]
+        tokens = torch.bincount(document, minlength=layout.documents)
+        parts = torch.arange(stop - start).split(tokens.tolist())
+        blocks = [(part.numpy(), np.array([number])) for number, part in enumerate(parts) if len(part)]
+        return StreamTensors(
+            level=level[::group].to(device),
+            noisy=noisy.to(device),
+            noisy_level=level[noisy][::group].to(device),
+            documents=None if bool((tokens == tokens[:1]).all()) else Buckets.of(blocks, device),
+        )
+
+    return LayoutTensors(
+        view=layout.view[layout.video].to(device),
+        vector=layout.vector[layout.actions].to(device),
+        cos=torch.cat([cos, cos], dim=-1).to(device),
+        sin=torch.cat([-sin, sin], dim=-1).to(device),
+        side_order=None if torch.equal(order, torch.arange(len(order))) else order.to(device),
+        video=stream(0, videos, layout.group),
+        side=stream(videos, len(layout), 1),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class WAMInputs:
+    """A batch of sequences of one layout.
+
+    Attributes:
+        layout: what each token is.
+        video: standardised latents of the video tokens, clean and noisy, in the layout's order; the noisy ones already
+            stand on the path of `flow.interpolate`.
+        actions: normalised action vectors of the action tokens, clean and noisy alike, in the layout's order.
+        states: normalised robot states of the state tokens; None where the layout holds none.
+        times: noise time t of each entry of `layout.levels`, in [0, 1]; 1 for clean tokens, or less where the history
+            is lightly noised.
+        text: token-level hidden states of each document's instruction.
+        text_mask: which of them are real; a document without any is unconditional.
+        space: name of the action space.
+    """
+
+    layout: TokenLayout
+    video: Float[Tensor, "b n_video d"]
+    actions: Float[Tensor, "b n_action c"]
+    states: Float[Tensor, "b n_state state"] | None
+    times: Float[Tensor, "b levels"]
+    text: Float[Tensor, "b documents s width"]
+    text_mask: Bool[Tensor, "b documents s"]
+    space: str = LATENT_SPACE
+
+    def check(self, config: WAMConfig) -> None:
+        """Hold the tensors against the layout and the model.
+
+        Raises:
+            ValueError: a tensor does not fit; the message says which axis, what was expected and what came.
+        """
+        layout, space = self.layout, config.space(self.space)
+        b = self.video.shape[0]
+        _require_shape("video", self.video, (b, len(layout.video), config.latent_dim + config.joint_actions))
+        _require_shape("actions", self.actions, (b, len(layout.actions), space.channels))
+        _require_shape("times", self.times, (b, len(layout.levels)))
+        _require_shape("text", self.text, (b, layout.documents, self.text_mask.shape[-1], config.text_dim))
+        _require_shape("text_mask", self.text_mask, (b, layout.documents, self.text.shape[-2]))
+        if self.states is not None:
+            _require_shape("states", self.states, (b, len(layout.states), space.state_channels))
+        elif len(layout.states):
+            raise UserError(f"states: the layout holds {len(layout.states)} state tokens, but no states were given.")
+
+
+@dataclass(frozen=True, eq=False)
+class Velocities:
+    """Predicted velocities (data - noise) of the noisy tokens.
+
+    Attributes:
+        video: in the order of `layout.noisy_video`.
+        actions: in the order of `layout.noisy_actions`.
+    """
+
+    video: Float[Tensor, "b n_noisy_video d"]
+    actions: Float[Tensor, "b n_noisy_action c"]
+
+
+def document_inputs(
+    layout: TokenLayout,
+    *,
+    latents: Float[Tensor, "b *frames_tokens d"],
+    noisy_latents: Float[Tensor, "b *transitions_tokens d"],
+    actions: Float[Tensor, "b transitions a c"],
+    noisy_actions: Float[Tensor, "b transitions a c"],
+    states: Float[Tensor, "b frames state"] | None,
+    times: Float[Tensor, "b levels"],
+    text: Float[Tensor, "b *documents s width"],
+    text_mask: Bool[Tensor, "b *documents s"],
+    space: str = LATENT_SPACE,
+) -> WAMInputs:
+    """Lay tensors out as `training_layout`, or `concat` of several, orders its tokens.
+
+    What is of frames, of transitions or of their tokens runs over one document after the other. For one document an
+    axis of documents may be left out, and latents may have one axis of frames and one of tokens.
+
+    Args:
+        layout: what the tokens are.
+        latents: clean latents of frames 0 .. F.
+        noisy_latents: latents of frames 1 .. F on the path.
+        actions: clean actions of the transitions into frames 1 .. F; unused where the layout has no action history.
+        noisy_actions: the same on the path.
+        states: robot state at each frame; unused where the layout holds no state tokens.
+        times: one noise time per level of the layout.
+        text, text_mask: the instructions.
+        space: name of the action space.
+    """
+    has_history = len(layout.actions) > len(layout.noisy_actions)
+    of_video = [latents.flatten(1, -2), noisy_latents.flatten(1, -2)]
+    of_actions = [actions.flatten(1, 2)] * has_history + [noisy_actions.flatten(1, 2)]
+    b, documents = len(times), layout.documents
+    return WAMInputs(
+        layout=layout,
+        video=_in_order(torch.cat(of_video, dim=1), layout.noisy[layout.video]),
+        actions=_in_order(torch.cat(of_actions, dim=1), layout.noisy[layout.actions]),
+        states=states if len(layout.states) else None,
+        times=times,
+        text=text.reshape(b, documents, *text.shape[-2:]),
+        text_mask=text_mask.reshape(b, documents, text_mask.shape[-1]),
+        space=space,
+    )
+
+
+def _in_order(values: Float[Tensor, "b n d"], noisy: Bool[Tensor, " n"]) -> Float[Tensor, "b n d"]:
+    """Values of all clean tokens, then of all noisy ones, in the order in which these alternate in `noisy`.
+
+    The one document's own order is that already: [clean 0, noisy 0]; of two it is [clean 0, noisy 0, clean 1, noisy 1].
+    """
+    order = noisy.long().argsort(stable=True)  # where each value goes
+    if torch.equal(order, torch.arange(len(order))):
+        return values
+    return values.index_select(1, order.argsort().to(values.device))
+
+
+def pack(documents: Sequence[WAMInputs]) -> WAMInputs:
+    """Put documents one after the other into one sequence; none sees another.
+
+    Shorter instructions are padded and masked.
+
+    Raises:
+        ValueError: no documents, several action spaces, or only some with states.
+    """
+    if len({document.space for document in documents}) != 1:
+        raise UserError(
+            f"expected documents of one action space, got {sorted({document.space for document in documents})}."
+        )
+    states = [document.states for document in documents if document.states is not None]
+    if states and len(states) != len(documents):
+        raise UserError(f"expected states in all {len(documents)} documents or in none, got {len(states)}.")
+    s = max(document.text.shape[2] for document in documents)
+    return WAMInputs(
+        layout=concat([document.layout for document in documents]),
+        video=torch.cat([document.video for document in documents], dim=1),
+        actions=torch.cat([document.actions for document in documents], dim=1),
+        states=torch.cat(states, dim=1) if states else None,
+        times=torch.cat([document.times for document in documents], dim=1),
+        text=torch.cat([pad(x.text, (0, 0, 0, s - x.text.shape[2])) for x in documents], dim=1),
+        text_mask=torch.cat([pad(x.text_mask, (0, s - x.text_mask.shape[2])) for x in documents], dim=1),
+        space=documents[0].space,
+    )
+
+
+def _require_shape(name: str, values: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(values.shape) != expected:
+        raise UserError(f"{name}: the layout and the model expect shape {expected}, got {tuple(values.shape)}.")

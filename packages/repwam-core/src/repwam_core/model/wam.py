@@ -1,149 +1,34 @@
 """The world action model: noisy video and action tokens in, their velocities out (RepWAM Sec. 3.3, Eq. 5-7).
 
-What follows from a layout alone is worked out once (`plan_pass`) and used in every pass over it. A pass is then a
-function of tensors whose shapes do not change from chunk to chunk, which is what compilation and CUDA graphs ask for.
+What follows from a layout alone is worked out once (`sequence.LayoutTensors`) and used in every pass over it. A pass is
+then a function of tensors whose shapes do not change from chunk to chunk, as compilation and CUDA graphs ask for.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import cast
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
-from jaxtyping import Bool, Float, Int
-from repvitok.nn.rope import Rotary, axis_pairs
+from jaxtyping import Bool, Float
 from repvitok.runtime.errors import UserError
 from repvitok.runtime.pretrained import PretrainedModel
 from torch import Tensor, nn
 
 from repwam_core.model.blocks import (
+    EmbeddedText,
     ExpertLayer,
-    Kept,
-    LayerContext,
     NoiseLevelEmbedding,
     OutputHead,
     Projections,
-    StreamContext,
-    TextContext,
     TextEmbedding,
-    Turn,
     WAMLayer,
-    take,
 )
 from repwam_core.model.config import ActionSpace, WAMConfig
-from repwam_core.model.inputs import Velocities, WAMInputs, without_unread
-from repwam_core.model.masks import Attend
-from repwam_core.model.sequence import Run, SequenceLayout
-
-
-@dataclass(frozen=True, eq=False)
-class StreamPlan:
-    """One stream of a pass.
-
-    Attributes:
-        level: noise level of each group of tokens.
-        documents: the ranges of tokens of one document, and which it is.
-        kept: ranges of the noisy tokens, which leave the last layer.
-        kept_groups: the same in groups.
-        kept_documents: `documents` of the noisy tokens alone.
-    """
-
-    level: Int[Tensor, " groups"]
-    documents: Sequence[tuple[Run, int]]
-    kept: list[Run]
-    kept_groups: list[Run]
-    kept_documents: Sequence[tuple[Run, int]]
-
-    def to(self, device: torch.device) -> StreamPlan:
-        """The same plan for passes on a device."""
-        return replace(self, level=self.level.to(device))
-
-    def narrowed(self, context: StreamContext) -> StreamContext:
-        """The context of the noisy tokens."""
-        modulation = take(context.modulation.flatten(2), self.kept_groups).unflatten(2, (6, -1))
-        return StreamContext(modulation, context.text, self.kept_documents)
-
-
-@dataclass(frozen=True, eq=False)
-class PassPlan:
-    """Both streams of a pass.
-
-    Attributes:
-        view: camera of each video token.
-        vector: which of its transition's action vectors each action token is.
-        turn: where the tokens stand, video first.
-        video, side: the streams.
-        kept: ranges of the noisy tokens of both, video first.
-    """
-
-    view: Int[Tensor, " n_video"]
-    vector: Int[Tensor, " n_action"]
-    turn: Turn
-    video: StreamPlan
-    side: StreamPlan
-    kept: list[Run]
-
-    def to(self, device: torch.device) -> PassPlan:
-        """The same plan for passes on a device."""
-        return replace(
-            self,
-            view=self.view.to(device),
-            vector=self.vector.to(device),
-            turn=Turn(*(factor.to(device) for factor in self.turn)),
-            video=self.video.to(device),
-            side=self.side.to(device),
-        )
-
-    def kept_tokens(self, video: StreamContext, side: StreamContext) -> Kept:
-        """What leaves the last layer: the tokens whose velocities are asked for."""
-        return Kept(self.kept, self.video.kept, self.side.kept, self.video.narrowed(video), self.side.narrowed(side))
-
-
-def plan_pass(layout: SequenceLayout, head_dim: int, rope_base: float) -> PassPlan:
-    """Everything the model needs to know of a layout, on the CPU; `PassPlan.to` moves it."""
-    video = _stream_plan(layout.video_stream, layout.noisy_video_runs, layout.group)
-    side = _stream_plan(layout.side_stream, layout.noisy_action_runs, 1)
-    videos = len(layout.video)
-    return PassPlan(
-        view=layout.video_stream.view,
-        vector=layout.vector[layout.actions],
-        turn=Turn.of(rotary_of(layout.streams.position, head_dim, rope_base)),
-        video=video,
-        side=side,
-        kept=[*video.kept, *((start + videos, stop + videos) for start, stop in side.kept)],
-    )
-
-
-def rotary_of(position: Float[Tensor, "n 3"], head_dim: int, base: float) -> Rotary:
-    """Rotary tables of arbitrary, also fractional, coordinates; angles in float64 so that frames may grow."""
-    angles = [
-        torch.outer(
-            position[:, axis].double(),
-            base ** -(torch.arange(pairs, device=position.device, dtype=torch.float64) / pairs),
-        )
-        for axis, pairs in enumerate(axis_pairs(head_dim))
-    ]
-    table = torch.cat(angles, dim=-1)
-    return Rotary(table.cos().float(), table.sin().float())
-
-
-def _stream_plan(stream: SequenceLayout, kept: list[Run], group: int) -> StreamPlan:
-    groups = [(start // group, stop // group) for start, stop in kept]
-    return StreamPlan(stream.level[::group], stream.document_runs, kept, groups, _narrowed(stream.document_runs, kept))
-
-
-def _narrowed(documents: Sequence[tuple[Run, int]], tokens: list[Run]) -> list[tuple[Run, int]]:
-    """The ranges of documents among some of the tokens of a stream."""
-    narrowed, position = [], 0
-    for start, stop in tokens:
-        for (first, last), document in documents:
-            if (length := min(stop, last) - max(start, first)) > 0:
-                narrowed.append(((position, position + length), document))
-                position += length
-    return narrowed
-
+from repwam_core.model.masks import AttentionFn
+from repwam_core.model.sequence import LayoutTensors, TokenLayout, Velocities, WAMInputs, layout_tensors
 
 Draw = Callable[[tuple[int, ...], torch.Generator | None], Float[Tensor, "..."]]
 
@@ -240,6 +125,11 @@ class Expert(nn.Module):
         self.head = OutputHead(width)
 
 
+def _full_precision(device: str) -> AbstractContextManager[Any]:
+    """No autocast; nor is there any on the meta device, where work is counted."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
 class WorldActionModel(PretrainedModel):
     """A causal flow-matching transformer over video and action tokens.
 
@@ -302,7 +192,7 @@ class WorldActionModel(PretrainedModel):
 
     def embed_text(
         self, text: Float[Tensor, "b docs s text"], mask: Bool[Tensor, "b docs s"], *, per_layer: bool = False
-    ) -> tuple[TextContext, TextContext]:
+    ) -> tuple[EmbeddedText, EmbeddedText]:
         """Instructions as the video and the action expert read them.
 
         Args:
@@ -310,48 +200,45 @@ class WorldActionModel(PretrainedModel):
             mask: which are real.
             per_layer: also compute the keys and values of every layer, worth it where many passes share the text.
         """
-        contexts = []
+        texts = []
         for name, expert in (("video", self.video), ("action", self.action)):
-            context = expert.text(text, mask)
+            embedded = expert.text(text, mask)
             if per_layer:
-                of_layers = [getattr(layer, name).cross.keys_values(context) for layer in self.layers]
-                context = TextContext(context.tokens, context.mask, of_layers)
-            contexts.append(context)
-        return contexts[0], contexts[1]
+                of_layers = [getattr(layer, name).cross.keys_values(embedded) for layer in self.layers]
+                embedded = EmbeddedText(embedded.tokens, embedded.mask, of_layers)
+            texts.append(embedded)
+        return texts[0], texts[1]
 
     def forward(
         self,
         inputs: WAMInputs,
-        attend: Attend | None = None,
-        text: tuple[TextContext, TextContext] | None = None,
+        attention: AttentionFn | None = None,
+        texts: tuple[EmbeddedText, EmbeddedText] | None = None,
     ) -> Velocities:
         """Velocities of the noisy tokens.
 
         Args:
             inputs: the batch.
-            attend: self-attention over the tokens in `layout.streams` order; None is the teacher-forced pass, in which
-                the tokens of `inputs` see each other as `masks.visible` says.
-            text: from `embed_text`, if it was computed before; None computes it from `inputs`.
+            attention: self-attention over the tokens in `layout.streams` order; None is the teacher-forced pass, in
+                which the tokens of `inputs` see each other as `masks.visible` says.
+            texts: from `embed_text`, if they were computed before; None computes them from `inputs`.
 
         Raises:
             ValueError: tensors that do not fit the layout or the model.
         """
         inputs.check(self.config)
-        if attend is None:
-            inputs = without_unread(inputs, self.config.coupling)
+        device = inputs.video.device
+        if attention is None:
             # Here, because a policy attends through its cache and needs no masks: it loads neither blocks nor kernels.
-            from repwam_core.model.attention import masked_attend
+            from repwam_core.model.attention import make_attention
 
-            attend = masked_attend(inputs.layout, self.config.coupling, self.config.window)
-        text = self.embed_text(inputs.text, inputs.text_mask) if text is None else text
-        return self.run(inputs, self.plan(inputs.layout, inputs.video.device), attend, text)
+            coupling, window = self.config.coupling, self.config.window
+            attention = inputs.layout.once(make_attention, coupling, window, "blocked", device)
+        texts = self.embed_text(inputs.text, inputs.text_mask) if texts is None else texts
+        return self.run(inputs, self.tensors(inputs.layout, device), attention, texts)
 
-    def plan(self, layout: SequenceLayout, device: torch.device) -> PassPlan:
-        """What `run` needs to know of a layout; make it once where many passes share the layout.
-
-        Args:
-            layout: what the tokens are.
-            device: where the passes are computed.
+    def tensors(self, layout: TokenLayout, device: torch.device) -> LayoutTensors:
+        """What `run` needs to know of a layout; kept with the layout.
 
         Raises:
             ValueError: more cameras than the model has embeddings for.
@@ -359,10 +246,14 @@ class WorldActionModel(PretrainedModel):
         limit = self.config.max_views
         if layout.views > limit:
             raise UserError(f"expected at most max_views = {limit} cameras, got {layout.views}.")
-        return plan_pass(layout, self.config.head_dim, self.config.rope_base).to(device)
+        return layout.once(layout_tensors, self.config.head_dim, self.config.rope_base, device)
 
     def run(
-        self, inputs: WAMInputs, plan: PassPlan, attend: Attend, text: tuple[TextContext, TextContext]
+        self,
+        inputs: WAMInputs,
+        tensors: LayoutTensors,
+        attention: AttentionFn,
+        texts: tuple[EmbeddedText, EmbeddedText],
     ) -> Velocities:
         """`forward` without its preparations: nothing here depends on the numbers in a layout, only on its shapes.
 
@@ -370,30 +261,37 @@ class WorldActionModel(PretrainedModel):
 
         Args:
             inputs: the batch, checked.
-            plan: from `plan`.
-            attend: self-attention over the tokens in `layout.streams` order.
-            text: from `embed_text`.
+            tensors: of its layout.
+            attention: self-attention over the tokens in `layout.streams` order.
+            texts: from `embed_text`.
         """
-        video, side = self._embed(inputs, plan)
-        video_context, video_levels = _stream_context(self.video, inputs.times, plan.video, text[0])
-        side_context, side_levels = _stream_context(self.action, inputs.times, plan.side, text[1])
-        context = LayerContext(video_context, side_context, plan.turn, attend)
-        kept = plan.kept_tokens(video_context, side_context)
+        video, side = self._embed(inputs, tensors)
+        with _full_precision(inputs.times.device.type):
+            video_levels, video_modulation = self.video.levels(inputs.times)
+            side_levels, side_modulation = self.action.levels(inputs.times)
+        # Of each level once, then of each group of tokens: (b, levels, 6, width) -> (b, groups, 6, width).
+        modulations = (
+            video_modulation.index_select(1, tensors.video.level),
+            side_modulation.index_select(1, tensors.side.level),
+        )
         for number, layer in enumerate(self.layers):
-            video, side = layer(number, video, side, context, kept if number == self.config.depth - 1 else None)
-        video_levels, side_levels = take(video_levels, plan.video.kept_groups), take(side_levels, plan.side.kept)
-        return self._velocities(inputs.space, video, side, video_levels, side_levels)
+            video, side = layer(number, video, side, modulations, texts, tensors, attention)
+        video, side = video.index_select(1, tensors.video.noisy), side.index_select(1, tensors.side.noisy)
+        video_levels = video_levels.index_select(1, tensors.video.noisy_level)
+        return self._velocities(
+            inputs.space, video, side, video_levels, side_levels.index_select(1, tensors.side.noisy_level)
+        )
 
     def _space(self, name: str) -> SpaceProjections:
         return cast(SpaceProjections, self.spaces[name])
 
-    def _embed(self, inputs: WAMInputs, plan: PassPlan) -> tuple[Tensor, Tensor]:
-        """Video tokens (b, n_video, width), and action then state tokens (b, n_side, action_width)."""
+    def _embed(self, inputs: WAMInputs, tensors: LayoutTensors) -> tuple[Tensor, Tensor]:
+        """Video tokens (b, n_video, width), and the action expert's tokens (b, n_side, action_width)."""
         space, latent_dim = self._space(inputs.space), self.config.latent_dim
-        video = self.video_in(inputs.video[..., :latent_dim]) + self.views[plan.view]
+        video = self.video_in(inputs.video[..., :latent_dim]) + self.views[tensors.view]
         if self.joint_in is not None:
             video = video + self.joint_in(inputs.video[..., latent_dim:])
-        side = space.action_in(inputs.actions) + self.action_kinds[:, :1] + space.slots[:, plan.vector]
+        side = space.action_in(inputs.actions) + self.action_kinds[:, :1] + space.slots[:, tensors.vector]
         if inputs.states is not None:
             if space.state_in is None:
                 raise UserError(
@@ -401,13 +299,13 @@ class WorldActionModel(PretrainedModel):
                     "layout with state=config.has_state(space)."
                 )
             side = torch.cat([side, space.state_in(inputs.states) + self.action_kinds[:, 1:]], dim=1)
-        return video, side
+        return video, side if tensors.side_order is None else side.index_select(1, tensors.side_order)
 
     def _velocities(
         self, space: str, video: Tensor, side: Tensor, video_levels: Tensor, side_levels: Tensor
     ) -> Velocities:
         """Velocities of the noisy tokens in float32, whatever the precision of the layers."""
-        with torch.autocast(video.device.type, enabled=False):
+        with _full_precision(video.device.type):
             video = self.video.head(video.float(), video_levels.float())
             side = self.action.head(side.float(), side_levels.float())
             heads = (self.video_out, video), (self._space(space).action_out, side)
@@ -415,13 +313,3 @@ class WorldActionModel(PretrainedModel):
             if self.joint_out is not None:
                 latents = torch.cat([latents, self.joint_out(video.to(self.joint_out.weight.dtype)).float()], dim=-1)
             return Velocities(latents, actions)
-
-
-def _stream_context(
-    expert: Expert, times: Tensor, plan: StreamPlan, text: TextContext
-) -> tuple[StreamContext, Float[Tensor, "b groups width"]]:
-    """The context of one stream, and the noise level embedding of each group of tokens."""
-    with torch.autocast(times.device.type, enabled=False):
-        embedding, modulation = expert.levels(times)
-    context = StreamContext(modulation.index_select(1, plan.level), text, plan.documents)
-    return context, embedding.index_select(1, plan.level)

@@ -111,16 +111,15 @@ def batch_flops(
     `known` holds the costs of the kinds of documents that came before, and takes those of new kinds: with one text
     token and with two. Each further one costs the same, so that instructions of another length need no other model.
     """
-    config, sequence = training.wam.config, SequenceCost()
-    text = max(item.segment.text.shape[1] for item in batch.documents)
-    for segment in (document.segment for document in batch.documents):
-        vectors = 0 if config.joint_actions else segment.actions.shape[2]
-        state = config.has_state(training.space) and segment.state is not None
-        kind = (segment.latents.shape[2], vectors, state)
+    config, sequence, documents = training.wam.config, SequenceCost(), batch.documents
+    vectors, text = 0 if config.joint_actions else documents.actions.shape[2], documents.text.shape[2]
+    state = config.has_state(training.space) and documents.state is not None
+    for tokens, transitions in zip(documents.frame_tokens.tolist(), documents.transitions, strict=True):
+        kind = (tokens, vectors, state)
         if kind not in known:
             one, two = (DocumentCosts(config, training.space, *kind[:2], state=state, text=n) for n in (1, 2))
             known[kind] = one, two
-        chunks = equal_chunks(segment.valid.shape[1], training.chunk_size(batch))
+        chunks = equal_chunks(transitions, training.chunk_size(batch))
         one, two = (costs.of(chunks) for costs in known[kind])
         sequence += one + (two + one * -1) * (text - 1)
     return sequence.training_flops

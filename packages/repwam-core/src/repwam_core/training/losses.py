@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from einops import rearrange, reduce, repeat
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from repvitok.runtime.documents import Above0, Share, check_fields
 from torch import Tensor, distributed
+from torch.nn.functional import pad
 
-from repwam_core.data.batches import SegmentBatch
+from repwam_core.data.batches import Documents, Noise, SegmentBatch
 from repwam_core.model.flow import UniformSNRSampler, interpolate, velocity_target
-from repwam_core.model.inputs import Velocities, WAMInputs, document_inputs, pack, without_unread
-from repwam_core.model.masks import Attend
-from repwam_core.model.sequence import SequenceLayout, training_layout
+from repwam_core.model.masks import AttentionFn
+from repwam_core.model.sequence import TokenLayout, Velocities, WAMInputs, concat, document_inputs, training_layout
 from repwam_core.model.wam import WorldActionModel
+
+Batch = TypeVar("Batch", SegmentBatch, Documents)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,29 +45,6 @@ class LossSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
-
-
-@dataclass(frozen=True, eq=False)
-class Noise:
-    """Every random draw of one step.
-
-    Attributes:
-        video, actions: standard normal noise of the frames 1 .. F and of their actions.
-        history: standard normal noise for the clean video of the frames 0 .. F.
-        video_t, action_t: noise time of each chunk 1 .. N, drawn independently.
-        history_t: noise time of the clean video of each chunk 0 .. N; 1 without history noise.
-        video_off: samples whose video is pure noise and not learned.
-        text_off: samples whose instruction is withheld.
-    """
-
-    video: Float[Tensor, "b transitions tokens d"]
-    actions: Float[Tensor, "b transitions a c"]
-    history: Float[Tensor, "b frames tokens d"]
-    video_t: Float[Tensor, "b chunks"]
-    action_t: Float[Tensor, "b chunks"]
-    history_t: Float[Tensor, "b chunks_with_prefix"]
-    video_off: Bool[Tensor, " b"]
-    text_off: Bool[Tensor, " b"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,9 +79,9 @@ def wam_loss(
     grid: tuple[int, int, int],
     settings: LossSettings,
     generator: torch.Generator,
-    attend: Callable[[SequenceLayout], Attend] | None = None,
+    attention: Callable[[TokenLayout], AttentionFn] | None = None,
 ) -> WAMLoss:
-    """Return RepWAM Eq. 7 of a batch, all chunks at once.
+    """Return RepWAM Eq. 7 of a batch of segments, all chunks at once.
 
     Args:
         wam: the model.
@@ -111,116 +91,87 @@ def wam_loss(
         grid: (views, h, w) of a latent frame.
         settings: weights and noise.
         generator: source of every draw, on the batch's device.
-        attend: see `documents_loss`.
+        attention: see `documents_loss`.
     """
-    joint = wam.config.joint_actions
-    batch = from_chunk_starts(batch, chunk_sizes)
-    if joint:
-        batch = with_joint_actions(batch)
-    noise = draw_noise(batch, len(chunk_sizes), settings, generator, joint)
-    document = NoisedDocument(batch, chunk_sizes, grid, noise)
-    return documents_loss(wam, [document], space, settings.action_weight, attend)
-
-
-@dataclass(frozen=True, eq=False)
-class NoisedDocument:
-    """What one document of a sequence is trained on: its data, its chunks, its noise.
-
-    Attributes:
-        batch: segments of F transitions; of batch size one where several documents are packed.
-        chunk_sizes: latent frames of the chunks 1 .. N, summing to F.
-        grid: (views, h, w) of a latent frame.
-        noise: every draw.
-    """
-
-    batch: SegmentBatch
-    chunk_sizes: tuple[int, ...]
-    grid: tuple[int, int, int]
-    noise: Noise
-
-    def layout(self, wam: WorldActionModel, space: str) -> SequenceLayout:
-        """The tokens of this document in the sequences of `wam`, on the CPU."""
-        return training_layout(
-            self.batch.latents.shape[1],
-            self.chunk_sizes,
-            self.grid,
-            self.batch.actions.shape[2],
-            state=wam.config.has_state(space) and self.batch.state is not None,
-            action_history=wam.config.action_history,
-        )
+    noise = draw_noise(batch, len(chunk_sizes), settings, generator, wam.config.joint_actions)
+    documents = Documents.of_segments(batch, grid)
+    return documents_loss(wam, documents, [chunk_sizes], noise, space, settings.action_weight, attention)
 
 
 def documents_loss(
     wam: WorldActionModel,
-    documents: Sequence[NoisedDocument],
+    documents: Documents,
+    chunk_sizes: Sequence[tuple[int, ...]],
+    noise: Noise,
     space: str,
     action_weight: float,
-    attend: Callable[[SequenceLayout], Attend] | None = None,
+    attention: Callable[[TokenLayout], AttentionFn] | None = None,
 ) -> WAMLoss:
-    """Return Eq. 7 of documents packed into one sequence; the means run over the numbers of all of them.
+    """Return Eq. 7 of documents in one sequence; the means run over the numbers of all of them.
 
     Args:
         wam: the model.
-        documents: what is packed, in order.
+        documents: what is learned from.
+        chunk_sizes: of each document the latent frames of its chunks 1 .. N.
+        noise: every draw.
         space: the action space.
         action_weight: lambda_a.
-        attend: makes the attention of the packed layout, which it gets on the CPU; None is the model's own choice.
+        attention: makes the attention of a layout, which it gets on the CPU; None is the model's own choice.
     """
-    layouts = [document.layout(wam, space) for document in documents]
-    inputs = [
-        noised_inputs(document.batch, layout, document.chunk_sizes, document.noise, space)
-        for document, layout in zip(documents, layouts, strict=True)
-    ]
-    if attend is None:
-        velocities = wam(_packed(inputs))
-    else:
-        packed = _packed([without_unread(entry, wam.config.coupling) for entry in inputs])
-        velocities = wam(packed, attend(packed.layout))
-    parts = _velocities_of(velocities, layouts)
-    terms = [
-        loss_terms(part, item.batch, item.noise, wam.config.joint_actions)
-        for part, item in zip(parts, documents, strict=True)
-    ]
-    return combined(terms, action_weight)
+    joint = wam.config.joint_actions
+    documents = from_chunk_starts(documents, [size for sizes in chunk_sizes for size in sizes])
+    documents = with_joint_actions(documents) if joint else documents
+    layout = documents_layout(wam, documents, chunk_sizes, space)
+    inputs = noised_inputs(documents, layout, noise, space)
+    velocities = wam(inputs, None if attention is None else attention(layout))
+    return combined([loss_terms(velocities, documents, noise, joint)], action_weight)
 
 
-def _packed(inputs: Sequence[WAMInputs]) -> WAMInputs:
-    return inputs[0] if len(inputs) == 1 else pack(inputs)
+def documents_layout(
+    wam: WorldActionModel, documents: Documents, chunk_sizes: Sequence[tuple[int, ...]], space: str
+) -> TokenLayout:
+    """The tokens of documents in one sequence of `wam`, on the CPU."""
+    state = wam.config.has_state(space) and documents.state is not None
+    vectors, history = documents.actions.shape[2], wam.config.action_history
+    return concat(
+        [
+            training_layout(sum(sizes) + 1, sizes, grid, vectors, state=state, action_history=history)
+            for sizes, grid in zip(chunk_sizes, documents.grids, strict=True)
+        ]
+    )
 
 
-def _velocities_of(velocities: Velocities, layouts: Sequence[SequenceLayout]) -> list[Velocities]:
-    """The velocities of each document of a packed sequence."""
-    if len(layouts) == 1:
-        return [velocities]
-    video = velocities.video.split([len(layout.noisy_video) for layout in layouts], dim=1)
-    actions = velocities.actions.split([len(layout.noisy_actions) for layout in layouts], dim=1)
-    return [Velocities(*parts) for parts in zip(video, actions, strict=True)]
-
-
-def from_chunk_starts(batch: SegmentBatch, chunk_sizes: tuple[int, ...]) -> SegmentBatch:
-    """The same segments with every action measured from the state before its chunk, the last one a policy has seen.
+def from_chunk_starts(batch: Batch, chunk_sizes: Sequence[int]) -> Batch:
+    """The same with every action measured from the state before its chunk, the last one a policy has seen.
 
     Args:
-        batch: segments whose actions are measured from the state at the first frame of their own transition.
-        chunk_sizes: latent frames of the chunks 1 .. N, summing to F.
+        batch: segments or documents whose actions are measured from the state at their own transition's first frame.
+        chunk_sizes: latent frames of the chunks 1 .. N, of one document after the other; they cover all transitions.
     """
     if batch.reference is None:
         return batch
-    sizes = torch.tensor(chunk_sizes, device=batch.reference.device)
-    starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-    moved = batch.reference - batch.reference[:, starts]
+    sizes = torch.tensor(chunk_sizes)
+    starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)  # of each transition the first of its chunk
+    moved = batch.reference - batch.reference.index_select(1, starts.to(batch.reference.device))
     return replace(batch, actions=batch.actions + moved[:, :, None], reference=None)
 
 
-def with_joint_actions(batch: SegmentBatch) -> SegmentBatch:
-    """The same segments with the actions as channels of the latents, for `WAMConfig.joint_actions`, and no others.
+def with_joint_actions(documents: Documents) -> Documents:
+    """The same with the actions as channels of the latents, for `WAMConfig.joint_actions`, and no others.
 
     Frame f carries the action of the transition f -> f + 1, the same for all its tokens; the last frame's slot, after
     which nothing is recorded, is zero (the paper's "Joint Pred").
     """
-    following = torch.nn.functional.pad(rearrange(batch.actions, "b t a c -> b t (a c)"), (0, 0, 0, 1))
-    channels = repeat(following, "b frames c -> b frames tokens c", tokens=batch.latents.shape[2])
-    return replace(batch, latents=torch.cat([batch.latents, channels], dim=-1), actions=batch.actions[:, :, :0])
+    # One more row of zeros is the action after each last frame. Frame f of document i is frame f + i + (transitions of
+    # those before) of all: but for the last ones, its following transition has the same number less i.
+    actions = pad(rearrange(documents.actions, "b t a c -> b t (a c)"), (0, 0, 0, 1))
+    of_frame, last = documents.document_of_frame, documents.last_frames
+    following = torch.arange(len(of_frame)) - of_frame
+    following[last] = actions.shape[1] - 1
+    of_token = following.repeat_interleave(documents.frame_tokens[of_frame])
+    channels = actions.index_select(1, of_token.to(actions.device))
+    latents = torch.cat([documents.latents, channels], dim=-1)
+    return replace(documents, latents=latents, actions=documents.actions[:, :, :0])
 
 
 def draw_noise(
@@ -228,96 +179,107 @@ def draw_noise(
 ) -> Noise:
     """Draw noise and noise times: one time per sample, chunk and modality (docs/decisions/000, entry 3).
 
-    The last `joint` channels of a latent frame are an action, written once per token: they share one draw.
+    With `joint` channels of action in each latent frame, written once per token, these share one draw, and actions have
+    no tokens.
     """
     b, device = len(batch), batch.latents.device
+    _, frames, tokens, d = batch.latents.shape
+    actions = batch.actions[:, :, :0] if joint else batch.actions
 
-    def normal(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator, device=device)
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
 
     video_t = UniformSNRSampler(settings.video_shift)((b, chunks), generator, device)
     action_t = UniformSNRSampler(settings.action_shift)((b, chunks), generator, device)
     video_off = torch.rand(b, generator=generator, device=device) < settings.video_noise_prob
     level = settings.history_noise * torch.rand(b, chunks + 1, generator=generator, device=device)
-    video = normal(batch.latents[:, 1:])
+    video = normal(b, frames - 1, tokens, d + joint)
     if joint:
         video[..., -joint:] = video[:, :, :1, -joint:].clone()
+    of_actions = normal(*actions.shape) * batch.channel_mask[:, None, None]  # nothing stands in absent channels
+    if settings.history_noise:
+        history = normal(b, frames, tokens, d + joint)
+    else:
+        history = torch.zeros(b, frames, tokens, d + joint, device=device)
+    text_off = torch.rand(b, generator=generator, device=device) < settings.text_drop_prob
     return Noise(
-        video=video,
-        actions=normal(batch.actions) * batch.channel_mask[:, None, None],  # nothing stands in absent channels
-        history=normal(batch.latents) if settings.history_noise else torch.zeros_like(batch.latents),
+        video=video.flatten(1, 2),
+        actions=of_actions,
+        history=history.flatten(1, 2),
         video_t=video_t.masked_fill(video_off[:, None], 0.0),
         action_t=action_t,
         history_t=1 - level,
-        video_off=video_off,
-        text_off=torch.rand(b, generator=generator, device=device) < settings.text_drop_prob,
+        video_off=video_off[:, None],
+        text_off=text_off[:, None],
     )
 
 
-def noised_inputs(
-    batch: SegmentBatch, layout: SequenceLayout, chunk_sizes: tuple[int, ...], noise: Noise, space: str
-) -> WAMInputs:
-    """Put the batch on the paths of Eq. 6 and lay it out for the model."""
-    sizes = torch.tensor(chunk_sizes, device=batch.latents.device)
-    sizes_with_prefix = torch.tensor((1, *chunk_sizes), device=batch.latents.device)
-    video_t = noise.video_t.repeat_interleave(sizes, dim=1)
-    action_t = noise.action_t.repeat_interleave(sizes, dim=1)
-    history_t = noise.history_t.repeat_interleave(sizes_with_prefix, dim=1)
-    times = batch.latents.new_ones(len(batch), len(layout.levels))
-    times[:, layout.levels.clean_video] = noise.history_t
-    times[:, layout.levels.noisy_video] = noise.video_t
-    times[:, layout.levels.noisy_actions] = noise.action_t
+def noised_inputs(documents: Documents, layout: TokenLayout, noise: Noise, space: str) -> WAMInputs:
+    """Put documents on the paths of Eq. 6 and lay them out for the model."""
+    latents, device, levels = documents.latents, documents.latents.device, layout.levels
+    times = latents.new_ones(len(latents), len(levels))
+    for index, t in (
+        (levels.clean_video, noise.history_t), (levels.noisy_video, noise.video_t),
+        (levels.noisy_actions, noise.action_t),
+    ):  # fmt: skip
+        times[:, index.to(device)] = t
+
+    def at(tokens: Int[Tensor, " m"]) -> Float[Tensor, "b m"]:
+        """Noise time of tokens of the layout."""
+        return times.index_select(1, layout.level[tokens].to(device))
+
+    clean = layout.video[~layout.noisy[layout.video]]
+    predicted = documents.predicted.to(device)
     return document_inputs(
         layout,
-        latents=interpolate(noise.history, batch.latents, history_t),
-        noisy_latents=interpolate(noise.video, batch.latents[:, 1:], video_t),
-        actions=batch.actions,
-        noisy_actions=interpolate(noise.actions, batch.actions, action_t),
-        states=batch.state,
+        latents=interpolate(noise.history, latents, at(clean)),
+        noisy_latents=interpolate(noise.video, latents.index_select(1, predicted), at(layout.noisy_video)),
+        actions=documents.actions,
+        noisy_actions=interpolate(
+            noise.actions, documents.actions, at(layout.noisy_actions).unflatten(1, noise.actions.shape[1:3])
+        ),
+        states=documents.state,
         times=times,
-        text=batch.text,
-        text_mask=batch.text_mask & ~noise.text_off[:, None],
+        text=documents.text,
+        text_mask=documents.text_mask & ~noise.text_off[..., None],
         space=space,
     )
 
 
-def flow_matching_loss(velocities: Velocities, batch: SegmentBatch, noise: Noise, action_weight: float) -> WAMLoss:
-    """Return `mean |F^v - (z - eps)|^2 + lambda_a mean |F^a - (u - eps)|^2` (Eq. 7) over what is to be learned.
+def loss_terms(velocities: Velocities, documents: Documents, noise: Noise, joint: int = 0) -> LossTerms:
+    """Return the sums behind Eq. 7, `mean |F^v - (z - eps)|^2 + lambda_a mean |F^a - (u - eps)|^2`.
 
-    The means run over real transitions, channels that the embodiment has, and samples whose video is not off; so
+    The means run over real transitions, channels that the embodiment has, and documents whose video is not off; so
     padding, absent channels and the number of tokens do not change the weight of what is there. Eq. 7 writes sums.
-    """
-    return combined([loss_terms(velocities, batch, noise)], action_weight)
-
-
-def loss_terms(velocities: Velocities, batch: SegmentBatch, noise: Noise, joint: int = 0) -> LossTerms:
-    """Return the sums behind `flow_matching_loss`, of one document.
 
     Args:
         velocities: of the noisy tokens.
-        batch, noise: what they are to be.
+        documents, noise: what they are to be.
         joint: how many channels of the latents are the action; their velocity is the mean over a frame's tokens.
     """
-    frames = batch.valid.shape[1]
-    video = rearrange(velocities.video, "b (frames tokens) d -> b frames tokens d", frames=frames).float()
-    target = velocity_target(noise.video, batch.latents[:, 1:])
-    video_mask = batch.valid & ~noise.video_off[:, None]
+    device, valid, of_transition = documents.latents.device, documents.valid, documents.document_of_transition
+    tokens = documents.frame_tokens[of_transition]
+    transition = torch.arange(len(tokens)).repeat_interleave(tokens).to(device)  # of each noisy video token
+    share = (1 / tokens).to(device).index_select(0, transition)  # of a token in the mean over its frame
+    of_transition = of_transition.to(device)
+    video_on = ~noise.video_off.index_select(1, of_transition)
+    video_mask = valid & video_on
+    data = documents.latents.index_select(1, documents.predicted.to(device))
+    error = velocities.video.float() - velocity_target(noise.video, data)
     if joint:
-        action_error = (
-            reduce(video[..., -joint:], "b f tokens c -> b f c", "mean") - target[:, :, 0, -joint:]
-        ).square()
-        following = torch.nn.functional.pad(batch.valid[:, 1:], (0, 1))  # the last slot is padding
-        action_mask = repeat(following & ~noise.video_off[:, None], "b frames -> b frames c", c=joint)
-        action_values, video, target = action_error, video[..., :-joint], target[..., :-joint]
+        of_frame = error.new_zeros(*valid.shape, joint)
+        action_values = of_frame.index_add(1, transition, error[..., -joint:] * share[:, None]).square()
+        following = pad(valid[:, 1:], (0, 1))
+        following[:, documents.last_transitions.to(device)] = False  # the last slot of a document is padding
+        action_mask = repeat(following & video_on, "b frames -> b frames c", c=joint)
+        error = error[..., :-joint]
     else:
-        actions = rearrange(velocities.actions, "b (frames a) c -> b frames a c", frames=frames)
-        action_error = (actions.float() - velocity_target(noise.actions, batch.actions)).square()
-        action_mask = repeat(batch.valid, "b frames -> b frames c", c=actions.shape[-1]) & batch.channel_mask[:, None]
-        action_values = reduce(action_error, "b frames a c -> b frames c", "mean")
-    video_values = reduce((video - target).square(), "b frames tokens d -> b frames", "mean")
-    return LossTerms(
-        (video_values * video_mask).sum(), video_mask.sum(), (action_values * action_mask).sum(), action_mask.sum()
-    )
+        actions = rearrange(velocities.actions, "b (frames a) c -> b frames a c", frames=valid.shape[1])
+        of_actions = actions.float() - velocity_target(noise.actions, documents.actions)
+        action_values = reduce(of_actions.square(), "b frames a c -> b frames c", "mean")
+        action_mask = valid[..., None] & documents.channel_mask.index_select(1, of_transition)
+    video = error.square().mean(-1) * (share * video_mask.index_select(1, transition))
+    return LossTerms(video.sum(), video_mask.sum(), (action_values * action_mask).sum(), action_mask.sum())
 
 
 def combined(terms: Sequence[LossTerms], action_weight: float) -> WAMLoss:

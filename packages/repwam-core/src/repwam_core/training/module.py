@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +18,11 @@ from repvitok.runtime.errors import UserError
 from repvitok.runtime.optim import OptimizerSettings
 from repvitok.runtime.training import ExponentialMovingAverage, FiniteCheck, clip_gradients, require_finite_weights
 
-from repwam_core.data.batches import PackedBatch, SegmentBatch
-from repwam_core.model.attention import make_attend, masked_attend
+from repwam_core.data.batches import Noise, PackedBatch, SegmentBatch
+from repwam_core.model.attention import make_attention
 from repwam_core.model.config import LATENT_SPACE
-from repwam_core.model.masks import Attend
-from repwam_core.model.sequence import SequenceLayout
+from repwam_core.model.masks import AttentionFn
+from repwam_core.model.sequence import TokenLayout
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.sampling import ChunkSpec, SamplingConfig
 from repwam_core.statistics import Statistics
@@ -32,16 +31,13 @@ from repwam_core.training.build import build_sharded_wam, build_wam
 from repwam_core.training.losses import (
     LossSettings,
     LossTerms,
-    NoisedDocument,
     WAMLoss,
     combined,
     documents_loss,
     draw_noise,
     equal_chunks,
-    from_chunk_starts,
     over_ranks,
     wam_loss,
-    with_joint_actions,
 )
 from repwam_core.training.metrics import SampledErrors, sample_segments
 from repwam_core.training.parallel import ScaleSettings, ShardedStrategy, gather_for_sampling, prepare_layers
@@ -153,7 +149,7 @@ class WAMTraining(L.LightningModule):
         """Loss of one batch; every draw follows from seeds and positions, so a resumed run repeats none."""
         if isinstance(batch, PackedBatch):
             losses = self._packed_loss(batch)
-            keys = [self._mixture().stores[d.piece.data_set].keys[d.piece.episode] for d in batch.documents]
+            keys = [self._mixture().stores[piece.data_set].keys[piece.episode] for piece in batch.pieces]
         else:
             key = (self.seed, self.trainer.global_step, self.global_rank, batch_idx)
             losses = self._loss(batch, self._drawn_chunks(batch), key)
@@ -330,30 +326,40 @@ class WAMTraining(L.LightningModule):
             grid=self._mixture().stores[batch.data_set].meta.grid,
             settings=self.loss_settings,
             generator=_generator(key, batch.latents.device),
-            attend=partial(self._attend, make=masked_attend),  # segments' layouts come again, packed ones do not
+            attention=self._attention,
         )
 
     def _packed_loss(self, batch: PackedBatch) -> WAMLoss:
-        """Eq. 7 of a packed sequence; its noise is drawn episode by episode."""
-        size, documents, joint = self.chunk_size(batch), [], self._model().config.joint_actions
-        for document in batch.documents:
-            chunks = equal_chunks(document.segment.valid.shape[1], size)
-            segment = from_chunk_starts(document.segment, chunks)
-            segment = with_joint_actions(segment) if joint else segment
-            generator = _generator((self.seed, 3, *document.piece), segment.latents.device)
-            noise = draw_noise(segment, len(chunks), self.loss_settings, generator, joint)
-            documents.append(NoisedDocument(segment, chunks, document.grid, noise))
-        weight = self.loss_settings.action_weight
-        return documents_loss(self._model(), documents, self.space, weight, self._attend)
+        """Eq. 7 of a packed sequence."""
+        noise = self.with_noise(batch).noise
+        assert noise is not None
+        chunk_sizes = [equal_chunks(piece.transitions, self.chunk_size(batch)) for piece in batch.pieces]
+        weight, noise = self.loss_settings.action_weight, noise.to(batch.documents.latents.device)
+        return documents_loss(self._model(), batch.documents, chunk_sizes, noise, self.space, weight, self._attention)
+
+    def with_noise(self, batch: PackedBatch) -> PackedBatch:
+        """The same sequence with its noise, drawn episode by episode: by their pieces, whatever they are packed with.
+
+        Drawn on the CPU, ahead of the step: on a GPU a draw for each document would be a kernel for each.
+        """
+        if batch.noise is not None:
+            return batch
+        joint, draws = self._model().config.joint_actions, []
+        for number, piece in enumerate(batch.pieces):
+            segment = batch.segment(number).to("cpu")
+            chunks = len(equal_chunks(piece.transitions, self.chunk_size(batch)))
+            generator = _generator((self.seed, 3, *piece), segment.latents.device)
+            draws.append(draw_noise(segment, chunks, self.loss_settings, generator, joint))
+        return replace(batch, noise=Noise.packed(draws))
 
     def chunk_size(self, batch: PackedBatch) -> int:
         """The chunk size of a packed sequence, drawn by its number."""
         draw = np.random.default_rng((self.seed, 2, batch.index))
         return int(draw.integers(self.chunks.smallest, self.chunks.largest + 1))
 
-    def _attend(self, layout: SequenceLayout, make: Callable[..., Attend] = make_attend) -> Attend:
+    def _attention(self, layout: TokenLayout) -> AttentionFn:
         config = self._model().config
-        return make(layout, config.coupling, config.window, self.scale.attention, self.device)
+        return layout.once(make_attention, config.coupling, config.window, self.scale.attention, self.device)
 
     def _drawn_chunks(self, batch: SegmentBatch) -> tuple[int, ...]:
         """One chunk size per step, the same on every rank, so that ranks do equal work."""

@@ -41,7 +41,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp import register_fsdp_forward_method as unsharded_method
 
-from repwam_core.model.blocks import ExpertLayer, WAMLayer
+from repwam_core.model.blocks import WAMLayer
 from repwam_core.model.config import Recompute
 from repwam_core.model.wam import WorldActionModel
 
@@ -264,7 +264,7 @@ class ScaleSettings:
         recompute: what layers compute again in the backward pass: "none", "selective" (all but attention), "full", or
             "offload": full, from inputs that wait in the host's memory, two copies over its bus per layer and step.
         compile: compile what surrounds attention in every layer with torch.compile.
-        attention: see `attention.make_attend`.
+        attention: see `attention.make_attention`.
         init: "stream" draws the initial weights one after the other; "per_parameter" each by its name, which a model
             needs that is sharded from the start.
     """
@@ -392,7 +392,6 @@ def compile_layers(wam: WorldActionModel) -> None:
 
     Attention itself depends on the packing and has kernels of its own, so that no new packing compiles anything again.
     """
-    for expert in wam.modules():
-        if isinstance(expert, ExpertLayer):
-            for name in ("before_attention", "feed_forward"):
-                setattr(expert, name, torch.compile(getattr(expert, name), dynamic=True))
+    for layer in wam.layers:
+        for name in ("before", "after"):
+            setattr(layer, name, torch.compile(getattr(layer, name), dynamic=True))

@@ -56,7 +56,7 @@ class Change:
 
 
 CHANGES = {
-    "another loss of the world action model": Change(("wam_loss", "documents_loss", "flow_matching_loss")),
+    "another loss of the world action model": Change(("wam_loss", "documents_loss", "loss_terms")),
     "another loss of the tokenizer": Change(("RepViTokTraining.losses", "LossWeights")),
     "another attention mask": Change(("visible",)),
     "another simulator": Change(("SimTask",), callers=False, users_of="repwam_core.sim.metaworld"),
@@ -150,30 +150,37 @@ class House:
 
     Attributes:
         lines: of each module.
-        trees: each module parsed.
+        names: what each module mentions.
+        keys: the attributes it takes, and the parts of its strings.
         defined: module -> name -> its top-level definition.
         imported: module -> name there -> (module, name) that it was imported as; the name is "" for a module.
     """
 
     lines: dict[str, int]
-    trees: dict[str, ast.Module]
+    names: dict[str, set[str]]
+    keys: dict[str, set[str]]
     defined: dict[str, dict[str, ast.AST]]
     imported: dict[str, dict[str, tuple[str, str]]]
 
     @classmethod
     def of(cls, paths: list[Path]) -> House:
         """Reads the source files of a checkout."""
-        house = cls({}, {}, {}, {})
+        house, froms = cls({}, {}, {}, {}, {}), dict[str, list[ast.ImportFrom]]()
         for path in paths:
             text = path.read_text(encoding="utf-8")
             name = ".".join(path.with_suffix("").parts[path.parts.index("src") + 1 :]).removesuffix(".__init__")
-            house.lines[name], house.trees[name] = text.count("\n"), ast.parse(text)
-            house.defined[name] = dict(_definitions(house.trees[name]))
-        for name, tree in house.trees.items():
-            froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+            tree = ast.parse(text)
+            nodes = list(ast.walk(tree))
+            texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+            house.lines[name], house.defined[name] = text.count("\n"), dict(_definitions(tree))
+            house.names[name] = {node.id for node in nodes if isinstance(node, ast.Name)}
+            house.keys[name] = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+            house.keys[name] |= {part for text in texts for part in re.split(r"[.{}]", text)}
+            froms[name] = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+        for name, nodes in froms.items():
             house.imported[name] = {
                 alias.asname or alias.name: house.home(str(node.module), alias.name)
-                for node in froms
+                for node in nodes
                 for alias in node.names
                 if str(node.module).split(".")[0] in PACKAGES
             }
@@ -181,9 +188,9 @@ class House:
 
     def home(self, module: str, name: str) -> tuple[str, str]:
         """Where a name is defined that is imported from a module, which may be a package that hands it on."""
-        if f"{module}.{name}" in self.trees:
+        if f"{module}.{name}" in self.names:
             return f"{module}.{name}", ""
-        below = (other for other in self.trees if other.startswith(f"{module}.") and name in self.defined[other])
+        below = (other for other in self.names if other.startswith(f"{module}.") and name in self.defined[other])
         return (module if name in self.defined.get(module, {}) else next(below, module)), name
 
     def to_read(self, change: Change) -> set[str]:
@@ -199,13 +206,10 @@ class House:
                 if change.callers and not method:
                     own = [other for other, node in self.defined[module].items() if isinstance(node, Function)]
                     through = {other for other in own if name in self._mentioned(module, self.defined[module][other])}
-                    found |= {other for other in self.trees if self._uses(other, module, {name, *through})}
-        for module, tree in self.trees.items():
-            names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-            texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
-            names |= {part for text in texts if isinstance(text, str) for part in re.split(r"[.{}]", text)}
+                    found |= {other for other in self.names if self._uses(other, module, {name, *through})}
+        for module, keys in self.keys.items():
             outside = change.users_of and not module.startswith(change.users_of)
-            if names & set(change.coupled) or (outside and self._imports(module, change.users_of)):
+            if keys & set(change.coupled) or (outside and self._imports(module, change.users_of)):
                 found.add(module)
         return begun | {module for module in found if ".runtime" not in module and module not in PACKAGES}
 
@@ -227,7 +231,7 @@ class House:
 
     def _uses(self, module: str, home: str, names: set[str]) -> bool:
         ours = {alias for alias, (where, what) in self.imported[module].items() if where == home and what in names}
-        return any(isinstance(node, ast.Name) and node.id in ours for node in ast.walk(self.trees[module]))
+        return bool(ours & self.names[module])
 
     def _imports(self, module: str, package: str) -> bool:
         return any(f"{home}.".startswith(f"{package}.") for home, _ in self.imported[module].values())

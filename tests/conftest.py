@@ -1,6 +1,9 @@
 """Data that tests across packages share."""
 
 import json
+import shutil
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -109,3 +112,20 @@ def noise_latents(tmp_path_factory):
     hidden = torch.randn(3, 384, generator=torch.Generator().manual_seed(0))
     save_file({"0": hidden}, folder / "text-minilm.safetensors", metadata)
     return folder
+
+
+@pytest.fixture(scope="session")
+def files_of_0_1(tmp_path_factory) -> Path:
+    """The folder of files that version 0.1.0 made (files_of_0_1/make.py); nothing may write into it."""
+    folder = tmp_path_factory.mktemp("files_of_0_1")
+    with tarfile.open(Path(__file__).parent / "files_of_0_1" / "files.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.fixture
+def copied_files_of_0_1(files_of_0_1, tmp_path, monkeypatch) -> Path:
+    """A copy to work in, which is the working folder: its recipes name their data relative to it."""
+    shutil.copytree(files_of_0_1, tmp_path / "copy", symlinks=True)
+    monkeypatch.chdir(tmp_path / "copy")
+    return tmp_path / "copy"

@@ -1,9 +1,6 @@
 """Files of version 0.1.0 still load and mean what they meant: files_of_0_1/make.py made them with that version."""
 
-import shutil
-import tarfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,24 +21,14 @@ from repwam_core.interface import Observation
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.policy import Policy
 
-ARCHIVE = Path(__file__).parent / "files_of_0_1" / "files.tar.xz"
 CAMERA = "observation.images.top"
 ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory) -> Path:
-    """The files as 0.1.0 left them; nothing may write into them."""
-    folder = tmp_path_factory.mktemp("files_of_0_1")
-    with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(folder, filter="data")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def expected(files) -> Mapping[str, np.ndarray]:
+def expected(files_of_0_1) -> Mapping[str, np.ndarray]:
     """What 0.1.0 computed with them."""
-    return dict(np.load(files / "expected.npz"))
+    return dict(np.load(files_of_0_1 / "expected.npz"))
 
 
 @pytest.fixture(autouse=True)
@@ -55,16 +42,8 @@ def no_process_group_left(monkeypatch):
         torch.distributed.destroy_process_group()
 
 
-@pytest.fixture
-def copied(files, tmp_path, monkeypatch) -> Path:
-    """A copy to work in; its recipes name their data relative to it."""
-    shutil.copytree(files, tmp_path / "copy", symlinks=True)
-    monkeypatch.chdir(tmp_path / "copy")
-    return tmp_path / "copy"
-
-
-def test_tokenizer_gives_the_same_latents_and_pixels(files, expected):
-    tokenizer = RepViTok.from_pretrained(files / "tokenizer").eval()
+def test_tokenizer_gives_the_same_latents_and_pixels(files_of_0_1, expected):
+    tokenizer = RepViTok.from_pretrained(files_of_0_1 / "tokenizer").eval()
     clip = torch.from_numpy(expected["clip"])
     with torch.no_grad():
         latents = tokenizer.encode(clip)
@@ -74,8 +53,8 @@ def test_tokenizer_gives_the_same_latents_and_pixels(files, expected):
     assert tokenizer.digest() == expected["digests"][0]
 
 
-def test_latent_action_tokenizer_gives_the_same_numbers(files, expected):
-    lat = LatentActionTokenizer.from_pretrained(files / "lat").eval()
+def test_latent_action_tokenizer_gives_the_same_numbers(files_of_0_1, expected):
+    lat = LatentActionTokenizer.from_pretrained(files_of_0_1 / "lat").eval()
     with torch.no_grad():
         z = lat.standardise(torch.from_numpy(expected["tokenizer_latents"]))
         actions = lat.encode(z)
@@ -85,8 +64,8 @@ def test_latent_action_tokenizer_gives_the_same_numbers(files, expected):
     assert lat.digest() == expected["digests"][1]
 
 
-def test_latents_are_read_with_the_same_values_and_labels(files, expected):
-    labelled, plain = LatentShards(files / "labelled"), LatentShards(files / "latents")
+def test_latents_are_read_with_the_same_values_and_labels(files_of_0_1, expected):
+    labelled, plain = LatentShards(files_of_0_1 / "labelled"), LatentShards(files_of_0_1 / "latents")
     assert len(labelled) == len(plain) == 4
     for one, other in zip(labelled, plain, strict=True):
         for name in ("latents", "state", "actions"):
@@ -99,7 +78,7 @@ def test_latents_are_read_with_the_same_values_and_labels(files, expected):
     assert labelled.meta.lat_digest == expected["digests"][1]
 
 
-def test_latents_are_labelled_with_the_same_latent_actions(copied, expected):
+def test_latents_are_labelled_with_the_same_latent_actions(copied_files_of_0_1, expected):
     assert latent_action(["label", "--lat", "lat", "--latents", "latents", "--out", "new"]) == 0
     for episode in LatentShards("new"):
         labels = expected[f"episode_{episode.episode_index}_latent_actions"]
@@ -107,7 +86,7 @@ def test_latents_are_labelled_with_the_same_latent_actions(copied, expected):
 
 
 @pytest.mark.parametrize("folder", ["policy", "exported"])
-def test_policy_gives_the_same_actions(folder, copied, expected):
+def test_policy_gives_the_same_actions(folder, copied_files_of_0_1, expected):
     """The folder that 0.1.0 exported, and one that is exported today from the checkpoint of 0.1.0."""
     if folder == "exported":
         parts = "--tokenizer tokenizer --lat lat --latents labelled"
@@ -123,8 +102,8 @@ def test_policy_gives_the_same_actions(folder, copied, expected):
 
 
 @pytest.mark.parametrize("name", ["dataset", "dataset_v3"])
-def test_lerobot_data_sets_are_read(files, name, expected):
-    reader = LeRobotReader(files / name)
+def test_lerobot_data_sets_are_read(files_of_0_1, name, expected):
+    reader = LeRobotReader(files_of_0_1 / name)
     assert [info.length for info in reader.episodes] == [14, 15, 16, 17][: len(reader.episodes)]
     assert [info.task for info in reader.episodes][:2] == ["go left", "go up"]
     frames = np.stack(reader.frames(0, CAMERA, range(9)))
@@ -140,7 +119,7 @@ def test_lerobot_data_sets_are_read(files, name, expected):
     ("main", "run", "model", "digest"),
     [(repvitok, "tokenizer_run", RepViTok, 0), (latent_action, "lat_run", LatentActionTokenizer, 1)],
 )
-def test_checkpoints_are_exported_as_the_same_model(main, run, model, digest, copied, expected):
+def test_checkpoints_are_exported_as_the_same_model(main, run, model, digest, copied_files_of_0_1, expected):
     assert main(["export", "--ckpt", f"{run}/last.ckpt", "--out", "new"]) == 0
     assert model.from_pretrained("new").digest() == expected["digests"][digest]
 
@@ -149,7 +128,7 @@ def test_checkpoints_are_exported_as_the_same_model(main, run, model, digest, co
     ("main", "run"),
     [(repvitok, "tokenizer_run"), (latent_action, "lat_run"), (repwam, "adapt_run"), (repwam, "sharded_run")],
 )
-def test_fit_goes_on_by_the_same_config_from_the_same_checkpoint(main, run, copied):
+def test_fit_goes_on_by_the_same_config_from_the_same_checkpoint(main, run, copied_files_of_0_1):
     """By 0.1.0's config.yaml, with nothing but more steps; the optimizer's own count tells that its state was read."""
     last = 4 if run == "adapt_run" else 3  # resumed twice: what that run held out is known from the first time on
     for steps in range(3, last + 1):
@@ -167,7 +146,7 @@ def _wam_only(main: Callable) -> list[str]:
     return ["--wam-only"] if main is repwam else []
 
 
-def test_a_model_folder_is_what_a_new_run_starts_from(copied, expected):
+def test_a_model_folder_is_what_a_new_run_starts_from(copied_files_of_0_1, expected):
     assert WorldActionModel.from_pretrained("wam").digest() == expected["digests"][2]
     assert repwam(["fit", "--config", "adapt_run/config.yaml", "--trainer.default_root_dir=new"]) == 0
 
@@ -182,14 +161,14 @@ def test_a_model_folder_is_what_a_new_run_starts_from(copied, expected):
         (REPWAM, "pretrain_run/config"),
     ],
 )
-def test_recipes_as_0_1_resolved_them_are_accepted(stage, config, files):
+def test_recipes_as_0_1_resolved_them_are_accepted(stage, config, files_of_0_1):
     """With every default of 0.1.0 written out, and its class paths: a teacher, a perceptual loss, a strategy."""
     from repvitok.runtime.lightning_cli import parse_recipe
 
-    parse_recipe("fit", [str(files / f"{config}.yaml")], stage)
+    parse_recipe("fit", [str(files_of_0_1 / f"{config}.yaml")], stage)
 
 
-def test_every_class_path_of_0_1_leads_to_a_class(files):
-    for path in (files / "class_paths.txt").read_text().splitlines():
+def test_every_class_path_of_0_1_leads_to_a_class(files_of_0_1):
+    for path in (files_of_0_1 / "class_paths.txt").read_text().splitlines():
         module, _, name = path.rpartition(".")
         assert isinstance(import_object(f"{module}:{name}"), type), path

@@ -19,8 +19,9 @@ from repvitok.interface import (
     token_grid,
 )
 from repvitok.nn.attention import Kernel
+from repvitok.nn.blocks import init_transformer
 from repvitok.nn.codec import Decoder, Encoder
-from repvitok.pretrained import PretrainedModel, hub_id
+from repvitok.pretrained import PretrainedModel, drawn_once, hub_id
 from repvitok.streaming import TokenizerStream
 
 
@@ -43,6 +44,7 @@ class RepViTok(PretrainedModel):
     format = "repvitok"
     config_class = RepViTokConfig
 
+    @drawn_once
     def __init__(self, config: RepViTokConfig | None = None) -> None:
         super().__init__()
         self.config: RepViTokConfig = config or RepViTokConfig()
@@ -50,6 +52,11 @@ class RepViTok(PretrainedModel):
         self.decoder = Decoder(self.config)
         self.gradient_checkpointing = False
         self.attention_kernel: Kernel = "frames"
+
+    def draw(self) -> None:
+        """Give every parameter its initial value."""
+        init_transformer(self.encoder, self.config.depth)
+        init_transformer(self.decoder, self.config.depth)
 
     def num_latent_frames(self, frames: int) -> int:
         """Latent frames T' = 1 + (T - 1) / f of T raw frames; ValueError unless T = 1 + f n."""

@@ -94,6 +94,8 @@ class PretendGPU(TorchDispatchMode):
         torch._C._ensureCUDADeviceGuardSet()
         patch = self._patches.setattr
         patch(torch.cuda, "_lazy_init", lambda: None)
+        patch(torch.cuda, "get_rng_state", lambda *_: torch.get_rng_state())
+        patch(torch.cuda, "set_rng_state", lambda *_: None)
         patch(torch, "tensor", _making(torch.tensor))
         patch(torch, "Generator", _Generator)
         for name in _DRAWS:

@@ -1,6 +1,7 @@
 """On a GPU nothing mixes devices, the numbers are the CPU's, and a policy hardly ever waits: asked of a pretend GPU."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,12 +22,15 @@ from repwam_core.cli import main
 from repwam_core.data.datamodule import WAMDataModule
 from repwam_core.data.packing import PackingSettings
 from repwam_core.export import parts_of_checkpoint
+from repwam_core.model.config import ActionSpace, WAMConfig
+from repwam_core.model.wam import ZERO_OUTPUTS, WorldActionModel
 from repwam_core.policy.policy import BatchedPolicy
 from repwam_core.sampling import SamplingConfig
 from repwam_core.training.losses import LossSettings
 from repwam_core.training.module import WAMTraining
 from repwam_core.training.parallel import ScaleSettings
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SIZES = {"width": 32, "depth": 2, "heads": 2, "ffn": 64, "action_width": 32, "action_ffn": 64, "state_token": True}
 WAITS_PER_CHUNK = 1
@@ -52,6 +56,90 @@ def test_the_pretend_gpu_refuses_what_a_gpu_refuses():
         assert on_gpu.cpu().tolist() == [1, 1, 1]
         assert gpu.waits == 2
     assert not torch.zeros(1).is_cuda
+
+
+class Draws(TorchDispatchMode):
+    """Counts the random numbers that are drawn, by where, and how often each tensor on the pretend GPU is filled."""
+
+    def __init__(self):
+        super().__init__()
+        self.drawn, self.filled = Counter(), Counter()
+
+    def __torch_dispatch__(self, operation, _types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded in operation.tags and out.device.type != "meta":
+            self.drawn[out.device.type] += out.numel()
+            if out.is_cuda:
+                self.filled[out.values.data_ptr()] += 1
+        return out
+
+
+SPACE = ActionSpace(channels=3, vectors_per_transition=2, state_channels=2)
+MODELS = {
+    "tokenizer": lambda: RepViTok(RepViTokConfig(width=32, depth=2, heads=2)),
+    "wam": lambda: WorldActionModel(WAMConfig.preset("tiny", **SIZES, spaces={"latent": SPACE, "robot": SPACE})),
+}
+
+
+def _random(module):
+    """The parameters that do not start at a constant; some are drawn and then set to zero."""
+    drawn_to_zero = (*(f"{name}.weight" for name in ZERO_OUTPUTS), "action_out.bias")
+    for name, parameter in module.named_parameters():
+        value = parameter.detach().cpu()
+        if name.endswith(drawn_to_zero) or not ((value == 0) | (value == 1)).all():
+            yield parameter
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_model_made_on_the_gpu_is_drawn_there_once(kind):
+    torch.manual_seed(0)
+    on_cpu = MODELS[kind]()
+    with PretendGPU():
+        with Draws() as draws, torch.device("cuda"):
+            on_gpu = MODELS[kind]()
+        assert all(parameter.is_cuda for parameter in on_gpu.parameters())
+        assert set(draws.drawn) == {"cuda"}
+        if kind == "wam":
+            assert draws.drawn["cuda"] == sum(parameter.numel() for parameter in _random(on_gpu))
+        else:  # drawn in place, and beside it what replaces numbers that were cut off
+            random = {parameter.values.data_ptr() for parameter in _random(on_gpu)}
+            every = {parameter.values.data_ptr() for parameter in on_gpu.parameters()}
+            assert {place: draws.filled[place] for place in every} == {place: int(place in random) for place in every}
+        ours = {name: parameter.detach().cpu().clone() for name, parameter in on_gpu.named_parameters()}
+    for name, expected in on_cpu.named_parameters():  # other numbers of the same distribution
+        if expected.numel() > 500:
+            torch.testing.assert_close(ours[name].std(), expected.std(), rtol=0.2, atol=1e-6)
+            torch.testing.assert_close(ours[name].abs().max(), expected.abs().max(), rtol=0.2, atol=1e-6)
+        else:
+            assert (ours[name] == 0).all() == (expected == 0).all(), name
+
+
+def test_a_seed_gives_the_weights_of_version_0_1_on_a_cpu():
+    torch.manual_seed(0)
+    wam = MODELS["wam"]()
+    assert torch.rand(()).item() == pytest.approx(0.1965014)
+    assert wam.layers[0].video.ffn_in.weight[0, :3].tolist() == pytest.approx([0.0531891, 0.1392441, -0.2058703])
+    assert wam.spaces["robot"].action_in.weight[0].tolist() == pytest.approx([0.1090463, -0.3044176, 0.4862786])
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_stored_model_is_read_to_the_gpu(kind, tmp_path):
+    model = MODELS[kind]()
+    model.save_pretrained(tmp_path / "model")
+    with PretendGPU():
+        loaded = type(model).from_pretrained(tmp_path / "model", device="cuda")
+        assert all(parameter.is_cuda for parameter in loaded.parameters())
+        assert loaded.digest() == model.digest()
+
+
+@pytest.mark.parametrize("init", ["stream", "per_parameter"])
+def test_a_model_is_drawn_once_where_it_will_be_trained(noise_latents, init):
+    with PretendGPU():
+        before = torch.get_rng_state()
+        with Draws() as draws:
+            module, _ = _training(noise_latents, "robot", packed=True, init=init, device="cuda")
+        assert draws.drawn == {"cuda": sum(parameter.numel() for parameter in _random(module.wam))}
+        assert torch.equal(torch.get_rng_state(), before)
 
 
 def _stage(main, recipes, run, *settings):
@@ -97,22 +185,22 @@ def test_the_world_model_stage_runs_on_the_gpu(noise_latents, tmp_path):
     _stage(main, ("3_repwam/tiny_adapt.yaml",), tmp_path, *data, *model, attention)
 
 
-def _training(latents, space, packed, **wam):
+def _training(latents, space, packed, init="stream", device="cpu", **wam):
     """A stage's module with its data, as far as its steps need a trainer."""
     module = WAMTraining(
-        "tiny", wam={**SIZES, **wam}, space=space, chunk_sizes=(1, 2), scale=ScaleSettings(attention="blocked"),
+        "tiny", wam={**SIZES, **wam}, space=space, chunk_sizes=(1, 2),
+        scale=ScaleSettings(attention="blocked", init=init),
         plan=SamplingConfig(video_steps=1, action_steps=2),
         loss=LossSettings(video_noise_prob=0.3, history_noise=0.1, text_drop_prob=0.1),
     )  # fmt: skip
     packing = PackingSettings(token_budget=300) if packed else None
     data = WAMDataModule(latents, space=space, held_out=0.2, packing=packing, batch_size=4, transitions=4)
     trainer = SimpleNamespace(
-        strategy=None, precision="32-true", world_size=1, global_step=0, global_rank=0, testing=False, max_steps=10,
-        datamodule=data, lightning_module=module,
+        strategy=SimpleNamespace(root_device=torch.device(device)), precision="32-true", world_size=1, global_step=0,
+        global_rank=0, testing=False, max_steps=10, datamodule=data, lightning_module=module,
     )  # fmt: skip
     module._trainer = data.trainer = trainer
     module.log_dict = lambda *_, **__: None
-    torch.manual_seed(0)
     module.setup("fit")
     return module, data
 

@@ -19,10 +19,11 @@ from repvitok.interface import (
     token_grid,
 )
 from repvitok.nn.attention import Kernel, visible_frames
+from repvitok.nn.blocks import init_transformer
 from repvitok.nn.codec import CodecState, Decoder, Encoder
 from repvitok.runtime.documents import load_json
 from repvitok.runtime.errors import UserError
-from repvitok.runtime.pretrained import PretrainedModel, hub_id
+from repvitok.runtime.pretrained import PretrainedModel, drawn_once, hub_id
 
 _CHANNELS = 3
 
@@ -185,6 +186,7 @@ class RepViTok(PretrainedModel):
     format = "repvitok"
     config_class = RepViTokConfig
 
+    @drawn_once
     def __init__(self, config: RepViTokConfig | None = None) -> None:
         super().__init__()
         self.config: RepViTokConfig = config or RepViTokConfig()
@@ -192,6 +194,11 @@ class RepViTok(PretrainedModel):
         self.decoder = Decoder(self.config)
         self.gradient_checkpointing = False
         self.attention_kernel: Kernel = "frames"
+
+    def draw(self) -> None:
+        """Give every parameter its initial value."""
+        init_transformer(self.encoder, self.config.depth)
+        init_transformer(self.decoder, self.config.depth)
 
     def num_latent_frames(self, frames: int) -> int:
         """Latent frames T' = 1 + (T - 1) / f of T raw frames; ValueError unless T = 1 + f n."""

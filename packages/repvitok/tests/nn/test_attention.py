@@ -16,6 +16,7 @@ from repvitok.nn.attention import (
 )
 from repvitok.nn.rope import axis_pairs, rotary_table, rotate
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 CPU = torch.device("cpu")
 
@@ -75,6 +76,13 @@ def test_flex_attention_has_the_same_mask_and_result(tokens: int, window: int | 
     assert torch.equal(mask.mask_mod(zero, zero, index[:, None], index), dense_mask(4, tokens, window))
     ours = flex_attention_over_frames(q, k, v, mask)
     torch.testing.assert_close(ours, oracle(q, k, v, tokens, window), rtol=1e-5, atol=1e-5)
+
+
+def test_the_mask_of_flex_attention_is_traced_as_part_of_one_graph() -> None:
+    q, k, v = random_qkv(4, 0, 50)
+    torch._dynamo.reset()
+    traced = torch.compile(flex_attention, backend="eager", fullgraph=True)
+    traced(q, k, v, block_mask=flex_mask(4, 50, 3, CPU))
 
 
 def test_flex_attention_leaves_hidden_blocks_out() -> None:

@@ -11,6 +11,7 @@ from repwam_core.model import attention
 from repwam_core.model.attention import TILE, block_plan, bucket, compiled_flex, flex_block_mask, make_attention
 from repwam_core.model.masks import dense_mask
 from repwam_core.model.sequence import TokenLayout, concat, training_layout
+from torch.nn.attention.flex_attention import flex_attention
 
 
 def packed(chunks: list[list[int]], tokens: int, vectors: int = 2) -> TokenLayout:
@@ -73,6 +74,16 @@ def test_200k_tokens_take_no_minutes():
     assert time.process_time() - start_s < 3
     assert len(layout) > 200_000
     assert mask.sparsity() > 95
+
+
+@pytest.mark.parametrize("coupling", ["joint", "sequential"])
+def test_a_mask_is_traced_as_part_of_one_graph(coupling):
+    """Also under the checks of types that tests install: what broke the graph ran unfused, or not at all."""
+    layout = packed([[1, 2], [2]], 20)
+    q, k, v = (torch.randn(1, 2, bucket(len(layout)), 16) for _ in range(3))
+    torch._dynamo.reset()
+    traced = torch.compile(flex_attention, backend="eager", fullgraph=True, dynamic=False)
+    traced(q, k, v, block_mask=flex_block_mask(layout, coupling, 2))
 
 
 @pytest.mark.slow

@@ -113,7 +113,7 @@ def flex_attention_over_frames(
 
 @functools.cache
 def _compiled_flex_attention() -> Callable[..., Any]:
-    return torch.compile(flex_attention)
+    return torch.compile(flex_attention, fullgraph=True)
 
 
 @no_type_check  # FlexAttention traces it, and checks of types at run time cannot be traced

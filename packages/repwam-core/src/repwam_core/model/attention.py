@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, no_type_check
 
 import numpy as np
 import torch
@@ -183,6 +183,7 @@ def flex_mask_mod(layout: TokenLayout, coupling: str, window: int) -> Callable[.
     return _mask_mod(layout.fields, coupling, window)
 
 
+@no_type_check  # as `visible`
 def _mask_mod(fields: TokenFields, coupling: str, window: int) -> Callable[..., Tensor]:
     document, chunk, frame, start, noisy, modality = fields
 
@@ -300,5 +301,5 @@ class FlexAttention:
 
 @lru_cache(maxsize=1)
 def compiled_flex() -> Any:
-    """FlexAttention, compiled once for each length that it meets."""
-    return torch.compile(flex_attention, dynamic=False)
+    """FlexAttention, compiled once for each length that it meets; never in the form that computes every pair."""
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)

@@ -6,7 +6,7 @@ rollout are all read off it, and tests hold them equal.
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Protocol, no_type_check, runtime_checkable
 
 from jaxtyping import Bool
 from torch import Tensor
@@ -23,6 +23,7 @@ class AttentionFn(Protocol):
         ...
 
 
+@no_type_check  # FlexAttention traces it, and checks of types at run time cannot be traced
 def visible(query: TokenFields, key: TokenFields, coupling: str, window: int) -> Bool[Tensor, " *pairs"]:
     """Whether each query token may attend to each key token (docs/decisions/000, entries 2, 3 and 6).
 

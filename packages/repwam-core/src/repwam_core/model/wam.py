@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from jaxtyping import Bool, Float
 from repvitok.runtime.errors import UserError
-from repvitok.runtime.pretrained import PretrainedModel
+from repvitok.runtime.pretrained import PretrainedModel, drawn_once
 from torch import Tensor, nn
 
 from repwam_core.model.blocks import (
@@ -51,10 +51,11 @@ def initial_draws(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn
 
 @torch.no_grad()
 def draw_in_turn(module: nn.Module, prefix: str = "") -> None:
-    """Draw all parameters from torch's generator, one after the other; on the meta device there is nothing to draw."""
+    """Draw all parameters where they are, one after the other; on the meta device there is nothing to draw."""
     for _, parameter, draw in initial_draws(module, prefix):
         if not parameter.is_meta:
-            parameter.copy_(draw(tuple(parameter.shape), None))
+            with parameter.device:
+                parameter.copy_(draw(tuple(parameter.shape), None))
 
 
 def _draw(path: str, module: nn.Module, leaf: str) -> Draw:
@@ -105,6 +106,7 @@ class SpaceProjections(nn.Module):
         state_token: whether states enter too.
     """
 
+    @drawn_once
     def __init__(self, space: ActionSpace, width: int, state_token: bool) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):  # torch's own draws would come before ours, which are the same
@@ -112,6 +114,10 @@ class SpaceProjections(nn.Module):
             self.action_out = nn.Linear(width, space.channels)
             self.slots = nn.Parameter(torch.zeros(1, space.vectors_per_transition, width))
             self.state_in = nn.Linear(space.state_channels, width) if state_token and space.state_channels else None
+        self.draw()
+
+    def draw(self) -> None:
+        """Give every parameter its initial value."""
         draw_in_turn(self, "spaces")
 
 
@@ -151,6 +157,7 @@ class WorldActionModel(PretrainedModel):
     format = "repwam"
     config_class = WAMConfig
 
+    @drawn_once
     def __init__(self, config: WAMConfig) -> None:
         super().__init__()
         self.config = config
@@ -167,6 +174,10 @@ class WorldActionModel(PretrainedModel):
         draw_in_turn(self)
         for name, space in config.spaces.items():
             self.spaces[name] = SpaceProjections(space, config.action_width, config.state_token)
+
+    def draw(self) -> None:
+        """Give every parameter its initial value."""
+        draw_in_turn(self)
 
     def add_action_space(self, name: str, space: ActionSpace) -> None:
         """Give the model projections for a further action space; everything it knows is kept.

@@ -25,19 +25,26 @@ if TYPE_CHECKING:
 def build_wam(training: WAMTraining, mixture: Mixture) -> WorldActionModel:
     """Build the model that `training` asks for, sized by the data; or load a pretrained one and add the space.
 
+    It is made where the strategy will train it; every parameter is drawn there, once.
+
     Raises:
         ValueError: when the data do not fit the pretrained model.
     """
     space = _space(training, mixture)
     torch_seed = int(np.random.SeedSequence((training.seed, 1)).generate_state(1, np.uint64)[0] >> 1)
-    with torch.random.fork_rng(devices=[]):
+    strategy = training.trainer.strategy
+    device = torch.device("cpu") if strategy is None else strategy.root_device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(torch_seed)
         if training.init_from is None:
-            wam = WorldActionModel(_config(training, mixture, space))
-            if training.scale.init == "per_parameter":
+            config, by_name = _config(training, mixture, space), training.scale.init == "per_parameter"
+            with torch.device("meta") if by_name else device:
+                wam = WorldActionModel(config)
+            if by_name:
+                wam.to_empty(device=device)
                 initialise(wam, training.seed)
         else:
-            wam = _pretrained(training)
+            wam = _pretrained(training, device)
             if training.space not in wam.config.spaces:
                 wam.add_action_space(training.space, space)
     _check_fit(wam.config, mixture, training.space, space)
@@ -57,7 +64,7 @@ def build_sharded_wam(
     if strategy.sharding_mesh is None:
         raise RuntimeError("the strategy has not laid out its ranks yet")
     space = _space(training, mixture)
-    pretrained = None if training.init_from is None else _pretrained(training)
+    pretrained = None if training.init_from is None else _pretrained(training, torch.device("cpu"))
     config = _config(training, mixture, space) if pretrained is None else pretrained.config
     if training.space not in config.spaces:
         config = config.with_space(training.space, space)
@@ -76,11 +83,14 @@ def initialise(wam: WorldActionModel, seed: int) -> None:
     """Draw every parameter, sharded or not, by a generator of its own, seeded by (seed, name).
 
     A model that is spread over many ranks so starts from the same weights as in one process, and no rank ever holds
-    more than one whole parameter (docs/decisions/031).
+    more than one whole parameter (docs/decisions/031). Drawn where the parameters are: GPUs give other numbers than
+    CPUs.
     """
     for name, parameter, draw in initial_draws(wam):
         state = np.random.SeedSequence((seed, zlib.crc32(name.encode()))).generate_state(1, np.uint64)
-        copy_whole(parameter, draw(tuple(parameter.shape), torch.Generator().manual_seed(int(state[0] >> 1))))
+        with parameter.device:
+            generator = torch.Generator(parameter.device).manual_seed(int(state[0] >> 1))
+            copy_whole(parameter, draw(tuple(parameter.shape), generator))
 
 
 def load_whole(wam: WorldActionModel, tensors: Mapping[str, Tensor]) -> None:
@@ -90,9 +100,9 @@ def load_whole(wam: WorldActionModel, tensors: Mapping[str, Tensor]) -> None:
             copy_whole(parameter, tensors[name])
 
 
-def _pretrained(training: WAMTraining) -> WorldActionModel:
+def _pretrained(training: WAMTraining, device: torch.device) -> WorldActionModel:
     """The pretrained model; where actions have had no tokens of their own, without the head that predicted them."""
-    wam = WorldActionModel.from_pretrained(training.init_from or "")
+    wam = WorldActionModel.from_pretrained(training.init_from or "", device=device)
     if not wam.config.joint_actions or training.space in wam.config.spaces:
         return wam
     with torch.device("meta"):

@@ -12,6 +12,7 @@ the GPU has caught up: values read back, and results whose shape depends on valu
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -82,6 +83,19 @@ class PretendGPUStrategy(SingleDeviceStrategy):
 StrategyRegistry.register("pretend_gpu", PretendGPUStrategy)
 
 
+class _Event:
+    """A moment of the pretend GPU's only stream, which is never behind."""
+
+    def __init__(self, **_: Any) -> None:
+        self._at_s = 0.0
+
+    def record(self) -> None:
+        self._at_s = time.perf_counter()
+
+    def elapsed_time(self, end: _Event) -> float:
+        return 1000 * (end._at_s - self._at_s)
+
+
 class PretendGPU(TorchDispatchMode):
     """While it is entered, "cuda" is the pretend GPU."""
 
@@ -96,6 +110,7 @@ class PretendGPU(TorchDispatchMode):
         patch(torch.cuda, "_lazy_init", lambda: None)
         patch(torch.cuda, "get_rng_state", lambda *_: torch.get_rng_state())
         patch(torch.cuda, "set_rng_state", lambda *_: None)
+        patch(torch.cuda, "Event", _Event)
         patch(torch, "tensor", _making(torch.tensor))
         patch(torch, "Generator", _Generator)
         for name in _DRAWS:

@@ -72,7 +72,7 @@ def test_data_set_run_ends_in_a_report_and_a_second_run_reuses_it(tmp_path, gapp
     for stage in ("tokenizer", "encode"):
         settings = json.loads(next(out.glob(f"{stage}-*/stage.json")).read_text())["settings"]
         assert {name: settings[name] for name in chosen} == chosen
-    assert yaml.safe_load(html.unescape(page.split("# plan\n")[1].split("# tokenizer")[0]))["data"] == {
+    assert yaml.safe_load(html.unescape(page.split("# config\n")[1].split("# tokenizer")[0]))["data"] == {
         "dataset": str(gapped_video_dataset),
         **chosen,
     }

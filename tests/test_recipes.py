@@ -142,8 +142,8 @@ def test_quickstart_recipes_run_two_steps_one_after_the_other(tmp_path, shared_v
         budget=1e-6,
         dataset=shared_video_dataset,
     )
-    plan = load_config(QUICKSTART / "dataset.yaml", arguments)
-    common = {"plan": plan, "seed": 0}
+    config = load_config(QUICKSTART / "dataset.yaml", arguments)
+    common = {"config": config, "seed": 0}
     later = {**common, "repwam": repwam}
     training.train_tokenizer(tmp_path / "tok", **common, dataset=shared_video_dataset)
     tokenizer = tmp_path / "tok" / "tokenizer"

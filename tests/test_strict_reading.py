@@ -23,7 +23,7 @@ from repwam_core.data.layout import LAYOUTS, DatasetLayout
 from repwam_core.embodiment import Embodiment
 from repwam_core.model.config import ActionSpace, WAMConfig
 from repwam_core.policy.folder import PolicyManifest
-from repwam_core.quickstart.config import RECIPES, Plan
+from repwam_core.quickstart.config import RECIPES, QuickstartConfig
 from repwam_core.sampling import ChunkSpec, SamplingConfig
 from repwam_core.sim.collect import CollectionConfig, Noise
 from repwam_core.sim.metaworld import MetaWorldSettings
@@ -110,7 +110,7 @@ DOCUMENTS: dict[str, Callable[[Path], tuple[Any, Callable[[Any], Any]]]] = {
     "statistics": _plain(STATISTICS.to_dict(), Statistics.from_dict),
     "collection.json": _plain(COLLECTION.to_dict(), CollectionConfig.from_dict),
     "a quickstart's recipe": _plain(
-        yaml.safe_load((RECIPES / "sim.yaml").read_text()), lambda document: parse(document, Plan, "plan")
+        yaml.safe_load((RECIPES / "sim.yaml").read_text()), lambda document: parse(document, QuickstartConfig, "plan")
     ),
 }
 

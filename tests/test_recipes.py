@@ -147,7 +147,7 @@ def test_quickstart_recipes_run_two_steps_one_after_the_other(tmp_path, shared_v
     later = {**common, "repwam": repwam}
     training.train_tokenizer(tmp_path / "tok", **common, dataset=shared_video_dataset)
     tokenizer = tmp_path / "tok" / "tokenizer"
-    training.encode(tmp_path / "enc", plan=plan, dataset=shared_video_dataset, tokenizer=tokenizer)
+    training.encode(tmp_path / "enc", config=config, dataset=shared_video_dataset, tokenizer=tokenizer)
     latents = tmp_path / "enc" / "latents"
     training.train_latent_actions(tmp_path / "lat", **common, latents=latents)
     lat = tmp_path / "lat" / "lat"

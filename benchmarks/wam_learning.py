@@ -35,7 +35,7 @@ from repvitok.data.split import split_episodes
 from repwam_core.cli import main as repwam
 from repwam_core.policy import BatchedPolicy, evaluate_open_loop
 from repwam_core.quickstart import training
-from repwam_core.quickstart.config import RECIPES, Plan, load_plan
+from repwam_core.quickstart.config import RECIPES, QuickstartConfig, load_config
 from repwam_core.quickstart.runner import StageResult, StageRunner
 from repwam_core.sim.base import evaluation_seeds
 from repwam_core.sim.collect import NOISE_MODES, collect
@@ -108,7 +108,7 @@ class Bench:
     """One invocation."""
 
     options: argparse.Namespace
-    plan: Plan
+    config: QuickstartConfig
     runner: StageRunner
 
     def stage(self, name: str, work: Callable[[Path], dict[str, Any]], inputs: dict[str, str], **settings: Any):
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     arms = _chosen_arms(options)
-    bench = Bench(options, _plan(options), StageRunner(options.out))
+    bench = Bench(options, _config(options), StageRunner(options.out))
     print("| arm | seed | val video | val action | imagined PSNR, dB | copied | successes | |")
     print("|---|---|---|---|---|---|---|---|")
     counts: dict[str, list[tuple[int, int]]] = {name: [] for name in arms}
@@ -156,33 +156,33 @@ def _chosen_arms(options: argparse.Namespace) -> dict[str, Arm]:
 
 def run_arm(bench: Bench, name: str, arm: Arm, seed: int) -> dict[str, Any]:
     """Train one arm with one seed, measure it and drive it; returns what the table shows."""
-    plan = _with_arm(bench.plan, arm)
-    settings = MetaWorldSettings(cameras=arm.cameras, size=plan.size, same_scene=_pair(plan))
-    data = _given(bench.options.run) if bench.options.run else _made(bench, plan, settings, seed)
-    about = {"arm": str(arm), "steps": str(plan.steps), "seed": seed}
+    config = _with_arm(bench.config, arm)
+    settings = MetaWorldSettings(cameras=arm.cameras, size=config.size, same_scene=_pair(config))
+    data = _given(bench.options.run) if bench.options.run else _made(bench, config, settings, seed)
+    about = {"arm": str(arm), "steps": str(config.steps), "seed": seed}
     trained = bench.stage(
         f"train-{_slug(name, arm)}",
-        partial(_train, plan=plan, arm=arm, data=data, seed=seed),
+        partial(_train, config=config, arm=arm, data=data, seed=seed),
         {"data": data.digest},
         **about,
     )
-    work = partial(_measure, policy=trained.folder / "policy", plan=plan, data=data, settings=settings, bench=bench)
+    work = partial(_measure, policy=trained.folder / "policy", config=config, data=data, settings=settings, bench=bench)
     measured = bench.stage(
         f"measure-{_slug(name, arm)}", work, {"policy": trained.digest}, episodes=bench.options.episodes, **about
     )
     return {**trained.summary, **measured.summary}
 
 
-def _train(folder: Path, *, plan: Plan, arm: Arm, data: Data, seed: int) -> dict[str, Any]:
+def _train(folder: Path, *, config: QuickstartConfig, arm: Arm, data: Data, seed: int) -> dict[str, Any]:
     """Both stages, or the second alone for as many steps."""
-    common = {"repwam": repwam, "plan": plan, "seed": seed, "latents": data.latents}
+    common = {"repwam": repwam, "config": config, "seed": seed, "latents": data.latents}
     fields = ", ".join(f"{key}: {value}" for key, value in {**BASE_WAM, **dict(arm.wam)}.items())
     wam = f"--model.wam={{{fields}}}"
-    steps, pretrained = plan.steps.pretrain + plan.steps.adapt, None
+    steps, pretrained = config.steps.pretrain + config.steps.adapt, None
     if arm.pretrain:
         (folder / "first").mkdir(exist_ok=True)
         training.pretrain(folder / "first", overrides=(wam, *arm.fit), **common)
-        steps, pretrained = plan.steps.adapt, folder / "first" / "wam"
+        steps, pretrained = config.steps.adapt, folder / "first" / "wam"
     return training.adapt(
         folder, steps=steps, pretrained=pretrained, tokenizer=data.tokenizer, lat=data.lat,
         overrides=arm.fit if arm.pretrain else (wam, *arm.fit), **common,
@@ -190,44 +190,46 @@ def _train(folder: Path, *, plan: Plan, arm: Arm, data: Data, seed: int) -> dict
 
 
 def _measure(
-    folder: Path, *, policy: Path, plan: Plan, data: Data, settings: MetaWorldSettings, bench: Bench
+    folder: Path, *, policy: Path, config: QuickstartConfig, data: Data, settings: MetaWorldSettings, bench: Bench
 ) -> dict[str, Any]:
     """Imagined video on held-out episodes, and closed loop on unseen layouts."""
     reader = LeRobotReader(data.dataset)
-    held_out = split_episodes([info.index for info in reader.episodes], plan.held_out)[1][:MEASURED_EPISODES]
+    held_out = split_episodes([info.index for info in reader.episodes], config.held_out)[1][:MEASURED_EPISODES]
     imagining = BatchedPolicy.from_pretrained(policy, video="imagine")
     psnr_db = evaluate_open_loop(imagining, reader, held_out).psnr()
     results = evaluate(
-        BatchedPolicy.from_pretrained(policy), plan.all_tasks, evaluation_seeds(bench.options.episodes),
-        settings=settings, instruction_of=instruction, execute=plan.execute, batch_size=50,
+        BatchedPolicy.from_pretrained(policy), config.all_tasks, evaluation_seeds(bench.options.episodes),
+        settings=settings, instruction_of=instruction, execute=config.execute, batch_size=50,
         workers=bench.options.workers, out=folder,
     )  # fmt: skip
     rates = {task: f"{rate.successes}/{rate.episodes}" for task, rate in success_rates(results).items()}
     return {"psnr": psnr_db, "rates": rates, "counted": (sum(result.success for result in results), len(results))}
 
 
-def _made(bench: Bench, plan: Plan, settings: MetaWorldSettings, seed: int) -> Data:
+def _made(bench: Bench, config: QuickstartConfig, settings: MetaWorldSettings, seed: int) -> Data:
     """Demonstrations, tokenizer, latents and latent actions of one data setting, shared by the arms that use it."""
-    about = {"tasks": plan.tasks, "size": plan.size, "cameras": settings.cameras, "episodes": plan.episodes}
-    about |= {"seed": seed, "steps": [plan.steps.repvitok, plan.steps.latent_action]}
+    about = {"tasks": config.tasks, "size": config.size, "cameras": settings.cameras, "episodes": config.episodes}
+    about |= {"seed": seed, "steps": [config.steps.repvitok, config.steps.latent_action]}
 
     def part(name: str, work: Callable[..., dict[str, Any]], *before: StageResult, **given: Any) -> StageResult:
         return bench.stage(name, partial(work, **given), {stage.name: stage.digest for stage in before}, **about)
 
-    collected = part("collect", _collect, plan=plan, settings=settings, seed=seed, workers=bench.options.workers)
-    dataset, common = collected.folder / "dataset", {"plan": plan, "seed": seed}
+    collected = part("collect", _collect, config=config, settings=settings, seed=seed, workers=bench.options.workers)
+    dataset, common = collected.folder / "dataset", {"config": config, "seed": seed}
     tokenizer = part("tokenizer", training.train_tokenizer, collected, dataset=dataset, **common)
     folder = tokenizer.folder / "tokenizer"
-    encoded = part("encode", training.encode, tokenizer, plan=plan, dataset=dataset, tokenizer=folder)
+    encoded = part("encode", training.encode, tokenizer, config=config, dataset=dataset, tokenizer=folder)
     lat = part("lat", training.train_latent_actions, encoded, latents=encoded.folder / "latents", **common)
     labelled = part("label", training.label, encoded, lat, lat=lat.folder / "lat", latents=encoded.folder / "latents")
     return Data(dataset, folder, lat.folder / "lat", labelled.folder / "latents", labelled.digest)
 
 
-def _collect(folder: Path, *, plan: Plan, settings: MetaWorldSettings, seed: int, workers: int) -> dict[str, Any]:
-    noise = NOISE_MODES[plan.noise]
+def _collect(
+    folder: Path, *, config: QuickstartConfig, settings: MetaWorldSettings, seed: int, workers: int
+) -> dict[str, Any]:
+    noise = NOISE_MODES[config.noise]
     collect(
-        folder / "dataset", plan.tasks, episodes_per_task=plan.episodes, seed=seed, settings=settings, noise=noise,
+        folder / "dataset", config.tasks, episodes_per_task=config.episodes, seed=seed, settings=settings, noise=noise,
         workers=workers,
     )  # fmt: skip
     return {}
@@ -247,27 +249,27 @@ def _one(root: Path, pattern: str) -> Path:
     return finished[0]
 
 
-def _plan(options: argparse.Namespace) -> Plan:
-    """The quickstart's plan, on the hard tasks unless a run gives others, with the asked number of steps."""
+def _config(options: argparse.Namespace) -> QuickstartConfig:
+    """The quickstart's config, on the hard tasks unless a run gives others, with the asked number of steps."""
     tasks = None if options.run else list(HARD_TASKS)
     demonstrations = None if options.demonstrations is None else [str(options.demonstrations)]
     given = argparse.Namespace(
         suite=None, tasks=tasks, episodes=demonstrations, eval_episodes=None, size=None, budget=1.0, dataset=None
     )
-    plan = load_plan(RECIPES / "sim.yaml", given)
+    config = load_config(RECIPES / "sim.yaml", given)
     if options.steps is None:
-        return plan
-    share = options.steps / (plan.steps.pretrain + plan.steps.adapt)
-    pretrain = round(share * plan.steps.pretrain)
-    return replace(plan, steps=replace(plan.steps, pretrain=pretrain, adapt=options.steps - pretrain))
+        return config
+    share = options.steps / (config.steps.pretrain + config.steps.adapt)
+    pretrain = round(share * config.steps.pretrain)
+    return replace(config, steps=replace(config.steps, pretrain=pretrain, adapt=options.steps - pretrain))
 
 
-def _with_arm(plan: Plan, arm: Arm) -> Plan:
-    return replace(plan, size=arm.size or plan.size, episodes=arm.demonstrations * plan.episodes)
+def _with_arm(config: QuickstartConfig, arm: Arm) -> QuickstartConfig:
+    return replace(config, size=arm.size or config.size, episodes=arm.demonstrations * config.episodes)
 
 
-def _pair(plan: Plan) -> tuple[tuple[str, ...], ...]:
-    return (plan.same_scene,) if plan.same_scene else ()
+def _pair(config: QuickstartConfig) -> tuple[tuple[str, ...], ...]:
+    return (config.same_scene,) if config.same_scene else ()
 
 
 def _slug(name: str, arm: Arm) -> str:

@@ -170,7 +170,9 @@ def _making(make: Any) -> Any:
     """`torch.tensor`, which fills a tensor of the GPU without asking anyone."""
 
     def made(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
-        return make(*args, **kwargs) if device is None else make(*args, **kwargs).to(device)
+        device = torch.empty(0).device if device is None else device  # the default one
+        with torch.device("cpu"):  # whatever is the default: the function itself would look for a GPU
+            return make(*args, **kwargs).to(device)
 
     return made
 

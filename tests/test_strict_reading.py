@@ -25,7 +25,7 @@ from repwam_core.model.config import ActionSpace, WAMConfig
 from repwam_core.policy.folder import PolicyManifest
 from repwam_core.quickstart.config import RECIPES, QuickstartConfig
 from repwam_core.sampling import ChunkSpec, SamplingConfig
-from repwam_core.sim.collect import CollectionConfig, Noise
+from repwam_core.sim.collect import CollectionConfig, Perturbation
 from repwam_core.sim.metaworld import MetaWorldSettings
 from repwam_core.sim.results import EpisodeResult, load_results, save_results
 from repwam_core.statistics import ActionStatistics, StateStatistics, Statistics
@@ -96,7 +96,7 @@ def _plain(document: Any, load: Callable[[Any], Any]) -> Callable[[Path], tuple[
 
 
 CHUNKS = ChunkSpec(smallest=1, largest=4)
-COLLECTION = CollectionConfig(("reach",), 3, 0, MetaWorldSettings(), Noise(), 4, "v2.1", "yuv444p", 10)
+COLLECTION = CollectionConfig(("reach",), 3, 0, MetaWorldSettings(), Perturbation(), 4, "v2.1", "yuv444p", 10)
 WAM = WAMConfig.preset("tiny", spaces={"robot": ActionSpace(channels=7, vectors_per_transition=4)})
 DOCUMENTS: dict[str, Callable[[Path], tuple[Any, Callable[[Any], Any]]]] = {
     "meta.json of latents": _latents,

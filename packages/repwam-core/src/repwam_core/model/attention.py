@@ -56,7 +56,7 @@ def make_attention(
     if backend == "dense":
         return DenseAttention(dense_mask(layout.streams, coupling, window).to(device))
     if backend == "flex":
-        return FlexAttention(flex_block_mask(layout.streams, coupling, window, device), bucket(len(layout)))
+        return FlexAttention(flex_block_mask(layout.streams, coupling, window, device))
     raise UserError(f"attention backend: expected one of {BACKENDS}, got {backend!r}.")
 
 
@@ -285,18 +285,20 @@ def _tile_lists(tiles: Bool[np.ndarray, "rows columns"]) -> tuple[Tensor, Tensor
 
 @dataclass(frozen=True, eq=False)
 class FlexAttention:
-    """Self-attention by FlexAttention; queries, keys and values are padded to the mask's length.
+    """Self-attention by FlexAttention, of as many queries, keys and values as its mask has.
 
     It has no backward pass on a CPU.
     """
 
     mask: BlockMask
-    tokens: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of the mask, padding included."""
+        return self.mask.seq_lengths[0]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ARG002
-        tokens = q.shape[-2]
-        q, k, v = (pad(x.to(v.dtype), (0, 0, 0, self.tokens - tokens)) for x in (q, k, v))
-        return compiled_flex()(q, k, v, block_mask=self.mask)[..., :tokens, :]
+        return compiled_flex()(q, k, v, block_mask=self.mask)
 
 
 @lru_cache(maxsize=1)

@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
-from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attention
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import layer_norm, pad, rms_norm, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from repwam_core.model.config import Recompute, WAMConfig
@@ -29,6 +30,8 @@ from repwam_core.model.masks import AttentionFn
 from repwam_core.model.sequence import Heads, LayoutTensors, StreamTensors
 
 EPSILON = 1e-6
+HALF = (torch.bfloat16, torch.float16)
+"""Types that `varlen_attn` takes."""
 
 Stream = Float[Tensor, "b n width"]
 Rotary = tuple[Float[Tensor, "n 1 c"], Float[Tensor, "n 1 c"]]
@@ -48,8 +51,8 @@ def modulate(x: Stream, shift: Float[Tensor, "b groups width"], scale: Float[Ten
 
 
 def add_gated(x: Stream, gate: Float[Tensor, "b groups width"], update: Stream) -> Stream:
-    """x + gate * update, grouped as in `modulate`."""
-    return torch.addcmul(_grouped(x, gate), gate[:, :, None], _grouped(update, gate)).flatten(1, 2)
+    """x + gate * update, grouped as in `modulate`, in the type of `x`."""
+    return torch.addcmul(_grouped(x, gate), gate[:, :, None], _grouped(update, gate)).flatten(1, 2).to(x.dtype)
 
 
 def _grouped(x: Stream, of_group: Float[Tensor, "b groups width"]) -> Float[Tensor, "b groups m width"]:
@@ -76,6 +79,10 @@ def normalised_heads(x: Stream, scale: Float[Tensor, " c"], rotary: Rotary | Non
     return y.to(x.dtype)
 
 
+TextKeys = tuple[Tensor, Tensor]
+"""Keys and values of the instructions in one layer, (b, documents, s, heads, c) each."""
+
+
 @dataclass(frozen=True, eq=False)
 class EmbeddedText:
     """The instructions of all documents, as one expert reads them.
@@ -84,11 +91,61 @@ class EmbeddedText:
         tokens: for each document a learned null token, then the instruction's tokens.
         mask: which of them are attended; the null token always is.
         keys_values: of each layer, where they were computed once for many passes; else empty.
+        lengths: for a GPU's one call over documents of any length; None is attended without it.
     """
 
     tokens: Float[Tensor, "b documents s width"]
     mask: Bool[Tensor, "b documents s"]
-    keys_values: Sequence[tuple[Float[Tensor, "b documents s heads c"], Float[Tensor, "b documents s heads c"]]] = ()
+    keys_values: Sequence[TextKeys] = ()
+    lengths: DocumentLengths | None = None
+
+    def of_layer(self, layer: int) -> TextKeys | None:
+        """The keys and values that were computed before, if they were."""
+        return self.keys_values[layer] if self.keys_values else None
+
+
+@dataclass(frozen=True, eq=False)
+class DocumentLengths:
+    """Where each document begins among a stream's tokens and among all real tokens of instructions, for `varlen_attn`.
+
+    Attributes:
+        queries, keys: first token of each of the b * documents documents, and the number of all.
+        real: places of the instructions' tokens, those that are attended first.
+        longest: tokens of the longest document.
+    """
+
+    queries: Int[Tensor, " borders"]
+    keys: Int[Tensor, " borders"]
+    real: Int[Tensor, " tokens"]
+    longest: int
+
+    @classmethod
+    def of(cls, stream: StreamTensors, tokens: int, mask: Bool[Tensor, "b documents s"]) -> DocumentLengths:
+        """Of a stream of so many tokens; nothing here waits for the GPU."""
+        rows = torch.arange(len(mask), device=mask.device, dtype=torch.int32)[:, None] * tokens
+        ends = (rows + stream.borders[1:]).flatten()
+        attended = mask.flatten(0, 1).sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return cls(pad(ends, (1, 0)), pad(attended, (1, 0)), (~mask).flatten().argsort(stable=True), stream.longest)
+
+    def attend(self, q: Heads, k: Tensor, v: Tensor, mask: Bool[Tensor, "b documents s"]) -> Heads:
+        """Attention of every document's tokens to its own instruction, in one call."""
+        attended = mask.flatten()[self.real][:, None, None]
+        # Behind the last real key nothing is attended, and what the kernel calls its gradient there is not written.
+        k, v = (torch.where(attended, x.flatten(0, 2).index_select(0, self.real), 0) for x in (k, v))
+        output = varlen_attn(q.flatten(0, 1), k, v, self.queries, self.keys, self.longest, mask.shape[-1])
+        return output.view_as(q)
+
+
+def with_lengths(text: EmbeddedText, stream: StreamTensors, x: Stream) -> EmbeddedText:
+    """The text as all documents of a stream are to attend to it: on a GPU in one call, whatever their lengths."""
+    if text.keys_values or not on_gpu(x):
+        return text
+    return replace(text, lengths=DocumentLengths.of(stream, x.shape[1], text.mask))
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether `varlen_attn` has a kernel for a tensor."""
+    return x.is_cuda
 
 
 class Projections(nn.Module):
@@ -174,10 +231,12 @@ class CrossAttention(nn.Module):
         documents = text.tokens.shape[1:3]
         return k.unflatten(1, documents), v.unflatten(1, documents)
 
-    def forward(self, layer: int, x: Stream, text: EmbeddedText, stream: StreamTensors) -> Stream:
-        """The update of the stream."""
+    def forward(self, x: Stream, text: EmbeddedText, known: TextKeys | None, stream: StreamTensors) -> Stream:
+        """The update of the stream; `known` are the text's keys and values, if they were computed before."""
         q = self.projections.queries(x)
-        k, v = text.keys_values[layer] if text.keys_values else self.keys_values(text)
+        k, v = self.keys_values(text) if known is None else known
+        if text.lengths is not None and q.dtype in HALF:
+            return self.projections.out(text.lengths.attend(q, k, v, text.mask).flatten(2))
         if stream.documents is not None:
             return self.projections.out(stream.documents.attend(q, k, v, text.mask).flatten(2))
         # As many tokens in every document: (b, documents m, heads, c) is (b documents, heads, m, c).
@@ -205,15 +264,17 @@ class ExpertLayer(nn.Module):
         return modulate(normalise(x), shift, scale)
 
     def after(
-        self, layer: int, x: Stream, update: Stream, modulation: Modulation, text: EmbeddedText, stream: StreamTensors
-    ) -> Stream:
+        self, x: Stream, update: Stream, modulation: Modulation, text: EmbeddedText, known: TextKeys | None,
+        stream: StreamTensors,
+    ) -> Stream:  # fmt: skip
         """Self-attention's update added, then cross-attention and feed-forward."""
         if not x.shape[1]:
             return x
         gate, shift, scale, ffn_gate = (modulation[:, :, 2:] + self.table[:, 2:]).unbind(2)
         x = add_gated(x, gate, update)
         weight, bias = self.cross_norm.weight.to(x.dtype), self.cross_norm.bias.to(x.dtype)
-        x = x + self.cross(layer, layer_norm(x, x.shape[-1:], weight, bias, EPSILON), text, stream)
+        read = self.cross(layer_norm(x, x.shape[-1:], weight, bias, EPSILON), text, known, stream)
+        x = (x + read).to(x.dtype)
         inner = modulate(normalise(x), shift, scale)
         return add_gated(x, ffn_gate, self.ffn_out(nn.functional.gelu(self.ffn_in(inner))))
 
@@ -258,26 +319,38 @@ class WAMLayer(nn.Module):
         texts: tuple[EmbeddedText, EmbeddedText], tensors: LayoutTensors, attention: AttentionFn,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         around = _recomputed if self.recompute == "selective" else _called
-        q, k, v = around(self.before, video, side, modulations, (tensors.cos, tensors.sin))
-        attended = attention(layer, *(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2).flatten(2)
-        return around(self.after, layer, video, side, attended, modulations, texts, (tensors.video, tensors.side))
+        length = getattr(attention, "length", None)
+        q, k, v = around(self.before, video, side, modulations, (tensors.cos, tensors.sin), length)
+        attended = attention(layer, *(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        known, streams = (texts[0].of_layer(layer), texts[1].of_layer(layer)), (tensors.video, tensors.side)
+        return around(self.after, video, side, attended, modulations, texts, known, streams)
 
     def before(
-        self, video: Tensor, side: Tensor, modulations: tuple[Modulation, Modulation], rotary: Rotary
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (b, n, heads, c) of the tokens of both streams, video first."""
+        self, video: Tensor, side: Tensor, modulations: tuple[Modulation, Modulation], rotary: Rotary,
+        length: int | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Queries, keys and values (b, n, heads, c) of the tokens of both streams, video first.
+
+        Zeros follow them up to `length` tokens, if it is given.
+        """
         inner = self.video.before(video, modulations[0]), self.action.before(side, modulations[1])
-        return self.attention.enter(*inner, rotary)
+        q, k, v = self.attention.enter(*inner, rotary)
+        if length is None:
+            return q, k, v
+        more = (0, 0, 0, 0, 0, length - q.shape[1])
+        return pad(q.to(v.dtype), more), pad(k.to(v.dtype), more), pad(v, more)
 
     def after(
-        self, layer: int, video: Tensor, side: Tensor, attended: Tensor, modulations: tuple[Modulation, Modulation],
-        texts: tuple[EmbeddedText, EmbeddedText], streams: tuple[StreamTensors, StreamTensors],
+        self, video: Tensor, side: Tensor, attended: Tensor, modulations: tuple[Modulation, Modulation],
+        texts: tuple[EmbeddedText, EmbeddedText], known: tuple[TextKeys | None, TextKeys | None],
+        streams: tuple[StreamTensors, StreamTensors],
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Both streams after the layer, from what their tokens attended to, at the width of the video expert."""
-        updates = self.attention.leave(attended, video.shape[1])
+        """Both streams after the layer, from what their tokens attended to: heads (b, n or more, heads, c)."""
+        videos, tokens = video.shape[1], video.shape[1] + side.shape[1]
+        updates = self.attention.leave(attended[:, :tokens].flatten(2), videos)
         return (
-            self.video.after(layer, video, updates[0], modulations[0], texts[0], streams[0]),
-            self.action.after(layer, side, updates[1], modulations[1], texts[1], streams[1]),
+            self.video.after(video, updates[0], modulations[0], texts[0], known[0], streams[0]),
+            self.action.after(side, updates[1], modulations[1], texts[1], known[1], streams[1]),
         )
 
 

@@ -462,6 +462,8 @@ class StreamTensors:
         level: noise level of each group of consecutive tokens.
         noisy: which of the tokens are predicted.
         noisy_level: noise level of each group of these.
+        borders: first token of each document, and the number of all.
+        longest: tokens of the longest document.
         documents: the tokens of each document (queries) and the places of its instruction (keys), by the number of
             tokens; None where all documents have as many, one after the other.
     """
@@ -469,6 +471,8 @@ class StreamTensors:
     level: Int[Tensor, " groups"]
     noisy: Int[Tensor, " n_noisy"]
     noisy_level: Int[Tensor, " noisy_groups"]
+    borders: Int[Tensor, " borders"]
+    longest: int
     documents: Buckets | None
 
 
@@ -515,6 +519,8 @@ def layout_tensors(layout: TokenLayout, head_dim: int, rope_base: float, device:
             level=level[::group].to(device),
             noisy=noisy.to(device),
             noisy_level=level[noisy][::group].to(device),
+            borders=pad(tokens.cumsum(0), (1, 0)).int().to(device),
+            longest=int(tokens.max()) if len(tokens) else 0,
             documents=None if bool((tokens == tokens[:1]).all()) else Buckets.of(blocks, device),
         )
 

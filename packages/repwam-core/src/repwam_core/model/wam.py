@@ -25,6 +25,7 @@ from repwam_core.model.blocks import (
     Projections,
     TextEmbedding,
     WAMLayer,
+    with_lengths,
 )
 from repwam_core.model.config import ActionSpace, WAMConfig
 from repwam_core.model.masks import AttentionFn
@@ -277,6 +278,7 @@ class WorldActionModel(PretrainedModel):
             texts: from `embed_text`.
         """
         video, side = self._embed(inputs, tensors)
+        texts = with_lengths(texts[0], tensors.video, video), with_lengths(texts[1], tensors.side, side)
         with _full_precision(inputs.times.device.type):
             video_levels, video_modulation = self.video.levels(inputs.times)
             side_levels, side_modulation = self.action.levels(inputs.times)

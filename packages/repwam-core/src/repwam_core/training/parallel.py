@@ -394,4 +394,4 @@ def compile_layers(wam: WorldActionModel) -> None:
     """
     for layer in wam.layers:
         for name in ("before", "after"):
-            setattr(layer, name, torch.compile(getattr(layer, name), dynamic=True))
+            setattr(layer, name, torch.compile(getattr(layer, name), dynamic=True, fullgraph=True))

@@ -5,9 +5,9 @@
         print(gpu.waits)
 
 What fails on a real GPU for the devices of its arguments fails here: tensors of both kinds in one operation, a
-generator of the other kind, numpy of a tensor on the GPU. Captured passes are run again (`RunAgain`). `waits` counts the times that the program would stop until
-the GPU has caught up: values read back, and results whose shape depends on values. There is no backward pass (see
-`PretendGPUStrategy`), and what is compiled cannot be run.
+generator of the other kind, numpy of a tensor on the GPU. `waits` counts the times that the program would stop until
+the GPU has caught up: values read back, and results whose shape depends on values. Captured passes are run again
+(`RunAgain`). There is no backward pass (see `PretendGPUStrategy`), and what is compiled cannot be run.
 """
 
 from __future__ import annotations

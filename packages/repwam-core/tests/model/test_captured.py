@@ -196,6 +196,7 @@ def test_graphs_want_a_gpu() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("coupling", ["joint", "sequential"])
 def test_cuda_graphs_replay_what_is_launched(coupling: str, dtype: torch.dtype, caplog: Any) -> None:

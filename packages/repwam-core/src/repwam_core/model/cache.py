@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from repwam_core.model.config import WAMConfig
-from repwam_core.model.masks import pairs
+from repwam_core.model.masks import alike, pairs
 from repwam_core.model.sequence import PADDING, Modality, TokenFields, TokenLayout, to_device
 
 KeysValues = tuple[Float[Tensor, "b heads slots c"], Float[Tensor, "b heads slots c"]]
@@ -31,12 +31,12 @@ class CachedAttention:
     Attributes:
         layers: keys and values of each layer; written in place.
         slots: where the tokens of this pass go.
-        mask: which of the slots in use each of them sees, or what is added to its logits: 0 or -inf.
+        mask: which of the slots in use each of them sees, or what is added to its logits, 0 or -inf; one row is for all.
     """
 
     layers: list[KeysValues]
     slots: Int[Tensor, " n"]
-    mask: Shaped[Tensor, "n used"]
+    mask: Shaped[Tensor, "rows used"]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention output (b, heads, n, c) over the slots, this pass's own tokens included."""
@@ -151,6 +151,7 @@ class KeyValueCache:
         slots, rows = table[0], table[1:]
         self._fields.index_copy_(1, slots, rows)
         used = self._fields.shape[1] if self.static_shapes else self._used
+        rows = rows[:, :1] if alike(layout.fields, self.config.coupling) else rows
         mask = pairs(_fields(rows), _fields(self._fields[:, :used]), self.config.coupling, self.config.window)
         return CachedAttention(self.layers, slots, mask)
 

@@ -31,7 +31,7 @@ class CachedAttention:
     Attributes:
         layers: keys and values of each layer; written in place.
         slots: where the tokens of this pass go.
-        mask: which of the slots in use each of them sees, or what is added to its logits, 0 or -inf; one row is for all.
+        mask: which of the slots in use each of them sees, or what is added to its logits, 0 or -inf; one row is all's.
     """
 
     layers: list[KeysValues]

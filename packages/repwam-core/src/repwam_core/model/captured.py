@@ -50,12 +50,12 @@ class CudaGraphs:
             try:
                 with torch.cuda.stream(self._stream):
                     work()
+                current.wait_stream(self._stream)
                 mode = "thread_local"  # other threads may go on
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
                     output = work()
             finally:
                 torch.cuda.set_stream(current)  # which a capture that failed may leave
-                current.wait_stream(self._stream)
 
         def replay() -> Velocities:
             graph.replay()
@@ -144,11 +144,14 @@ class CapturedPasses:
             except Exception as error:
                 self._failed = True
                 self._forget()
+                first: BaseException = error
+                while first.__context__ is not None:  # what ended a capture; its end then fails for that alone
+                    first = first.__context__
                 log.warning(
                     "the passes of the world action model could not be captured as CUDA graphs and are run kernel by "
                     "kernel, which takes longer; graphs=False does so without a try. The reason: %s: %s",
-                    type(error).__name__,
-                    error,
+                    type(first).__name__,
+                    first,
                 )
         return self._run(inputs, self.wam.tensors(inputs.layout, self.device), attention, texts)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -69,7 +70,9 @@ def start(model: WorldActionModel, graphs: CapturedPasses | bool, seed: int, bat
     )  # fmt: skip
 
 
-def drive(rollout: Rollout, seed: int, video: str = "imagine", kept: Tensor | None = None) -> Iterator[PlannedChunk]:
+def drive(
+    rollout: Rollout, seed: int, video: str = "imagine", kept: Tensor | None = None, hold: bool = False
+) -> Iterator[PlannedChunk]:
     """Plans of 14 frames, past the ring's end twice; after the first four only the `kept` go on."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -80,7 +83,7 @@ def drive(rollout: Rollout, seed: int, video: str = "imagine", kept: Tensor | No
     rollout.observe(draw(1, TOKENS, 5), draw(1, STATES))
     for frames in (2, 1, 2, 2, 2, 1, 2, 2):
         noise = {"video_noise": draw(frames, TOKENS, 5), "action_noise": draw(frames, VECTORS, CHANNELS)}
-        yield rollout.plan(frames, video=video, video_steps=2, action_steps=3, **noise)
+        yield rollout.plan(frames, video=video, video_steps=2, action_steps=3, hold_video=hold, **noise)
         rollout.observe(draw(frames, TOKENS, 5), draw(frames, STATES), draw(frames, VECTORS, CHANNELS))
         if kept is not None and rollout.frame == 4:
             rollout.select(kept)
@@ -144,6 +147,16 @@ def test_what_chunks_need_is_captured_before_the_first_observation(coupling: str
     assert Counting.captured == captured + kinds
     start(model, graphs, 4).warm_up(PLAN)
     assert Counting.captured == captured + kinds
+
+
+def test_a_held_video_is_replayed_too() -> None:
+    model, plan = small_model(), replace(PLAN, hold_video=True)
+    graphs = CapturedPasses(model, new_capture=Counting)
+    rollout = start(model, graphs, 1)
+    rollout.warm_up(plan)
+    assert Counting.captured == 5
+    equal(drive(rollout, 1, hold=True), drive(start(model, False, 1), 1, hold=True))
+    assert Counting.captured == 7  # and those of chunks of one frame
 
 
 def test_a_rollout_ends_when_another_one_begins_with_its_passes() -> None:

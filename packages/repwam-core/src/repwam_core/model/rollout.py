@@ -150,7 +150,7 @@ class Rollout:
             latents = zeros(frames, self.cache.tokens, config.latent_dim)
             self.observe(latents, states, zeros(frames, vectors, channels) if self.frame else None)
         self.plan_chunk(
-            replace(settings, video_steps=1, action_steps=1),
+            replace(settings, video_steps=1, action_steps=2),  # with and without a video that is held
             video_noise=zeros(settings.chunk_frames, self.cache.tokens, config.latent_dim),
             action_noise=zeros(settings.chunk_frames, vectors, channels),
         )
@@ -215,6 +215,7 @@ class Rollout:
             action_steps=settings.action_steps,
             video_shift=settings.video_shift,
             action_shift=settings.action_shift,
+            hold_video=settings.hold_video,
             generator=generator,
             video_noise=video_noise,
             action_noise=action_noise,
@@ -230,6 +231,7 @@ class Rollout:
         action_steps: int = 10,
         video_shift: float = 1.0,
         action_shift: float = 1.0,
+        hold_video: bool = False,
         generator: torch.Generator | None = None,
         video_noise: Float[Tensor, "b frames tokens d"] | None = None,
         action_noise: Float[Tensor, "b frames a c"] | None = None,
@@ -246,6 +248,7 @@ class Rollout:
             video: "imagine" or "skip".
             video_steps, action_steps: Euler steps of each modality.
             video_shift, action_shift: bend their time grids, see `flow.time_grid`.
+            hold_video: see `SamplingConfig`.
             generator: source of the noise.
             video_noise, action_noise: the noise itself, e.g. drawn episode by episode.
 
@@ -269,7 +272,7 @@ class Rollout:
             x_video, x_action = self._solve_sequential(x_video, x_action, video_times, action_times)
         else:
             held = [0.0] if video == "skip" else video_times
-            x_video, x_action = self._solve_joint(x_video, x_action, held, action_times)
+            x_video, x_action = self._solve_joint(x_video, x_action, held, action_times, hold_video)
         return PlannedChunk(x_action, x_video if video == "imagine" else None)
 
     @torch.no_grad()
@@ -349,15 +352,21 @@ class Rollout:
         return self._passes[kind, frames]
 
     def _solve_joint(
-        self, video: Tensor, action: Tensor, video_times: list[float], action_times: list[float]
+        self, video: Tensor, action: Tensor, video_times: list[float], action_times: list[float], hold_video: bool
     ) -> tuple[Tensor, Tensor]:
-        """Refine both together; in pass p of n a modality with s steps is in its step p * s // n."""
+        """Refine both together; in pass p of n a modality with s steps is in its step p * s // n.
+
+        A video that is held takes its step in the first of these passes, and in the others leaves its keys.
+        """
         video_steps, action_steps = len(video_times) - 1, len(action_times) - 1
         passes = max(video_steps, action_steps)
         for number in range(passes):
             i, j = number * video_steps // passes, number * action_steps // passes
-            to_video, to_action = self.velocities(video, action, video_times[i], action_times[j])
-            if (number + 1) * video_steps // passes > i:
+            first = number == 0 or i > (number - 1) * video_steps // passes
+            last = (number + 1) * video_steps // passes > i
+            runs = first or not hold_video
+            to_video, to_action = self.velocities(video if runs else None, action, video_times[i], action_times[j])
+            if video_steps and (first if hold_video else last):
                 video = video + (video_times[i + 1] - video_times[i]) * to_video
             if (number + 1) * action_steps // passes > j:
                 action = action + (action_times[j + 1] - action_times[j]) * to_action

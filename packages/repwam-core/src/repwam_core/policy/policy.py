@@ -18,7 +18,8 @@ from torch.nn.functional import pad
 
 from repwam_core.embodiment import Embodiment
 from repwam_core.interface import ActionChunk, BasePolicy, BatchedBasePolicy, Observation
-from repwam_core.model.captured import CapturedPasses, Run
+from repwam_core.model.captured import CapturedPasses
+from repwam_core.model.compiled import compiled_run
 from repwam_core.model.rollout import Rollout
 from repwam_core.model.sequence import to_device
 from repwam_core.model.wam import WorldActionModel
@@ -66,8 +67,8 @@ class BatchedPolicy(BatchedBasePolicy):
 
     Args:
         parts: the loaded policy folder.
-        compile_passes: compile the model's passes when they first run, which takes a while and makes every later one
-            faster on a GPU; cached attention then always runs over the whole window.
+        compile_passes: compile the model's layers when a kind of pass first runs, which takes a while and makes every
+            later one faster on a GPU; cached attention then always runs over the whole window.
         graphs: capture each kind of pass as a CUDA graph at the first `reset`, and replay it from then on; None does so
             on a GPU. Memory for one cache and its graphs is kept for as long as the policy lives.
         **plan: fields of `SamplingConfig` that differ from the folder's.
@@ -82,7 +83,7 @@ class BatchedPolicy(BatchedBasePolicy):
         self.parts, self.plan = parts, replace(parts.manifest.plan, **plan)
         if parts.manifest.chunks is not None:
             parts.manifest.chunks.require(self.plan.chunk_frames)
-        self._run = _compiled(parts.wam) if compile_passes else None
+        self._run = compiled_run(parts.wam) if compile_passes else None
         latents = parts.manifest.latents
         self.device = next(parts.wam.parameters()).device
         on_gpu = self.device.type == "cuda"
@@ -342,17 +343,6 @@ class BatchedPolicy(BatchedBasePolicy):
         if self._now is None:
             raise UserError("call reset before act: no episode has begun")
         return self._now
-
-
-def _compiled(wam: WorldActionModel) -> Run:
-    """The model's passes, to be compiled when they first run.
-
-    einops remembers which kinds of arrays it has met, and a compiled graph is thrown away when that memory grows: it
-    meets both kinds before anything is compiled.
-    """
-    for values in (np.zeros(1), torch.zeros(1)):
-        rearrange(values, "one -> one")
-    return torch.compile(wam.run, dynamic=False)
 
 
 class Policy(BasePolicy):

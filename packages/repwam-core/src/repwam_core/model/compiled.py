@@ -1,4 +1,4 @@
-"""Passes whose layers are compiled: one function of a layer, used for all of them, so that depth costs no compilation."""
+"""Passes whose layers are compiled: two functions of a layer serve all of them, so that depth costs no compilation."""
 
 from __future__ import annotations
 

@@ -19,10 +19,8 @@ from torch.nn.functional import pad
 from repwam_core.embodiment import Embodiment
 from repwam_core.interface import ActionChunk, BasePolicy, BatchedBasePolicy, Observation
 from repwam_core.model.captured import CapturedPasses
-from repwam_core.model.compiled import compiled_run
 from repwam_core.model.rollout import Rollout
 from repwam_core.model.sequence import to_device
-from repwam_core.model.wam import WorldActionModel
 from repwam_core.policy.folder import LoadedPolicy
 from repwam_core.sampling import SamplingConfig
 
@@ -83,7 +81,11 @@ class BatchedPolicy(BatchedBasePolicy):
         self.parts, self.plan = parts, replace(parts.manifest.plan, **plan)
         if parts.manifest.chunks is not None:
             parts.manifest.chunks.require(self.plan.chunk_frames)
-        self._run = compiled_run(parts.wam) if compile_passes else None
+        self._run = None
+        if compile_passes:
+            from repwam_core.model.compiled import compiled_run  # of those alone who ask for it
+
+            self._run = compiled_run(parts.wam)
         latents = parts.manifest.latents
         self.device = next(parts.wam.parameters()).device
         on_gpu = self.device.type == "cuda"

@@ -6,8 +6,8 @@
 
 What fails on a real GPU for the devices of its arguments fails here: tensors of both kinds in one operation, a
 generator of the other kind, numpy of a tensor on the GPU. `waits` counts the times that the program would stop until
-the GPU has caught up: values read back, and results whose shape depends on values. There is no backward pass (see
-`PretendGPUStrategy`), and what is compiled cannot be run.
+the GPU has caught up: values read back, and results whose shape depends on values. Captured passes are run again
+(`RunAgain`). There is no backward pass (see `PretendGPUStrategy`), and what is compiled cannot be run.
 """
 
 from __future__ import annotations
@@ -62,6 +62,24 @@ class GPUTensor(Tensor):
         return _run(operation, args, kwargs or {})[0]
 
 
+class RunAgain:
+    """Stands for `CudaGraphs` where there is no GPU: to replay is to run again, into the same velocities."""
+
+    def __init__(self, device: torch.device) -> None:
+        del device
+
+    def __call__(self, work: Any) -> Any:
+        held = work()
+
+        def replay() -> Any:
+            new = work()
+            held.video.copy_(new.video)
+            held.actions.copy_(new.actions)
+            return held
+
+        return replay
+
+
 class PretendGPUStrategy(SingleDeviceStrategy):
     """Lightning's single device, `--trainer.strategy=pretend_gpu`; all gradients are 1e-3."""
 
@@ -111,6 +129,7 @@ class PretendGPU(TorchDispatchMode):
         patch(torch.cuda, "get_rng_state", lambda *_: torch.get_rng_state())
         patch(torch.cuda, "set_rng_state", lambda *_: None)
         patch(torch.cuda, "Event", _Event)
+        patch("repwam_core.model.captured.CudaGraphs", RunAgain)
         patch(torch, "tensor", _making(torch.tensor))
         patch(torch, "Generator", _Generator)
         for name in _DRAWS:

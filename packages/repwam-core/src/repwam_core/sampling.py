@@ -58,6 +58,8 @@ class SamplingConfig:
         execute_frames: how many of them are carried out before planning again; None is all.
         video: "imagine" refines the video with the actions; "skip" leaves it at pure noise (`joint` coupling).
         video_steps, action_steps: Euler steps of each modality.
+        hold_video: run the video only where it takes a step; in the passes between, actions see what it was then
+            (`joint` coupling; an approximation, docs/decisions/067).
         video_shift, action_shift: bend their time grids, as in training's noise samplers.
         guidance: classifier-free guidance of the video; 1 is off.
         clip: keep actions inside the range that the data set recorded.
@@ -70,6 +72,7 @@ class SamplingConfig:
     action_steps: Steps = 10
     video_shift: Above0 = 1.0
     action_shift: Above0 = 1.0
+    hold_video: bool = False
     guidance: From0 = 1.0
     clip: bool = True
 
@@ -100,6 +103,9 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, otherwise: str = "as
     plan.add_argument("--action-steps", type=steps, metavar="N", help="Euler steps of the actions")
     plan.add_argument("--video-shift", type=above_0, metavar="X", help="bends the time grid of the video")
     plan.add_argument("--action-shift", type=above_0, metavar="X", help="bends the time grid of the actions")
+    plan.add_argument(
+        "--hold-video", action=argparse.BooleanOptionalAction, help="run the video only in passes in which it moves"
+    )
     plan.add_argument("--guidance", type=from_0, metavar="X", help="classifier-free guidance of the video; 1 is off")
     plan.add_argument(
         "--clip", action=argparse.BooleanOptionalAction, help="keep actions inside the range that the data set recorded"

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from repwam_core.model.attention import block_plan, flex_mask_mod, make_attention
-from repwam_core.model.masks import dense_mask
-from repwam_core.model.sequence import Modality, TokenLayout, concat, training_layout
+from repwam_core.model.masks import alike, dense_mask
+from repwam_core.model.sequence import Modality, TokenLayout, chunk_layout, concat, history_layout, training_layout
 
 COUPLINGS = st.sampled_from(["joint", "sequential"])
 Spec = tuple[list[int], int, int, bool, bool]
@@ -169,3 +169,16 @@ def test_a_plan_for_a_long_sequence_is_made_without_the_dense_matrix() -> None:
 def test_unknown_backend_is_refused() -> None:
     with pytest.raises(ValueError, match=r"expected one of .*'blocked', 'dense'"):
         make_attention(training_layout(2, (1,), (1, 1, 1), 1), "joint", 1, "sparse")
+
+
+@pytest.mark.parametrize("coupling", ["joint", "sequential"])
+def test_tokens_that_are_alike_see_the_same(coupling: str) -> None:
+    whole = training_layout(4, (1, 2), (1, 1, 2), 2, state=True)
+    mask, alone = dense_mask(whole, coupling, 1), [chunk_layout(2, 2, 2, (1, 1, 2), 2, video=v) for v in (True, False)]
+    assert not alike(whole.fields, coupling)
+    assert [alike(layout.fields, coupling) for layout in alone] == [coupling == "joint", True]
+    assert alike(history_layout(2, 2, 2, (1, 1, 2), 2, state=True).fields, coupling) == (coupling == "joint")
+    for token in range(len(whole)):
+        for other in range(token):
+            if alike(whole.take(torch.tensor([token, other])).fields, coupling):
+                assert torch.equal(mask[token], mask[other])

@@ -187,6 +187,31 @@ def test_skipped_video_stays_noise_in_joint() -> None:
     torch.testing.assert_close(given.actions, action)
 
 
+@pytest.mark.parametrize("video", ["imagine", "skip"])
+def test_a_held_video_runs_only_where_it_moves(video: str) -> None:
+    """Two video and four action steps: actions alone in passes 2 and 4, or in all but the first."""
+    rollout = observed(small_model())
+    x, action = torch.randn(2, 2, TOKENS, 5), torch.randn(2, 2, VECTORS, 3)
+    given = rollout.plan(
+        video=video, video_steps=2, action_steps=4, hold_video=True, video_noise=x, action_noise=action
+    )
+    for number in range(4):
+        whole = number == 0 or (video == "imagine" and number == 2)
+        t_video = 0.5 if number >= 2 and video == "imagine" else 0.0
+        of_video, of_action = rollout.velocities(x if whole else None, action, t_video, number / 4)
+        action = action + 0.25 * of_action
+        x = x + 0.5 * of_video if whole and video == "imagine" else x
+    torch.testing.assert_close(given.actions, action)
+    assert video == "skip" or torch.equal(given.latents, x)
+
+
+def test_a_held_video_changes_nothing_where_it_moves_in_every_pass() -> None:
+    rollout = observed(small_model())
+    moving, held = (plan(rollout, video_steps=4, action_steps=2, hold_video=hold) for hold in (False, True))
+    assert torch.equal(moving[0], held[0])
+    assert torch.equal(moving[1], held[1])
+
+
 def test_skipped_video_only_hides_the_latents_in_sequential() -> None:
     rollout = observed(small_model(coupling="sequential"))
     imagined, skipped = plan(rollout), plan(rollout, video="skip")

@@ -48,4 +48,6 @@ def test_a_compiled_policy_is_the_same_and_compiles_once_per_kind_of_pass(world)
     command = [sys.executable, "-c", EPISODES, str(world.policy), str(world.dataset)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "graphs [3, 3, 3]"  # frame 0; one observed frame; a planned chunk
+    assert (
+        done.stdout.strip() == "graphs [6, 6, 6]"
+    )  # two parts of a layer: frame 0; one observed frame; a planned chunk

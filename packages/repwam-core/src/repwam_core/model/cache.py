@@ -11,15 +11,17 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from repwam_core.model.config import WAMConfig
-from repwam_core.model.masks import pairs
-from repwam_core.model.sequence import PADDING, Modality, TokenFields, TokenLayout
+from repwam_core.model.masks import alike, pairs
+from repwam_core.model.sequence import PADDING, Modality, TokenFields, TokenLayout, to_device
 
 KeysValues = tuple[Float[Tensor, "b heads slots c"], Float[Tensor, "b heads slots c"]]
+ALIGNED = 8
+"""Of a multiple of so many slots a mask's rows lie as GPU kernels read them, who otherwise copy it in every layer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,12 +31,12 @@ class CachedAttention:
     Attributes:
         layers: keys and values of each layer; written in place.
         slots: where the tokens of this pass go.
-        mask: which of the slots in use each of them sees.
+        mask: which of the slots in use each of them sees, or what is added to its logits, 0 or -inf; one row is all's.
     """
 
     layers: list[KeysValues]
     slots: Int[Tensor, " n"]
-    mask: Bool[Tensor, "n used"]
+    mask: Shaped[Tensor, "rows used"]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention output (b, heads, n, c) over the slots, this pass's own tokens included."""
@@ -60,6 +62,10 @@ class KeyValueCache:
         static_shapes: always attend over all slots, the empty ones masked, so that shapes never change (CUDA graphs,
             compilation); otherwise over as many as have been used, which costs less while an episode is young.
         device, dtype: of keys and values.
+
+    Attributes:
+        layers: keys and values of each layer; they stay where they are until `select`.
+        episodes: how often it was emptied.
     """
 
     def __init__(
@@ -80,22 +86,30 @@ class KeyValueCache:
         self.tokens = math.prod(grid)
         self.per_frame = self.tokens + vectors + 1
         self.scratch = room * (self.tokens + vectors)
-        slots = self.scratch + self.capacity * self.per_frame
+        self._ring = slice(self.scratch, self.scratch + self.capacity * self.per_frame)
+        slots = -(-self._ring.stop // ALIGNED) * ALIGNED if static_shapes else self._ring.stop
         shape = (batch, config.heads, slots, config.head_dim)
         self.layers: list[KeysValues] = [
             (torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
             for _ in range(config.depth)
         ]
-        numbers = torch.zeros(slots, dtype=torch.long, device=device)
-        self.fields = TokenFields(
-            document=torch.full_like(numbers, PADDING),
-            chunk=numbers.clone(),
-            frame=numbers.clone(),
-            chunk_start=numbers.clone(),
-            noisy=numbers.bool(),
-            modality=numbers.clone(),
-        )
-        self._used = self.scratch
+        self._fields = torch.zeros(len(TokenFields._fields), slots, dtype=torch.long, device=device)
+        self._document = self._fields[0]
+        self._document.fill_(PADDING)
+        self._used, self.episodes = self.scratch, 0
+
+    @property
+    def batch(self) -> int:
+        """How many rollouts it holds."""
+        return len(self.layers[0][0])
+
+    def reset(self) -> None:
+        """Forget everything, for new episodes."""
+        for keys, values in self.layers:
+            keys.zero_()  # what nobody sees still takes part, times zero: it must be finite
+            values.zero_()
+        self._document.fill_(PADDING)
+        self._used, self.episodes = self.scratch, self.episodes + 1
 
     def attend_history(self, layout: TokenLayout) -> CachedAttention:
         """Attention for a clean chunk that becomes history."""
@@ -115,7 +129,7 @@ class KeyValueCache:
 
     def clear_scratch(self) -> None:
         """Empty the scratch part."""
-        self.fields.document[: self.scratch] = PADDING
+        self._document[: self.scratch] = PADDING
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
         """Keep only the given rollouts of the batch."""
@@ -128,14 +142,20 @@ class KeyValueCache:
 
     def _forget(self, layout: TokenLayout) -> None:
         """Empty the places of the layout's frames, whatever they held: a frame may now have fewer tokens."""
-        ring = self.fields.document[self.scratch :].view(self.capacity, self.per_frame)
-        ring[layout.frame % self.capacity] = PADDING
+        ring, first = self._document[self._ring].view(self.capacity, self.per_frame), int(layout.frame.min())
+        for frame in range(first, int(layout.frame.max()) + 1):
+            ring[frame % self.capacity] = PADDING
 
     def _attend(self, layout: TokenLayout, slots: Tensor) -> CachedAttention:
-        device = self.fields.document.device
-        slots, fields = slots.to(device), TokenFields(*(values.to(device) for values in layout.fields))
-        for held, new in zip(self.fields, fields, strict=True):
-            held[slots] = new
-        used = len(self.fields.document) if self.static_shapes else self._used
-        in_use = TokenFields(*(values[:used] for values in self.fields))
-        return CachedAttention(self.layers, slots, pairs(fields, in_use, self.config.coupling, self.config.window))
+        table = to_device(torch.stack([slots, *layout.fields]), self._fields.device)
+        slots, rows = table[0], table[1:]
+        self._fields.index_copy_(1, slots, rows)
+        used = self._fields.shape[1] if self.static_shapes else self._used
+        rows = rows[:, :1] if alike(layout.fields, self.config.coupling) else rows
+        mask = pairs(_fields(rows), _fields(self._fields[:, :used]), self.config.coupling, self.config.window)
+        return CachedAttention(self.layers, slots, mask)
+
+
+def _fields(rows: Int[Tensor, "fields n"]) -> TokenFields:
+    fields = TokenFields(*rows.unbind())
+    return fields._replace(noisy=fields.noisy.bool())

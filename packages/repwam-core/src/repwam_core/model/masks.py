@@ -60,6 +60,13 @@ def pairs(query: TokenFields, key: TokenFields, coupling: str, window: int) -> B
     return visible(rows, columns, coupling, window)
 
 
+def alike(query: TokenFields, coupling: str) -> bool:
+    """Whether `visible` lets all query tokens see the same: what it reads of them is the same."""
+    read = [query.document, query.chunk, query.chunk_start, query.noisy]
+    read += [query.modality] if coupling == "sequential" else []
+    return all(bool((values == values[0]).all()) for values in read)
+
+
 def dense_mask(layout: TokenLayout, coupling: str, window: int) -> Bool[Tensor, "n n"]:
     """Every token of a layout against every other: the oracle, and the mask of short sequences on a GPU."""
     return pairs(layout.fields, layout.fields, coupling, window)

@@ -5,8 +5,7 @@ Equal to the teacher-forced pass over the same frames, at a cost that does not g
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
@@ -16,22 +15,13 @@ from torch import Tensor
 
 from repwam_core.model.blocks import EmbeddedText
 from repwam_core.model.cache import CachedAttention, KeyValueCache
+from repwam_core.model.captured import CapturedPasses, Run
 from repwam_core.model.flow import euler, time_grid
-from repwam_core.model.masks import AttentionFn
-from repwam_core.model.sequence import (
-    LayoutTensors,
-    TokenLayout,
-    Velocities,
-    WAMInputs,
-    chunk_layout,
-    history_layout,
-)
+from repwam_core.model.sequence import TokenLayout, Velocities, WAMInputs, chunk_layout, history_layout, to_device
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.sampling import SamplingConfig
 
 VIDEO_MODES = ("imagine", "skip")
-Run = Callable[[WAMInputs, LayoutTensors, AttentionFn, tuple[EmbeddedText, EmbeddedText]], Velocities]
-"""What `WorldActionModel.run` is."""
 Pass = tuple[TokenLayout, CachedAttention]
 """Tokens of one kind of pass over a chunk, and what they attend to."""
 
@@ -64,6 +54,8 @@ class Rollout:
         static_shapes: see `KeyValueCache`; None means only on a GPU, or where `run` is given.
         run: `wam.run`, compiled; None is `wam.run` itself. With static shapes one graph per kind of pass serves all
             chunks.
+        graphs: whether passes are captured as CUDA graphs and replayed; or what has captured those of earlier rollouts,
+            which end when this one begins.
 
     Attributes:
         frame: number of the next latent frame.
@@ -82,30 +74,35 @@ class Rollout:
         guidance: float = 1.0,
         static_shapes: bool | None = None,
         run: Run | None = None,
+        graphs: CapturedPasses | bool = False,
     ) -> None:
         if chunk_frames < 1:
             raise UserError(f"chunk_frames: expected at least 1, got {chunk_frames}.")
         self.wam, self.space, self.grid, self.guidance = wam, space, grid, guidance
-        self._run: Run = wam.run if run is None else run
         self.sizes = wam.config.space(space)
         self.chunk_frames, self.batch, self.frame, self.chunk = chunk_frames, text.shape[0], 0, 0
         weight = wam.video_in.weight
         self.device, self.dtype = weight.device, weight.dtype
+        if graphs is True and self.device.type != "cuda":
+            raise UserError(f"graphs: expected a model on a CUDA device to capture its passes, it is on {self.device}.")
+        self._run: Run = wam.run if run is None else run
+        self._captured = CapturedPasses(wam, run) if graphs is True else graphs or None
         self._text = self._double(text.to(weight))[:, None]
         self._text_mask = self._double(text_mask.to(self.device))[:, None].clone()
         self._text_mask[self.batch :] = False
         with torch.no_grad():
             self._texts = wam.embed_text(self._text, self._text_mask, per_layer=True)
-        self.cache = KeyValueCache(
-            wam.config,
-            batch=len(self._text),
-            grid=grid,
-            vectors=self.sizes.vectors_per_transition,
-            room=chunk_frames,
-            static_shapes=self.device.type == "cuda" or run is not None if static_shapes is None else static_shapes,
-            device=self.device,
-            dtype=self.dtype,
-        )
+        shape = {
+            "batch": len(self._text), "grid": grid, "vectors": self.sizes.vectors_per_transition, "room": chunk_frames,
+            "device": self.device, "dtype": self.dtype,
+        }  # fmt: skip
+        if self._captured is not None:
+            self.cache = self._captured.cache(**shape)
+        else:
+            by_default = self.device.type == "cuda" or run is not None
+            static = by_default if static_shapes is None else static_shapes
+            self.cache = KeyValueCache(wam.config, static_shapes=static, **shape)
+        self._cache_episodes = self.cache.episodes
         self._passes: dict[tuple[str, int], Pass] = {}
 
     @classmethod
@@ -119,6 +116,7 @@ class Rollout:
         text: Float[Tensor, "b s width"],
         text_mask: Bool[Tensor, "b s"],
         run: Run | None = None,
+        graphs: CapturedPasses | bool = False,
     ) -> Rollout:
         """A rollout whose chunks are to be planned by `plan_chunk` with these settings."""
         return cls(
@@ -130,7 +128,35 @@ class Rollout:
             chunk_frames=settings.chunk_frames,
             guidance=settings.guidance,
             run=run,
+            graphs=graphs,
         )
+
+    def warm_up(self, settings: SamplingConfig) -> None:
+        """Capture all kinds of passes that chunks need, before the first observation, and nothing where it was done.
+
+        Args:
+            settings: how chunks will be planned.
+        """
+        text = tuple(self._text_mask.shape)
+        if self._captured is None or self._captured.ready((text, settings.chunk_frames, settings.executed)):
+            return
+        config, vectors, channels = self.wam.config, self.sizes.vectors_per_transition, self.sizes.channels
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(self.batch, *shape, device=self.device)
+
+        for frames in (1, *sorted({1, settings.executed})):  # frame 0; an episode told anew comes frame by frame
+            states = zeros(frames, self.sizes.state_channels) if config.has_state(self.space) else None
+            latents = zeros(frames, self.cache.tokens, config.latent_dim)
+            self.observe(latents, states, zeros(frames, vectors, channels) if self.frame else None)
+        self.plan_chunk(
+            replace(settings, video_steps=1, action_steps=2),  # with and without a video that is held
+            video_noise=zeros(settings.chunk_frames, self.cache.tokens, config.latent_dim),
+            action_noise=zeros(settings.chunk_frames, vectors, channels),
+        )
+        self.cache.reset()
+        self._cache_episodes, self.frame, self.chunk = self.cache.episodes, 0, 0
+        self._clear()
 
     @torch.no_grad()
     def observe(
@@ -189,6 +215,7 @@ class Rollout:
             action_steps=settings.action_steps,
             video_shift=settings.video_shift,
             action_shift=settings.action_shift,
+            hold_video=settings.hold_video,
             generator=generator,
             video_noise=video_noise,
             action_noise=action_noise,
@@ -204,6 +231,7 @@ class Rollout:
         action_steps: int = 10,
         video_shift: float = 1.0,
         action_shift: float = 1.0,
+        hold_video: bool = False,
         generator: torch.Generator | None = None,
         video_noise: Float[Tensor, "b frames tokens d"] | None = None,
         action_noise: Float[Tensor, "b frames a c"] | None = None,
@@ -220,6 +248,7 @@ class Rollout:
             video: "imagine" or "skip".
             video_steps, action_steps: Euler steps of each modality.
             video_shift, action_shift: bend their time grids, see `flow.time_grid`.
+            hold_video: see `SamplingConfig`.
             generator: source of the noise.
             video_noise, action_noise: the noise itself, e.g. drawn episode by episode.
 
@@ -243,7 +272,7 @@ class Rollout:
             x_video, x_action = self._solve_sequential(x_video, x_action, video_times, action_times)
         else:
             held = [0.0] if video == "skip" else video_times
-            x_video, x_action = self._solve_joint(x_video, x_action, held, action_times)
+            x_video, x_action = self._solve_joint(x_video, x_action, held, action_times, hold_video)
         return PlannedChunk(x_action, x_video if video == "imagine" else None)
 
     @torch.no_grad()
@@ -267,9 +296,12 @@ class Rollout:
         layout, attention = self._scratch_pass(kind, given.shape[1])
         inputs = self._inputs(layout, _flat(video), _flat(actions), None, (video_time, action_time))
         output = self._guided(self._pass(inputs, attention))
+        video, actions = output.video, output.actions
+        if self._captured is not None:
+            video, actions = video.clone(), actions.clone()  # the next pass overwrites them
         return (
-            rearrange(output.video, "b (frames tokens) d -> b frames tokens d", tokens=self.cache.tokens),
-            rearrange(output.actions, "b (frames a) c -> b frames a c", a=self.sizes.vectors_per_transition),
+            rearrange(video, "b (frames tokens) d -> b frames tokens d", tokens=self.cache.tokens),
+            rearrange(actions, "b (frames a) c -> b frames a c", a=self.sizes.vectors_per_transition),
         )
 
     @torch.no_grad()
@@ -301,6 +333,10 @@ class Rollout:
     def _pass(self, inputs: WAMInputs, attention: CachedAttention) -> Velocities:
         """One pass of the model."""
         inputs.check(self.wam.config)
+        if self._captured is not None:
+            if self.cache.episodes != self._cache_episodes:
+                raise UserError("this rollout has ended: another one has begun with its captured passes")
+            return self._captured(inputs, attention, self._texts)
         return self._run(inputs, self.wam.tensors(inputs.layout, self.device), attention, self._texts)
 
     def _scratch_pass(self, kind: str, frames: int) -> Pass:
@@ -316,15 +352,21 @@ class Rollout:
         return self._passes[kind, frames]
 
     def _solve_joint(
-        self, video: Tensor, action: Tensor, video_times: list[float], action_times: list[float]
+        self, video: Tensor, action: Tensor, video_times: list[float], action_times: list[float], hold_video: bool
     ) -> tuple[Tensor, Tensor]:
-        """Refine both together; in pass p of n a modality with s steps is in its step p * s // n."""
+        """Refine both together; in pass p of n a modality with s steps is in its step p * s // n.
+
+        A video that is held takes its step in the first of these passes, and in the others leaves its keys.
+        """
         video_steps, action_steps = len(video_times) - 1, len(action_times) - 1
         passes = max(video_steps, action_steps)
         for number in range(passes):
             i, j = number * video_steps // passes, number * action_steps // passes
-            to_video, to_action = self.velocities(video, action, video_times[i], action_times[j])
-            if (number + 1) * video_steps // passes > i:
+            first = number == 0 or i > (number - 1) * video_steps // passes
+            last = (number + 1) * video_steps // passes > i
+            runs = first or not hold_video
+            to_video, to_action = self.velocities(video if runs else None, action, video_times[i], action_times[j])
+            if video_steps and (first if hold_video else last):
                 video = video + (video_times[i + 1] - video_times[i]) * to_video
             if (number + 1) * action_steps // passes > j:
                 action = action + (action_times[j + 1] - action_times[j]) * to_action
@@ -345,6 +387,9 @@ class Rollout:
         """One pass's inputs, for both copies of the batch where the video is guided."""
         config = self.wam.config
         kind = {"device": self.device, "dtype": self.dtype}
+        of_levels = torch.empty(len(self._text), len(times), device=self.device)
+        for level, time in enumerate(times):
+            of_levels[:, level] = time  # a tensor made of numbers would come from the CPU
         empty_video = torch.zeros(self.batch, 0, config.latent_dim, **kind)
         empty_actions = torch.zeros(self.batch, 0, self.sizes.channels, **kind)
         return WAMInputs(
@@ -352,7 +397,7 @@ class Rollout:
             video=self._double(empty_video if video is None else video.to(**kind)),
             actions=self._double(empty_actions if actions is None else actions.to(**kind)),
             states=None if states is None else self._double(states.to(**kind)),
-            times=torch.tensor(times, device=self.device).expand(len(self._text), 2),
+            times=of_levels,
             text=self._text,
             text_mask=self._text_mask,
             space=self.space,
@@ -375,7 +420,7 @@ class Rollout:
             return torch.randn(shape, generator=generator, device=where).to(self.device)
         if tuple(given.shape) != shape:
             raise UserError(f"noise: expected the shape of the chunk, {shape}, got {tuple(given.shape)}.")
-        return given.to(self.device)
+        return to_device(given, self.device)
 
     def _check_frames(self, frames: int) -> None:
         if not 1 <= frames <= self.chunk_frames:

@@ -404,6 +404,13 @@ def _check_sizes(grid: tuple[int, int, int], vectors: int, chunk_sizes: tuple[in
         raise UserError(f"expected chunks of at least one latent frame, got {chunk_sizes}.")
 
 
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """The values on a device; a GPU fetches them when it comes to it, and nobody waits for that."""
+    if device.type != "cuda" or values.is_cuda:
+        return values.to(device)
+    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values).to(device, non_blocking=True)
+
+
 @dataclass(frozen=True, eq=False)
 class Buckets:
     """Blocks of queries that see the same keys, those of one shape together: what attention computes without a mask.

@@ -269,7 +269,7 @@ class WorldActionModel(PretrainedModel):
     ) -> Velocities:
         """`forward` without its preparations: nothing here depends on the numbers in a layout, only on its shapes.
 
-        So one compiled graph serves every chunk of a rollout (`Rollout(run=torch.compile(wam.run, ...))`).
+        So one compiled graph serves every chunk of a rollout (`Rollout(run=compiled_run(wam))`).
 
         Args:
             inputs: the batch, checked.

@@ -18,13 +18,15 @@ from torch.nn.functional import pad
 
 from repwam_core.embodiment import Embodiment
 from repwam_core.interface import ActionChunk, BasePolicy, BatchedBasePolicy, Observation
-from repwam_core.model.rollout import Rollout, Run
-from repwam_core.model.wam import WorldActionModel
+from repwam_core.model.captured import CapturedPasses
+from repwam_core.model.rollout import Rollout
+from repwam_core.model.sequence import to_device
 from repwam_core.policy.folder import LoadedPolicy
 from repwam_core.sampling import SamplingConfig
 
 TEXT_BUCKET = 32
-"""Compiled passes see instructions of a multiple of this many tokens, so that few lengths are ever compiled."""
+"""Compiled and captured passes see instructions of a multiple of this many tokens, the null token among them, so that
+there are few lengths."""
 
 
 @dataclass
@@ -63,21 +65,33 @@ class BatchedPolicy(BatchedBasePolicy):
 
     Args:
         parts: the loaded policy folder.
-        compile_passes: compile the model's passes when they first run, which takes a while and makes every later one
-            faster on a GPU; cached attention then always runs over the whole window.
+        compile_passes: compile the model's layers when a kind of pass first runs, which takes a while and makes every
+            later one faster on a GPU; cached attention then always runs over the whole window.
+        graphs: capture each kind of pass as a CUDA graph at the first `reset`, and replay it from then on; None does so
+            on a GPU. Memory for one cache and its graphs is kept for as long as the policy lives.
         **plan: fields of `SamplingConfig` that differ from the folder's.
 
     Attributes:
         planned: what the model expects of the chunk returned last: scaled actions and standardised latents.
     """
 
-    def __init__(self, parts: LoadedPolicy, *, compile_passes: bool = False, **plan: Any) -> None:
+    def __init__(
+        self, parts: LoadedPolicy, *, compile_passes: bool = False, graphs: bool | None = None, **plan: Any
+    ) -> None:
         self.parts, self.plan = parts, replace(parts.manifest.plan, **plan)
         if parts.manifest.chunks is not None:
             parts.manifest.chunks.require(self.plan.chunk_frames)
-        self._run = _compiled(parts.wam) if compile_passes else None
+        self._run = None
+        if compile_passes:
+            from repwam_core.model.compiled import compiled_run  # of those alone who ask for it
+
+            self._run = compiled_run(parts.wam)
         latents = parts.manifest.latents
         self.device = next(parts.wam.parameters()).device
+        on_gpu = self.device.type == "cuda"
+        if graphs and not on_gpu:
+            raise UserError(f"graphs: expected a policy on a CUDA device, this one is on {self.device}")
+        self._captured = CapturedPasses(parts.wam, self._run) if on_gpu and graphs is not False else None
         self.frames_per_latent = parts.tokenizer.config.tubelet_frames * latents.stride
         self._standardizer = latents.standardizer.like(torch.empty(0, device=self.device))
         self.planned: Any = None
@@ -227,7 +241,7 @@ class BatchedPolicy(BatchedBasePolicy):
                 names = ", ".join(statistics.channels)
                 raise UserError(f"expected a state of {len(statistics.channels)} numbers ({names}), got none")
             rows.append(torch.from_numpy(statistics.standardise(states[every - 1 :: every])))
-        return torch.stack(rows).to(self.device)
+        return to_device(torch.stack(rows), self.device)
 
     def _reference(self, observations: Sequence[Observation]) -> np.ndarray:
         """What the next actions are measured from, (n, C): the newest states, or zeros."""
@@ -250,7 +264,7 @@ class BatchedPolicy(BatchedBasePolicy):
                 f"expected the actions that led through {frames} latent frames, only those of {got} were returned; "
                 "call record with what was carried out"
             )
-        return actions[:, :frames].to(self.device)
+        return to_device(actions[:, :frames], self.device)
 
     def _scaled(self, actions_si: Sequence[np.ndarray]) -> Tensor:
         """Actions (frames * a, C) of each episode as the model takes them, (n, frames, a, c)."""
@@ -310,11 +324,11 @@ class BatchedPolicy(BatchedBasePolicy):
         else:
             tokens = torch.zeros(len(instructions), 1, self.parts.wam.config.text_dim)
             mask = torch.zeros(len(instructions), 1, dtype=torch.bool)
-        if self._run is not None:
-            more = -mask.shape[1] % TEXT_BUCKET
+        if self._run is not None or self._captured is not None:
+            more = -(mask.shape[1] + 1) % TEXT_BUCKET
             tokens, mask = pad(tokens, (0, 0, 0, more)), pad(mask, (0, more))
         manifest = self.parts.manifest
-        return Rollout.from_settings(
+        rollout = Rollout.from_settings(
             self.parts.wam,
             self.plan,
             space=manifest.space,
@@ -322,23 +336,15 @@ class BatchedPolicy(BatchedBasePolicy):
             text=tokens.to(self.device),
             text_mask=(mask & told).to(self.device),
             run=self._run,
+            graphs=self._captured or False,
         )
+        rollout.warm_up(self.plan)
+        return rollout
 
     def _episodes(self) -> _Episodes:
         if self._now is None:
             raise UserError("call reset before act: no episode has begun")
         return self._now
-
-
-def _compiled(wam: WorldActionModel) -> Run:
-    """The model's passes, to be compiled when they first run.
-
-    einops remembers which kinds of arrays it has met, and a compiled graph is thrown away when that memory grows: it
-    meets both kinds before anything is compiled.
-    """
-    for values in (np.zeros(1), torch.zeros(1)):
-        rearrange(values, "one -> one")
-    return torch.compile(wam.run, dynamic=False)
 
 
 class Policy(BasePolicy):

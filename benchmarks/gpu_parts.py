@@ -686,6 +686,16 @@ def tokenizer(run: Run) -> None:
     with torch.device(run.device):
         tok = RepViTok(config)
     video = torch.rand(batch, 3, frames, side, side, device=run.device) * 2 - 1
+    found = []
+    for tok.compile_blocks in (True, False):
+        begun_s = time.perf_counter()
+        tok.zero_grad(set_to_none=True)
+        with run.autocast():
+            loss = (tok(video)[0] - video).square().mean()
+        loss.backward()
+        found.append([torch.cat([parameter.grad.flatten().float() for parameter in tok.parameters()])])
+        run.tell(compiled=tok.compile_blocks, gradients_s=round(time.perf_counter() - begun_s, 2))
+    _hold(run, *found, BF16, tokenizer="gradients, compiled against eager")
     for compiled, kernel, checkpointing in TOKENIZER_SETTINGS:
         tok.compile_blocks, tok.attention_kernel, tok.gradient_checkpointing = compiled, kernel, checkpointing
         for what in ("train", "encode") if not checkpointing else ("train",):
@@ -696,9 +706,6 @@ def tokenizer(run: Run) -> None:
                 "attention": kernel,
                 "recomputed": checkpointing,
             }
-            if what == "train" and compiled and kernel == "flex" and not run.cuda:
-                run.tell(**told, skipped="FlexAttention has no backward pass on a CPU")
-                continue
             if not run.has(0 if run.tiny else 5):
                 return
             tok.zero_grad(set_to_none=True)
@@ -725,7 +732,7 @@ def tokenizer(run: Run) -> None:
                 run.tell(**told, kernels=kernel_groups(run, profile))
 
 
-TOKENIZER_SETTINGS = [
+TOKENIZER_SETTINGS: list[tuple[bool, Any, bool]] = [
     (True, "flex", False),
     (False, "frames", False),
     (True, "flex", True),

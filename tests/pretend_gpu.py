@@ -111,6 +111,7 @@ class PretendGPU(TorchDispatchMode):
         patch(torch.cuda, "get_rng_state", lambda *_: torch.get_rng_state())
         patch(torch.cuda, "set_rng_state", lambda *_: None)
         patch(torch.cuda, "Event", _Event)
+        patch(Tensor, "pin_memory", lambda tensor, *_: tensor)
         patch(torch, "tensor", _making(torch.tensor))
         patch(torch, "Generator", _Generator)
         for name in _DRAWS:

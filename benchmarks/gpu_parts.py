@@ -7,7 +7,6 @@ Models are built where they run.
 from __future__ import annotations
 
 import importlib.metadata
-import inspect
 import json
 import math
 import os
@@ -305,7 +304,7 @@ class Sequences(NamedTuple):
 def train_64k(run: Run) -> None:
     """1.3 B on one packed sequence of two episodes, as the recipe has it: step, share of the peak, memory, kernels."""
     of = Sequences(2, 4, (1, 4, 4)) if run.tiny else Sequences(2, 60, (1, 16, 16))
-    train(run, of, {"recompute": "full"}, profiled=True)
+    train(run, of, {"recompute": "selective"}, profiled=True)
 
 
 def train_200k(run: Run) -> None:
@@ -314,10 +313,58 @@ def train_200k(run: Run) -> None:
     train(run, of, {"recompute": "full"}, steps=3)
 
 
+def flex(run: Run) -> None:
+    """FlexAttention alone on the 64 K sequence's mask, forward and with its backward pass, as torch tunes it."""
+    from repwam_core.model.attention import flex_block_mask
+    from repwam_core.model.sequence import concat, training_layout
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if not run.cuda:
+        return run.tell(skipped="it wants a GPU")
+    layout = concat([training_layout(61, (2,) * 30, (1, 16, 16), VECTORS)] * 2).streams
+    mask = flex_block_mask(layout, "joint", 32, run.device)
+    shape = 1, mask.seq_lengths[0], 12, 128
+    inputs = [torch.randn(shape, device=run.device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    q, k, v = (x.transpose(1, 2) for x in inputs)
+    towards = torch.randn_like(q)
+    for mode, options in FLEX_SETTINGS:
+        if not run.has(15):
+            return None
+        torch.compiler.reset()
+        attend = torch.compile(flex_attention, dynamic=False, fullgraph=True, mode=mode)
+        begun_s = time.perf_counter()
+        try:
+            output = attend(q, k, v, block_mask=mask, kernel_options=options)
+            torch.autograd.grad(output, inputs, towards)
+            run.wait()
+            ready_s = round(time.perf_counter() - begun_s, 1)
+            with torch.no_grad():
+                forward = run.timed(lambda: attend(q, k, v, block_mask=mask, kernel_options=options), most=10)  # noqa: B023
+            output = attend(q, k, v, block_mask=mask, kernel_options=options)
+            backward = run.timed(lambda: torch.autograd.grad(output, inputs, towards, retain_graph=True), most=10)  # noqa: B023
+        except Exception as error:
+            run.tell(mode=mode, options=options, failed=f"{type(error).__name__}: {error}"[:300])
+            continue
+        numbers = {"forward_ms": forward, "backward_ms": backward}
+        told = {name: round(1e3 * statistics.median(spent), 2) for name, spent in numbers.items()}
+        run.tell(mode=mode, options=options, ready_s=ready_s, **told)
+    return None
+
+
+FLEX_SETTINGS: list[tuple[str | None, dict[str, Any] | None]] = [
+    (None, None),
+    ("max-autotune-no-cudagraphs", None),
+    (None, {"USE_TMA": True}),
+    (None, {"ROWS_GUARANTEED_SAFE": True, "BLOCKS_ARE_CONTIGUOUS": False}),
+    (None, {"fwd_num_stages": 2, "fwd_num_warps": 8, "fwd_BLOCK_M": 128, "fwd_BLOCK_N": 128}),
+]
+"""How FlexAttention is compiled, and its kernel options."""
+
+
 def train_variants(run: Run) -> None:
     """The 64 K sequence with other choices."""
     of = Sequences(2, 4, (1, 4, 4)) if run.tiny else Sequences(2, 60, (1, 16, 16))
-    for scale in ({"recompute": "full", "compile": True}, {"recompute": "selective", "compile": True}):
+    for scale in ({"recompute": "full"}, {"recompute": "selective", "compile": False}):
         if run.has(20 if not run.tiny else 0):
             train(run, of, scale, steps=2)
 
@@ -593,7 +640,7 @@ def latency(run: Run) -> None:
             )
             rollout = steady(models[coupling], (cameras, *rows), mode, batch)
             run.tell(**told, ready_s=round(time.perf_counter() - start_s, 1))
-            for video in ("imagine", "skip") if coupling == "joint" else ("imagine",):
+            for video in ("imagine", "held", "skip") if coupling == "joint" else ("imagine",):
                 _chunks(run, rollout, video, told)
 
 
@@ -602,7 +649,7 @@ def _chunks(run: Run, rollout: Any, video: str, told: dict[str, Any]) -> None:
 
     def chunk() -> None:
         observe(rollout, rollout.chunk_frames)
-        rollout.plan(video=video)
+        rollout.plan(video="imagine" if video == "held" else video, hold_video=video == "held")
 
     spent = sorted(run.timed(chunk, most=1 if run.tiny else 30, share=0.06, warmup=1 if run.tiny else 3))
     high = spent[math.ceil(0.95 * len(spent)) - 1]
@@ -628,11 +675,8 @@ def _policy_model(run: Run, coupling: str) -> Any:
 
 
 def rollout_modes(run: Run) -> list[str]:
-    """The ways to run a rollout's passes that this version has."""
-    from repwam_core.model.rollout import Rollout
-
-    captures = run.cuda and "graphs" in inspect.signature(Rollout.__init__).parameters
-    return ["eager", *(["graphs"] if captures else []), *([] if run.tiny else ["compiled"])]
+    """The ways to run a rollout's passes."""
+    return ["graphs", "graphs and compiled", "eager"] if run.cuda else ["eager"]
 
 
 def _rollout(wam: Any, grid: tuple[int, int, int], mode: str, batch: int = 1) -> Any:
@@ -643,10 +687,11 @@ def _rollout(wam: Any, grid: tuple[int, int, int], mode: str, batch: int = 1) ->
     text = torch.randn(batch, TEXT_TOKENS, wam.config.text_dim, **kind)
     mask = torch.ones(batch, TEXT_TOKENS, dtype=torch.bool, device=kind["device"])
     options: dict[str, Any] = {}
-    if mode == "compiled":
-        options["run"] = torch.compile(wam.run, fullgraph=True, dynamic=False)
-    if "graphs" in inspect.signature(Rollout.__init__).parameters:
-        options["graphs"] = mode == "graphs"
+    if "compiled" in mode:
+        from repwam_core.model.compiled import compiled_run
+
+        options["run"] = compiled_run(wam, fullgraph=True)
+    options["graphs"] = "graphs" in mode
     return Rollout(
         wam, space="robot", grid=grid, text=text, text_mask=mask, chunk_frames=2, static_shapes=True, **options
     )
@@ -683,26 +728,39 @@ def tokenizer(run: Run) -> None:
     config = RepViTokConfig(width=48, depth=1, heads=4) if run.tiny else RepViTokConfig()
     shape = config, frames, (side, side)
     operations = {"encode": encode_flops(*shape), "train": 3 * (encode_flops(*shape) + decode_flops(*shape))}
-    for kernel, compiled, checkpointing in TOKENIZER_SETTINGS:
+    with torch.device(run.device):
+        tok = RepViTok(config)
+    video = torch.rand(batch, 3, frames, side, side, device=run.device) * 2 - 1
+    found = []
+    for tok.compile_blocks in (True, False):
+        begun_s = time.perf_counter()
+        tok.zero_grad(set_to_none=True)
+        with run.autocast():
+            loss = (tok(video)[0] - video).square().mean()
+        loss.backward()
+        found.append([torch.cat([parameter.grad.flatten().float() for parameter in tok.parameters()])])
+        run.tell(compiled=tok.compile_blocks, gradients_s=round(time.perf_counter() - begun_s, 2))
+    _hold(run, *found, BF16, tokenizer="gradients, compiled against eager")
+    for compiled, kernel, checkpointing in TOKENIZER_SETTINGS:
+        tok.compile_blocks, tok.attention_kernel, tok.gradient_checkpointing = compiled, kernel, checkpointing
         for what in ("train", "encode") if not checkpointing else ("train",):
             told = {
                 "what": what,
                 "batch": batch,
-                "attention": kernel,
                 "compiled": compiled,
+                "attention": kernel,
                 "recomputed": checkpointing,
             }
-            if what == "train" and kernel == "flex" and not run.cuda:
-                run.tell(**told, skipped="FlexAttention has no backward pass on a CPU")
-                continue
             if not run.has(0 if run.tiny else 5):
                 return
-            torch.compiler.reset()
-            with torch.device(run.device):
-                tok = RepViTok(config)
-            tok.attention_kernel, tok.gradient_checkpointing = kernel, checkpointing
-            video = torch.rand(batch, 3, frames, side, side, device=run.device) * 2 - 1
-            step = (tokenizer_step if what == "train" else encoding)(run, tok, video, compiled)
+            tok.zero_grad(set_to_none=True)
+            if run.cuda:
+                torch.cuda.reset_peak_memory_stats()
+            step = (tokenizer_step if what == "train" else encoding)(run, tok, video)
+            begun_s = time.perf_counter()
+            step()
+            run.wait()
+            run.tell(**told, first_step_s=round(time.perf_counter() - begun_s, 2))
             seconds = statistics.median(run.timed(step, most=1 if run.tiny else 10, share=0.1))
             peak, rate = run.peak(), batch * operations[what] / seconds
             run.tell(
@@ -712,27 +770,31 @@ def tokenizer(run: Run) -> None:
                 mfu=round(rate / peak, 4) if peak else None,
                 peak_gib=run.memory_gib(),
             )
+            if compiled and kernel == "flex" and not checkpointing:
+                with profiler(run) as profile:
+                    step()
+                    run.wait()
+                run.tell(**told, kernels=kernel_groups(run, profile))
 
 
-TOKENIZER_SETTINGS = [
-    ("frames", False, False),
-    ("flex", True, False),
-    ("flex", False, False),
-    ("frames", True, False),
-    ("frames", False, True),
+TOKENIZER_SETTINGS: list[tuple[bool, Any, bool]] = [
+    (True, "flex", False),
+    (False, "frames", False),
+    (True, "flex", True),
+    (True, "frames", False),
 ]
-"""Attention kernel, whether compiled, whether activations are recomputed."""
+"""Whether blocks are compiled, their attention, whether activations are recomputed; the first is the default on a GPU,
+the second that of a CPU."""
 
 
-def tokenizer_step(run: Run, tok: Any, video: Tensor, compiled: bool) -> Callable[[], None]:
+def tokenizer_step(run: Run, tok: Any, video: Tensor) -> Callable[[], None]:
     """A training step of the plain reconstruction."""
     optimizer = torch.optim.AdamW(tok.parameters(), lr=1e-4, fused=True)
-    forward = torch.compile(tok) if compiled else tok
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         with run.autocast():
-            video_hat, _ = forward(video)
+            video_hat, _ = tok(video)
             loss = (video_hat - video).abs().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(tok.parameters(), 2.0)
@@ -741,13 +803,12 @@ def tokenizer_step(run: Run, tok: Any, video: Tensor, compiled: bool) -> Callabl
     return step
 
 
-def encoding(run: Run, tok: Any, video: Tensor, compiled: bool) -> Callable[[], None]:
+def encoding(run: Run, tok: Any, video: Tensor) -> Callable[[], None]:
     """Clips to latents."""
-    encode = torch.compile(tok.eval().encode) if compiled else tok.eval().encode
 
     def step() -> None:
         with torch.no_grad(), run.autocast():
-            encode(video)
+            tok.encode(video)
 
     return step
 
@@ -882,6 +943,7 @@ PARTS: dict[str, tuple[Callable[[Run], None], float]] = {
     "train_64k": (train_64k, 75),
     "latency": (latency, 90),
     "train_200k": (train_200k, 90),
+    "flex": (flex, 75),
     "tokenizer": (tokenizer, 45),
     "short_documents": (short_documents, 40),
     "commands": (commands, 75),

@@ -130,6 +130,7 @@ class PretendGPU(TorchDispatchMode):
         patch(torch.cuda, "set_rng_state", lambda *_: None)
         patch(torch.cuda, "Event", _Event)
         patch("repwam_core.model.captured.CudaGraphs", RunAgain)
+        patch(Tensor, "pin_memory", lambda tensor, *_: tensor)
         patch(torch, "tensor", _making(torch.tensor))
         patch(torch, "Generator", _Generator)
         for name in _DRAWS:

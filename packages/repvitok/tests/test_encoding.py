@@ -89,6 +89,16 @@ def test_latents_are_those_of_the_bounded_stream(tmp_path, tok, stride):
         assert item.task == f"task {item.episode_index}"
 
 
+def test_bfloat16_is_near_float32_and_not_mixed_with_it(tmp_path, tok):
+    exact, fast = encode(tok, tmp_path / "exact"), encode(tok, tmp_path / "fast", precision="bfloat16")
+    assert fast.provenance["precision"] == "bfloat16"
+    for ours, expected in zip(fast, exact, strict=True):
+        assert ours.latents.dtype == np.float32
+        assert 0 < np.abs(ours.latents - expected.latents).max() < 0.2
+    with pytest.raises(UserError, match="precision bfloat16"):
+        encode(tok, tmp_path / "fast")
+
+
 def test_actions_and_states_stand_beside_the_right_latents_by_hand(tmp_path, tok):
     shards = encode(tok, tmp_path, stride=2, offsets=(0, 3))
     plain, shifted = shards[0], shards[1]  # 23 frames; every second one: 0, 2, .. 22, and 3, 5, .. 21
@@ -174,6 +184,7 @@ def test_other_settings_never_mix(tmp_path, tok):
         ({"offsets": (0, 99)}, f"no episode has a frame at offset 99, the longest has {max(LENGTHS)}"),
         ({"cameras": ["left"]}, r"no camera 'left'; there are \['camera_0', 'camera_1'\]"),
         ({"dtype": "int8"}, 'dtype must be "float32" or "float16"'),
+        ({"precision": "bf16"}, 'precision must be "float32" or "bfloat16"'),
         ({"workers": 0}, "workers must be 1 or more"),
         ({"shard": (4, 4)}, "expected 0 <= i < n, got 4/4"),
     ],

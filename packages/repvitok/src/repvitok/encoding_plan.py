@@ -51,6 +51,7 @@ class EncodingConfig:
         source: the data set's folder name.
         num_episodes, num_frames: of the episodes that are encoded.
         left_out: numbers of those that were to be and have no frame at an offset; None for none.
+        precision: "bfloat16" where the model's products are; None is float32.
         size: (H, W) the frames are resized to.
         stride: every stride-th raw frame is encoded.
         offsets: each episode is encoded once per offset, without its first `offset` raw frames.
@@ -74,6 +75,7 @@ class EncodingConfig:
     depth_range: tuple[float, float] | None = None
     episodes: str | None = None
     left_out: str | None = None
+    precision: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON gives it back: tuples as lists."""
@@ -97,6 +99,7 @@ def make_config(
     cameras: Sequence[str] | None,
     dtype: str,
     episodes: EpisodeNumbers | None = None,
+    precision: str = "float32",
 ) -> EncodingConfig:
     """The config of an encoding."""
     tok.grid(*size)
@@ -104,6 +107,8 @@ def make_config(
     asked = infos_of(reader, episodes)
     if dtype not in ("float32", "float16"):
         raise UserError(f'dtype must be "float32" or "float16", got {dtype!r}')
+    if precision not in ("float32", "bfloat16"):
+        raise UserError(f'precision must be "float32" or "bfloat16", got {precision!r}')
     if stride < 1:
         raise UserError(f"stride must be 1 or more, got {stride}")
     if not offsets or min(offsets) < 0 or len(set(offsets)) != len(offsets):
@@ -127,6 +132,7 @@ def make_config(
         depth_range=reader.depth_range,
         episodes=None if len(asked) == len(reader.episodes) else format_episodes(info.index for info in asked),
         left_out=format_episodes({info.index for info in asked} - kept) if len(infos) < len(asked) else None,
+        precision=None if precision == "float32" else precision,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -179,8 +180,9 @@ class RepViTok(PretrainedModel):
         config: the architecture.
         gradient_checkpointing: recompute activations in the backward pass of `encode` and `decode`: less
             memory for a third more compute. A matter of training, hence neither in the config nor saved.
-        attention_kernel: "frames", or "flex" for FlexAttention on a GPU: the same numbers (docs/decisions/010).
-            Neither in the config nor saved.
+        compile_blocks: compile the layers of `encode` and `decode` with torch.compile, one graph for all blocks; None
+            is on a GPU, for clips of more than 128 tokens (docs/decisions/068). As little in the config.
+        attention_kernel: of compiled blocks, "flex" for FlexAttention or "frames" for a call per latent frame.
     """
 
     format = "repvitok"
@@ -193,7 +195,8 @@ class RepViTok(PretrainedModel):
         self.encoder = Encoder(self.config)
         self.decoder = Decoder(self.config)
         self.gradient_checkpointing = False
-        self.attention_kernel: Kernel = "frames"
+        self.compile_blocks: bool | None = None
+        self.attention_kernel: Kernel = "flex"
 
     def draw(self) -> None:
         """Give every parameter its initial value."""
@@ -226,9 +229,7 @@ class RepViTok(PretrainedModel):
             ValueError: T, H or W does not fit; says what would.
         """
         require_video(video, self.config)
-        return self.encoder(
-            video, self._window(window), checkpointing=self.gradient_checkpointing, kernel=self.attention_kernel
-        )
+        return self.encoder(video, self._window(window), **self._way())
 
     def decode(
         self, z: Float[Tensor, "b frames tokens d"], size: tuple[int, int], window: Window = "config"
@@ -247,9 +248,7 @@ class RepViTok(PretrainedModel):
             ValueError: the latents do not fit the model or the size.
         """
         grid = require_latents(z, size, self.config)
-        return self.decoder(
-            z, grid, self._window(window), checkpointing=self.gradient_checkpointing, kernel=self.attention_kernel
-        )
+        return self.decoder(z, grid, self._window(window), **self._way())
 
     def forward(
         self, video: Float[Tensor, "b 3 T H W"]
@@ -269,6 +268,14 @@ class RepViTok(PretrainedModel):
         return TokenizerStream(
             self.encoder, self.decoder, self.config, batch_size=batch_size, window=self._window(window)
         )
+
+    def _way(self) -> dict[str, Any]:
+        """How whole clips are computed."""
+        return {
+            "checkpointing": self.gradient_checkpointing,
+            "compiled": self.compile_blocks,
+            "kernel": self.attention_kernel,
+        }
 
     def _window(self, window: Window) -> int | None:
         if window == "config":

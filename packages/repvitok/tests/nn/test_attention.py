@@ -10,7 +10,6 @@ from repvitok.nn.attention import (
     ONE_CALL_KEYS,
     block_causal_attention,
     dense_mask,
-    flex_attention_over_frames,
     flex_mask,
     visible_frames,
 )
@@ -74,7 +73,7 @@ def test_flex_attention_has_the_same_mask_and_result(tokens: int, window: int | 
     index = torch.arange(4 * tokens)
     zero = torch.zeros((), dtype=torch.int64)
     assert torch.equal(mask.mask_mod(zero, zero, index[:, None], index), dense_mask(4, tokens, window))
-    ours = flex_attention_over_frames(q, k, v, mask)
+    ours = flex_attention(q, k, v, block_mask=mask)
     torch.testing.assert_close(ours, oracle(q, k, v, tokens, window), rtol=1e-5, atol=1e-5)
 
 

@@ -4,24 +4,23 @@ A dense mask computes every query against every key and throws half away. Here e
 the keys they may see (their own frame and the frames before it, up to a window) in plain unmasked attention,
 so that causality saves the work it forbids. Only where a whole clip is so short that calls cost more than
 products is one masked call made instead. The same function serves whole clips and streams, whose keys begin
-with cached frames. `flex_attention_over_frames` computes the same with one FlexAttention kernel, which skips hidden
-blocks on a GPU (docs/decisions/010).
+with cached frames. Compiled blocks compute the same with one FlexAttention kernel under `flex_mask`, which skips
+hidden blocks on a GPU (docs/decisions/010, 068).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, Literal, no_type_check
+from typing import Literal, no_type_check
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 
 Kernel = Literal["frames", "flex"]
-"""How attention is computed: a call per frame on its visible keys, or one FlexAttention call with a block mask."""
+"""How compiled blocks attend: a call per frame on its visible keys, or one FlexAttention call with a block mask."""
 
 # Up to this many keys one masked call beats a call per frame: forward and backward of 3 frames of 16 tokens, 4 heads,
 # batch 4 take 1.1 ms against 1.7 ms on one CPU core; at 192 keys they are even, at 1,280 the mask costs 1.7x.
@@ -85,35 +84,19 @@ def dense_mask(
     return _visible(query - key, window)
 
 
+@functools.lru_cache(maxsize=64)
 def flex_mask(frames: int, tokens_per_frame: int, window: int | None, device: torch.device) -> BlockMask:
-    """The same visibility for FlexAttention, over whole clips: built once per forward pass, for all layers."""
+    """The same visibility for FlexAttention, over whole clips: built once for all layers, passes and batches."""
     tokens = frames * tokens_per_frame
-
-    return create_block_mask(
-        lambda _batch, _head, query, key: _visible(query // tokens_per_frame - key // tokens_per_frame, window),
-        None,
-        None,
-        tokens,
-        tokens,
-        device=device,
-    )
-
-
-def flex_attention_over_frames(
-    q: Float[Tensor, "b heads n c"], k: Float[Tensor, "b heads n c"], v: Float[Tensor, "b heads n c"], mask: BlockMask
-) -> Float[Tensor, "b heads n c"]:
-    """`block_causal_attention` of a whole clip under the mask of `flex_mask`.
-
-    Compiled on CUDA; elsewhere eager, which is right and slow, and on a CPU has no backward pass.
-    """
-    compiled = q.is_cuda and not torch.compiler.is_compiling()
-    attend = _compiled_flex_attention() if compiled else flex_attention
-    return attend(q, k, v, block_mask=mask)
-
-
-@functools.cache
-def _compiled_flex_attention() -> Callable[..., Any]:
-    return torch.compile(flex_attention, fullgraph=True)
+    with torch.inference_mode(mode=False):  # a mask that validation made is one that training can use
+        return create_block_mask(
+            lambda _batch, _head, query, key: _visible(query // tokens_per_frame - key // tokens_per_frame, window),
+            None,
+            None,
+            tokens,
+            tokens,
+            device=device,
+        )
 
 
 @no_type_check  # FlexAttention traces it, and checks of types at run time cannot be traced

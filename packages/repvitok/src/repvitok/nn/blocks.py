@@ -7,19 +7,21 @@ an RMSNorm). No biases in attention.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, no_type_check
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import layer_norm
 from torch.utils.checkpoint import checkpoint
 
-from repvitok.nn.attention import block_causal_attention, flex_attention_over_frames
+from repvitok.nn.attention import block_causal_attention
 from repvitok.nn.rope import Rotary, rotate
 
 
@@ -44,12 +46,14 @@ class FrameLayout:
         tokens_per_frame: tokens of one latent frame.
         window: latent frames a token sees, its own included; None is the whole prefix.
         rotary: the tokens' rotary positions.
-        flex: the mask of FlexAttention, where that computes the attention of a whole clip.
+        compiled: whether `whole_clip` compiles.
+        flex: the mask of FlexAttention, where that computes the attention of compiled blocks.
     """
 
     tokens_per_frame: int
     window: int | None
     rotary: Rotary
+    compiled: bool = False
     flex: BlockMask | None = None
 
     def keep(self, seen: KeyValues) -> KeyValues:
@@ -73,17 +77,33 @@ class Attention(nn.Module):
         self, x: Float[Tensor, "b n width"], layout: FrameLayout, past: KeyValues | None = None
     ) -> tuple[Float[Tensor, "b n out"], KeyValues]:
         """Attend, over `past` too where a stream carries it; returns the result and all keys and values seen."""
-        qkv = rearrange(self.qkv(x), "b n (three h c) -> three b h n c", three=3, h=self.heads)
-        v = qkv[2]
-        gain = rearrange(self.qk_gain, "two c -> two 1 1 1 c")
-        q, k = rotate(layer_norm(qkv[:2], gain.shape[-1:]) * gain, layout.rotary).to(v.dtype)
+        q, k, v = (self._fused_heads if torch.compiler.is_compiling() else self._heads)(self.qkv(x), layout.rotary)
         if past is not None:
             k, v = torch.cat([past.keys, k], dim=-2), torch.cat([past.values, v], dim=-2)
-        if layout.flex is not None:
-            seen = flex_attention_over_frames(q, k, v, layout.flex)
+        if layout.flex is not None and torch.compiler.is_compiling():
+            own = v if v.is_cuda else v.clone()  # torch's kernel for CPUs overlooks where a slice begins
+            seen = flex_attention(q, k, own, block_mask=layout.flex)
         else:
             seen = block_causal_attention(q, k, v, layout.tokens_per_frame, layout.window)
-        return self.out(rearrange(seen, "b h n c -> b n (h c)")), KeyValues(k, v)
+        return self.out(seen.transpose(1, 2).flatten(2)), KeyValues(k, v)
+
+    def _heads(self, qkv: Float[Tensor, "b n three_width"], rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised and turned queries and keys, and values, (b, heads, n, c) each."""
+        qkv = rearrange(qkv, "b n (three h c) -> three b h n c", three=3, h=self.heads)
+        gain = rearrange(self.qk_gain, "two c -> two 1 1 1 c")
+        q, k = rotate(layer_norm(qkv[:2], gain.shape[-1:]) * gain, rotary).to(qkv.dtype)
+        return q, k, qkv[2]
+
+    @no_type_check
+    def _fused_heads(self, qkv: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for a compiler: in memory heads stay beside each other, so that nothing is copied on either side."""
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)  # b n h c
+        beside = Rotary(rotary.cos[:, None], rotary.sin[:, None])
+        q, k = (
+            rotate(layer_norm(part, part.shape[-1:]) * gain, beside).to(v.dtype)
+            for part, gain in zip((q, k), self.qk_gain, strict=True)
+        )
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 class Block(nn.Module):
@@ -118,9 +138,9 @@ class CausalTransformer(nn.Module):
         """The whole clip at once; with `checkpointing`, blocks recompute their activations in the backward pass."""
         for block in self.blocks:
             if checkpointing:
-                x = checkpoint(_tokens_only, block, x, layout, use_reentrant=False)
+                x = checkpoint(whole_clip, block, x, layout, use_reentrant=False)
             else:
-                x, _ = block(x, layout)
+                x = whole_clip(block, x, layout)
         return x
 
     def step(
@@ -134,8 +154,32 @@ class CausalTransformer(nn.Module):
         return x, tuple(kept)
 
 
-def _tokens_only(block: Block, x: Tensor, layout: FrameLayout) -> Tensor:
-    return block(x, layout)[0]
+GRAPHS = 64
+"""Most kinds of layers, sizes of clip and window, with or without gradients, that may be compiled in one process."""
+
+
+@no_type_check  # what it calls may be traced
+def whole_clip(layer: nn.Module, x: Tensor, layout: FrameLayout) -> Tensor:
+    """A layer's tokens (b, n, out) for the tokens x (b, n, width) of whole clips, compiled where the layout says so.
+
+    All layers of a kind share a graph for each number of tokens, and so do all batches of two clips and more.
+    """
+    if not layout.compiled or torch.compiler.is_compiling():
+        return _tokens_only(layer, x, layout)
+    torch._dynamo.maybe_mark_dynamic(x, 0)
+    # DistributedDataParallel's own splitting of graphs knows nothing of FlexAttention, and a block is no bucket
+    with torch._dynamo.config.patch(recompile_limit=GRAPHS, optimize_ddp=False):
+        return _compiled_tokens()(layer, x, layout)
+
+
+@no_type_check
+def _tokens_only(layer: nn.Module, x: Tensor, layout: FrameLayout) -> Tensor:
+    return layer(x, layout)[0]
+
+
+@functools.cache
+def _compiled_tokens() -> Callable[..., Any]:
+    return torch.compile(_tokens_only, fullgraph=True, dynamic=False)
 
 
 @torch.no_grad()

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from repvitok.config import RepViTokConfig
-from repvitok.nn.attention import Kernel, flex_mask
-from repvitok.nn.blocks import Attention, CausalTransformer, FrameLayout, KeyValues, init_transformer
+from repvitok.nn.attention import ONE_CALL_KEYS, Kernel, flex_mask
+from repvitok.nn.blocks import Attention, CausalTransformer, FrameLayout, KeyValues, init_transformer, whole_clip
 from repvitok.nn.rope import rotary_table
 
 CHANNELS = 3
@@ -136,13 +136,14 @@ class Encoder(nn.Module):
         window: int | None,
         *,
         checkpointing: bool = False,
-        kernel: Kernel = "frames",
+        compiled: bool | None = False,
+        kernel: Kernel = "flex",
     ) -> Float[Tensor, "b frames tokens d"]:
-        """Latents of a whole clip."""
+        """Latents of a whole clip; the options are those of `RepViTok`."""
         x = self.patchify(video, begins=True)
         grid = (video.shape[3] // self.config.patch_size, video.shape[4] // self.config.patch_size)
-        layout = frame_layout(self.config, 0, x, grid, window, kernel)
-        z, _ = self.project(self.transformer(x, layout, checkpointing=checkpointing), layout)
+        layout = frame_layout(self.config, 0, x, grid, window, compiled, kernel)
+        z = whole_clip(self.project, self.transformer(x, layout, checkpointing=checkpointing), layout)
         return rearrange(z, "b (frames tokens) d -> b frames tokens d", tokens=layout.tokens_per_frame)
 
     def step(
@@ -179,11 +180,12 @@ class Decoder(nn.Module):
         window: int | None,
         *,
         checkpointing: bool = False,
-        kernel: Kernel = "frames",
+        compiled: bool | None = False,
+        kernel: Kernel = "flex",
     ) -> Float[Tensor, "b 3 T H W"]:
-        """The frames of a whole clip."""
+        """The frames of a whole clip; the options are those of `RepViTok`."""
         x = self.expand(rearrange(z, "b frames tokens d -> b (frames tokens) d"))
-        layout = frame_layout(self.config, 0, x, grid, window, kernel)
+        layout = frame_layout(self.config, 0, x, grid, window, compiled, kernel)
         x = self.transformer(x, layout, checkpointing=checkpointing)
         return self.unpatchify(self.norm(x), grid, begins=True)
 
@@ -209,14 +211,22 @@ def frame_layout(
     x: Float[Tensor, "b n width"],
     grid: tuple[int, int],
     window: int | None,
-    kernel: Kernel = "frames",
+    compiled: bool | None = False,
+    kernel: Kernel = "flex",
 ) -> FrameLayout:
     """The layout of the tokens `x`, whose first latent frame is number `first_frame` of its clip or stream.
 
-    `kernel` "flex" is for whole clips, of more than one frame: a stream's frames see cached keys.
+    `compiled` is for whole clips: a stream's frames see cached keys. None compiles on a GPU, unless the clips are so
+    short that their attention is one masked call. FlexAttention wants heads of 16 channels, and on a CPU has no
+    backward pass.
     """
     tokens = grid[0] * grid[1]
     frames = x.shape[1] // tokens
     rotary = rotary_table(first_frame, frames, grid, config.head_dim, config.rope_base, x.device)
-    flex = flex_mask(frames, tokens, window, x.device) if kernel == "flex" and frames > 1 else None
-    return FrameLayout(tokens, window, rotary, flex)
+    if compiled is None:
+        compiled = x.is_cuda and x.shape[1] > ONE_CALL_KEYS
+    if torch.compiler.is_compiling():
+        compiled = False
+    flexible = frames > 1 and config.head_dim >= 16 and (x.is_cuda or not torch.is_grad_enabled())
+    flex = flex_mask(frames, tokens, window, x.device) if compiled and flexible and kernel == "flex" else None
+    return FrameLayout(tokens, window, rotary, compiled, flex)

@@ -96,6 +96,7 @@ class RepViTokTraining(L.LightningModule):
         gradient_clip: From0 = 2.0,
         init_from: str | None = None,
         gradient_checkpointing: bool = False,
+        compile_blocks: bool | None = None,
         pictures_every_n_validations: Count = 1,
         test_features: list[FeatureNetwork] | None = None,
     ) -> None:
@@ -112,6 +113,7 @@ class RepViTokTraining(L.LightningModule):
             gradient_clip: largest norm of the tokenizer's gradient; 0 for no clipping.
             init_from: a folder or hub id of a trained tokenizer of the same architecture to start from.
             gradient_checkpointing: recompute activations in the backward pass.
+            compile_blocks: compile the tokenizer's layers (`RepViTok.compile_blocks`); null is on a GPU.
             pictures_every_n_validations: reconstructions are saved as PNG, and given to loggers that take images,
                 every so many validations; 0 for never.
             test_features: feature networks of the Frechet distances that `test` measures (repvitok.training.features).
@@ -128,6 +130,7 @@ class RepViTokTraining(L.LightningModule):
         self.gradient_clip = gradient_clip
         self.tokenizer = _start(tokenizer, init_from)
         self.tokenizer.gradient_checkpointing = gradient_checkpointing
+        self.tokenizer.compile_blocks = compile_blocks
         self.align = _alignment_head(tokenizer, teacher, weights)
         self.discriminator, self.lecam = _adversary(adversary, weights)
         self.ema = ExponentialMovingAverage(self.tokenizer, ema_decay)

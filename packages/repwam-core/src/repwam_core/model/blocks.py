@@ -79,10 +79,6 @@ def normalised_heads(x: Stream, scale: Float[Tensor, " c"], rotary: Rotary | Non
     return y.to(x.dtype)
 
 
-TextKeys = tuple[Tensor, Tensor]
-"""Keys and values of the instructions in one layer, (b, documents, s, heads, c) each."""
-
-
 @dataclass(frozen=True, eq=False)
 class EmbeddedText:
     """The instructions of all documents, as one expert reads them.
@@ -96,12 +92,12 @@ class EmbeddedText:
 
     tokens: Float[Tensor, "b documents s width"]
     mask: Bool[Tensor, "b documents s"]
-    keys_values: Sequence[TextKeys] = ()
+    keys_values: Sequence[tuple[Float[Tensor, "b documents s heads c"], Float[Tensor, "b documents s heads c"]]] = ()
     lengths: DocumentLengths | None = None
 
-    def of_layer(self, layer: int) -> TextKeys | None:
-        """The keys and values that were computed before, if they were."""
-        return self.keys_values[layer] if self.keys_values else None
+    def of_layer(self, layer: int) -> EmbeddedText:
+        """The same with this layer's keys and values alone."""
+        return replace(self, keys_values=self.keys_values[layer : layer + 1]) if self.keys_values else self
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,10 +227,10 @@ class CrossAttention(nn.Module):
         documents = text.tokens.shape[1:3]
         return k.unflatten(1, documents), v.unflatten(1, documents)
 
-    def forward(self, x: Stream, text: EmbeddedText, known: TextKeys | None, stream: StreamTensors) -> Stream:
-        """The update of the stream; `known` are the text's keys and values, if they were computed before."""
+    def forward(self, x: Stream, text: EmbeddedText, stream: StreamTensors) -> Stream:
+        """The update of the stream."""
         q = self.projections.queries(x)
-        k, v = self.keys_values(text) if known is None else known
+        k, v = text.keys_values[0] if text.keys_values else self.keys_values(text)
         if text.lengths is not None and q.dtype in HALF:
             return self.projections.out(text.lengths.attend(q, k, v, text.mask).flatten(2))
         if stream.documents is not None:
@@ -264,16 +260,15 @@ class ExpertLayer(nn.Module):
         return modulate(normalise(x), shift, scale)
 
     def after(
-        self, x: Stream, update: Stream, modulation: Modulation, text: EmbeddedText, known: TextKeys | None,
-        stream: StreamTensors,
-    ) -> Stream:  # fmt: skip
+        self, x: Stream, update: Stream, modulation: Modulation, text: EmbeddedText, stream: StreamTensors
+    ) -> Stream:
         """Self-attention's update added, then cross-attention and feed-forward."""
         if not x.shape[1]:
             return x
         gate, shift, scale, ffn_gate = (modulation[:, :, 2:] + self.table[:, 2:]).unbind(2)
         x = add_gated(x, gate, update)
         weight, bias = self.cross_norm.weight.to(x.dtype), self.cross_norm.bias.to(x.dtype)
-        read = self.cross(layer_norm(x, x.shape[-1:], weight, bias, EPSILON), text, known, stream)
+        read = self.cross(layer_norm(x, x.shape[-1:], weight, bias, EPSILON), text, stream)
         x = (x + read).to(x.dtype)
         inner = modulate(normalise(x), shift, scale)
         return add_gated(x, ffn_gate, self.ffn_out(nn.functional.gelu(self.ffn_in(inner))))
@@ -298,11 +293,11 @@ class WAMLayer(nn.Module):
         """Both streams after this layer.
 
         Args:
-            layer: number of this layer, for `attention` and the texts' `keys_values`.
+            layer: number of this layer, for `attention`.
             video: (b, n_video, width).
             side: action and state tokens, (b, n_side, action_width).
             modulations: by the noise level, of the video and of the side stream.
-            texts: the instructions as the video and as the action expert read them.
+            texts: the instructions as the video and as the action expert read them in this layer.
             tensors: of the layout.
             attention: self-attention over the tokens in `layout.streams` order.
         """
@@ -322,8 +317,7 @@ class WAMLayer(nn.Module):
         length = getattr(attention, "length", None)
         q, k, v = around(self.before, video, side, modulations, (tensors.cos, tensors.sin), length)
         attended = attention(layer, *(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-        known, streams = (texts[0].of_layer(layer), texts[1].of_layer(layer)), (tensors.video, tensors.side)
-        return around(self.after, video, side, attended, modulations, texts, known, streams)
+        return around(self.after, video, side, attended, modulations, texts, (tensors.video, tensors.side))
 
     def before(
         self, video: Tensor, side: Tensor, modulations: tuple[Modulation, Modulation], rotary: Rotary,
@@ -342,15 +336,14 @@ class WAMLayer(nn.Module):
 
     def after(
         self, video: Tensor, side: Tensor, attended: Tensor, modulations: tuple[Modulation, Modulation],
-        texts: tuple[EmbeddedText, EmbeddedText], known: tuple[TextKeys | None, TextKeys | None],
-        streams: tuple[StreamTensors, StreamTensors],
+        texts: tuple[EmbeddedText, EmbeddedText], streams: tuple[StreamTensors, StreamTensors],
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Both streams after the layer, from what their tokens attended to: heads (b, n or more, heads, c)."""
         videos, tokens = video.shape[1], video.shape[1] + side.shape[1]
         updates = self.attention.leave(attended[:, :tokens].flatten(2), videos)
         return (
-            self.video.after(video, updates[0], modulations[0], texts[0], known[0], streams[0]),
-            self.action.after(side, updates[1], modulations[1], texts[1], known[1], streams[1]),
+            self.video.after(video, updates[0], modulations[0], texts[0], streams[0]),
+            self.action.after(side, updates[1], modulations[1], texts[1], streams[1]),
         )
 
 

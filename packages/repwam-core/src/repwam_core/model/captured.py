@@ -19,7 +19,7 @@ from torch import Tensor
 from repwam_core.model.blocks import EmbeddedText
 from repwam_core.model.cache import CachedAttention, KeysValues, KeyValueCache
 from repwam_core.model.masks import AttentionFn
-from repwam_core.model.sequence import LayoutTensors, StreamTensors, Velocities, WAMInputs, to_device
+from repwam_core.model.sequence import LayoutTensors, Velocities, WAMInputs, to_device
 from repwam_core.model.wam import WorldActionModel
 
 log = logging.getLogger(__name__)
@@ -222,8 +222,11 @@ class _Kind:
         view, vector, *of_streams = self._numbers.split([len(index) for index in indices])
         cos, sin = self._rotary.unbind()
         video, side = (
-            StreamTensors(level, noisy, noisy_level, None)
-            for level, noisy, noisy_level in (of_streams[:3], of_streams[3:])
+            replace(stream, level=level, noisy=noisy, noisy_level=noisy_level)
+            for stream, (level, noisy, noisy_level) in (
+                (tensors.video, of_streams[:3]),
+                (tensors.side, of_streams[3:]),
+            )
         )
         self.tensors = LayoutTensors(view, vector, cos, sin, None, video, side)
         layers = attention.layers

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from typing import Any, no_type_check
 
 import numpy as np
@@ -45,10 +44,8 @@ class _CompiledLayer(nn.Module):
     @no_type_check
     def forward(self, number, video, side, modulations, texts, tensors, attention):
         q, k, v = self._before(self.layer, video, side, modulations, (tensors.cos, tensors.sin))
-        attended = attention(number, *(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2).flatten(2)
-        # Of its own keys and values alone, or the number of the layer would be compiled into it.
-        texts = tuple(replace(text, keys_values=[text.keys_values[number]]) for text in texts)
-        return self._after(self.layer, 0, video, side, attended, modulations, texts, (tensors.video, tensors.side))
+        attended = attention(number, *(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        return self._after(self.layer, video, side, attended, modulations, texts, (tensors.video, tensors.side))
 
 
 @no_type_check

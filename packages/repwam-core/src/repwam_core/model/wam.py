@@ -288,7 +288,8 @@ class WorldActionModel(PretrainedModel):
             side_modulation.index_select(1, tensors.side.level),
         )
         for number, layer in enumerate(self.layers):
-            video, side = layer(number, video, side, modulations, texts, tensors, attention)
+            of_layer = texts[0].of_layer(number), texts[1].of_layer(number)
+            video, side = layer(number, video, side, modulations, of_layer, tensors, attention)
         video, side = video.index_select(1, tensors.video.noisy), side.index_select(1, tensors.side.noisy)
         video_levels = video_levels.index_select(1, tensors.video.noisy_level)
         return self._velocities(

@@ -117,7 +117,7 @@ class WAMTraining(L.LightningModule):
                 self.wam = build_sharded_wam(self, mixture, strategy, torch.bfloat16 if bf16 else None)
             else:
                 self.wam = build_wam(self, mixture)
-            prepare_layers(self.wam, self.scale)
+            prepare_layers(self.wam, self.scale, self.trainer.strategy.root_device)
             self.ema = ExponentialMovingAverage(self.wam, self.ema_decay)
 
     def configure_model(self) -> None:

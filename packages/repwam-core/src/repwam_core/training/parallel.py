@@ -263,14 +263,14 @@ class ScaleSettings:
     Attributes:
         recompute: what layers compute again in the backward pass: "none", "selective" (all but attention), "full", or
             "offload": full, from inputs that wait in the host's memory, two copies over its bus per layer and step.
-        compile: compile what surrounds attention in every layer with torch.compile.
+        compile: compile what surrounds attention in every layer with torch.compile; None does so on a GPU.
         attention: see `attention.make_attention`.
         init: "stream" draws the initial weights one after the other; "per_parameter" each by its name, which a model
             needs that is sharded from the start.
     """
 
     recompute: Recompute = "none"
-    compile: bool = False
+    compile: bool | None = None
     attention: str = "auto"
     init: str = "stream"
 
@@ -378,12 +378,12 @@ def gather_for_sampling(wam: WorldActionModel, gathered: bool) -> None:
             module.unshard() if gathered else module.reshard()
 
 
-def prepare_layers(wam: WorldActionModel, scale: ScaleSettings) -> None:
-    """Let all layers recompute, and be compiled, as the settings say."""
+def prepare_layers(wam: WorldActionModel, scale: ScaleSettings, device: torch.device | str = "cpu") -> None:
+    """Let all layers recompute, and be compiled, as the settings say for a device."""
     for layer in wam.layers:
         if isinstance(layer, WAMLayer):
             layer.recompute = scale.recompute
-    if scale.compile:
+    if torch.device(device).type == "cuda" if scale.compile is None else scale.compile:
         compile_layers(wam)
 
 

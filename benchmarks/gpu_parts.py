@@ -304,7 +304,7 @@ class Sequences(NamedTuple):
 def train_64k(run: Run) -> None:
     """1.3 B on one packed sequence of two episodes, as the recipe has it: step, share of the peak, memory, kernels."""
     of = Sequences(2, 4, (1, 4, 4)) if run.tiny else Sequences(2, 60, (1, 16, 16))
-    train(run, of, {"recompute": "selective"}, profiled=True)
+    train(run, of, {"recompute": "selective", "residual": "bfloat16"}, profiled=True)
 
 
 def train_200k(run: Run) -> None:
@@ -359,6 +359,49 @@ FLEX_SETTINGS: list[tuple[str | None, dict[str, Any] | None]] = [
     (None, {"fwd_num_stages": 2, "fwd_num_warps": 8, "fwd_BLOCK_M": 128, "fwd_BLOCK_N": 128}),
 ]
 """How FlexAttention is compiled, and its kernel options."""
+
+
+def cached(run: Run) -> None:
+    """One layer's attention of a rollout with a full ring, its keys in one part and in several."""
+    from repwam_core.model import cache
+
+    if not run.cuda:
+        return run.tell(skipped="it wants a GPU")
+    heads, kept, half = 12, 9216, torch.bfloat16
+    for queries in (522, 10):
+        q = torch.randn(1, heads, queries, 128, device=run.device, dtype=half)
+        k, v = (torch.randn(1, heads, kept, 128, device=run.device, dtype=half) for _ in range(2))
+        seen = torch.rand(1, kept, device=run.device) < 0.9
+        bias = torch.zeros(1, kept, device=run.device, dtype=half).masked_fill_(~seen, cache.MASKED)
+        oracle = (q.float() @ k.float().mT / 128**0.5 + bias.float()).softmax(-1) @ v.float()
+
+        def times(attend: Callable[[], Tensor], **told: Any) -> None:
+            error = ((attend().float() - oracle).norm() / oracle.norm()).item()  # noqa: B023
+
+            def layers() -> None:
+                for _ in range(30):
+                    attend()
+
+            seconds = statistics.median(run.timed(layers, most=5, share=0.05)) / 30
+            run.tell(queries=queries, **told, error=float(f"{error:.1e}"), ms=round(1e3 * seconds, 4))  # noqa: B023
+
+        times(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias), parts=1)  # noqa: B023
+        for parts in (1, 2, 4, 8, 16):
+            times(lambda: cache.attention_in_parts(q, k, v, bias, parts), parts=parts, kernel="efficient")  # noqa: B023
+        efficient = cache.attention_and_sums
+        cache.attention_and_sums = _cudnn_attention_and_sums
+        try:
+            for parts in (1, 2, 4, 8):
+                times(lambda: cache.attention_in_parts(q, k, v, bias, parts), parts=parts, kernel="cudnn")  # noqa: B023
+        except RuntimeError as error:
+            run.tell(kernel="cudnn", failed=str(error)[:300])
+        cache.attention_and_sums = efficient
+    return None
+
+
+def _cudnn_attention_and_sums(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    output, sums, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, bias, True)
+    return output, sums.view(output.shape[:3])
 
 
 def train_variants(run: Run) -> None:
@@ -943,6 +986,7 @@ PARTS: dict[str, tuple[Callable[[Run], None], float]] = {
     "train_64k": (train_64k, 75),
     "latency": (latency, 90),
     "train_200k": (train_200k, 90),
+    "cached": (cached, 20),
     "flex": (flex, 75),
     "tokenizer": (tokenizer, 45),
     "short_documents": (short_documents, 40),

@@ -4,8 +4,8 @@
 
 A block of the paper's size on one clip of 17 x 256 x 256 under bf16 autocast, on a CPU. Eager: the inputs and outputs
 of every operation but views, products and attention. Compiled: those of every kernel that inductor makes, in its own
-count. A GPU's kernels are cut a little differently. FlexAttention has no backward pass here, so that of training is a call per
-frame in both.
+count. A GPU's kernels are cut a little differently. FlexAttention has no backward pass here, so that of training is a
+call per frame in both.
 """
 
 from __future__ import annotations

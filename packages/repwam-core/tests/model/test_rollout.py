@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from repwam_core.model.cache import MASKED, attention_in_parts
 from repwam_core.model.config import ActionSpace, WAMConfig
 from repwam_core.model.rollout import Rollout
 from repwam_core.model.sequence import WAMInputs, document_inputs, training_layout
 from repwam_core.model.wam import WorldActionModel
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 GRID, VECTORS = (2, 1, 2), 2
 TOKENS = 4
@@ -277,3 +279,14 @@ def test_what_cannot_be_is_refused() -> None:
         rollout.plan(video_noise=torch.zeros(2, 1, TOKENS, 5))
     with pytest.raises(ValueError, match="expected one of the model's action spaces"):
         Rollout(model, space="other", grid=GRID, text=inputs.text[:, 0], text_mask=inputs.text_mask[:, 0])
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+def test_keys_in_parts_are_attended_as_a_whole(rows):
+    q, k, v = torch.randn(1, 3, 6, 16), torch.randn(1, 3, 64, 16), torch.randn(1, 3, 64, 16)
+    seen = torch.rand(rows, 64) < 0.5
+    seen[:, 16:32], seen[:, 0] = False, True  # a whole part that nobody sees
+    expected = scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    bias = torch.zeros(rows, 64).masked_fill_(~seen, MASKED)
+    for parts in (2, 4):
+        torch.testing.assert_close(attention_in_parts(q, k, v, bias, parts), expected, atol=1e-6, rtol=1e-5)

@@ -102,17 +102,19 @@ class EmbeddedText:
 
 @dataclass(frozen=True, eq=False)
 class DocumentLengths:
-    """Where each document begins among a stream's tokens and among all real tokens of instructions, for `varlen_attn`.
+    """Where each piece of a document begins among a stream's tokens, and where its instruction, for `varlen_attn`.
 
     Attributes:
-        queries, keys: first token of each of the b * documents documents, and the number of all.
-        real: places of the instructions' tokens, those that are attended first.
-        longest: tokens of the longest document.
+        queries, keys: first token of each of the b * pieces pieces, and the number of all.
+        real: places of the pieces' instructions' tokens among all of instructions, those that are attended first.
+        attended: which of these are attended.
+        longest: tokens of the longest piece.
     """
 
     queries: Int[Tensor, " borders"]
     keys: Int[Tensor, " borders"]
     real: Int[Tensor, " tokens"]
+    attended: Bool[Tensor, " tokens"]
     longest: int
 
     @classmethod
@@ -120,15 +122,19 @@ class DocumentLengths:
         """Of a stream of so many tokens; nothing here waits for the GPU."""
         rows = torch.arange(len(mask), device=mask.device, dtype=torch.int32)[:, None] * tokens
         ends = (rows + stream.borders[1:]).flatten()
-        attended = mask.flatten(0, 1).sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return cls(pad(ends, (1, 0)), pad(attended, (1, 0)), (~mask).flatten().argsort(stable=True), stream.longest)
+        places = torch.arange(mask.numel(), device=mask.device).view(mask.shape)
+        of_pieces, places = (x.index_select(1, stream.document) for x in (mask, places))
+        counts = of_pieces.flatten(0, 1).sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        order = (~of_pieces).flatten().argsort(stable=True)
+        attended, real = of_pieces.flatten()[order], places.flatten()[order]
+        return cls(pad(ends, (1, 0)), pad(counts, (1, 0)), real, attended, stream.longest)
 
-    def attend(self, q: Heads, k: Tensor, v: Tensor, mask: Bool[Tensor, "b documents s"]) -> Heads:
+    def attend(self, q: Heads, k: Tensor, v: Tensor) -> Heads:
         """Attention of every document's tokens to its own instruction, in one call."""
-        attended = mask.flatten()[self.real][:, None, None]
+        most, attended = k.shape[2], self.attended[:, None, None]
         # Behind the last real key nothing is attended, and what the kernel calls its gradient there is not written.
         k, v = (torch.where(attended, x.flatten(0, 2).index_select(0, self.real), 0) for x in (k, v))
-        output = varlen_attn(q.flatten(0, 1), k, v, self.queries, self.keys, self.longest, mask.shape[-1])
+        output = varlen_attn(q.flatten(0, 1), k, v, self.queries, self.keys, self.longest, most)
         return output.view_as(q)
 
 
@@ -232,7 +238,7 @@ class CrossAttention(nn.Module):
         q = self.projections.queries(x)
         k, v = text.keys_values[0] if text.keys_values else self.keys_values(text)
         if text.lengths is not None and q.dtype in HALF:
-            return self.projections.out(text.lengths.attend(q, k, v, text.mask).flatten(2))
+            return self.projections.out(text.lengths.attend(q, k, v).flatten(2))
         if stream.documents is not None:
             return self.projections.out(stream.documents.attend(q, k, v, text.mask).flatten(2))
         # As many tokens in every document: (b, documents m, heads, c) is (b documents, heads, m, c).

@@ -19,8 +19,12 @@ from repwam_core.model.config import WAMConfig
 from repwam_core.model.masks import alike, pairs
 from repwam_core.model.sequence import PADDING, Modality, TokenFields, TokenLayout, to_device
 
+BLOCKS, MOST_PARTS = 264, 16
+"""Blocks of 64 queries and one head that keep a GPU busy, twice its multiprocessors; parts that keys are cut into."""
+MASKED = -30_000.0
+"""Added to the logit of a key that is not seen; its exponential is zero."""
 KeysValues = tuple[Float[Tensor, "b heads slots c"], Float[Tensor, "b heads slots c"]]
-ALIGNED = 8
+ALIGNED = 256
 """Of a multiple of so many slots a mask's rows lie as GPU kernels read them, who otherwise copy it in every layer."""
 
 
@@ -44,10 +48,44 @@ class CachedAttention:
         keys.index_copy_(2, self.slots, k.to(keys.dtype))
         values.index_copy_(2, self.slots, v.to(values.dtype))
         used = self.mask.shape[1]
-        output = scaled_dot_product_attention(
-            q.to(keys.dtype), keys[:, :, :used], values[:, :, :used], attn_mask=self.mask
-        )
-        return output.to(v.dtype)
+        q, k, keys_type = q.to(keys.dtype), keys[:, :, :used], v.dtype
+        parts = parts_of_keys(q, used) if self.mask.is_floating_point() else 1
+        if parts > 1:
+            return attention_in_parts(q, k, values[:, :, :used], self.mask, parts).to(keys_type)
+        return scaled_dot_product_attention(q, k, values[:, :, :used], attn_mask=self.mask).to(keys_type)
+
+
+def parts_of_keys(q: Tensor, keys: int) -> int:
+    """Into how many parts keys are cut, so that a GPU has something to do for few queries of one episode."""
+    batch, heads, queries, _ = q.shape
+    if batch > 1 or not q.is_cuda:
+        return 1
+    wanted, parts = BLOCKS // (heads * -(-queries // 64)), 1
+    while 2 * parts <= min(wanted, MOST_PARTS) and keys % (32 * parts) == 0:
+        parts *= 2
+    return parts
+
+
+def attention_in_parts(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, parts: int) -> Tensor:
+    """Softmax attention of one episode (1, heads, n, c) whose keys are attended part by part, at the same time.
+
+    Each part's result counts by its share of the softmax's sum. A part that is masked as a whole has none, if `bias`
+    (rows, m) masks by a large finite number.
+    """
+    k, v = (x[0].unflatten(1, (parts, -1)).transpose(0, 1) for x in (k, v))
+    q, bias = q.expand(parts, -1, -1, -1), bias.unflatten(1, (parts, -1)).transpose(0, 1)[:, None]
+    outputs, sums = attention_and_sums(q, k, v, bias.expand(-1, q.shape[1], q.shape[2], -1))
+    return (outputs * sums.softmax(0)[..., None]).sum(0, keepdim=True)
+
+
+def attention_and_sums(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention, and the logarithm of each query's sum of exponentials (b, heads, n)."""
+    if q.is_cuda:
+        attend = torch.ops.aten._scaled_dot_product_efficient_attention
+        output, sums, *_ = attend(q, k, v, bias, True)
+        return output, sums[..., : q.shape[2]]
+    logits = (q @ k.mT).float() / math.sqrt(q.shape[-1]) + bias
+    return logits.softmax(-1).to(v.dtype) @ v, logits.logsumexp(-1)
 
 
 class KeyValueCache:

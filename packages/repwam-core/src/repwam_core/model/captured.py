@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from repwam_core.model.blocks import EmbeddedText
-from repwam_core.model.cache import CachedAttention, KeysValues, KeyValueCache
+from repwam_core.model.cache import MASKED, CachedAttention, KeysValues, KeyValueCache
 from repwam_core.model.masks import AttentionFn
 from repwam_core.model.sequence import LayoutTensors, Velocities, WAMInputs, to_device
 from repwam_core.model.wam import WorldActionModel
@@ -245,7 +245,7 @@ class _Kind:
         if attention is not self._filled_from[1]:
             self.attention.slots.copy_(attention.slots)
             # Numbers, because torch would make them of the booleans in every layer.
-            self.attention.mask.fill_(-torch.inf).masked_fill_(attention.mask, 0)
+            self.attention.mask.fill_(MASKED).masked_fill_(attention.mask, 0)
         self._filled_from = tensors, attention
 
 

@@ -37,6 +37,8 @@ PADDING = -1
 """The document of a slot that holds no token: visible to no document."""
 KEPT_LAYOUTS = 64
 """Layouts of each kind that are kept for reuse; one of 200,000 tokens takes about 40 MB."""
+PIECE = 2048
+"""Tokens of a document that attend to its instruction by themselves: the backward pass has little else to divide."""
 Made = TypeVar("Made")
 Heads = Float[Tensor, "b n heads c"]
 
@@ -469,8 +471,9 @@ class StreamTensors:
         level: noise level of each group of consecutive tokens.
         noisy: which of the tokens are predicted.
         noisy_level: noise level of each group of these.
-        borders: first token of each document, and the number of all.
-        longest: tokens of the longest document.
+        borders: first token of each piece of a document, and the number of all; see `PIECE`.
+        document: whose piece each is.
+        longest: tokens of the longest piece.
         documents: the tokens of each document (queries) and the places of its instruction (keys), by the number of
             tokens; None where all documents have as many, one after the other.
     """
@@ -479,6 +482,7 @@ class StreamTensors:
     noisy: Int[Tensor, " n_noisy"]
     noisy_level: Int[Tensor, " noisy_groups"]
     borders: Int[Tensor, " borders"]
+    document: Int[Tensor, " pieces"]
     longest: int
     documents: Buckets | None
 
@@ -520,14 +524,18 @@ def layout_tensors(layout: TokenLayout, head_dim: int, rope_base: float, device:
         level, document = streams.level[start:stop], streams.document[start:stop]
         noisy = streams.noisy[start:stop].nonzero()[:, 0]
         tokens = torch.bincount(document, minlength=layout.documents)
+        counts = (tokens + PIECE - 1).clamp(min=PIECE) // PIECE
+        pieces = torch.full((int(counts.sum()),), PIECE)
+        pieces[counts.cumsum(0) - 1] = tokens - PIECE * (counts - 1)
         parts = torch.arange(stop - start).split(tokens.tolist())
         blocks = [(part.numpy(), np.array([number])) for number, part in enumerate(parts) if len(part)]
         return StreamTensors(
             level=level[::group].to(device),
             noisy=noisy.to(device),
             noisy_level=level[noisy][::group].to(device),
-            borders=pad(tokens.cumsum(0), (1, 0)).int().to(device),
-            longest=int(tokens.max()) if len(tokens) else 0,
+            borders=pad(pieces.cumsum(0), (1, 0)).int().to(device),
+            document=torch.arange(len(tokens)).repeat_interleave(counts).to(device),
+            longest=int(pieces.max()) if len(pieces) else 0,
             documents=None if bool((tokens == tokens[:1]).all()) else Buckets.of(blocks, device),
         )
 

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from repvitok.runtime.errors import UserError
 from repvitok.runtime.pretrained import PretrainedModel, drawn_once
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 
 from repwam_core.model.blocks import (
     EmbeddedText,
@@ -157,6 +158,8 @@ class WorldActionModel(PretrainedModel):
 
     format = "repwam"
     config_class = WAMConfig
+    residual_dtype: torch.dtype | None = None
+    """Type of the tokens between the layers' parts; None is what the embeddings give, float32 in training."""
 
     @drawn_once
     def __init__(self, config: WAMConfig) -> None:
@@ -278,6 +281,8 @@ class WorldActionModel(PretrainedModel):
             texts: from `embed_text`.
         """
         video, side = self._embed(inputs, tensors)
+        if self.residual_dtype is not None:
+            video, side = video.to(self.residual_dtype), side.to(self.residual_dtype)
         texts = with_lengths(texts[0], tensors.video, video), with_lengths(texts[1], tensors.side, side)
         with _full_precision(inputs.times.device.type):
             video_levels, video_modulation = self.video.levels(inputs.times)
@@ -302,10 +307,10 @@ class WorldActionModel(PretrainedModel):
     def _embed(self, inputs: WAMInputs, tensors: LayoutTensors) -> tuple[Tensor, Tensor]:
         """Video tokens (b, n_video, width), and the action expert's tokens (b, n_side, action_width)."""
         space, latent_dim = self._space(inputs.space), self.config.latent_dim
-        video = self.video_in(inputs.video[..., :latent_dim]) + self.views[tensors.view]
+        video = self.video_in(inputs.video[..., :latent_dim]) + embedding(tensors.view, self.views)
         if self.joint_in is not None:
             video = video + self.joint_in(inputs.video[..., latent_dim:])
-        side = space.action_in(inputs.actions) + self.action_kinds[:, :1] + space.slots[:, tensors.vector]
+        side = space.action_in(inputs.actions) + self.action_kinds[:, :1] + embedding(tensors.vector, space.slots[0])
         if inputs.states is not None:
             if space.state_in is None:
                 raise UserError(

@@ -265,6 +265,8 @@ class ScaleSettings:
             "offload": full, from inputs that wait in the host's memory, two copies over its bus per layer and step.
         compile: compile what surrounds attention in every layer with torch.compile; None does so on a GPU.
         attention: see `attention.make_attention`.
+        residual: type of the tokens between the layers' parts: "float32", or "bfloat16", half the memory and traffic;
+            norms are computed in float32 either way.
         init: "stream" draws the initial weights one after the other; "per_parameter" each by its name, which a model
             needs that is sharded from the start.
     """
@@ -272,12 +274,14 @@ class ScaleSettings:
     recompute: Recompute = "none"
     compile: bool | None = None
     attention: str = "auto"
+    residual: str = "float32"
     init: str = "stream"
 
     def __post_init__(self) -> None:
         for name, choices in (
             ("recompute", get_args(Recompute)),
             ("attention", ("auto", "flex", "blocked", "dense")),
+            ("residual", ("float32", "bfloat16")),
             ("init", ("stream", "per_parameter")),
         ):
             if getattr(self, name) not in choices:
@@ -380,6 +384,7 @@ def gather_for_sampling(wam: WorldActionModel, gathered: bool) -> None:
 
 def prepare_layers(wam: WorldActionModel, scale: ScaleSettings, device: torch.device | str = "cpu") -> None:
     """Let all layers recompute, and be compiled, as the settings say for a device."""
+    wam.residual_dtype = torch.bfloat16 if scale.residual == "bfloat16" else None
     for layer in wam.layers:
         if isinstance(layer, WAMLayer):
             layer.recompute = scale.recompute

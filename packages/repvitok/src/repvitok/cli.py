@@ -64,7 +64,7 @@ def _encode_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=["float32", "bfloat16"],
         default="float32",
-        help="of the model's products; bfloat16 is many times faster on a GPU (default float32, as the policy)",
+        help="of the model's products; bfloat16 is faster on a GPU (default float32, as the policy)",
     )
     add(
         "--device", type=text_argument, default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)"

@@ -100,8 +100,7 @@ def encode_dataset(
         cameras: None for all, in the data set's order. Their tokens lie one camera behind the other.
         episodes: numbers of those to encode; None for all.
         dtype: "float32" or "float16", of the latents on disk.
-        precision: "float32", the policy's own, or "bfloat16", in which a GPU computes the tokenizer's products many
-            times faster.
+        precision: "float32", the policy's own, or "bfloat16", in which a GPU multiplies faster.
         batch_size: streams side by side (at least one episode with its offsets and cameras).
         workers: threads that decode; one uses several cores already where a video's codec can.
         shard: (i, n): encode the i-th of n shares of the episodes only, into a folder of its own below `out`; once

@@ -96,14 +96,20 @@ class Attention(nn.Module):
 
     @no_type_check
     def _fused_heads(self, qkv: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
-        """The same for a compiler: in memory heads stay beside each other, so that nothing is copied on either side."""
+        """The same for a compiler, which makes one kernel of it: x cos + (halves of x swapped) (-sin, sin).
+
+        In memory heads stay beside each other, so that nothing is transposed before the kernel or after attention.
+        """
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)  # b n h c
-        beside = Rotary(rotary.cos[:, None], rotary.sin[:, None])
-        q, k = (
-            rotate(layer_norm(part, part.shape[-1:]) * gain, beside).to(v.dtype)
-            for part, gain in zip((q, k), self.qk_gain, strict=True)
-        )
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        cos, sin = (table.repeat(1, 2)[:, None] for table in rotary)
+        half = v.shape[-1] // 2
+        sin = torch.where(torch.arange(2 * half, device=v.device) < half, -sin, sin)
+        turned = []
+        for part, gain in zip((q, k), self.qk_gain, strict=True):
+            x = layer_norm(part, gain.shape) * gain
+            turned.append((x * cos + x.roll(half, -1) * sin).to(v.dtype))
+        q, k, v = (part.transpose(1, 2) for part in (*turned, v))
+        return q, k, v
 
 
 class Block(nn.Module):

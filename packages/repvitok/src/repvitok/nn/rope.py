@@ -73,12 +73,11 @@ def rotary_table(
     return Rotary(angles.cos().float().to(device), angles.sin().float().to(device))
 
 
-def rotate(x: Float[Tensor, "*batch c"], rotary: Rotary) -> Float[Tensor, "*batch c"]:
+def rotate(x: Float[Tensor, "*batch n c"], rotary: Rotary) -> Float[Tensor, "*batch n c"]:
     """Turn every channel pair (i, i + c/2) of `x` by its token's angle: (a, b) -> (a cos - b sin, b cos + a
     sin).
 
-    The tables are broadcast against `x`: tokens stand before its channels, unless the tables were given more axes. The
-    result is float32 at least: the tables are, and a bfloat16 `x` is promoted.
+    The result is float32 at least: the tables are, and a bfloat16 `x` is promoted.
     """
     first, second = x.chunk(2, dim=-1)
     cos, sin = rotary

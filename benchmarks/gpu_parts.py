@@ -719,7 +719,7 @@ def _policy_model(run: Run, coupling: str) -> Any:
 
 def rollout_modes(run: Run) -> list[str]:
     """The ways to run a rollout's passes."""
-    return ["graphs", "graphs and compiled", "eager"] if run.cuda else ["eager"]
+    return ["graphs and compiled", "graphs", "eager"] if run.cuda else ["eager"]
 
 
 def _rollout(wam: Any, grid: tuple[int, int, int], mode: str, batch: int = 1) -> Any:
@@ -983,13 +983,13 @@ def tests(run: Run) -> None:
 PARTS: dict[str, tuple[Callable[[Run], None], float]] = {
     "environment": (environment, 25),
     "correctness": (correctness, 70),
-    "train_64k": (train_64k, 75),
-    "latency": (latency, 90),
-    "train_200k": (train_200k, 90),
-    "cached": (cached, 20),
-    "flex": (flex, 75),
-    "tokenizer": (tokenizer, 45),
-    "short_documents": (short_documents, 40),
+    "train_64k": (train_64k, 100),
+    "cached": (cached, 18),
+    "latency": (latency, 65),
+    "train_200k": (train_200k, 60),
+    "flex": (flex, 65),
+    "tokenizer": (tokenizer, 60),
+    "short_documents": (short_documents, 55),
     "commands": (commands, 75),
     "tests": (tests, 45),
     "train_variants": (train_variants, 60),

@@ -327,38 +327,39 @@ def flex(run: Run) -> None:
     inputs = [torch.randn(shape, device=run.device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
     q, k, v = (x.transpose(1, 2) for x in inputs)
     towards = torch.randn_like(q)
-    for mode, options in FLEX_SETTINGS:
+
+    def both(attend: Callable[..., Tensor], options: dict[str, Any] | None) -> None:
+        torch.autograd.grad(attend(q, k, v, block_mask=mask, kernel_options=options), inputs, towards)
+
+    for options in FLEX_SETTINGS:
         if not run.has(15):
             return None
         torch.compiler.reset()
-        attend = torch.compile(flex_attention, dynamic=False, fullgraph=True, mode=mode)
+        attend = torch.compile(flex_attention, dynamic=False, fullgraph=True)
         begun_s = time.perf_counter()
         try:
-            output = attend(q, k, v, block_mask=mask, kernel_options=options)
-            torch.autograd.grad(output, inputs, towards)
+            both(attend, options)
             run.wait()
             ready_s = round(time.perf_counter() - begun_s, 1)
             with torch.no_grad():
                 forward = run.timed(lambda: attend(q, k, v, block_mask=mask, kernel_options=options), most=10)  # noqa: B023
-            output = attend(q, k, v, block_mask=mask, kernel_options=options)
-            backward = run.timed(lambda: torch.autograd.grad(output, inputs, towards, retain_graph=True), most=10)  # noqa: B023
+            backward = run.timed(lambda: both(attend, options), most=10)  # noqa: B023
         except Exception as error:
-            run.tell(mode=mode, options=options, failed=f"{type(error).__name__}: {error}"[:300])
+            run.tell(options=options, failed=f"{type(error).__name__}: {error}"[:300])
             continue
-        numbers = {"forward_ms": forward, "backward_ms": backward}
+        numbers = {"forward_ms": forward, "with_backward_ms": backward}
         told = {name: round(1e3 * statistics.median(spent), 2) for name, spent in numbers.items()}
-        run.tell(mode=mode, options=options, ready_s=ready_s, **told)
+        run.tell(options=options, ready_s=ready_s, **told)
     return None
 
 
-FLEX_SETTINGS: list[tuple[str | None, dict[str, Any] | None]] = [
-    (None, None),
-    ("max-autotune-no-cudagraphs", None),
-    (None, {"USE_TMA": True}),
-    (None, {"ROWS_GUARANTEED_SAFE": True, "BLOCKS_ARE_CONTIGUOUS": False}),
-    (None, {"fwd_num_stages": 2, "fwd_num_warps": 8, "fwd_BLOCK_M": 128, "fwd_BLOCK_N": 128}),
+FLEX_SETTINGS: list[dict[str, Any] | None] = [
+    None,
+    {"bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 128, "bwd_BLOCK_M2": 128, "bwd_BLOCK_N2": 64, "bwd_num_warps": 8},
+    {"USE_TMA": True},
+    {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 8, "fwd_num_stages": 3},
 ]
-"""How FlexAttention is compiled, and its kernel options."""
+"""Options of FlexAttention's kernels."""
 
 
 def cached(run: Run) -> None:
@@ -386,22 +387,9 @@ def cached(run: Run) -> None:
             run.tell(queries=queries, **told, error=float(f"{error:.1e}"), ms=round(1e3 * seconds, 4))  # noqa: B023
 
         times(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias), parts=1)  # noqa: B023
-        for parts in (1, 2, 4, 8, 16):
-            times(lambda: cache.attention_in_parts(q, k, v, bias, parts), parts=parts, kernel="efficient")  # noqa: B023
-        efficient = cache.attention_and_sums
-        cache.attention_and_sums = _cudnn_attention_and_sums
-        try:
-            for parts in (1, 2, 4, 8):
-                times(lambda: cache.attention_in_parts(q, k, v, bias, parts), parts=parts, kernel="cudnn")  # noqa: B023
-        except RuntimeError as error:
-            run.tell(kernel="cudnn", failed=str(error)[:300])
-        cache.attention_and_sums = efficient
+        for parts in (2, 4, 8):
+            times(lambda: cache.attention_in_parts(q, k, v, bias, parts), parts=parts)  # noqa: B023
     return None
-
-
-def _cudnn_attention_and_sums(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    output, sums, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, bias, True)
-    return output, sums.view(output.shape[:3])
 
 
 def train_variants(run: Run) -> None:
@@ -417,8 +405,10 @@ def short_documents(run: Run) -> None:
     of = Sequences(3, 2, (1, 2, 2)) if run.tiny else Sequences(73, 12, (1, 4, 4))
     sizes = {"width": 512, "depth": 12, "heads": 8, "ffn": 2048, "action_width": 256, "action_ffn": 1024, "window": 4}
     sizes = {"action_history": False, **({} if run.tiny else sizes)}
-    for packed in (True, False):
-        train(run, of._replace(packed=packed), {"recompute": "none"}, preset="tiny", sizes=sizes, steps=8)
+    for compiled, packed in product((False, True), (True, False)):
+        if run.has(0 if run.tiny else 25):
+            scale = {"recompute": "none", "compile": compiled}
+            train(run, of._replace(packed=packed), scale, preset="tiny", sizes=sizes, steps=6)
 
 
 def train(
@@ -672,7 +662,7 @@ def latency(run: Run) -> None:
     rows = (2, 2) if run.tiny else (16, 16)
     models: dict[str, Any] = {}
     for mode in rollout_modes(run):
-        for cameras, batch, coupling in product((1, 3), (1,), COUPLINGS) if mode != "eager" else EAGER_SETTINGS:
+        for cameras, batch, coupling in EAGER_SETTINGS if mode == "eager" else product((1, 3), (1,), COUPLINGS):
             if not run.has(0 if run.tiny else 5):
                 return
             if coupling not in models:

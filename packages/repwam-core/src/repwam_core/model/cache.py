@@ -19,8 +19,8 @@ from repwam_core.model.config import WAMConfig
 from repwam_core.model.masks import alike, pairs
 from repwam_core.model.sequence import PADDING, Modality, TokenFields, TokenLayout, to_device
 
-BLOCKS, MOST_PARTS = 264, 16
-"""Blocks of 64 queries and one head that keep a GPU busy, twice its multiprocessors; parts that keys are cut into."""
+BLOCKS, MOST_PARTS = 264, 8
+"""Blocks of 128 queries and one head that keep a GPU busy, twice its multiprocessors; parts that keys are cut into."""
 MASKED = -30_000.0
 """Added to the logit of a key that is not seen; its exponential is zero."""
 KeysValues = tuple[Float[Tensor, "b heads slots c"], Float[Tensor, "b heads slots c"]]
@@ -58,9 +58,9 @@ class CachedAttention:
 def parts_of_keys(q: Tensor, keys: int) -> int:
     """Into how many parts keys are cut, so that a GPU has something to do for few queries of one episode."""
     batch, heads, queries, _ = q.shape
-    if batch > 1 or not q.is_cuda:
-        return 1
-    wanted, parts = BLOCKS // (heads * -(-queries // 64)), 1
+    if batch > 1 or not q.is_cuda or torch.cuda.get_device_capability(q.device) < (9, 0):
+        return 1  # from Hopper on cuDNN attends under a mask and tells the sums
+    wanted, parts = BLOCKS // (heads * -(-queries // 128)), 1
     while 2 * parts <= min(wanted, MOST_PARTS) and keys % (32 * parts) == 0:
         parts *= 2
     return parts
@@ -81,9 +81,8 @@ def attention_in_parts(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, parts: int
 def attention_and_sums(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Attention, and the logarithm of each query's sum of exponentials (b, heads, n)."""
     if q.is_cuda:
-        attend = torch.ops.aten._scaled_dot_product_efficient_attention
-        output, sums, *_ = attend(q, k, v, bias, True)
-        return output, sums[..., : q.shape[2]]
+        output, sums, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, bias, True)
+        return output, sums.view(output.shape[:3])
     logits = (q @ k.mT).float() / math.sqrt(q.shape[-1]) + bias
     return logits.softmax(-1).to(v.dtype) @ v, logits.logsumexp(-1)
 

@@ -105,7 +105,7 @@ def run_parts(chosen: dict[str, float], end_s: float, options: argparse.Namespac
     imported.join()
     for name, limit_s in chosen.items():
         ended = run_part(method, name, min(end_s, time.time() + limit_s), options, work)
-        if ended != "well" and name == next(iter(chosen)) and time.time() < end_s:
+        if ended == "badly" and name == next(iter(chosen)) and time.time() < end_s:
             method = "spawn"
             ended = run_part(method, name, min(end_s, time.time() + limit_s), options, work)
         failed |= ended != "well"

@@ -723,7 +723,7 @@ def _rollout(wam: Any, grid: tuple[int, int, int], mode: str, batch: int = 1) ->
     if "compiled" in mode:
         from repwam_core.model.compiled import compiled_run
 
-        options["run"] = compiled_run(wam, fullgraph=True)
+        options["run"] = compiled_run(wam)
     options["graphs"] = "graphs" in mode
     return Rollout(
         wam, space="robot", grid=grid, text=text, text_mask=mask, chunk_frames=2, static_shapes=True, **options

@@ -31,6 +31,7 @@ HEAT_FLOOR = 0.25
 SHORTEST_ARROW = 0.15
 _ARROW = (40, 255, 120)
 _SIDE = 256
+_VIEW_HEIGHT = 256
 
 
 @torch.no_grad()
@@ -171,9 +172,6 @@ def _check_drawing(image: np.ndarray, heat: np.ndarray, arrows: np.ndarray) -> N
         )
     if heat.min() < 0 or heat.max() > 1:
         raise UserError(f"heat: expected values in [0, 1], got [{heat.min():.3g}, {heat.max():.3g}].")
-
-
-_VIEW_HEIGHT = 256
 
 
 def write_episode_picture(

@@ -62,6 +62,7 @@ CLIP_FRAMES = 17  # "clips per second" counts so many frames of one camera
 _DECODE_BLOCK = 64  # raw frames decoded at full size at a time
 _TOKENS_PER_STEP = 2**14  # tokens encoded at a time, over all streams: bounds memory
 _BATCH_BYTES = 2**29  # resized frames of a batch, unless one episode has more: bounds memory
+LATENTS_PER_CALL = 8
 
 
 def encode_dataset(
@@ -375,9 +376,6 @@ def _stream_clips(
             parts.append(stream.encode(to_unit(pixels).to(parameter.dtype)).float())
     latents = torch.cat(parts, dim=1).cpu().numpy()
     return [np.ascontiguousarray(row[:count]) for row, count in zip(latents, counts, strict=True)]
-
-
-LATENTS_PER_CALL = 8
 
 
 def decode_shards(

@@ -29,6 +29,12 @@ from torch.nn import functional as F
 from latent_action.baselines.frame_pairs import FrameTable
 from latent_action.transport import position_feature_size, position_features
 
+_FREQUENCIES = 4
+# A change of a patch by this much (root mean square, pixels in [-1, 1]) is drawn at full heat where nothing in the
+# frame changes more.
+HEAT_FLOOR = 0.05
+_BATCH = 256
+
 
 class NoiseSubstitution(nn.Module):
     """A codebook whose quantisation error is replaced by noise of the same length in training.
@@ -81,9 +87,6 @@ class NoiseSubstitution(nn.Module):
 def code_usage(index: Int[Tensor, "b places"], codes: int) -> Int[Tensor, " codes"]:
     """How often each code occurs."""
     return torch.bincount(rearrange(index, "b places -> (b places)"), minlength=codes)
-
-
-_FREQUENCIES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,12 +246,6 @@ def _through(layers: nn.ModuleList, x: Tensor, mask: Tensor | None = None) -> Te
     for layer in layers:
         x = layer(x, src_mask=mask)
     return x
-
-
-# A change of a patch by this much (root mean square, pixels in [-1, 1]) is drawn at full heat where nothing in the
-# frame changes more.
-HEAT_FLOOR = 0.05
-_BATCH = 256
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ Stride = int | tuple[int, int]
 Rate = float | int | tuple[float | int, float | int]
 _MAX_DRAWS = 1000
 _RATES = 8  # a range of frame rates is drawn from so many, evenly spaced
+_KIND_STREAM = 9  # sets the draw of the kinds apart from the draw of the clips, which has the same seed
 
 
 @dataclass(frozen=True)
@@ -269,7 +270,6 @@ def _read_resized(source: VideoSource, video: int, size: tuple[int, int], block:
 
 
 Batch = TypeVar("Batch")
-_KIND_STREAM = 9  # sets the draw of the kinds apart from the draw of the clips, which has the same seed
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ _LEROBOT_FILES = (
 log = logging.getLogger(__name__)
 
 FolderKind = Literal["auto", "lerobot", "videos", "images", "webdataset"]
+CAMERA = "video"
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,9 +195,6 @@ def folder_kind(folder: str) -> FolderKind:
         )
     has_video = any(file.suffix.lower() in VIDEO_SUFFIXES for file in path.rglob("*"))
     return "videos" if has_video else "images"
-
-
-CAMERA = "video"
 
 
 class VideoEpisodes:

@@ -19,6 +19,12 @@ InstructionSource = Literal["task_index", "tasks", "none"]
 """Rows' task_index and the table of tasks; the episode's own list of tasks; no instructions."""
 MAX_TOKENS = 2**20
 """Of a latent frame; also the most channels of a latent, and frames between two."""
+_ARRAYS = ("mean", "std", "latent_action_mean", "latent_action_std")
+_OF_VERSION_1 = (
+    "action_names", "cameras", "frame_rate_hz", "grid", "lat_digest", "latent_dim", "mean", "source", "state_names",
+    "std", "stride", "tokenizer_digest", "window",
+)  # fmt: skip
+"""Fields that every file has had from the beginning, whether or not they have a default in code."""
 
 
 @dataclass(frozen=True)
@@ -243,12 +249,6 @@ class LatentMeta:
             raise UserError(f"{source}: {error}") from error
 
 
-_ARRAYS = ("mean", "std", "latent_action_mean", "latent_action_std")
-_OF_VERSION_1 = (
-    "action_names", "cameras", "frame_rate_hz", "grid", "lat_digest", "latent_dim", "mean", "source", "state_names",
-    "std", "stride", "tokenizer_digest", "window",
-)  # fmt: skip
-"""Fields that every file has had from the beginning, whether or not they have a default in code."""
 _MetaDocument: Any = dataclasses.make_dataclass(
     "_MetaDocument",
     [

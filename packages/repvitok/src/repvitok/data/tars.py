@@ -30,6 +30,10 @@ from repvitok.runtime.files import LastUsed, atomic_file, write_text_atomic
 
 INDEX_VERSION = 1
 Natural = Annotated[int, msgspec.Meta(ge=0)]
+_URL = ("http://", "https://")
+_TIMEOUT_S = 60
+MAX_SHARDS = 10**6
+"""Tars that a pattern may name."""
 
 
 @dataclass(frozen=True)
@@ -131,10 +135,6 @@ def _describe(tar: Path, name: str, start: int, length: int) -> TarMember:
 
 
 Media = Literal["auto", "videos", "images"]
-_URL = ("http://", "https://")
-_TIMEOUT_S = 60
-MAX_SHARDS = 10**6
-"""Tars that a pattern may name."""
 
 
 class TarShards:

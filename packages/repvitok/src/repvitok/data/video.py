@@ -23,6 +23,9 @@ from repvitok.runtime.documents import DepthRange, refuse_lfs_pointer
 from repvitok.runtime.errors import UserError
 from repvitok.runtime.files import atomic_file
 
+PIXEL_FORMATS = ("yuv420p", "yuv444p")
+"""How `write_video` stores colour: at half of both sides, or whole."""
+
 
 class VideoFile:
     """One video file, readable at any frame.
@@ -312,10 +315,6 @@ class VideoFile:
         with open(self.path, "rb") as file:
             file.seek(self.span[0])
             return file.read(self.span[1])
-
-
-PIXEL_FORMATS = ("yuv420p", "yuv444p")
-"""How `write_video` stores colour: at half of both sides, or whole."""
 
 
 def write_video(

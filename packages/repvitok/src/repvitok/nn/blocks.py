@@ -24,6 +24,9 @@ from torch.utils.checkpoint import checkpoint
 from repvitok.nn.attention import block_causal_attention
 from repvitok.nn.rope import Rotary, rotate
 
+GRAPHS = 64
+"""Most kinds of layers, sizes of clip and window, with or without gradients, that may be compiled in one process."""
+
 
 class KeyValues(NamedTuple):
     """One attention layer's keys (already rotated) and values, oldest token first."""
@@ -158,10 +161,6 @@ class CausalTransformer(nn.Module):
             x, seen = block(x, layout, None if past is None else past[index])
             kept.append(layout.keep(seen))
         return x, tuple(kept)
-
-
-GRAPHS = 64
-"""Most kinds of layers, sizes of clip and window, with or without gradients, that may be compiled in one process."""
 
 
 @no_type_check  # what it calls may be traced

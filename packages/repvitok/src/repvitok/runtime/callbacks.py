@@ -32,6 +32,10 @@ from repvitok.runtime.progress import progress
 
 FOLDER = "predictions"
 FILES = "rank-*-batch-*.safetensors"
+STEPS_BETWEEN_RANK_DECISIONS = 20
+RUN = "run"
+"""In a checkpoint: what `SaveLast` needs to go on as if the run had not stopped."""
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 class PredictionFiles(BasePredictionWriter):
@@ -83,12 +87,6 @@ class PredictionFiles(BasePredictionWriter):
     @staticmethod
     def _folder(trainer: Trainer) -> Path:
         return Path(trainer.default_root_dir) / FOLDER
-
-
-STEPS_BETWEEN_RANK_DECISIONS = 20
-RUN = "run"
-"""In a checkpoint: what `SaveLast` needs to go on as if the run had not stopped."""
-STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 class TrainingInterrupted(RuntimeError):

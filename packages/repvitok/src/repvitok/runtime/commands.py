@@ -16,6 +16,17 @@ from typing import Any
 from repvitok.runtime.documents import MAX_SIDE, parse_episodes
 from repvitok.runtime.errors import UserError
 
+LIGHTNING_VERBS = {
+    "fit": "train from a recipe: -c recipe.yaml, dotted overrides, --ckpt_path last to resume",
+    "validate": "validation metrics of a checkpoint (the run's last one unless --ckpt_path says otherwise)",
+    "test": "test metrics of a checkpoint",
+    "predict": "a checkpoint's predictions of held-out data, as files in the run's folder",
+}
+MANY = 10**9
+"""The largest number that an option takes where no smaller bound is due: what is counted here is never more."""
+SEEDS = 2**63 - 1
+"""The largest seed that all generators take."""
+
 
 def _no_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds nothing."""
@@ -63,14 +74,6 @@ class TrainingStage:
     subclass_data: bool = False
     parallel_strategy: str = "auto"
     test_callbacks: dict[str, str] = field(default_factory=dict)
-
-
-LIGHTNING_VERBS = {
-    "fit": "train from a recipe: -c recipe.yaml, dotted overrides, --ckpt_path last to resume",
-    "validate": "validation metrics of a checkpoint (the run's last one unless --ckpt_path says otherwise)",
-    "test": "test metrics of a checkpoint",
-    "predict": "a checkpoint's predictions of held-out data, as files in the run's folder",
-}
 
 
 def training_commands(stage: TrainingStage) -> list[RawCommand]:
@@ -139,12 +142,6 @@ def command_parser(
             command.arguments(sub)
             sub.set_defaults(run=command.run)
     return parser
-
-
-MANY = 10**9
-"""The largest number that an option takes where no smaller bound is due: what is counted here is never more."""
-SEEDS = 2**63 - 1
-"""The largest seed that all generators take."""
 
 
 def whole_number(least: int = 0, most: int = MANY) -> Callable[[str], int]:

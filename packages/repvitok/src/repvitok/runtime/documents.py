@@ -61,6 +61,7 @@ _YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _TOO_DEEP = "nested too deeply for a document of this kind"
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _FIELD = re.compile(r"^(?P<problem>.*?)(?: - at `(?P<kind>key in )?\$(?P<field>.*)`)?$", re.DOTALL)
+_NOTHING = object()
 
 
 def read_json(
@@ -370,9 +371,6 @@ def _choices(kind: Any, place: str) -> tuple[Any, ...]:
     for name in re.findall(r"\.([^.\[\]]+)", place):
         kind = _annotations(kind).get(name) if _is_dataclass_type(kind) else None
     return get_args(kind) if get_origin(kind) is Literal else ()
-
-
-_NOTHING = object()
 
 
 def _value_at(document: Any, place: str) -> Any:

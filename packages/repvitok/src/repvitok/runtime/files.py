@@ -33,6 +33,26 @@ _PARTIAL, _READY, _LOCK = ".partial", ".ready", ".lock"
 _PROBE_S = 0.2  # longer than `is_held` may hold a lock to see whether it is free
 _held: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
 """Folders that this line of calls writes alone: a verb may call another one on the folder it holds."""
+_KINDS = {
+    "meta/info.json": "a LeRobot data set",
+    "policy.json": "a policy",
+    "quickstart.json": "the run of a quickstart",
+    "meta.json": "latents",
+    "last.ckpt": "a training run",
+}
+_DISK_ERRORS = {
+    errno.ENOSPC: "free some space, and run the same command again",
+    errno.EDQUOT: "free some of your quota, and run the same command again",
+    errno.EFBIG: "the file would be larger than a limit of this system",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EIO: "the disk, or the network to it, has failed",
+    errno.ESTALE: "the disk, or the network to it, has failed",
+    errno.ENODEV: "the disk is gone",
+    errno.ENXIO: "the disk is gone",
+}
+_WRITERS = re.compile(r"inline_container|PytorchStreamWriter|unexpected pos|requested and \d+ written|serializ", re.I)
+RECORDED_BYTES = 2**30
+"""A folder of more is read for its digests once, and remembered; a smaller one takes about a second in every run."""
 
 
 class WriteError(UserError, OSError):
@@ -326,14 +346,6 @@ def is_running(pid: int) -> bool:
 
 # -- what is another's ------------------------------------------------------------------------------------------------
 
-_KINDS = {
-    "meta/info.json": "a LeRobot data set",
-    "policy.json": "a policy",
-    "quickstart.json": "the run of a quickstart",
-    "meta.json": "latents",
-    "last.ckpt": "a training run",
-}
-
 
 def kind_of(folder: str | Path) -> str | None:
     """What a folder of ours is, in words; None for any other folder."""
@@ -377,18 +389,6 @@ def refuse_foreign(folder: str | Path, own: Iterable[str], what: str) -> None:
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------
-
-_DISK_ERRORS = {
-    errno.ENOSPC: "free some space, and run the same command again",
-    errno.EDQUOT: "free some of your quota, and run the same command again",
-    errno.EFBIG: "the file would be larger than a limit of this system",
-    errno.EROFS: "choose a folder that can be written",
-    errno.EIO: "the disk, or the network to it, has failed",
-    errno.ESTALE: "the disk, or the network to it, has failed",
-    errno.ENODEV: "the disk is gone",
-    errno.ENXIO: "the disk is gone",
-}
-_WRITERS = re.compile(r"inline_container|PytorchStreamWriter|unexpected pos|requested and \d+ written|serializ", re.I)
 
 
 @contextmanager
@@ -435,10 +435,6 @@ def _system_error(error: BaseException | None) -> tuple[int | None, str | None]:
             return int(found[1]), None
         error = error.__cause__ or error.__context__
     return None, None
-
-
-RECORDED_BYTES = 2**30
-"""A folder of more is read for its digests once, and remembered; a smaller one takes about a second in every run."""
 
 
 class VerifiedFiles:

@@ -74,6 +74,7 @@ _RESUMED = ("global_step", "loops", "lr_schedulers", "optimizer_states", "state_
 """Sections of a checkpoint without which a run would start anew or on other terms, and Lightning say nothing."""
 _ENVIRONMENT = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
 _LOGGERS = ("lightning.pytorch", "lightning.fabric", "lightning", "pytorch_lightning")
+_YAML = "bounded_yaml"
 
 
 def run_lightning(verb: str, argv: list[str], stage: TrainingStage) -> int:
@@ -149,7 +150,6 @@ def _load_yaml(text: str) -> Any:
     return get_loader("yaml")(text)
 
 
-_YAML = "bounded_yaml"
 set_loader(_YAML, _load_yaml, exceptions=(yaml.YAMLError,))
 
 

@@ -1,5 +1,7 @@
 """Optimizers and their schedule: AdamW, or Muon for hidden matrices and AdamW for the rest, also over several ranks."""
 
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 import math
@@ -19,6 +21,16 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from repvitok.runtime.documents import Above0, Count, Decay, From0, Share, check_fields
 from repvitok.runtime.errors import UserError
+
+OptimizerName = Literal["adamw", "muon"]
+NewtonSchulzDtype = Literal["bfloat16", "float32", "float64"]
+
+# The quintic a x + b x^3 + c x^5 with the steepest slope at 0 that still keeps singular values in about [0.5, 1.5].
+QUINTIC = (3.4445, -4.7750, 2.0315)
+
+# Steps of the Gram iteration between two looks at the whole matrix: what rounding makes of the smallest singular values
+# grows by up to a^2 = 12 with each; after three it is still no larger than in the plain iteration (docs/decisions/064).
+GRAM_STEPS = 3
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -80,21 +92,6 @@ def _exchange(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
     received = torch.empty_like(parts)
     dist.all_to_all_single(received, parts, group=group)
     return received
-
-
-# pyright: reportPrivateImportUsage=false
-
-
-OptimizerName = Literal["adamw", "muon"]
-NewtonSchulzDtype = Literal["bfloat16", "float32", "float64"]
-
-# The quintic a x + b x^3 + c x^5 with the steepest slope at 0 that still keeps singular values in about [0.5, 1.5].
-QUINTIC = (3.4445, -4.7750, 2.0315)
-
-
-# Steps of the Gram iteration between two looks at the whole matrix: what rounding makes of the smallest singular values
-# grows by up to a^2 = 12 with each; after three it is still no larger than in the plain iteration (docs/decisions/064).
-GRAM_STEPS = 3
 
 
 @torch.no_grad()

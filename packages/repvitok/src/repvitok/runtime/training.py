@@ -1,5 +1,7 @@
 """What all trainers share: losses, gradients and weights that are finite numbers, averaged weights, loaders."""
 
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 import math
@@ -15,9 +17,6 @@ from torch import Tensor, nn
 from repvitok.runtime.errors import UserError
 from repvitok.runtime.optim import DTensor, local
 from repvitok.runtime.pretrained import first_not_finite
-
-# pyright: reportPrivateImportUsage=false
-
 
 Item = TypeVar("Item")
 ENDLESS = 2**62  # the length of what has no end; a float holds it exactly
@@ -88,9 +87,6 @@ def require_finite_weights(module: Any) -> None:
         f"{bad or 'a weight of another rank'} is not finite at step {module.global_step}: this state is not saved, the "
         "last checkpoint stays. Lower the learning rate or lengthen the warmup, then resume with --ckpt_path last"
     )
-
-
-# pyright: reportPrivateImportUsage=false
 
 
 class ExponentialMovingAverage:

@@ -18,6 +18,12 @@ from torch.nn.utils.parametrizations import spectral_norm
 from repvitok.runtime.documents import Above0, Count, Decay, From0, Positive, check_arguments, check_fields
 from repvitok.runtime.errors import UserError
 
+LPIPS_BACKBONE_FILES = {
+    "alex": "alexnet-owt-7be5be79.pth",
+    "vgg": "vgg16-397923af.pth",
+    "squeeze": "squeezenet1_1-b8a52dc0.pth",
+}
+
 
 @dataclass(frozen=True)
 class AdversarySettings:
@@ -96,13 +102,6 @@ class Discriminator(nn.Module):
         """Scores of each adversary that applies; pixels in [-1, 1]."""
         scores = [self.image(video)]
         return [*scores, self.video(video)] if video.shape[2] > 1 else scores
-
-
-LPIPS_BACKBONE_FILES = {
-    "alex": "alexnet-owt-7be5be79.pth",
-    "vgg": "vgg16-397923af.pth",
-    "squeeze": "squeezenet1_1-b8a52dc0.pth",
-}
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from repvitok.runtime.errors import UserError
 from repvitok.runtime.files import atomic_file
 
 RESIZE = {"mode": "bilinear", "align_corners": False, "antialias": True}
+log = logging.getLogger(__name__)
 
 
 class Teacher(nn.Module, ABC):
@@ -292,9 +293,6 @@ def _orientation_votes(dx: Tensor, dy: Tensor, bins: int) -> Tensor:
     votes = torch.zeros(*dx.shape[:2], bins, *dx.shape[2:], dtype=dx.dtype, device=dx.device)
     votes.scatter_add_(2, first, magnitude.unsqueeze(2) * (1 - share))
     return votes.scatter_add_(2, (first + 1).remainder(bins), magnitude.unsqueeze(2) * share)
-
-
-log = logging.getLogger(__name__)
 
 
 class CachedTeacher(Teacher):

@@ -14,6 +14,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 
+def moved(batch: Any, device: torch.device | str, non_blocking: bool) -> Any:
+    """A dataclass with its tensors on `device`."""
+    kept = {item.name: getattr(batch, item.name) for item in fields(batch)}
+    tensors = {name: value for name, value in kept.items() if isinstance(value, Tensor)}
+    return replace(batch, **{name: value.to(device, non_blocking=non_blocking) for name, value in tensors.items()})
+
+
 @dataclass(frozen=True)
 class SegmentBatch:
     """Segments as the world action model trains on them.
@@ -50,11 +57,7 @@ class SegmentBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SegmentBatch:
         """Return the batch on `device`."""
-
-        def moved(value: Any) -> Any:
-            return value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
-
-        return SegmentBatch(**{name: moved(value) for name, value in vars(self).items()})
+        return moved(self, device, non_blocking)
 
 
 class Piece(NamedTuple):
@@ -144,9 +147,7 @@ class Documents:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Documents:
         """The documents on `device`."""
-        kept = {item.name: getattr(self, item.name) for item in fields(self)}
-        tensors = {name: value for name, value in kept.items() if isinstance(value, Tensor)}
-        return replace(self, **{name: value.to(device, non_blocking=non_blocking) for name, value in tensors.items()})
+        return moved(self, device, non_blocking)
 
     # Index arrays, on the CPU. Frames are numbered over all documents, and so are transitions: document i of F_i
     # transitions has F_i + 1 frames, so that frame f of it stands i places further than its transition f -> f + 1.
@@ -214,7 +215,7 @@ class Noise:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Noise:
         """The draws on `device`."""
-        return Noise(**{name: value.to(device, non_blocking=non_blocking) for name, value in vars(self).items()})
+        return moved(self, device, non_blocking)
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,6 +31,8 @@ Replay = Callable[[], Velocities]
 """Does a pass again on what its fixed tensors now hold; the velocities are the same two tensors every time."""
 Capture = Callable[[Replay], Replay]
 """Makes of a pass over fixed tensors one that is replayed."""
+VALUES = ("video", "actions", "states", "times")
+"""What differs from step to step of `WAMInputs`."""
 
 
 class CudaGraphs:
@@ -247,10 +249,6 @@ class _Kind:
             # Numbers, because torch would make them of the booleans in every layer.
             self.attention.mask.fill_(MASKED).masked_fill_(attention.mask, 0)
         self._filled_from = tensors, attention
-
-
-VALUES = ("video", "actions", "states", "times")
-"""What differs from step to step of `WAMInputs`."""
 
 
 def _values(inputs: WAMInputs) -> list[Tensor]:

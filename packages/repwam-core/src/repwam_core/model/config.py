@@ -19,6 +19,20 @@ Recompute = Literal["none", "selective", "full", "offload"]
 
 Nothing, all but attention, all of it, or all of it from inputs that meanwhile wait in the host's memory.
 """
+_PRESETS: dict[str, dict[str, Any]] = {
+    "1.3b": {},
+    "5b": {"width": 3072, "heads": 24, "ffn": 14336, "action_ffn": 3072},
+    "tiny": {
+        "width": 128,
+        "depth": 4,
+        "heads": 4,
+        "ffn": 512,
+        "action_width": 128,
+        "action_ffn": 512,
+        "text_dim": 384,
+        "rope_base": 100.0,
+    },
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,19 +204,3 @@ class WAMConfig:
             parse(space, ActionSpace, f"spaces.{name}", required=[item.name for item in fields(ActionSpace)])
         spaces = {name: ActionSpace(**space) for name, space in values["spaces"].items()}
         return cls(**{**values, "spaces": spaces})
-
-
-_PRESETS: dict[str, dict[str, Any]] = {
-    "1.3b": {},
-    "5b": {"width": 3072, "heads": 24, "ffn": 14336, "action_ffn": 3072},
-    "tiny": {
-        "width": 128,
-        "depth": 4,
-        "heads": 4,
-        "ffn": 512,
-        "action_width": 128,
-        "action_ffn": 512,
-        "text_dim": 384,
-        "rope_base": 100.0,
-    },
-}

@@ -35,6 +35,9 @@ CLIP_FRAMES = 16
 """Frames of a clip whose features are compared; the paper does not say how long its gFVD's are."""
 
 Frames = UInt8[np.ndarray, "_ _ _ _ 3"]
+BASELINES = ("mean action", "last action repeated")
+SHOWN = ("imagined", "reconstructed", "copied")
+"""Videos of an episode that are compared with its real frames."""
 
 
 @runtime_checkable
@@ -141,11 +144,6 @@ def _add_clips(statistics: FrechetStatistics, video: Float[Tensor, "views 3 n H 
     if whole:
         clips = rearrange(video[:, :, :whole], "views c (clips n) h w -> (views clips) c n h w", n=CLIP_FRAMES)
         statistics.update(network.features(clips).float())
-
-
-BASELINES = ("mean action", "last action repeated")
-SHOWN = ("imagined", "reconstructed", "copied")
-"""Videos of an episode that are compared with its real frames."""
 
 
 @dataclass(frozen=True, eq=False)

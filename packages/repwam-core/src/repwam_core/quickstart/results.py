@@ -36,15 +36,6 @@ if TYPE_CHECKING:
     from repwam_core.quickstart.runner import StageResult
     from repwam_core.quickstart.stages import Run, Trained
 
-
-def findings(data: ReportData) -> list[str]:
-    """One sentence per claim that the run's own numbers support or refute."""
-    told = [_closed_loop(data), *_controls(data), *_language_findings(data)]
-    told += [MEASURED_IN_TRAINING if data.measured == "training" else "", _open_loop(data), _tokenizer(data)]
-    told += [*_latent_actions(data), _imagination(data), TEACHER]
-    return [sentence for sentence in told if sentence]
-
-
 TEACHER = (
     "The alignment teacher here is a stand-in (histograms of oriented gradients), so nothing here tests the paper's "
     "claims about semantic latents."
@@ -58,6 +49,21 @@ NOT_SHOWN = (
     "needs runs without them (--controls makes them, in the simulator). Where this project made them is told in "
     "recipes/RESULTS.md."
 )
+_PHRASES = {
+    "without latent actions": "without latent actions",
+    "without the video objective": "without the video objective",
+    "untrained visual tokenizer": "on the latents of an untrained visual tokenizer",
+}
+PACKAGES = ("repvitok", "latent-action", "repwam-core", "torch", "lightning", "numpy")
+SHOWN_PER_TASK = 3
+
+
+def findings(data: ReportData) -> list[str]:
+    """One sentence per claim that the run's own numbers support or refute."""
+    told = [_closed_loop(data), *_controls(data), *_language_findings(data)]
+    told += [MEASURED_IN_TRAINING if data.measured == "training" else "", _open_loop(data), _tokenizer(data)]
+    told += [*_latent_actions(data), _imagination(data), TEACHER]
+    return [sentence for sentence in told if sentence]
 
 
 def _closed_loop(data: ReportData) -> str:
@@ -91,13 +97,6 @@ def _compared(name: str, policy: Count, control: Count) -> str:
         f"Trained {_PHRASES[name]}, the policy solves {_percent(control)}, against {_percent(policy)}: {verdict} (95 % "
         f"interval of the difference {100 * low:+.0f} to {100 * high:+.0f} points, one training seed each)."
     )
-
-
-_PHRASES = {
-    "without latent actions": "without latent actions",
-    "without the video objective": "without the video objective",
-    "untrained visual tokenizer": "on the latents of an untrained visual tokenizer",
-}
 
 
 def _language_findings(data: ReportData) -> list[str]:
@@ -190,10 +189,6 @@ def _interval(count: Count) -> str:
 
 def _mean(values: Mapping[str, float]) -> float:
     return sum(values.values()) / len(values)
-
-
-PACKAGES = ("repvitok", "latent-action", "repwam-core", "torch", "lightning", "numpy")
-SHOWN_PER_TASK = 3
 
 
 def report_data(this: Run, trained: Trained, outcome: dict[str, StageResult]) -> ReportData:

@@ -16,6 +16,15 @@ from repwam_core.quickstart import closed_loop, training
 from repwam_core.quickstart.config import RECIPES, QuickstartConfig
 from repwam_core.quickstart.runner import StageResult, StageRunner
 
+NO_VIDEO = ("--model.loss.video_noise_prob=1.0",)
+"""The video is pure noise, and unlearned, in every sample."""
+CONTROLS = {
+    "without latent actions": "no pretraining; all steps spent on robot actions",
+    "without the video objective": "video is noise and unlearned in both stages",
+    "untrained visual tokenizer": "random weights; everything after it trained alike",
+}
+"""What is taken away, and how. Each differs in that alone; steps, data and evaluation seeds are the policy's."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -221,17 +230,6 @@ def recipe(name: str) -> str:
 def _settings(this: Run, overrides: Sequence[str]) -> dict[str, Any]:
     settings: dict[str, Any] = {"seed": this.seed, "held_out": this.config.held_out}
     return settings | ({"overrides": list(overrides)} if overrides else {})
-
-
-NO_VIDEO = ("--model.loss.video_noise_prob=1.0",)
-"""The video is pure noise, and unlearned, in every sample."""
-
-CONTROLS = {
-    "without latent actions": "no pretraining; all steps spent on robot actions",
-    "without the video objective": "video is noise and unlearned in both stages",
-    "untrained visual tokenizer": "random weights; everything after it trained alike",
-}
-"""What is taken away, and how. Each differs in that alone; steps, data and evaluation seeds are the policy's."""
 
 
 def run_controls(this: Run, trained: Trained) -> dict[str, StageResult]:

@@ -40,6 +40,11 @@ EVALUATION_SEEDS_FROM = 1_000_000
 MAX_DATASET_SEED = 99
 MAX_EPISODES_PER_TASK = 1_000
 MAX_ATTEMPTS = 10
+DEFAULT_SUITE = "metaworld"
+"""Also of the data sets and results of version 0.1, which name no suite."""
+ENTRY_POINTS = "repwam.simulators"
+"""The group in which a package names its suites: `suite = "module:SettingsClass"`."""
+BUILT_IN = EntryPoint("metaworld", "repwam_core.sim.metaworld:MetaWorldSettings", ENTRY_POINTS)
 
 
 def collection_seed(dataset_seed: int, episode: int, attempt: int = 0) -> int:
@@ -80,11 +85,6 @@ def require_evaluation_seeds(seeds: list[int]) -> None:
         raise UserError("an evaluation seed may be given once only")
 
 
-DEFAULT_SUITE = "metaworld"
-"""Also of the data sets and results of version 0.1, which name no suite."""
-ENTRY_POINTS = "repwam.simulators"
-"""The group in which a package names its suites: `suite = "module:SettingsClass"`."""
-BUILT_IN = EntryPoint("metaworld", "repwam_core.sim.metaworld:MetaWorldSettings", ENTRY_POINTS)
 _SUITES: dict[str, type[SimSettings]] = {}
 
 

@@ -42,6 +42,10 @@ __all__ = [
     "read_plan",
     "record_demonstration",
 ]
+PLAN_FILE = "collection.json"
+BYTES_PER_PIXEL = 0.8
+"""Of a frame on disk, generously: H.264 at crf 10 needs about 0.4 at 64 px."""
+TYPICAL_FRAMES = 60
 
 
 @dataclass(frozen=True)
@@ -170,11 +174,7 @@ class _Perturber:
         return np.clip(action, -self._limits, self._limits).astype(np.float32)
 
 
-PLAN_FILE = "collection.json"
 FORMAT, FORMAT_VERSION = "repwam-collection", 1
-BYTES_PER_PIXEL = 0.8
-"""Of a frame on disk, generously: H.264 at crf 10 needs about 0.4 at 64 px."""
-TYPICAL_FRAMES = 60
 
 
 @dataclass(frozen=True)

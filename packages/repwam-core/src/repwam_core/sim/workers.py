@@ -24,6 +24,10 @@ from repwam_core.interface import Observation, stack_observations
 from repwam_core.sim.base import SimSettings, SimTask, TaskPool
 
 __all__ = ["Progress", "VectorEnv", "Worker", "WorkerDied", "crash", "default_workers", "map_jobs"]
+_NOT_IMPORTED = (
+    "worker processes cannot import what they should build ({}): define its classes and functions at the top of a "
+    "module that Python can import, not in a notebook or in a function"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,12 +266,6 @@ def _serve(connection: Connection, make: bytes) -> None:
     finally:
         if served is not None:
             served.close()
-
-
-_NOT_IMPORTED = (
-    "worker processes cannot import what they should build ({}): define its classes and functions at the top of a "
-    "module that Python can import, not in a notebook or in a function"
-)
 
 
 def _pickled(make: Callable[[], Any]) -> bytes:

@@ -42,10 +42,24 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp import register_fsdp_forward_method as unsharded_method
 
 from repwam_core.model.blocks import WAMLayer
+from repwam_core.model.compiled import compile_layers
 from repwam_core.model.config import Recompute
 from repwam_core.model.wam import WorldActionModel
 
 EMA = "ema"
+_INDEX = (
+    "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata",
+    "_MEM_FORMAT_ENCODING",
+)  # fmt: skip
+_PLAIN = {
+    *(("torch.distributed.checkpoint.metadata", name) for name in _INDEX),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("pathlib", "PosixPath"),
+    ("collections", "OrderedDict"),
+    *(("torch", name) for name in ("float64", "float32", "bfloat16", "float16", "int64", "int32", "bool")),
+}
 
 
 def save_sharded(
@@ -181,21 +195,6 @@ class _PlainUnpickler(pickle.Unpickler):
         if (module, name) not in _PLAIN:
             raise UserError(f"the index of a checkpoint names {module}.{name}, which it has no use for")
         return super().find_class(module, name)
-
-
-_INDEX = (
-    "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata",
-    "_MEM_FORMAT_ENCODING",
-)  # fmt: skip
-_PLAIN = {
-    *(("torch.distributed.checkpoint.metadata", name) for name in _INDEX),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    ("torch", "Size"),
-    ("pathlib", "PosixPath"),
-    ("collections", "OrderedDict"),
-    *(("torch", name) for name in ("float64", "float32", "bfloat16", "float16", "int64", "int32", "bool")),
-}
 
 
 def _tensors(module: nn.Module, optimizer: torch.optim.Optimizer | None, created: bool = False) -> dict[str, Tensor]:
@@ -389,14 +388,4 @@ def prepare_layers(wam: WorldActionModel, scale: ScaleSettings, device: torch.de
         if isinstance(layer, WAMLayer):
             layer.recompute = scale.recompute
     if torch.device(device).type == "cuda" if scale.compile is None else scale.compile:
-        compile_layers(wam)
-
-
-def compile_layers(wam: WorldActionModel) -> None:
-    """Compile what surrounds attention in every layer, for any number of tokens.
-
-    Attention itself depends on the packing and has kernels of its own, so that no new packing compiles anything again.
-    """
-    for layer in wam.layers:
-        for name in ("before", "after"):
-            setattr(layer, name, torch.compile(getattr(layer, name), dynamic=True, fullgraph=True))
+        compile_layers(wam, dynamic=True)

@@ -30,6 +30,9 @@ _INDEX = Feature("int64")
 _NO_TASK = -1
 
 Where = Callable[[int], str]  # a row of a table -> what an error calls it
+RATE_TOLERANCE = 0.15
+"""How far the rows' own rate may be from info.json's, and by one row more: clocks drift and are rounded, but 25 rows a
+second are not 30."""
 
 
 @dataclass(frozen=True)
@@ -299,11 +302,6 @@ def _task_column(table: pa.Table, path: Path) -> np.ndarray:
         column if has_task.all() else column.filter(pa.array(has_task)), "task_index", path
     )
     return numbers
-
-
-RATE_TOLERANCE = 0.15
-"""How far the rows' own rate may be from info.json's, and by one row more: clocks drift and are rounded, but 25 rows a
-second are not 30."""
 
 
 def row_times_s(timestamps: pa.ChunkedArray | None, rows: int, fps: float, source: str) -> Float64[np.ndarray, " rows"]:

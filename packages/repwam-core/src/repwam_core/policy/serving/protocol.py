@@ -41,6 +41,12 @@ _DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248])")
 _TOO_LONG = re.compile(r"(\d+) exceeds max_str_len")
 _ARRAY_KEYS = {b"__ndarray__", b"data", b"dtype", b"shape"}
 _SCALAR_KEYS = {b"__npgeneric__", b"data", b"dtype"}
+FORMAT = "repwam-serve"
+FORMAT_VERSION = 1
+MAX_SEED = 2**63 - 1
+MAX_IMAGE_SIDE = 4096
+"""No camera that a policy resizes is wider; a picture of 20,000,000 x 1 pixels would cost gigabytes and seconds."""
+_LIMITS = ("max_prompt_bytes", "max_image_side", "max_message_bytes", "idle_timeout_s")
 
 
 def pack(message: Mapping[str, Any]) -> bytes:
@@ -146,13 +152,6 @@ def _is_size(size: Any) -> bool:
     return isinstance(size, int) and not isinstance(size, bool) and size >= 0
 
 
-FORMAT = "repwam-serve"
-FORMAT_VERSION = 1
-MAX_SEED = 2**63 - 1
-MAX_IMAGE_SIDE = 4096
-"""No camera that a policy resizes is wider; a picture of 20,000,000 x 1 pixels would cost gigabytes and seconds."""
-
-
 @dataclass(frozen=True)
 class ServerMetadata:
     """What a client must know of the policy behind a server.
@@ -213,9 +212,6 @@ class ServerMetadata:
             message["policy"],
             **{name: message[name] for name in _LIMITS if name in message},
         )
-
-
-_LIMITS = ("max_prompt_bytes", "max_image_side", "max_message_bytes", "idle_timeout_s")
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,6 +26,12 @@ from repwam_core.interface import ActionChunk, Observation
 from repwam_core.policy.serving.protocol import Request, ServerMetadata, chunk_to_message, pack, unpack
 
 __all__ = ["PolicyServer", "ServablePolicy", "ServeSettings", "Session"]
+log = logging.getLogger(__name__)
+GOING_AWAY = 1001
+INTERNAL_ERROR = 1011
+MAX_REASON_LENGTH = 1000
+"""Characters of a mistake's text: some hold what the client sent."""
+HEALTH_PATH = "/healthz"
 
 
 @runtime_checkable
@@ -75,15 +81,6 @@ class Session:
         chunk = self._policy.act(observation)
         end_s = time.perf_counter()
         return pack(chunk_to_message(chunk, {"infer_ms": 1e3 * (end_s - infer_s), "total_ms": 1e3 * (end_s - start_s)}))
-
-
-log = logging.getLogger(__name__)
-
-GOING_AWAY = 1001
-INTERNAL_ERROR = 1011
-MAX_REASON_LENGTH = 1000
-"""Characters of a mistake's text: some hold what the client sent."""
-HEALTH_PATH = "/healthz"
 
 
 class _IdleError(Exception):

@@ -320,6 +320,17 @@ _SENTENCES: dict[str, tuple[str, ...]] = {
 
 TASKS: tuple[str, ...] = tuple(_SENTENCES)
 """The 50 tasks of Meta-World v3, in its order, without the version suffix."""
+_HARDER = {
+    "medium": (
+        "basketball", "bin-picking", "box-close", "coffee-pull", "coffee-push", "hammer", "peg-insert-side",
+        "push-wall", "soccer", "sweep", "sweep-into",
+    ),
+    "hard": ("assembly", "hand-insert", "pick-out-of-hole", "pick-place", "push", "push-back"),
+    "very hard": ("disassemble", "pick-place-wall", "shelf-place", "stick-pull", "stick-push"),
+}  # fmt: skip
+_EASY = tuple(task for task in TASKS if not any(task in harder for harder in _HARDER.values()))
+DIFFICULTIES: dict[str, tuple[str, ...]] = {"easy": _EASY, **_HARDER}
+"""The groups of Seo et al., "Masked World Models for Visual Control" (2022), which LeRobot's evaluation uses too."""
 
 
 def paraphrases(task: str) -> tuple[str, ...]:
@@ -334,19 +345,6 @@ def instruction(task: str, seed: int) -> str:
     sentences = paraphrases(task)
     rng = np.random.default_rng([seed, zlib.crc32(task.encode())])
     return sentences[int(rng.integers(len(sentences)))]
-
-
-_HARDER = {
-    "medium": (
-        "basketball", "bin-picking", "box-close", "coffee-pull", "coffee-push", "hammer", "peg-insert-side",
-        "push-wall", "soccer", "sweep", "sweep-into",
-    ),
-    "hard": ("assembly", "hand-insert", "pick-out-of-hole", "pick-place", "push", "push-back"),
-    "very hard": ("disassemble", "pick-place-wall", "shelf-place", "stick-pull", "stick-push"),
-}  # fmt: skip
-_EASY = tuple(task for task in TASKS if not any(task in harder for harder in _HARDER.values()))
-DIFFICULTIES: dict[str, tuple[str, ...]] = {"easy": _EASY, **_HARDER}
-"""The groups of Seo et al., "Masked World Models for Visual Control" (2022), which LeRobot's evaluation uses too."""
 
 
 def difficulty(task: str) -> str:

@@ -134,7 +134,7 @@ class DocumentLengths:
         most, attended = k.shape[2], self.attended[:, None, None]
         # Behind the last real key nothing is attended, and what the kernel calls its gradient there is not written.
         k, v = (torch.where(attended, x.flatten(0, 2).index_select(0, self.real), 0) for x in (k, v))
-        output = varlen_attn(q.flatten(0, 1), k, v, self.queries, self.keys, self.longest, most)
+        output: Any = varlen_attn(q.flatten(0, 1), k, v, self.queries, self.keys, self.longest, most)
         return output.view_as(q)
 
 

@@ -547,7 +547,10 @@ class StepClock(L.Callback):
         if len(self.spent) <= self.steps + 1:
             self._tell_step()
         last = self.steps + 2 + self.profiled
-        trainer.should_stop = len(self.spent) >= last or not run.has(1.5 * spent_s)
+        longer = (
+            0.0 if len(self.spent) == 1 else 1.5 * spent_s
+        )  # the first step compiles, which says nothing of the next
+        trainer.should_stop = len(self.spent) >= last or not run.has(longer)
 
     def _tell_step(self) -> None:
         """The median so far; the first step, which compiles, by itself."""

@@ -117,7 +117,10 @@ class WAMTraining(L.LightningModule):
                 self.wam = build_sharded_wam(self, mixture, strategy, torch.bfloat16 if bf16 else None)
             else:
                 self.wam = build_wam(self, mixture)
-            prepare_layers(self.wam, self.scale, self.trainer.strategy.root_device)
+            if self.scale.residual == "bfloat16" and self.trainer.precision != "bf16-mixed":
+                told = f"which computes norms in float32; got {self.trainer.precision}"
+                raise UserError(f"scale.residual: bfloat16 needs trainer.precision bf16-mixed, {told}")
+            prepare_layers(self.wam, self.scale, self.wam.video_in.weight.device)
             self.ema = ExponentialMovingAverage(self.wam, self.ema_decay)
 
     def configure_model(self) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from einops import rearrange
 from torch import nn
 
-from repwam_core.model.captured import Run
 from repwam_core.model.wam import WorldActionModel
+
+if TYPE_CHECKING:
+    from repwam_core.model.captured import Run
 
 
 def compile_layers(wam: WorldActionModel, **options: Any) -> None:

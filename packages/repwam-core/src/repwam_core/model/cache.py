@@ -25,7 +25,8 @@ MASKED = -30_000.0
 """Added to the logit of a key that is not seen; its exponential is zero."""
 KeysValues = tuple[Float[Tensor, "b heads slots c"], Float[Tensor, "b heads slots c"]]
 ALIGNED = 256
-"""Of a multiple of so many slots a mask's rows lie as GPU kernels read them, who otherwise copy it in every layer."""
+"""Of a multiple of so many slots a mask's rows lie as GPU kernels read them, also in parts: they would copy others in
+every layer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +36,8 @@ class CachedAttention:
     Attributes:
         layers: keys and values of each layer; written in place.
         slots: where the tokens of this pass go.
-        mask: which of the slots in use each of them sees, or what is added to its logits, 0 or -inf; one row is all's.
+        mask: which of the slots in use each of them sees, or what is added to its logits, 0 or `MASKED`; one row is
+            all's.
     """
 
     layers: list[KeysValues]
@@ -47,12 +49,12 @@ class CachedAttention:
         keys, values = self.layers[layer]
         keys.index_copy_(2, self.slots, k.to(keys.dtype))
         values.index_copy_(2, self.slots, v.to(values.dtype))
-        used = self.mask.shape[1]
-        q, k, keys_type = q.to(keys.dtype), keys[:, :, :used], v.dtype
+        used, kind = self.mask.shape[1], v.dtype
+        q, k, v = q.to(keys.dtype), keys[:, :, :used], values[:, :, :used]
         parts = parts_of_keys(q, used) if self.mask.is_floating_point() else 1
         if parts > 1:
-            return attention_in_parts(q, k, values[:, :, :used], self.mask, parts).to(keys_type)
-        return scaled_dot_product_attention(q, k, values[:, :, :used], attn_mask=self.mask).to(keys_type)
+            return attention_in_parts(q, k, v, self.mask, parts).to(kind)
+        return scaled_dot_product_attention(q, k, v, attn_mask=self.mask).to(kind)
 
 
 def parts_of_keys(q: Tensor, keys: int) -> int:

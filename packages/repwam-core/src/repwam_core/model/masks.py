@@ -16,7 +16,10 @@ from repwam_core.model.sequence import PADDING, Modality, TokenFields, TokenLayo
 
 @runtime_checkable
 class AttentionFn(Protocol):
-    """Self-attention of one layer, given to the model as an argument: masked for training, cached for a rollout."""
+    """Self-attention of one layer, given to the model as an argument: masked for training, cached for a rollout.
+
+    One that takes another number of tokens than the layout has says so by `length`; zeros fill the rest.
+    """
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention output (b, heads, n, c) for queries, keys and values of the layout's `streams` order."""

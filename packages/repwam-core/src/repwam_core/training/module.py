@@ -120,7 +120,7 @@ class WAMTraining(L.LightningModule):
             if self.scale.residual == "bfloat16" and self.trainer.precision != "bf16-mixed":
                 told = f"which computes norms in float32; got {self.trainer.precision}"
                 raise UserError(f"scale.residual: bfloat16 needs trainer.precision bf16-mixed, {told}")
-            prepare_layers(self.wam, self.scale, self.wam.video_in.weight.device)
+            prepare_layers(self.wam, self.scale)
             self.ema = ExponentialMovingAverage(self.wam, self.ema_decay)
 
     def configure_model(self) -> None:

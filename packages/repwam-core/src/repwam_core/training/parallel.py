@@ -381,11 +381,11 @@ def gather_for_sampling(wam: WorldActionModel, gathered: bool) -> None:
             module.unshard() if gathered else module.reshard()
 
 
-def prepare_layers(wam: WorldActionModel, scale: ScaleSettings, device: torch.device | str = "cpu") -> None:
-    """Let all layers recompute, and be compiled, as the settings say for a device."""
+def prepare_layers(wam: WorldActionModel, scale: ScaleSettings) -> None:
+    """Let all layers recompute, and be compiled, as the settings say for the device that the model is on."""
     wam.residual_dtype = torch.bfloat16 if scale.residual == "bfloat16" else None
     for layer in wam.layers:
         if isinstance(layer, WAMLayer):
             layer.recompute = scale.recompute
-    if torch.device(device).type == "cuda" if scale.compile is None else scale.compile:
+    if wam.video_in.weight.is_cuda if scale.compile is None else scale.compile:
         compile_layers(wam, dynamic=True)

@@ -112,7 +112,7 @@ def test_every_arm_learns_from_the_labelled_alone(script: ModuleType, bench: tup
     for arm, cell in cells.items():
         assert list(cell.solved.values()) == [True, False, True], arm
         assert cell.steps == (4 if arm == script.NONE_ALL else 2)
-        (folder,) = made.runner.root.glob(f"adapt-{script._slug(arm)}-*/policy")
+        (folder,) = made.runner.root.glob(f"adapt-{script._slug(arm)}-??????????/policy")
         statistics = load_json(folder / "statistics.json")["actions"]
         shards = LatentShards(made.latents)
         labelled = [episode.actions for episode in shards if episode.info.episode_index in chosen]

@@ -115,7 +115,7 @@ def test_every_arm_learns_from_the_labelled_alone(script: ModuleType, bench: tup
         (folder,) = made.runner.root.glob(f"adapt-{script._slug(arm)}-??????????/policy")
         statistics = load_json(folder / "statistics.json")["actions"]
         shards = LatentShards(made.latents)
-        labelled = [episode.actions for episode in shards if episode.info.episode_index in chosen]
+        labelled = [np.asarray(episode.actions) for episode in shards if episode.info.episode_index in chosen]
         assert statistics["count"] == sum(actions.shape[0] * actions.shape[1] for actions in labelled), arm
         spaces = load_json(folder / "wam" / "config.json")["config"]["spaces"]
         assert ("latent" in spaces) == (arm in (script.LATENT, script.VIDEO))

@@ -925,7 +925,6 @@ def mt50(run: Run) -> None:
 
     from repvitok.data import LeRobotReader
     from repwam_core.cli import main as repwam
-    from repwam_core.quickstart import training
     from repwam_core.quickstart.config import load_config, shaped_like
     from repwam_core.sim.metaworld import MetaWorldSettings
 

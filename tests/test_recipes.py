@@ -153,23 +153,23 @@ def test_quickstart_recipes_run_two_steps_one_after_the_other(tmp_path, shared_v
 
     from repwam_core.cli import main as repwam
     from repwam_core.policy.policy import Policy
-    from repwam_core.quickstart import training
+    from repwam_core.quickstart import work
     from repwam_core.quickstart.config import load_config
 
     unused = dict.fromkeys(("preset", "tasks", "suite", "episodes", "eval_episodes"))
     config = load_config(argparse.Namespace(**unused, size=[32, 48], budget=1e-6, dataset=shared_video_dataset))
     common = {"config": config, "seed": 0}
     later = {**common, "repwam": repwam}
-    training.train_tokenizer(tmp_path / "tok", **common, dataset=shared_video_dataset)
+    work.train_tokenizer(tmp_path / "tok", **common, dataset=shared_video_dataset)
     tokenizer = tmp_path / "tok" / "tokenizer"
-    training.encode(tmp_path / "enc", config=config, dataset=shared_video_dataset, tokenizer=tokenizer)
+    work.encode(tmp_path / "enc", config=config, dataset=shared_video_dataset, tokenizer=tokenizer)
     latents = tmp_path / "enc" / "latents"
-    training.train_latent_actions(tmp_path / "lat", **common, latents=latents)
+    work.train_latent_actions(tmp_path / "lat", **common, latents=latents)
     lat = tmp_path / "lat" / "lat"
-    training.label(tmp_path / "label", config=config, lat=lat, latents=latents)
+    work.label(tmp_path / "label", config=config, lat=lat, latents=latents)
     labelled = tmp_path / "label" / "latents"
-    training.pretrain(tmp_path / "pre", **later, latents=labelled)
-    training.adapt(
+    work.pretrain(tmp_path / "pre", **later, latents=labelled)
+    work.adapt(
         tmp_path / "ad",
         **later,
         steps=2,

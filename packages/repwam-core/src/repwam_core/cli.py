@@ -73,7 +73,7 @@ EXECUTIONS = ("wait", "naive", "ensemble", "regrounded")
 
 def _quickstart(options: argparse.Namespace) -> int:
     say_loading()
-    from repwam_core.quickstart.pipeline import run
+    from repwam_core.quickstart.stages import run
 
     return run(options, main)
 
@@ -229,11 +229,12 @@ def _rollout(options: argparse.Namespace) -> None:
 
     seeds, settings = evaluation_seeds(options.episodes), _settings(options)
     results = _drive_without_policy(options, seeds) if options.baseline else _drive(options, seeds)
-    for task, rate in success_rates(results).items():
-        crashed = f", {rate.crashed} crashed" if rate.crashed else ""
-        print(f"{task}: {rate.successes}/{rate.episodes} (95 % interval {rate.low:.2f} to {rate.high:.2f}){crashed}")
+    rates = success_rates(results)
+    for task, rate in rates.items():
+        (low, high), crashed = rate.interval, f", {rate.crashed} crashed" if rate.crashed else ""
+        print(f"{task}: {rate.successes}/{rate.episodes} (95 % interval {low:.2f} to {high:.2f}){crashed}")
     if len(options.tasks) > 1:
-        means = {**mean_rates(results, settings.groups), "all": mean_rate(results)}
+        means = {**mean_rates(rates, settings.groups), "all": mean_rate(rates)}
         print("means over tasks: " + ", ".join(f"{group} {mean:.3f}" for group, mean in means.items()))
     if films := write_films(options.out / "films", results, settings.embodiment.rate_hz):
         print(f"{options.out / 'films'}: {len(films)} films")
@@ -268,7 +269,7 @@ def _robotwin_arguments(parser: argparse.ArgumentParser) -> None:
 def _robotwin(options: argparse.Namespace) -> None:
     from repvitok.runtime.files import write_json_atomic
 
-    from repwam_core.sim.robotwin_results import (
+    from repwam_core.sim.robotwin import (
         format_summary,
         load_horizons,
         read_results,
@@ -287,7 +288,7 @@ def _robotwin(options: argparse.Namespace) -> None:
 
 
 def _drive_without_policy(options: argparse.Namespace, seeds: list[int]):
-    from repwam_core.sim.baselines import run_baseline
+    from repwam_core.sim.evaluate import run_baseline
 
     given = {"instruction": options.instruction, "execute": options.execute, "film": options.film or None}
     given |= {"delay": options.delay or None, "execution": None if options.execution == "wait" else options.execution}

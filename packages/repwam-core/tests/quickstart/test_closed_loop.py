@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from repvitok.runtime.documents import load_yaml, parse
-from repwam_core.quickstart import closed_loop
+from repwam_core.quickstart import work
 from repwam_core.quickstart.config import RECIPES, QuickstartConfig
 
 TASKS = ("go-left", "go-right")
@@ -16,7 +16,7 @@ def test_demonstrations_and_baselines_of_another_suite(tmp_path, monkeypatch):
     importlib.import_module("toy_simulator")  # its suite is there once it is imported
     chosen = {"suite": "toy", "tasks": TASKS, "same_scene": (), "episodes": 2, "eval_episodes": 2, "size": (32, 32)}
     config = replace(parse(load_yaml(RECIPES / "sim.yaml"), QuickstartConfig, "plan"), **chosen)
-    closed_loop.collect_demonstrations(tmp_path, config=config, seed=0, workers=1)
-    told = closed_loop.run_baselines(tmp_path, config=config, dataset=tmp_path / "dataset", workers=1)
+    work.collect_demonstrations(tmp_path, config=config, seed=0, workers=1)
+    told = work.run_baselines(tmp_path, config=config, dataset=tmp_path / "dataset", workers=1)
     assert told["expert"] == "go-left 2/2, go-right 2/2"
-    assert len(closed_loop.read_results(tmp_path, "replay")) == 4
+    assert len(work.read_results(tmp_path, "replay")) == 4

@@ -8,20 +8,21 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from repwam_core.report.charts import (
+from repwam_core.report.data import Count, Curve
+from repwam_core.report.page import (
     HEIGHT,
     MAX_POINTS,
     WIDTH,
     bars,
     binned,
+    evenly,
     interval_bar,
     line_chart,
     log_ticks,
     number,
+    side_by_side,
     ticks,
 )
-from repwam_core.report.data import Count, Curve
-from repwam_core.report.page import evenly, side_by_side
 
 values = st.lists(st.floats(-1e6, 1e6, allow_subnormal=False), min_size=1, max_size=300)
 

@@ -30,7 +30,7 @@ from repwam_core.report import (
     write_report,
 )
 from repwam_core.report.page import duration
-from repwam_core.sim.failures import Likeness, MixUp
+from repwam_core.sim.results import Likeness, MixUp
 
 VOID = {"img", "meta", "br", "source", "line", "rect", "circle", "polyline", "polygon"}
 ANCHORS = (

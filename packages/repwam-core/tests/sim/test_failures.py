@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from repwam_core.sim.base import HAND_TO_OBJECT, OBJECT_TO_GOAL
-from repwam_core.sim.failures import AWAY, COMPARED_STEPS, SHORT, UNMOVED, UNTOLD, MixUp, ending, likeness
-from repwam_core.sim.results import EpisodeResult
+from repwam_core.sim.results import AWAY, COMPARED_STEPS, SHORT, UNMOVED, UNTOLD, EpisodeResult, MixUp, ending, likeness
 
 CHANNELS = ("x", "y")
 

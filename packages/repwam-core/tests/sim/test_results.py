@@ -20,7 +20,7 @@ def test_rates_count_a_crash_as_a_failure():
     rates = success_rates(RESULTS)
     assert list(rates) == ["push", "reach"]
     assert (rates["push"].successes, rates["push"].episodes, rates["push"].crashed) == (1, 3, 1)
-    assert mean_rate(RESULTS) == pytest.approx((1 / 3 + 1 / 2) / 2)
+    assert mean_rate(success_rates(RESULTS)) == pytest.approx((1 / 3 + 1 / 2) / 2)
 
 
 @pytest.mark.parametrize("size", [(32, 48), (31, 47)])

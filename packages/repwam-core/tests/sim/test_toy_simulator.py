@@ -12,9 +12,8 @@ from repwam_core.cli import main
 from repwam_core.interface import ActionChunk, BasePolicy
 from repwam_core.report import Count, ReportData, RunInfo, SuccessRow, render_report
 from repwam_core.sim.base import SimSettings, evaluation_seeds, find_suite
-from repwam_core.sim.baselines import demonstrated, run_baseline
 from repwam_core.sim.collect import CollectionConfig, collect, read_plan
-from repwam_core.sim.evaluate import evaluate
+from repwam_core.sim.evaluate import demonstrated, evaluate, run_baseline
 from repwam_core.sim.metaworld import MetaWorldSettings
 from repwam_core.sim.results import load_results, success_rates
 

@@ -113,7 +113,7 @@ def latent_actions(this: Run, trained: Trained, episodes: Sequence[int]) -> Late
     names = ("forward_loss", "copy_loss", "zero_action_loss")
     losses: dict[str, Any] = {name: trained.prepared.lat.summary.get(f"val/{name}") for name in names}
     path = trained.prepared.labelled.folder / "probe.json"
-    if not path.exists():  # the data allow of none, see `training.label`
+    if not path.exists():  # the data allow of none, see `work.label`
         return LatentActions(pictures[:SHOWN], **losses)
     probe = read_json(path, dict[str, Any])
     r2 = {

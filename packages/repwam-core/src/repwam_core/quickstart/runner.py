@@ -24,8 +24,8 @@ from repvitok.runtime.documents import From0, read_json
 from repvitok.runtime.errors import UserError, require_disk_space
 from repvitok.runtime.files import WriteError, refuse_foreign, sole_writer, write_json_atomic, write_text_atomic
 
-TELLING = ("figures.py", "pipeline.py", "results.py")
-"""Files of this package that tell of stages and order them, and make none."""
+TELLING = ("figures.py", "results.py")
+"""Files of this package that tell of stages, and make none."""
 _MARKER = "quickstart.json"
 _DONE = "stage.json"
 

@@ -91,6 +91,8 @@ class SimTask(ABC):
         step_limits: Where actions are absolute targets, how far full speed moves each of them in a control step, `(C,)`
             in its unit: what disturbances are measured by. None where actions are changes: `action_limits` says it.
         max_steps: Control steps after which an episode counts as failed.
+        success: Whether the task has been solved at any moment of this episode; `start` and `advance` keep it.
+        steps: Control steps since `start`; kept likewise.
     """
 
     name: str
@@ -98,6 +100,8 @@ class SimTask(ABC):
     action_limits: np.ndarray
     step_limits: np.ndarray | None = None
     max_steps: int
+    success: bool = False
+    steps: int = 0
 
     @abstractmethod
     def start(self, seed: int) -> None:
@@ -123,19 +127,8 @@ class SimTask(ABC):
         """What the scripted expert would do now, float32 `(C,)` in the embodiment's units; a task may have none."""
         raise UserError(f"task {self.name!r} has no scripted expert, which demonstrations and --baseline expert need")
 
-    @property
-    @abstractmethod
-    def success(self) -> bool:
-        """Whether the task has been solved at any moment of this episode."""
-
-    @property
-    @abstractmethod
-    def steps(self) -> int:
-        """Control steps since `start`."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Free what the simulator and the renderer hold."""
+    def close(self) -> None:  # noqa: B027
+        """Free what the simulator and the renderer hold, by default nothing."""
 
     @property
     def done(self) -> bool:

@@ -196,7 +196,7 @@ class CollectionConfig:
     Attributes:
         tasks: Canonical task names. Episode i of the data set shows task `i % len(tasks)`.
         episodes_per_task: Demonstrations of each task.
-        seed: The data set's seed, 0 to 99; see `seeds.collection_seed`.
+        seed: The data set's seed, 0 to 99; see `collection_seed`.
         settings: The suite, its cameras, size, rate and length.
         noise: How the expert is disturbed.
         extra_steps: Control steps recorded after success.

@@ -3,8 +3,8 @@
 from collections import Counter
 
 import pytest
-from repwam_core.sim.metaworld.instructions import DIFFICULTIES, TASKS, difficulty
-from repwam_core.sim.results import EpisodeResult, mean_rates
+from repwam_core.sim.metaworld import DIFFICULTIES, TASKS, difficulty
+from repwam_core.sim.results import EpisodeResult, mean_rates, success_rates
 
 
 def result(task: str, seed: int, success: bool) -> EpisodeResult:
@@ -23,4 +23,4 @@ def test_an_unknown_task_is_refused():
 def test_means_are_over_tasks_and_absent_groups_are_left_out():
     episodes = [result("push", 0, True), result("drawer-open", 0, True)]
     episodes += [result("door-lock", seed, seed == 0) for seed in range(4)]
-    assert mean_rates(episodes, DIFFICULTIES) == {"easy": (1 + 1 / 4) / 2, "hard": 1.0}
+    assert mean_rates(success_rates(episodes), DIFFICULTIES) == {"easy": (1 + 1 / 4) / 2, "hard": 1.0}

@@ -1,7 +1,7 @@
 """Instructions: every task has some, the draw is by (task, seed), opposites differ in direction alone."""
 
 import pytest
-from repwam_core.sim.metaworld.instructions import TASKS, instruction, paraphrases
+from repwam_core.sim.metaworld import TASKS, instruction, paraphrases
 
 DIRECTIONS = {"open": "close", "right": "left"}
 

@@ -6,11 +6,11 @@ from repvitok.runtime.errors import UserError
 from repwam_core.sim.base import TaskPool
 from repwam_core.sim.metaworld import (
     SAME_SCENE_PAIR,
+    TASKS,
     MetaWorldSettings,
     MetaWorldTask,
 )
-from repwam_core.sim.metaworld.instructions import TASKS
-from repwam_core.sim.rendering import import_mujoco
+from repwam_core.sim.mujoco import import_mujoco
 
 SMALL = MetaWorldSettings(size=(32, 32))
 

@@ -9,7 +9,7 @@ from latent_action.cli import LAPA_STAGE as LAPA
 from latent_action.cli import STAGE as LATENT_ACTION
 from repvitok.cli import STAGE as REPVITOK
 from repvitok.runtime.commands import import_object
-from repvitok.runtime.curves import read_curves
+from repvitok.runtime.progress import read_curves
 from repwam_core.cli import STAGE as REPWAM
 from repwam_core.quickstart.config import RECIPES as QUICKSTART
 

@@ -13,7 +13,6 @@ import pytest
 import yaml
 from PIL import Image
 from repvitok.data import LeRobotReader, LeRobotWriter
-from repvitok.data.lerobot import finalize
 from repwam_core.cli import main
 from repwam_core.data import layout as layout_module
 from repwam_core.data.layout import DatasetLayout, known_layouts, prepare

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 from repvitok.data import LatentShards, LatentShardWriter
-from repwam_core.data.mixture import DataSetSettings, Mixture
-from repwam_core.data.packing import PackedLoader, PackingSettings, make_packer, read_packed
+from repwam_core.data.packing import DataSetSettings, Mixture, PackedLoader, PackingSettings, make_packer, read_packed
 from repwam_core.model.config import ActionSpace, WAMConfig
 
 SETTINGS = PackingSettings(token_budget=300, open_sequences=4)

@@ -78,10 +78,7 @@ def reconstruction(this: Run, trained: Trained, episodes: Sequence[int]) -> Reco
             stream = tokenizer.stream(window=tokenizer.config.episode_window)
             video_hat = stream.decode(stream.encode(video), size).clamp(-1, 1)
         clip = ReconstructedClip(
-            f"episode {index}",
-            to_frames(video[0]),
-            to_frames(video_hat[0]),
-            *_quality(video_hat, video),
+            f"episode {index}", to_frames(video[0]), to_frames(video_hat[0]), *_quality(video_hat, video)
         )
         clips.append(clip)
         mean_colour = video.mean(dim=(2, 3, 4), keepdim=True).expand_as(video)

@@ -17,21 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
-from repvitok.runtime.curves import read_curves
 from repvitok.runtime.documents import read_json
+from repvitok.runtime.progress import read_curves
 
 from repwam_core.quickstart import figures, work
 from repwam_core.quickstart.stages import CONTROLS
 from repwam_core.quickstart.work import FIT
-from repwam_core.report import (
-    Curve,
-    LanguageRow,
-    ReportData,
-    Rollout,
-    RunInfo,
-    Stage,
-    SuccessRow,
-)
+from repwam_core.report import Curve, LanguageRow, ReportData, Rollout, RunInfo, Stage, SuccessRow
 from repwam_core.sim.base import HAND_TO_OBJECT, OBJECT_TO_GOAL, evaluation_seeds
 from repwam_core.sim.evaluate import demonstrated
 from repwam_core.sim.results import (
@@ -185,8 +177,8 @@ def _imagination(data: ReportData) -> str:
 
 
 def _total(rows: list[LanguageRow], told: str) -> SuccessRate:
-    first, *others = (getattr(row, told) for row in rows)
-    return sum(others, start=first)
+    counts: list[SuccessRate] = [getattr(row, told) for row in rows]
+    return sum(counts[1:], start=counts[0])
 
 
 def _percent(count: SuccessRate) -> str:

@@ -12,8 +12,8 @@ import numpy as np
 from latent_action.cli import main as latent_action
 from repvitok.cli import main as repvitok
 from repvitok.runtime.checkpointing import LAST
-from repvitok.runtime.curves import read_curves
 from repvitok.runtime.files import write_json_atomic
+from repvitok.runtime.progress import read_curves
 
 from repwam_core.policy.policy import BatchedPolicy
 from repwam_core.quickstart.config import QuickstartConfig

@@ -1,4 +1,4 @@
-"""The page: ReportData to one HTML document that opens offline, by `template.html`, with frames and charts inside it."""
+"""The page: ReportData to one HTML document that opens offline, by `template.html`, frames and charts inside it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from PIL import Image
 from repvitok.runtime.errors import UserError
 from repvitok.runtime.files import write_text_atomic
 
-from repwam_core.report.data import Curve, Curves, Number, ReportData, Rollout, SuccessRate, as_curve
+from repwam_core.report.data import Curve, Curves, Number, ReportData, Rollout, as_curve
+from repwam_core.sim.results import SuccessRate
 
 MAX_HEIGHT = 144  #: pixels stored per frame; larger frames are reduced with a box filter
 STRIP_WIDTH = 1060  #: CSS pixels a strip may take on a desktop screen

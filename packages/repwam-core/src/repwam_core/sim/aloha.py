@@ -44,7 +44,7 @@ SENTENCES = {
         "lift the cube on the right and hand it over to the left gripper",
         "pass the cube over to the left arm",
         "grab the red cube with the right hand, then let the left hand take it",
-    ),
+    )
 }
 
 

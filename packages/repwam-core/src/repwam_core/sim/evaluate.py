@@ -267,12 +267,7 @@ class _Batch:
         return self._filmed()
 
     def run_delayed(
-        self,
-        policy: BatchedBasePolicy,
-        simulators: _Simulators,
-        execute: int | None,
-        execution: Execution,
-        delay: int,
+        self, policy: BatchedBasePolicy, simulators: _Simulators, execute: int | None, execution: Execution, delay: int
     ) -> list[EpisodeResult]:
         """Drive all episodes to their ends; planning costs `delay` steps, spent as `execution` says."""
         self._begin(policy, simulators)

@@ -131,9 +131,6 @@ class RoboTwinPolicy:
         picture_size: height and width that all pictures must have; None: not checked, but that they stay the same.
         execute: actions carried out before planning again; None: the whole chunk.
         seed: of the evaluation.
-
-    Raises:
-        UserError: for a policy of another robot: other channels, cameras that RoboTwin has not, changes for actions.
     """
 
     def __init__(
@@ -197,10 +194,6 @@ class RoboTwinPolicy:
             images: RoboTwin's camera -> uint8 RGB (H, W, 3).
             joints: `/joint_action/vector`, (C,).
             instruction: what to do, read at the episode's first observation.
-
-        Raises:
-            UserError: for an observation that does not fit, or a policy or server that fails; no action is given until
-                `reset`.
         """
         with self._one_step():
             observation = self._observation(images, joints)
@@ -383,10 +376,6 @@ def read_results(
         name: what eval.sh was given as NAME; None where there is one only.
         episodes: in each run; RoboTwin's script has 100.
         repeats: what several runs of one task and config are.
-
-    Raises:
-        UserError: where nothing was filed, a file says no share of so many episodes, several names or kinds of
-            instruction are mixed, or a task was run more than once and `repeats` refuses.
     """
     filed: dict[str, list[Path]] = {}
     for path in sorted(root.glob(f"*/{policy}/*/**/_result.txt")):
@@ -406,12 +395,7 @@ def read_results(
 
 
 def summarise(runs: Sequence[Run], horizons: Mapping[str, Sequence[str]]) -> dict[str, dict[str, GroupRate]]:
-    """Config -> group -> its rate, with all tasks last; a group of which nothing was run is left out.
-
-    Raises:
-        UserError: for a task that no group has, or tasks of one config with different numbers of episodes, of which
-            the mean over tasks and the interval over episodes would say different things.
-    """
+    """Config -> group -> its rate, with all tasks last; a group of which nothing was run is left out."""
     known = {task for members in horizons.values() for task in members}
     if unknown := sorted({run.task for run in runs} - known):
         raise UserError(f"expected tasks of the groups, got {unknown}; name them in a file for --horizons")

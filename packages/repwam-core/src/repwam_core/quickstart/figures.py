@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -85,7 +85,10 @@ def reconstruction(this: Run, trained: Trained, episodes: Sequence[int]) -> Reco
         first_frame = video[:, :, :1].expand_as(video)
         baselines.append([_quality(trivial, video) for trivial in (mean_colour, first_frame)])
     means = np.mean(baselines, axis=0)
-    shown = [_shortened(clip) for clip in clips[:: max(1, len(clips) // SHOWN)][:SHOWN]]
+    shown = [
+        replace(clip, original=_thinned(clip.original), reconstructed=_thinned(clip.reconstructed))
+        for clip in clips[:: max(1, len(clips) // SHOWN)][:SHOWN]
+    ]
     return Reconstruction(
         shown,
         float(np.mean([clip.psnr_db for clip in clips])),
@@ -197,7 +200,3 @@ def _imagined(episode: OpenLoopEpisode) -> ImaginedClip:
 def _thinned(frames: np.ndarray, count: int = 10) -> np.ndarray:
     """At most `count` frames, evenly spread."""
     return frames[np.unique(np.linspace(0, len(frames) - 1, count).round().astype(int))]
-
-
-def _shortened(clip: ReconstructedClip) -> ReconstructedClip:
-    return ReconstructedClip(clip.name, _thinned(clip.original), _thinned(clip.reconstructed), clip.psnr_db, clip.ssim)

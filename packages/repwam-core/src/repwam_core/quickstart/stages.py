@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -243,29 +243,20 @@ def run_controls(this: Run, trained: Trained) -> dict[str, StageResult]:
     Returns:
         control -> its closed-loop stage, whose folder holds `policy.json`.
     """
-    adapted = {
-        "without latent actions": _without_latent_actions(this, trained),
-        "without the video objective": train_world_model(
-            this, trained.prepared, prefix="no-video-", overrides=NO_VIDEO
-        ).adapted,
-        "untrained visual tokenizer": _untrained_tokenizer(this, trained).adapted,
-    }
-    return {name: _driven(this, name, stage) for name, stage in adapted.items()}
-
-
-def _without_latent_actions(this: Run, trained: Trained) -> StageResult:
-    steps = this.config.steps.pretrain + this.config.steps.adapt
+    given, steps = trained.prepared, this.config.steps.pretrain + this.config.steps.adapt
     read = [yaml.safe_load(file.read_text()).get("model", {}) for file in this.config.recipe_files("pretrain")]
     architecture = [model["wam"] for model in read if "wam" in model][-1]  # otherwise the pretrained model's
-    overrides = (f"--model.wam={json.dumps(architecture)}",)
-    return adapt(this, trained.prepared, None, steps=steps, prefix="no-latent-actions-", overrides=overrides)
-
-
-def _untrained_tokenizer(this: Run, trained: Trained) -> Trained:
-    given = trained.prepared
-    work: Callable[[Path], dict[str, Any]] = partial(_untrained_like, trained=given.tokenizer_folder, seed=this.seed)
-    tokenizer = this.stage("untrained-tokenizer", work, inputs={"tokenizer": given.tokenizer}, seed=this.seed)
-    return train_on_latents(this, given.data, tokenizer, prefix="untrained-")
+    untrained = partial(_untrained_like, trained=given.tokenizer_folder, seed=this.seed)
+    wam = (f"--model.wam={json.dumps(architecture)}",)
+    adapted = {
+        "without latent actions": adapt(this, given, None, steps=steps, prefix="no-latent-actions-", overrides=wam),
+        "without the video objective": train_world_model(this, given, prefix="no-video-", overrides=NO_VIDEO).adapted,
+    }
+    inputs = {"tokenizer": given.tokenizer}
+    tokenizer = this.stage("untrained-tokenizer", untrained, inputs=inputs, seed=this.seed)
+    latest = train_on_latents(this, given.data, tokenizer, prefix="untrained-")
+    adapted["untrained visual tokenizer"] = latest.adapted
+    return {name: _driven(this, name, stage) for name, stage in adapted.items()}
 
 
 def _untrained_like(folder: Path, *, trained: Path, seed: int) -> dict[str, Any]:

@@ -297,7 +297,9 @@ class _Batch:
         self._live = set(started)
         self._take(started, 1)
         if self._live:
-            self._fill_crashed()
+            any_seen = next(iter(self._seen.values()))
+            for slot in range(len(self.episodes)):  # one that crashed before its first frame shows another one's
+                self._seen.setdefault(slot, any_seen)
             policy.reset([e.instruction for e in self.episodes], [e.seed for e in self.episodes])
 
     def _filmed(self) -> list[EpisodeResult]:
@@ -329,12 +331,6 @@ class _Batch:
             if now.done:
                 self._live.discard(slot)
         self._seen = {slot: _with_frames(observation, count) for slot, observation in seen.items()}
-
-    def _fill_crashed(self) -> None:
-        """An episode that crashed before its first frame shows another one's, which nobody acts on."""
-        any_seen = next(iter(self._seen.values()))
-        for slot in range(len(self.episodes)):
-            self._seen.setdefault(slot, any_seen)
 
 
 class _Simulators:

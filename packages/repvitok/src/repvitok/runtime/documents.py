@@ -2,8 +2,9 @@
 
 A document is described once, as a dataclass whose annotations give types and ranges
 (`Annotated[float, msgspec.Meta(gt=0)]`); reading it either gives that object or one error with the file's name, the
-field, what was expected and what came. Settings that are made in code or by a recipe hold themselves to the same
-annotations by `check_fields` in their `__post_init__`, and modules their arguments by `check_arguments`.
+field, what was expected and what came; a file that is not there is a FileNotFoundError. Settings that are made in code
+or by a recipe hold themselves to the same annotations by `check_fields` in their `__post_init__`, and modules their
+arguments by `check_arguments`.
 """
 
 from __future__ import annotations

@@ -61,12 +61,8 @@ class Mixture:
 
     Args:
         settings: the data sets.
-        space: "latent" for latent actions, any other name for robot actions.
-        text_encoder: name of the text encoder.
-        held_out: share of each data set's episodes that is held out; or numbers of an only data set's.
+        space, text_encoder, held_out, memory_limit_gb, chunk_frames: of each data set, see `EpisodeStore`.
         tokenizer_digest: of the tokenizer that must have made all latents.
-        memory_limit_gb: of each data set, see `EpisodeStore`.
-        chunk_frames: latent frames of the longest chunk that is learned, see `count_statistics`.
         split_of_0_1: hold out what version 0.1 did for a share: go on with a run that it began.
     """
 

@@ -187,17 +187,9 @@ FORMAT, FORMAT_VERSION = "repwam-collection", 1
 
 @dataclass(frozen=True)
 class CollectionConfig:
-    """Everything that decides what a collection holds; kept beside the data as `collection.json`.
+    """Everything that decides what a collection holds, see `collect`; kept beside the data as `collection.json`.
 
-    Attributes:
-        tasks: Canonical task names. Episode i of the data set shows task `i % len(tasks)`.
-        episodes_per_task: Demonstrations of each task.
-        seed: The data set's seed, 0 to 99; see `collection_seed`.
-        settings: The suite, its cameras, size, rate and length.
-        noise: How the expert is disturbed.
-        extra_steps: Control steps recorded after success.
-        version: LeRobot's format version, "v2.1" or "v3.0".
-        pix_fmt, crf: Colour and quality of the videos, see `repvitok.data.video.write_video`.
+    Episode i of the data set shows task `i % len(tasks)`.
     """
 
     tasks: tuple[str, ...]
@@ -294,7 +286,7 @@ def collect(
         out: Folder; new, empty, or one with the same config.
         tasks: Names of the suite's tasks.
         episodes_per_task: Demonstrations of each.
-        seed: The data set's seed; other seeds give other layouts.
+        seed: The data set's seed, 0 to 99; other seeds give other layouts, see `collection_seed`.
         settings: The suite, its cameras, size, rate and length; None is Meta-World.
         noise: How the expert is disturbed; None not at all.
         extra_steps: Control steps recorded after success.

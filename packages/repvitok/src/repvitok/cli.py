@@ -185,7 +185,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     from repvitok.runtime.checkpointing import resolve_checkpoint
-    from repvitok.training.module import export_checkpoint, trained_size
+    from repvitok.training.export import export_checkpoint, trained_size
 
     checkpoint = resolve_checkpoint(options.ckpt)
     tokenizer = export_checkpoint(checkpoint, options.out, averaged=not options.raw)

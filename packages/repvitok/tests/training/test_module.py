@@ -20,9 +20,10 @@ from repvitok.runtime.checkpointing import read_checkpoint
 from repvitok.runtime.lightning_cli import TRAINER_DEFAULTS
 from repvitok.runtime.progress import append_curves, read_curves
 from repvitok.runtime.training import OptimizerSettings
+from repvitok.training.export import export_checkpoint
 from repvitok.training.losses import AdversarySettings, LossWeights
 from repvitok.training.metrics import HOGClipFeatures
-from repvitok.training.module import RepViTokTraining, export_checkpoint, log_picture
+from repvitok.training.module import RepViTokTraining, log_picture
 from repvitok.training.teacher import HOGTeacher
 
 CONFIG = RepViTokConfig(width=32, depth=1, heads=2, latent_dim=16)

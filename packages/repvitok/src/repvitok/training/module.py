@@ -1,4 +1,4 @@
-"""Training of RepViTok (RepWAM Eq. 1-2) as a LightningModule, sheets of reconstructions, and its export to a folder."""
+"""Training of RepViTok (RepWAM Eq. 1-2) as a LightningModule, and the sheet of reconstructions a person looks at."""
 
 from __future__ import annotations
 
@@ -16,11 +16,9 @@ from torch import Tensor, nn
 
 from repvitok.config import RepViTokConfig
 from repvitok.model import RepViTok
-from repvitok.runtime.checkpointing import read_checkpoint, read_section, stored_by, with_weights
 from repvitok.runtime.documents import Count, Decay, From0, check_arguments
 from repvitok.runtime.errors import UserError
 from repvitok.runtime.files import atomic_file
-from repvitok.runtime.progress import run_record
 from repvitok.runtime.training import (
     ExponentialMovingAverage,
     FiniteCheck,
@@ -390,94 +388,3 @@ def _needed(network: Any, weight: float, loss: str) -> Any:
 def _video(batch: Any) -> Float[Tensor, "b 3 T H W"]:
     """The clips of a batch, in [-1, 1]."""
     return batch["video"] if isinstance(batch, Mapping) else batch
-
-
-def export_checkpoint(path: str | Path, out: str | Path, averaged: bool = True) -> RepViTok:
-    """Writes config.json, model.safetensors and a model card README.md into `out`; returns the tokenizer.
-
-    Args:
-        path: a checkpoint written by `repvitok fit`.
-        out: the folder.
-        averaged: take the moving average of the weights, what validation measured; else the last step's weights.
-    """
-    checkpoint, where = read_checkpoint(path), str(path)
-    stored = stored_by("repvitok fit", RepViTok.format, checkpoint, where)
-    with torch.device("meta"):
-        tokenizer = RepViTok(RepViTokConfig.from_dict(dict(read_section(stored, where, "config"))))
-    tokenizer = with_weights(tokenizer, "tokenizer.", checkpoint, stored, where, averaged=averaged)
-    steps = int(checkpoint.get("global_step") or 0)
-    tokenizer.save_pretrained(out, readme=model_card(tokenizer, steps, averaged, Path(path).parent))
-    return tokenizer
-
-
-def trained_size(run: str | Path) -> tuple[int, int] | None:
-    """Height and width in pixels that a run's clips had; None where its folder does not say."""
-    size = run_record(run)[0].get("data", {}).get("size")
-    return (int(size[0]), int(size[1])) if size else None
-
-
-def model_card(tokenizer: RepViTok, steps: int, averaged: bool, run: str | Path) -> str:
-    """The README.md of an exported tokenizer: what it is, how to use it, on what it was trained, what it reaches.
-
-    Args:
-        tokenizer: the model.
-        steps: how long it was trained.
-        averaged: whether the weights are the moving average.
-        run: the run's folder, whose config.yaml and metrics.csv say the rest.
-    """
-    config = tokenizer.config
-    fields = "\n".join(f"| {name} | {value} |" for name, value in config.to_dict().items())
-    parameters = sum(p.numel() for p in tokenizer.parameters())
-    recorded, reached = run_record(run)
-    data = recorded.get("data", {})
-    frames = data.get("frames") or 1 + 4 * config.tubelet_frames
-    height, width = trained_size(run) or (256, 256)
-    return f"""---
-library_name: repvitok
-tags: [video, tokenizer]
----
-# RepViTok
-
-A video tokenizer of {parameters:,} parameters, trained for {steps:,} steps
-({"moving average of the weights" if averaged else "weights of the last step"}).
-Digest `{tokenizer.digest()[:16]}`: latents carry it, and other packages refuse latents of another tokenizer.
-
-```python
-import torch
-from repvitok import RepViTok
-
-tokenizer = RepViTok.from_pretrained("this/folder")
-video = torch.zeros(1, 3, {frames}, {height}, {width})  # (B, 3, T, H, W) in [-1, 1]; T = 1 + {config.tubelet_frames} n
-z = tokenizer.encode(video)  # (B, T', L, {config.latent_dim})
-video_hat = tokenizer.decode(z, ({height}, {width}))
-```
-
-## Training
-
-{_training(data, reached)}
-
-## Settings
-
-| setting | value |
-|---|---|
-{fields}
-"""
-
-
-def _training(data: dict[str, Any], reached: dict[str, float]) -> str:
-    """What a run's configuration and curves say of its data and of what it reached on the held-out part of them."""
-    if not data:
-        return "Its run's config.yaml was not beside the checkpoint: data, size and length of the clips are not known."
-    height, width = data["size"]
-    lines = [
-        f"| data sets | {', '.join(Path(folder).name for folder in data['folders'])} |",
-        f"| size, pixels | {height} x {width} |",
-        f"| length of a clip, frames | {data['frames']} |",
-        f"| frames taken | every {data['stride']}. |" if data["stride"] > 1 else "| frames taken | all |",
-        *(f"| {name} | {value:.4g} |" for name, value in reached.items()),
-    ]
-    told = "\n".join(["| | |", "|---|---|", *lines])
-    return (
-        f"{told}\n\nNumbers are of held-out clips of these data alone: measure it on yours with `repvitok test`. Other "
-        "sizes and longer clips than these were never seen."
-    )

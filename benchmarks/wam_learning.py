@@ -182,9 +182,9 @@ def run_arm(bench: Bench, name: str, arm: Arm, seed: int) -> dict[str, Any]:
         {"data": data.digest},
         **about,
     )
-    work = partial(_measure, policy=trained.folder / "policy", config=config, data=data, settings=settings, bench=bench)
+    measure = partial(_measure, policy=trained.folder / "policy", config=config, data=data, settings=settings, bench=bench)
     layouts = {"episodes": bench.options.episodes, "first_seed": bench.options.first_seed}
-    measured = bench.stage(f"measure-{_slug(name, arm)}", work, {"policy": trained.digest}, **layouts, **about)
+    measured = bench.stage(f"measure-{_slug(name, arm)}", measure, {"policy": trained.digest}, **layouts, **about)
     return {**trained.summary, **measured.summary}
 
 

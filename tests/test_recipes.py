@@ -181,4 +181,4 @@ def test_quickstart_recipes_run_two_steps_one_after_the_other(tmp_path, shared_v
     assert (tmp_path / "ad" / "policy" / "lat" / "config.json").exists()
     assert Policy.from_pretrained(tmp_path / "ad" / "policy").embodiment.action_names == ("x", "y", "grip")
     for stage in ("tok", "lat", "pre", "ad"):
-        assert read_curves(tmp_path / stage / training.FIT)
+        assert read_curves(tmp_path / stage / work.FIT)

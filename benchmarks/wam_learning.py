@@ -182,7 +182,8 @@ def run_arm(bench: Bench, name: str, arm: Arm, seed: int) -> dict[str, Any]:
         {"data": data.digest},
         **about,
     )
-    measure = partial(_measure, policy=trained.folder / "policy", config=config, data=data, settings=settings, bench=bench)
+    about_run = {"config": config, "data": data, "settings": settings, "bench": bench}
+    measure = partial(_measure, policy=trained.folder / "policy", **about_run)
     layouts = {"episodes": bench.options.episodes, "first_seed": bench.options.first_seed}
     measured = bench.stage(f"measure-{_slug(name, arm)}", measure, {"policy": trained.digest}, **layouts, **about)
     return {**trained.summary, **measured.summary}

@@ -103,7 +103,8 @@ def test_a_replay_that_has_ended_holds_still(toy, tmp_path, monkeypatch, kind):
     seen: list[float] = []
     advance = toy.ToyTask.advance
     monkeypatch.setattr(toy.ToySettings, "action_kind", kind)
-    monkeypatch.setattr(toy.ToyTask, "success", False)
+    never = property(lambda _: False, lambda *_: None)
+    monkeypatch.setattr(toy.ToyTask, "success", never)
     monkeypatch.setattr(toy.ToyTask, "advance", lambda self, a: (seen.append(float(a[0])), advance(self, a)))
     given = {"settings": toy.ToySettings(max_steps=40), "demonstrations": tmp_path / "data", "workers": 1}
     run_baseline("replay", ["go-right"], SEEDS[:1], **given)

@@ -252,8 +252,7 @@ def run_controls(this: Run, trained: Trained) -> dict[str, StageResult]:
         "without latent actions": adapt(this, given, None, steps=steps, prefix="no-latent-actions-", overrides=wam),
         "without the video objective": train_world_model(this, given, prefix="no-video-", overrides=NO_VIDEO).adapted,
     }
-    inputs = {"tokenizer": given.tokenizer}
-    tokenizer = this.stage("untrained-tokenizer", untrained, inputs=inputs, seed=this.seed)
+    tokenizer = this.stage("untrained-tokenizer", untrained, inputs={"tokenizer": given.tokenizer}, seed=this.seed)
     latest = train_on_latents(this, given.data, tokenizer, prefix="untrained-")
     adapted["untrained visual tokenizer"] = latest.adapted
     return {name: _driven(this, name, stage) for name, stage in adapted.items()}

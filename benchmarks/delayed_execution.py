@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 about={"policy": str(options.policy), "digests": policy.parts.manifest.digests},
             )
             rate = SuccessRate.of(results)
-            cells.append(f"{rate.successes}/{rate.episodes} ({rate.low:.2f} to {rate.high:.2f})")
+            low, high = rate.interval
+            cells.append(f"{rate.successes}/{rate.episodes} ({low:.2f} to {high:.2f})")
         print(f"| {execution} | " + " | ".join(cells) + " |", flush=True)
 
 

@@ -925,7 +925,7 @@ def mt50(run: Run) -> None:
 
     from repvitok.data import LeRobotReader
     from repwam_core.cli import main as repwam
-    from repwam_core.quickstart import training
+    from repwam_core.quickstart import work
     from repwam_core.quickstart.config import load_config, shaped_like
     from repwam_core.sim.metaworld import MetaWorldSettings
 
@@ -943,23 +943,23 @@ def mt50(run: Run) -> None:
     common = {"config": config, "seed": 0}
     tok, latents, lat, labelled = (folder / name for name in ("tokenizer", "encode", "latent-actions", "label"))
 
-    def stage(name: str, work: Callable[..., dict[str, Any]], **arguments: Any) -> None:
+    def stage(name: str, make: Callable[..., dict[str, Any]], **arguments: Any) -> None:
         start_s = time.perf_counter()
-        found = work(folder / name, **arguments)
+        found = make(folder / name, **arguments)
         run.tell(stage=name, seconds=round(time.perf_counter() - start_s, 1), memory_gib=run.memory_gib(), **found)
 
-    stage("tokenizer", training.train_tokenizer, **common, dataset=run.mt50)
-    stage("encode", training.encode, config=config, dataset=run.mt50, tokenizer=tok / "tokenizer")
-    stage("latent-actions", training.train_latent_actions, **common, latents=latents / "latents")
-    stage("label", training.label, config=config, lat=lat / "lat", latents=latents / "latents")
+    stage("tokenizer", work.train_tokenizer, **common, dataset=run.mt50)
+    stage("encode", work.encode, config=config, dataset=run.mt50, tokenizer=tok / "tokenizer")
+    stage("latent-actions", work.train_latent_actions, **common, latents=latents / "latents")
+    stage("label", work.label, config=config, lat=lat / "lat", latents=latents / "latents")
     labelled = labelled / "latents"
     shutil.copyfile(run.mt50 / MT50_TEXT, labelled / MT50_TEXT)
     learned = {**common, "repwam": repwam, "latents": labelled}
-    stage("pretrain", training.pretrain, **learned)
+    stage("pretrain", work.pretrain, **learned)
     start = {"pretrained": folder / "pretrain" / "wam", "tokenizer": tok / "tokenizer", "lat": lat / "lat"}
     robot = MetaWorldSettings().embodiment
     units = robot.action_units if reader.channel_names("action") == robot.action_names else ()
-    stage("adapt", training.adapt, **learned, **start, steps=config.steps.adapt, action_units=units)
+    stage("adapt", work.adapt, **learned, **start, steps=config.steps.adapt, action_units=units)
     shutil.copytree(folder / "adapt" / "policy", run.out.parent / "mt50-policy", dirs_exist_ok=True)
 
 

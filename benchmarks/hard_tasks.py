@@ -27,9 +27,8 @@ import torch
 from repwam_core.interface import Observation, stack_observations
 from repwam_core.policy import BatchedPolicy
 from repwam_core.sim.base import evaluation_seeds
-from repwam_core.sim.metaworld import MetaWorldSettings, MetaWorldTask
-from repwam_core.sim.metaworld.instructions import instruction
-from repwam_core.sim.rendering import FrameRenderer
+from repwam_core.sim.metaworld import MetaWorldSettings, MetaWorldTask, instruction
+from repwam_core.sim.mujoco import FrameRenderer
 from repwam_core.sim.results import wilson_interval
 
 HARD_TASKS = ("drawer-open", "door-lock", "push")

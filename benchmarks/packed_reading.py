@@ -20,8 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from repvitok.data import LatentEpisode, LatentMeta, LatentShardWriter
-from repwam_core.data.mixture import DataSetSettings, Mixture
-from repwam_core.data.packing import PackingSettings, make_packer, read_packed
+from repwam_core.data.packing import DataSetSettings, Mixture, PackingSettings, make_packer, read_packed
 from repwam_core.model.config import ActionSpace, WAMConfig
 from safetensors.torch import save_file
 

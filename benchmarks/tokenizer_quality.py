@@ -35,7 +35,7 @@ from repvitok.cli import main as repvitok
 from repvitok.data.lerobot.reader import LeRobotReader
 from repvitok.data.split import split_episodes
 from repvitok.data.transforms import prepare_frames
-from repvitok.runtime.curves import read_curves
+from repvitok.runtime.progress import read_curves
 from repvitok.training.metrics import psnr, ssim
 from repvitok.training.teacher import CachedTeacher, ConvNetTeacher, HOGTeacher, Teacher
 from torch import Tensor

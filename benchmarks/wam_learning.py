@@ -36,14 +36,13 @@ from repvitok.data import LeRobotReader
 from repvitok.data.split import split_episodes
 from repwam_core.cli import main as repwam
 from repwam_core.policy import BatchedPolicy, evaluate_open_loop
-from repwam_core.quickstart import training
+from repwam_core.quickstart import work
 from repwam_core.quickstart.config import QuickstartConfig, load_config
 from repwam_core.quickstart.runner import StageResult, StageRunner
 from repwam_core.sim.base import EVALUATION_SEEDS_FROM, evaluation_seeds
 from repwam_core.sim.collect import NOISE_MODES, Perturbation, collect
 from repwam_core.sim.evaluate import evaluate
-from repwam_core.sim.metaworld import MetaWorldSettings
-from repwam_core.sim.metaworld.instructions import instruction
+from repwam_core.sim.metaworld import MetaWorldSettings, instruction
 from repwam_core.sim.results import difference_interval, success_rates, wilson_interval
 
 HARD_TASKS = ("drawer-open", "door-lock", "push")
@@ -183,9 +182,10 @@ def run_arm(bench: Bench, name: str, arm: Arm, seed: int) -> dict[str, Any]:
         {"data": data.digest},
         **about,
     )
-    work = partial(_measure, policy=trained.folder / "policy", config=config, data=data, settings=settings, bench=bench)
+    about_run = {"config": config, "data": data, "settings": settings, "bench": bench}
+    measure = partial(_measure, policy=trained.folder / "policy", **about_run)
     layouts = {"episodes": bench.options.episodes, "first_seed": bench.options.first_seed}
-    measured = bench.stage(f"measure-{_slug(name, arm)}", work, {"policy": trained.digest}, **layouts, **about)
+    measured = bench.stage(f"measure-{_slug(name, arm)}", measure, {"policy": trained.digest}, **layouts, **about)
     return {**trained.summary, **measured.summary}
 
 
@@ -197,9 +197,9 @@ def _train(folder: Path, *, config: QuickstartConfig, arm: Arm, data: Data, seed
     steps, pretrained = config.steps.pretrain + config.steps.adapt, None
     if arm.pretrain:
         (folder / "first").mkdir(exist_ok=True)
-        training.pretrain(folder / "first", overrides=(wam, *arm.fit), **common)
+        work.pretrain(folder / "first", overrides=(wam, *arm.fit), **common)
         steps, pretrained = config.steps.adapt, folder / "first" / "wam"
-    return training.adapt(
+    return work.adapt(
         folder, steps=steps, pretrained=pretrained, tokenizer=data.tokenizer, lat=data.lat,
         overrides=arm.fit if arm.pretrain else (wam, *arm.fit), **common,
     )  # fmt: skip
@@ -238,12 +238,12 @@ def _made(
         "collect", _collect, config=config, settings=settings, noise=noise, seed=seed, workers=bench.options.workers
     )
     dataset, common = collected.folder / "dataset", {"config": config, "seed": seed}
-    tokenizer = part("tokenizer", training.train_tokenizer, collected, dataset=dataset, **common)
+    tokenizer = part("tokenizer", work.train_tokenizer, collected, dataset=dataset, **common)
     folder = tokenizer.folder / "tokenizer"
-    encoded = part("encode", training.encode, tokenizer, config=config, dataset=dataset, tokenizer=folder)
-    lat = part("lat", training.train_latent_actions, encoded, latents=encoded.folder / "latents", **common)
+    encoded = part("encode", work.encode, tokenizer, config=config, dataset=dataset, tokenizer=folder)
+    lat = part("lat", work.train_latent_actions, encoded, latents=encoded.folder / "latents", **common)
     labelled = part(
-        "label", training.label, encoded, lat, config=config, lat=lat.folder / "lat", latents=encoded.folder / "latents"
+        "label", work.label, encoded, lat, config=config, lat=lat.folder / "lat", latents=encoded.folder / "latents"
     )
     return Data(dataset, folder, lat.folder / "lat", labelled.folder / "latents", labelled.digest)
 

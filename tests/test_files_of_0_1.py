@@ -1,6 +1,9 @@
 """Files of version 0.1.0 still load and mean what they meant: files_of_0_1/make.py made them with that version."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from repvitok.cli import main as repvitok
 from repvitok.data import LatentShards, LeRobotReader
 from repvitok.runtime.checkpointing import read_checkpoint
 from repvitok.runtime.commands import import_object
+from repvitok.runtime.moved import MOVED
 from repwam_core.cli import STAGE as REPWAM
 from repwam_core.cli import main as repwam
 from repwam_core.interface import Observation
@@ -172,3 +176,17 @@ def test_every_class_path_of_0_1_leads_to_a_class(files_of_0_1):
     for path in (files_of_0_1 / "class_paths.txt").read_text().splitlines():
         module, _, name = path.rpartition(".")
         assert isinstance(import_object(f"{module}:{name}"), type), path
+
+
+@pytest.mark.parametrize("old", [name for name in MOVED if not name.startswith("repvitok.")])
+def test_an_old_name_is_the_new_module(old, monkeypatch):
+    """Of the two packages that repvitok's own test does not know."""
+    monkeypatch.delitem(sys.modules, old, raising=False)  # another test may have met it
+    with pytest.warns(DeprecationWarning, match=MOVED[old]):
+        assert import_module(old) is import_module(MOVED[old])
+
+
+def test_old_names_are_known_to_whoever_asks_first():
+    code = "import repwam_core.sim.failures as old; print(old.__name__)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "repwam_core.sim.results\n"), done.stderr

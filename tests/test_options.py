@@ -30,8 +30,7 @@ from repvitok.runtime.training import OptimizerSettings
 from repvitok.training.losses import AdversarySettings, LossWeights
 from repvitok.training.module import RepViTokTraining
 from repwam_core.data.datamodule import EncodingSettings, WAMDataModule
-from repwam_core.data.mixture import DataSetSettings
-from repwam_core.data.packing import PackingSettings
+from repwam_core.data.packing import DataSetSettings, PackingSettings
 from repwam_core.sampling import SamplingConfig
 from repwam_core.training.losses import LossSettings
 from repwam_core.training.module import WAMTraining

@@ -9,7 +9,7 @@ from latent_action.cli import LAPA_STAGE as LAPA
 from latent_action.cli import STAGE as LATENT_ACTION
 from repvitok.cli import STAGE as REPVITOK
 from repvitok.runtime.commands import import_object
-from repvitok.runtime.curves import read_curves
+from repvitok.runtime.progress import read_curves
 from repwam_core.cli import STAGE as REPWAM
 from repwam_core.quickstart.config import RECIPES as QUICKSTART
 
@@ -153,23 +153,23 @@ def test_quickstart_recipes_run_two_steps_one_after_the_other(tmp_path, shared_v
 
     from repwam_core.cli import main as repwam
     from repwam_core.policy.policy import Policy
-    from repwam_core.quickstart import training
+    from repwam_core.quickstart import work
     from repwam_core.quickstart.config import load_config
 
     unused = dict.fromkeys(("preset", "tasks", "suite", "episodes", "eval_episodes"))
     config = load_config(argparse.Namespace(**unused, size=[32, 48], budget=1e-6, dataset=shared_video_dataset))
     common = {"config": config, "seed": 0}
     later = {**common, "repwam": repwam}
-    training.train_tokenizer(tmp_path / "tok", **common, dataset=shared_video_dataset)
+    work.train_tokenizer(tmp_path / "tok", **common, dataset=shared_video_dataset)
     tokenizer = tmp_path / "tok" / "tokenizer"
-    training.encode(tmp_path / "enc", config=config, dataset=shared_video_dataset, tokenizer=tokenizer)
+    work.encode(tmp_path / "enc", config=config, dataset=shared_video_dataset, tokenizer=tokenizer)
     latents = tmp_path / "enc" / "latents"
-    training.train_latent_actions(tmp_path / "lat", **common, latents=latents)
+    work.train_latent_actions(tmp_path / "lat", **common, latents=latents)
     lat = tmp_path / "lat" / "lat"
-    training.label(tmp_path / "label", config=config, lat=lat, latents=latents)
+    work.label(tmp_path / "label", config=config, lat=lat, latents=latents)
     labelled = tmp_path / "label" / "latents"
-    training.pretrain(tmp_path / "pre", **later, latents=labelled)
-    training.adapt(
+    work.pretrain(tmp_path / "pre", **later, latents=labelled)
+    work.adapt(
         tmp_path / "ad",
         **later,
         steps=2,
@@ -181,4 +181,4 @@ def test_quickstart_recipes_run_two_steps_one_after_the_other(tmp_path, shared_v
     assert (tmp_path / "ad" / "policy" / "lat" / "config.json").exists()
     assert Policy.from_pretrained(tmp_path / "ad" / "policy").embodiment.action_names == ("x", "y", "grip")
     for stage in ("tok", "lat", "pre", "ad"):
-        assert read_curves(tmp_path / stage / training.FIT)
+        assert read_curves(tmp_path / stage / work.FIT)

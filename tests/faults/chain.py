@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from repvitok.runtime.checkpointing import read_checkpoint
-from repvitok.runtime.curves import read_curves
+from repvitok.runtime.progress import read_curves
 
 _RUN_VERB = Path(__file__).with_name("run_verb.py")
 TIMEOUT_S = 600

@@ -13,8 +13,7 @@ import pytest
 import yaml
 from repvitok.runtime.errors import UserError
 from repwam_core.interface import Embodiment, two_arm_names
-from repwam_core.sim.robotwin import RoboTwinPolicy, RoboTwinSettings
-from repwam_core.sim.robotwin_results import read_results
+from repwam_core.sim.robotwin import RoboTwinPolicy, RoboTwinSettings, read_results
 from robotwin_stand_in import StandInTask, evaluate, task_config
 
 SETTINGS = {"seed": 0, "policy_name": "repwam", "task_name": "stand_in", "instruction_type": "unseen"}

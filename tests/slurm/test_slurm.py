@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from repvitok.runtime.curves import read_curves
+from repvitok.runtime.progress import read_curves
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = Path(__file__).with_name("loopback_cluster.sh")

@@ -20,7 +20,7 @@ from latent_action.transitions import load_transitions
 from repvitok.data.shards import LatentShards
 from repvitok.data.split import split_episodes
 from repvitok.runtime.checkpointing import read_checkpoint
-from repvitok.runtime.curves import read_curves
+from repvitok.runtime.progress import read_curves
 from repvitok.runtime.training import OptimizerSettings
 from safetensors.torch import load_file
 

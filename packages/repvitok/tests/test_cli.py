@@ -18,10 +18,10 @@ from repvitok import RepViTok
 from repvitok.cli import main
 from repvitok.data.video import VideoFile, write_video
 from repvitok.runtime.checkpointing import read_checkpoint
-from repvitok.runtime.curves import read_curves
 from repvitok.runtime.errors import UserError
 from repvitok.runtime.lightning_cli import several_processes
 from repvitok.runtime.pretrained import find_device
+from repvitok.runtime.progress import read_curves
 from repvitok.training.module import RepViTokTraining
 from safetensors.torch import load_file
 

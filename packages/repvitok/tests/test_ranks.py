@@ -14,7 +14,7 @@ from repvitok.cli import main
 from repvitok.data.clips import MixtureBatches
 from repvitok.data.video import write_video
 from repvitok.runtime.checkpointing import read_checkpoint
-from repvitok.runtime.curves import read_curves
+from repvitok.runtime.progress import read_curves
 
 RANK = Path(__file__).with_name("rank.py")
 STEPS, ADVERSARY_ENTERS = 10, 2

@@ -29,7 +29,6 @@ MODULES = [
     "repwam_core.policy.serving.server",
     "repwam_core.sim.base",
     "repwam_core.sim.robotwin",
-    "repwam_core.sim.baselines",
     "repwam_core.sim.collect",
     "repwam_core.sim.evaluate",
     "repwam_core.sim.metaworld",

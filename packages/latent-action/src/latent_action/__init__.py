@@ -6,6 +6,7 @@ The public names are imported on first use, so that `import latent_action` does 
 from importlib.metadata import version
 
 import lazy_loader
+import repvitok  # noqa: F401  # knows the old names of our modules, too
 
 __version__ = version("latent-action")
 # The names in __init__.pyi, imported when they are first used: importing the package imports no torch.

@@ -10,9 +10,9 @@ import lightning as L
 import torch
 from repvitok.data.latents import LatentMeta
 from repvitok.runtime.checkpointing import read_checkpoint, read_section, stored_by, with_weights
-from repvitok.runtime.curves import run_record
 from repvitok.runtime.documents import Decay, From0, check_arguments
 from repvitok.runtime.errors import UserError
+from repvitok.runtime.progress import run_record
 from repvitok.runtime.training import (
     ExponentialMovingAverage,
     FiniteCheck,

@@ -14,7 +14,7 @@ from PIL import Image
 from repvitok.data.shards import LatentShards
 from repvitok.data.video import VideoFile
 from repvitok.runtime.checkpointing import read_checkpoint
-from repvitok.runtime.curves import read_curves
+from repvitok.runtime.progress import read_curves
 
 
 @pytest.fixture(scope="module")

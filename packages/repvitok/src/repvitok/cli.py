@@ -160,14 +160,11 @@ def _relabel(options: argparse.Namespace) -> None:
 
 
 def _decode_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--tokenizer", type=text_argument, required=True, metavar="FOLDER", help="the tokenizer that made the latents"
-    )
-    parser.add_argument(
-        "--latents", type=path_argument, required=True, metavar="FOLDER", help="latent shards written by encode"
-    )
-    parser.add_argument("--out", type=path_argument, required=True, metavar="FOLDER", help="where the .mp4 files go")
-    parser.add_argument("--episodes", **EPISODES)
+    add = parser.add_argument
+    add("--tokenizer", type=text_argument, required=True, metavar="FOLDER", help="the tokenizer that made the latents")
+    add("--latents", type=path_argument, required=True, metavar="FOLDER", help="latent shards written by encode")
+    add("--out", type=path_argument, required=True, metavar="FOLDER", help="where the .mp4 files go")
+    add("--episodes", **EPISODES)
 
 
 def _decode(options: argparse.Namespace) -> None:
@@ -178,13 +175,12 @@ def _decode(options: argparse.Namespace) -> None:
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--ckpt", type=path_argument, required=True, metavar="FILE", help="checkpoint written by fit, or a run's folder"
     )
-    parser.add_argument(
-        "--out", type=path_argument, required=True, metavar="FOLDER", help="where config, weights and model card go"
-    )
-    parser.add_argument("--raw", action="store_true", help="the last step's weights, not their moving average")
+    add("--out", type=path_argument, required=True, metavar="FOLDER", help="where config, weights and model card go")
+    add("--raw", action="store_true", help="the last step's weights, not their moving average")
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -244,10 +244,6 @@ def merge_latents(out: str | os.PathLike[str]) -> LatentMeta:
 
     Args:
         out: the folder given to `encode_dataset` with `shard`.
-
-    Raises:
-        FileNotFoundError: no such folder.
-        ValueError: parts are missing, unfinished, damaged, or made otherwise than the others; names them.
     """
     out = Path(out)
     if not out.is_dir():
@@ -323,10 +319,6 @@ def relabel_latents(
 
     Returns:
         number of each episode whose instruction has changed -> the old one, the new one.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        UserError: the latents are not finished, or were made from another data set; says by what that is seen.
     """
     shards, reader = LatentShards(latents), LeRobotReader(dataset)
     # The data set must be the one that was encoded: by its name, its rate, its episodes' numbers and lengths.

@@ -268,9 +268,6 @@ def load_tokenizer(source: str | Path) -> VideoTokenizer:
     """A tokenizer by folder or hub id: RepViTok, or Wan's VAE where the folder's config.json names its class.
 
     A folder that holds a whole Wan pipeline is known by its subfolder "vae"; a hub id, by an owner "Wan-AI".
-
-    Raises:
-        FileNotFoundError, ValueError: as `RepViTok.from_pretrained` and `WanVae.from_pretrained`.
     """
     folder, wan_on_hub = Path(source), (hub_id(source) or "").startswith("Wan-AI/")
     configs = [load_json(path) for path in (folder / "config.json", folder / "vae/config.json") if path.is_file()]

@@ -17,8 +17,8 @@ from repvitok.data.video import write_video
 from repvitok.model import RepViTok
 from repvitok.runtime.callbacks import AtomicCheckpointIO, CurveLogger, SaveLast, TrainingInterrupted
 from repvitok.runtime.checkpointing import read_checkpoint
-from repvitok.runtime.curves import append_curves, read_curves
 from repvitok.runtime.lightning_cli import TRAINER_DEFAULTS
+from repvitok.runtime.progress import append_curves, read_curves
 from repvitok.runtime.training import OptimizerSettings
 from repvitok.training.export import export_checkpoint
 from repvitok.training.losses import AdversarySettings, LossWeights

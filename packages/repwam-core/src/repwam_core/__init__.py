@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 import lazy_loader
+import repvitok  # noqa: F401  # knows the old names of our modules, too
 
 __version__ = version("repwam-core")
 # The names in __init__.pyi, imported when they are first used: importing the package imports no torch.

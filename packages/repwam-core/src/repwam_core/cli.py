@@ -63,7 +63,7 @@ STAGE = TrainingStage(
     next_words=_after_fit,
     links=(("model.chunk_sizes", "data.chunk_sizes"),),
     parallel_strategy="ddp_find_unused_parameters_true",  # stage two leaves latent actions' projections alone
-    test_callbacks={"recorded": "repwam_core.recorded:RecordedEpisodes"},
+    test_callbacks={"recorded": "repwam_core.export:RecordedEpisodes"},
 )
 MOST_TOKENS = 10**18
 NOISE_MODES = ("none", "pushes", "gaussian", "pushes+gaussian")
@@ -73,7 +73,7 @@ EXECUTIONS = ("wait", "naive", "ensemble", "regrounded")
 
 def _quickstart(options: argparse.Namespace) -> int:
     say_loading()
-    from repwam_core.quickstart.pipeline import run
+    from repwam_core.quickstart.stages import run
 
     return run(options, main)
 
@@ -82,16 +82,10 @@ def _quickstart(options: argparse.Namespace) -> int:
 
 
 def _simulator_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--suite",
-        type=text_argument,
-        default="metaworld",
-        help="a simulator and its tasks (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--tasks", type=text_argument, nargs="+", required=True, metavar="TASK", help="names of the suite's tasks"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--suite", type=text_argument, default="metaworld", help="a simulator and its tasks (default: %(default)s)")
+    add("--tasks", type=text_argument, nargs="+", required=True, metavar="TASK", help="names of the suite's tasks")
+    add(
         "--same-scene",
         type=text_argument,
         nargs="+",
@@ -99,20 +93,12 @@ def _simulator_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TASK",
         help="tasks told apart by the instruction alone: they share layouts and hide their goal markers",
     )
-    parser.add_argument("--cameras", type=text_argument, nargs="+", help="camera names (default: the suite's)")
-    parser.add_argument(
-        "--size", type=whole_number(16, MAX_SIDE), nargs=2, metavar=("H", "W"), help="pixels (default: the suite's)"
-    )
-    parser.add_argument(
-        "--act-repeat", type=whole_number(1, 500), help="simulator's steps per action (default: the suite's)"
-    )
-    parser.add_argument(
-        "--max-env-steps", type=whole_number(1, 500), help="simulator's steps per episode (default: the suite's)"
-    )
-    parser.add_argument("--settings", type=_json_object, default={}, metavar="JSON", help="any settings of the suite")
-    parser.add_argument(
-        "--workers", type=whole_number(1, MOST_PROCESSES), help="simulator processes (default: one per core)"
-    )
+    add("--cameras", type=text_argument, nargs="+", help="camera names (default: the suite's)")
+    add("--size", type=whole_number(16, MAX_SIDE), nargs=2, metavar=("H", "W"), help="pixels (default: the suite's)")
+    add("--act-repeat", type=whole_number(1, 500), help="simulator's steps per action (default: the suite's)")
+    add("--max-env-steps", type=whole_number(1, 500), help="simulator's steps per episode (default: the suite's)")
+    add("--settings", type=_json_object, default={}, metavar="JSON", help="any settings of the suite")
+    add("--workers", type=whole_number(1, MOST_PROCESSES), help="simulator processes (default: one per core)")
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -133,27 +119,20 @@ def _settings(options: argparse.Namespace) -> SimSettings:
 
 
 def _collect_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     _simulator_arguments(parser)
-    parser.add_argument(
-        "--out", type=path_argument, required=True, help="folder of the data set; an interrupted run resumes"
-    )
-    parser.add_argument(
-        "--episodes", type=whole_number(1, 1000), default=30, help="demonstrations per task (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--seed", type=whole_number(0, 99), default=0, help="of the data set, 0 to 99 (default: %(default)s)"
-    )
-    parser.add_argument("--noise", choices=NOISE_MODES, default="none", help="how the expert is disturbed")
-    parser.add_argument("--format", choices=["v2.1", "v3.0"], default="v2.1", help="LeRobot version (default: v2.1)")
-    parser.add_argument(
+    add("--out", type=path_argument, required=True, help="folder of the data set; an interrupted run resumes")
+    add("--episodes", type=whole_number(1, 1000), default=30, help="demonstrations per task (default: %(default)s)")
+    add("--seed", type=whole_number(0, 99), default=0, help="of the data set, 0 to 99 (default: %(default)s)")
+    add("--noise", choices=NOISE_MODES, default="none", help="how the expert is disturbed")
+    add("--format", choices=["v2.1", "v3.0"], default="v2.1", help="LeRobot version (default: v2.1)")
+    add(
         "--pix-fmt",
         choices=["yuv444p", "yuv420p"],
         default="yuv444p",
         help="video colour: whole (default), or halved, which every player shows",
     )
-    parser.add_argument(
-        "--crf", type=whole_number(0, 51), default=10, help="video quality, 0 (best) to 51 (default: %(default)s)"
-    )
+    add("--crf", type=whole_number(0, 51), default=10, help="video quality, 0 (best) to 51 (default: %(default)s)")
 
 
 def _collect(options: argparse.Namespace) -> None:
@@ -178,43 +157,36 @@ def _collect(options: argparse.Namespace) -> None:
 
 
 def _rollout_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     _simulator_arguments(parser)
     driver = parser.add_mutually_exclusive_group(required=True)
     driver.add_argument("--policy", type=path_argument, help="policy folder, from `repwam export`")
     driver.add_argument("--baseline", choices=BASELINES, help="who drives instead of a policy")
-    parser.add_argument(
-        "--demonstrations", type=path_argument, help="data set of `repwam collect`, for --baseline replay"
-    )
-    parser.add_argument(
-        "--episodes", type=whole_number(1, 100_000), default=20, help="unseen seeds per task (default: %(default)s)"
-    )
-    parser.add_argument("--instruction", help="what the policy is told in every episode; '' for nothing")
-    parser.add_argument(
+    add("--demonstrations", type=path_argument, help="data set of `repwam collect`, for --baseline replay")
+    add("--episodes", type=whole_number(1, 100_000), default=20, help="unseen seeds per task (default: %(default)s)")
+    add("--instruction", help="what the policy is told in every episode; '' for nothing")
+    add(
         "--execute",
         type=whole_number(1, 100_000),
         help="actions carried out before planning again (default: the chunk)",
     )
-    parser.add_argument(
+    add(
         "--delay",
         type=whole_number(0, 1000),
         default=0,
         metavar="STEPS",
         help="control steps that planning a chunk takes, but for the first (default: %(default)s)",
     )
-    parser.add_argument(
+    add(
         "--execution",
         choices=EXECUTIONS,
         default="wait",
         help="what the robot does meanwhile: hold still (default), or carry out the chunk before, and then the new one "
         "as planned, averaged with it, or planned to follow it",
     )
-    parser.add_argument(
-        "--film", type=whole_number(0, 100_000), default=0, metavar="N", help="film N episodes per task"
-    )
-    parser.add_argument(
-        "--device", type=text_argument, default="cpu", help="of the policy: cpu, cuda, cuda:1 (default: %(default)s)"
-    )
-    parser.add_argument(
+    add("--film", type=whole_number(0, 100_000), default=0, metavar="N", help="film N episodes per task")
+    add("--device", type=text_argument, default="cpu", help="of the policy: cpu, cuda, cuda:1 (default: %(default)s)")
+    add(
         "--out",
         type=path_argument,
         required=True,
@@ -229,11 +201,12 @@ def _rollout(options: argparse.Namespace) -> None:
 
     seeds, settings = evaluation_seeds(options.episodes), _settings(options)
     results = _drive_without_policy(options, seeds) if options.baseline else _drive(options, seeds)
-    for task, rate in success_rates(results).items():
-        crashed = f", {rate.crashed} crashed" if rate.crashed else ""
-        print(f"{task}: {rate.successes}/{rate.episodes} (95 % interval {rate.low:.2f} to {rate.high:.2f}){crashed}")
+    rates = success_rates(results)
+    for task, rate in rates.items():
+        (low, high), crashed = rate.interval, f", {rate.crashed} crashed" if rate.crashed else ""
+        print(f"{task}: {rate.successes}/{rate.episodes} (95 % interval {low:.2f} to {high:.2f}){crashed}")
     if len(options.tasks) > 1:
-        means = {**mean_rates(results, settings.groups), "all": mean_rate(results)}
+        means = {**mean_rates(rates, settings.groups), "all": mean_rate(rates)}
         print("means over tasks: " + ", ".join(f"{group} {mean:.3f}" for group, mean in means.items()))
     if films := write_films(options.out / "films", results, settings.embodiment.rate_hz):
         print(f"{options.out / 'films'}: {len(films)} films")
@@ -242,39 +215,30 @@ def _rollout(options: argparse.Namespace) -> None:
 
 
 def _robotwin_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--results", type=path_argument, required=True, help="RoboTwin's folder eval_result")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--results", type=path_argument, required=True, help="RoboTwin's folder eval_result")
+    add(
         "--policy-name",
         type=text_argument,
         default="repwam",
         help="folder in RoboTwin's policy/ (default: %(default)s)",
     )
-    parser.add_argument("--name", type=text_argument, help="what eval.sh was given as NAME, where there are several")
-    parser.add_argument(
-        "--test-num", type=whole_number(1, 100_000), default=100, help="episodes of each run (default: %(default)s)"
-    )
-    parser.add_argument(
+    add("--name", type=text_argument, help="what eval.sh was given as NAME, where there are several")
+    add("--test-num", type=whole_number(1, 100_000), default=100, help="episodes of each run (default: %(default)s)")
+    add(
         "--repeats",
         choices=("refuse", "pool", "last"),
         default="refuse",
         help="several runs of a task: a mistake (default), added up, or the last one counts",
     )
-    parser.add_argument(
-        "--horizons", type=path_argument, metavar="FILE", help="YAML, group: [tasks] (default: the paper's 30, 15, 5)"
-    )
-    parser.add_argument("--out", type=path_argument, metavar="FILE", help="JSON file to write")
+    add("--horizons", type=path_argument, metavar="FILE", help="YAML, group: [tasks] (default: the paper's 30, 15, 5)")
+    add("--out", type=path_argument, metavar="FILE", help="JSON file to write")
 
 
 def _robotwin(options: argparse.Namespace) -> None:
     from repvitok.runtime.files import write_json_atomic
 
-    from repwam_core.sim.robotwin_results import (
-        format_summary,
-        load_horizons,
-        read_results,
-        summarise,
-        summary_to_dict,
-    )
+    from repwam_core.sim.robotwin import format_summary, load_horizons, read_results, summarise, summary_to_dict
 
     horizons = load_horizons(options.horizons)
     chosen = {"name": options.name, "episodes": options.test_num, "repeats": options.repeats}
@@ -287,7 +251,7 @@ def _robotwin(options: argparse.Namespace) -> None:
 
 
 def _drive_without_policy(options: argparse.Namespace, seeds: list[int]):
-    from repwam_core.sim.baselines import run_baseline
+    from repwam_core.sim.evaluate import run_baseline
 
     given = {"instruction": options.instruction, "execute": options.execute, "film": options.film or None}
     given |= {"delay": options.delay or None, "execution": None if options.execution == "wait" else options.execution}
@@ -344,32 +308,31 @@ def _about(policy: BatchedPolicy, options: argparse.Namespace) -> dict[str, Any]
 
 
 def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--format",
         choices=("lerobot", "robotwin"),
         default="lerobot",
         help="what the data set is: LeRobot v2.0, v2.1 or v3.0 (default), or RoboTwin 2.0's HDF5 episodes",
     )
-    parser.add_argument(
+    add(
         "--dataset",
         type=path_argument,
         required=True,
         help="LeRobot data set; or RoboTwin's folder <task>/<config>, or one that holds several",
     )
-    parser.add_argument(
+    add(
         "--layout", type=text_argument, help="of LeRobot data: agibot, robocoin, ... (docs/datasets.md), or a YAML file"
     )
-    parser.add_argument(
-        "--out", type=path_argument, required=True, help="folder to write; a LeRobot data set's videos are linked"
-    )
-    parser.add_argument("--episodes", **EPISODES)
-    parser.add_argument(
+    add("--out", type=path_argument, required=True, help="folder to write; a LeRobot data set's videos are linked")
+    add("--episodes", **EPISODES)
+    add(
         "--instructions",
         choices=("seen", "unseen", "task"),
         help="of RoboTwin: which sentences an episode's is drawn from, or the task's name (default: seen)",
     )
-    parser.add_argument("--seed", type=whole_number(0, SEEDS), help="of RoboTwin: of that draw (default: 0)")
-    parser.add_argument(
+    add("--seed", type=whole_number(0, SEEDS), help="of RoboTwin: of that draw (default: 0)")
+    add(
         "--rate-hz",
         type=number(0, 10_000, above=True),
         help="of RoboTwin: rows per second (default: 16.667, which is save_freq 15)",
@@ -399,25 +362,24 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _stats_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--latents", type=path_argument, required=True, help="folder of latent shards")
-    parser.add_argument("--out", type=path_argument, required=True, help="statistics.json to write")
+    add = parser.add_argument
+    add("--latents", type=path_argument, required=True, help="folder of latent shards")
+    add("--out", type=path_argument, required=True, help="statistics.json to write")
     held_out_help = "share of the episodes that is left out, or their numbers like 2,5-7 (default: 0)"
-    parser.add_argument("--held-out", type=parse_held_out, default=0.0, metavar="SHARE", help=held_out_help)
-    parser.add_argument(
+    add("--held-out", type=parse_held_out, default=0.0, metavar="SHARE", help=held_out_help)
+    add(
         "--kind",
         choices=("absolute", "relative", "from_state"),
         default="absolute",
         help="what recorded actions are, or from_state: targets, learned as changes from the state (default: absolute)",
     )
-    parser.add_argument(
+    add(
         "--chunk-frames",
         type=whole_number(1, 1000),
         default=4,
         help="latent frames of the longest chunk (model.chunk_sizes) that from_state measures over (default: 4)",
     )
-    parser.add_argument(
-        "--units", type=text_argument, nargs="+", help='unit of each action channel, or one for all (default: "1")'
-    )
+    add("--units", type=text_argument, nargs="+", help='unit of each action channel, or one for all (default: "1")')
 
 
 def _stats(options: argparse.Namespace) -> None:
@@ -441,18 +403,15 @@ def _stats(options: argparse.Namespace) -> None:
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--ckpt", type=path_argument, required=True, help="checkpoint written by fit, or a run's folder"
-    )
-    parser.add_argument("--out", type=path_argument, required=True, help="folder to write")
-    parser.add_argument("--wam-only", action="store_true", help="the model alone, for model.init_from")
-    parser.add_argument("--tokenizer", type=path_argument, help="tokenizer folder that made the latents")
-    parser.add_argument("--lat", type=path_argument, help="latent action tokenizer folder, copied along")
-    parser.add_argument(
-        "--latents", type=path_argument, help="latent shards trained on; their embedded instructions are kept"
-    )
-    parser.add_argument("--name", type=text_argument, help="the robot's name (default: the data set's)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--ckpt", type=path_argument, required=True, help="checkpoint written by fit, or a run's folder")
+    add("--out", type=path_argument, required=True, help="folder to write")
+    add("--wam-only", action="store_true", help="the model alone, for model.init_from")
+    add("--tokenizer", type=path_argument, help="tokenizer folder that made the latents")
+    add("--lat", type=path_argument, help="latent action tokenizer folder, copied along")
+    add("--latents", type=path_argument, help="latent shards trained on; their embedded instructions are kept")
+    add("--name", type=text_argument, help="the robot's name (default: the data set's)")
+    add(
         "--data-set",
         type=whole_number(0, 10_000),
         default=0,
@@ -491,19 +450,18 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _openloop_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--policy", type=path_argument, required=True, help="policy folder, from `repwam export`")
-    parser.add_argument("--dataset", type=path_argument, required=True, help="LeRobot data set of the same robot")
-    parser.add_argument("--episodes", **EPISODES)
-    parser.add_argument(
+    add = parser.add_argument
+    add("--policy", type=path_argument, required=True, help="policy folder, from `repwam export`")
+    add("--dataset", type=path_argument, required=True, help="LeRobot data set of the same robot")
+    add("--episodes", **EPISODES)
+    add(
         "--cameras",
         type=text_argument,
         nargs="+",
         help="the data set's cameras that stand for the policy's, in its order (default: named so)",
     )
-    parser.add_argument(
-        "--seed", type=whole_number(0, SEEDS), default=0, help="of the policy's draws (default: %(default)s)"
-    )
-    parser.add_argument(
+    add("--seed", type=whole_number(0, SEEDS), default=0, help="of the policy's draws (default: %(default)s)")
+    add(
         "--clip-features",
         type=text_argument,
         nargs="+",
@@ -511,8 +469,8 @@ def _openloop_arguments(parser: argparse.ArgumentParser) -> None:
         help="Frechet distance of imagined clips: 'hog' (a stand-in), or gFVD by I3D: tfhub-kinetics400 FILE, or "
         "pytorch-i3d FILE",
     )
-    parser.add_argument("--device", type=text_argument, default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
-    parser.add_argument("--out", type=path_argument, required=True, help="JSON file to write")
+    add("--device", type=text_argument, default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
+    add("--out", type=path_argument, required=True, help="JSON file to write")
     add_sampling_arguments(parser)
 
 
@@ -575,28 +533,21 @@ def tokens_of(text: str) -> int:
 
 
 def _estimate_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     default = RunRequest()
     count, above_0 = whole_number(1, 10**6), number(0, 10**6, above=True)
-    parser.add_argument("--preset", choices=["tiny", "1.3b", "5b"], default=default.preset, help="model size")
-    parser.add_argument("--gpus", type=count, default=default.gpus, help="devices (default: %(default)s)")
-    parser.add_argument("--tokens", type=tokens_of, default="160k", help="of a packed sequence, such as 160k")
-    parser.add_argument("--gpu", choices=sorted(DEVICES), default=default.gpu, help="device (default: %(default)s)")
-    parser.add_argument("--total-tokens", type=tokens_of, default="100g", help="of the run (100g)")
-    parser.add_argument(
-        "--mfu", type=number(0, 1, above=True), default=default.mfu, help="assumed share of the peak (%(default)s)"
-    )
-    parser.add_argument("--shard-size", type=count, default=default.shard_size, help="devices per copy (%(default)s)")
-    parser.add_argument("--recompute", choices=get_args(Recompute), default=default.recompute)
-    parser.add_argument(
-        "--grid", type=whole_number(1, 4096), nargs=3, default=default.grid, metavar=("VIEWS", "H", "W")
-    )
-    parser.add_argument(
-        "--transitions", type=whole_number(1, 100_000), default=default.transitions, help="of an episode (%(default)s)"
-    )
-    parser.add_argument(
-        "--chunk", type=whole_number(1, 1024), default=default.chunk, help="latent frames (%(default)s)"
-    )
-    parser.add_argument(
+    add("--preset", choices=["tiny", "1.3b", "5b"], default=default.preset, help="model size")
+    add("--gpus", type=count, default=default.gpus, help="devices (default: %(default)s)")
+    add("--tokens", type=tokens_of, default="160k", help="of a packed sequence, such as 160k")
+    add("--gpu", choices=sorted(DEVICES), default=default.gpu, help="device (default: %(default)s)")
+    add("--total-tokens", type=tokens_of, default="100g", help="of the run (100g)")
+    add("--mfu", type=number(0, 1, above=True), default=default.mfu, help="assumed share of the peak (%(default)s)")
+    add("--shard-size", type=count, default=default.shard_size, help="devices per copy (%(default)s)")
+    add("--recompute", choices=get_args(Recompute), default=default.recompute)
+    add("--grid", type=whole_number(1, 4096), nargs=3, default=default.grid, metavar=("VIEWS", "H", "W"))
+    add("--transitions", type=whole_number(1, 100_000), default=default.transitions, help="of an episode (%(default)s)")
+    add("--chunk", type=whole_number(1, 1024), default=default.chunk, help="latent frames (%(default)s)")
+    add(
         "--actions-per-latent",
         "--vectors",
         dest="vectors",
@@ -604,7 +555,7 @@ def _estimate_arguments(parser: argparse.ArgumentParser) -> None:
         default=default.vectors,
         help="actions per latent frame (%(default)s); --vectors until version 0.3",
     )
-    parser.add_argument("--passes", type=above_0, default=default.passes, help="through the data (%(default)s)")
+    add("--passes", type=above_0, default=default.passes, help="through the data (%(default)s)")
 
 
 def _estimate(options: argparse.Namespace) -> None:

@@ -344,12 +344,7 @@ class Statistics:
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError: when there is no such file.
-            ValueError: when it is no statistics file, or its numbers do not fit its digest.
-        """
+        """Read what `save` wrote."""
         values = require_format(load_json(path), STATISTICS_FORMAT, FORMAT_VERSION, str(path))
         digest = values.pop("digest", None)
         statistics = cls.from_dict(values, str(path))

@@ -4,8 +4,7 @@ import pytest
 import torch
 from repwam_core.data.datamodule import HeldOutLoader, SegmentLoader, WAMDataModule
 from repwam_core.data.episodes import SegmentSampler
-from repwam_core.data.mixture import DataSetSettings
-from repwam_core.data.packing import PackingSettings
+from repwam_core.data.packing import DataSetSettings, PackingSettings
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 from repvitok.data import LeRobotReader, LeRobotWriter
-from repvitok.data.lerobot import finalize
+from repvitok.data.lerobot import writer as writer_module
 from repwam_core.cli import main
 from repwam_core.data import layout as layout_module
 from repwam_core.data.layout import DatasetLayout, known_layouts, prepare
@@ -326,8 +326,8 @@ def test_some_episodes_alone_read_as_they_did(tmp_path, version, own_files, caps
     """Of five episodes three; in version 3 they share a table and videos with the others, or each has its own."""
     source, out = tmp_path / "source", tmp_path / "out"
     if own_files:
-        monkeypatch.setattr(finalize, "DATA_FILE_MB", 1e-9)
-        monkeypatch.setattr(finalize, "VIDEO_FILE_MB", 1e-9)
+        monkeypatch.setattr(writer_module, "DATA_FILE_MB", 1e-9)
+        monkeypatch.setattr(writer_module, "VIDEO_FILE_MB", 1e-9)
     _written(source, "v3.0" if version == "v3.0" else "v2.1", (4, 5, 6, 7, 5))
     info = json.loads((source / "meta/info.json").read_text()) | {"codebase_version": version}
     (source / "meta/info.json").write_text(json.dumps(info))

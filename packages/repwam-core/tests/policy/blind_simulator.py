@@ -40,22 +40,11 @@ class BlindTask(SimTask):
         self.action_limits = np.ones(3)
 
     def start(self, seed: int) -> None:
-        self.at, self._steps = np.zeros(3), 0
+        self.at, self.steps = np.zeros(3), 0
 
     def advance(self, action_si: np.ndarray) -> None:
-        self.at, self._steps = self.at + action_si, self._steps + 1
+        self.at, self.steps = self.at + action_si, self.steps + 1
 
     def observe(self) -> Observation:
         images = {camera: np.full((*self.size, 3), int(abs(self.at[0]) * 20) % 256, np.uint8) for camera in CAMERAS}
         return Observation(images, self.at[:2].astype(np.float32))
-
-    @property
-    def success(self) -> bool:
-        return False
-
-    @property
-    def steps(self) -> int:
-        return self._steps
-
-    def close(self) -> None:
-        """Nothing is held."""

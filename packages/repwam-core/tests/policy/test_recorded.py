@@ -4,7 +4,7 @@ import json
 
 import pytest
 import yaml
-from repvitok.runtime.curves import read_curves
+from repvitok.runtime.progress import read_curves
 from repwam_core.cli import main
 
 SIZES = {"width": 32, "depth": 1, "heads": 2, "ffn": 64, "action_width": 32, "action_ffn": 64}

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 from repvitok.runtime.errors import UserError
-from repwam_core.quickstart.closed_loop import settings_of
 from repwam_core.quickstart.config import RECIPES, STAGES, add_quickstart_arguments, load_config, shaped_like
-from repwam_core.sim.metaworld.instructions import TASKS
+from repwam_core.quickstart.work import settings_of
+from repwam_core.sim.metaworld import TASKS
 
 
 def _options(**given):

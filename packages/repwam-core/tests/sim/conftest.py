@@ -21,13 +21,13 @@ class PointTask(SimTask):
 
     def start(self, seed):
         self.x = float(np.random.default_rng(seed).uniform(0, 0.3))
-        self._steps, self._success, self.applied = 0, False, []
+        self.steps, self.success, self.applied = 0, False, []
 
     def advance(self, action_si):
         self.applied.append(np.array(action_si))
         self.x += float(action_si[0])
-        self._steps += 1
-        self._success = self._success or self.x >= 1.0
+        self.steps += 1
+        self.success = self.success or self.x >= 1.0
 
     def observe(self):
         value = int(np.clip(self.x, 0, 1) * 200)
@@ -35,17 +35,6 @@ class PointTask(SimTask):
 
     def expert_action(self):
         return np.array([np.clip(1.2 - self.x, 0, self.expert_speed), 1.0], np.float32)
-
-    @property
-    def success(self):
-        return self._success
-
-    @property
-    def steps(self):
-        return self._steps
-
-    def close(self):
-        pass
 
 
 @pytest.fixture

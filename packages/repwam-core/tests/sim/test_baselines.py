@@ -5,7 +5,7 @@ import pytest
 from repvitok.data import LeRobotWriter
 from repvitok.runtime.errors import UserError
 from repwam_core.sim.base import evaluation_seeds
-from repwam_core.sim.baselines import demonstrated, run_baseline
+from repwam_core.sim.evaluate import demonstrated, run_baseline
 from repwam_core.sim.metaworld import MetaWorldTask
 from repwam_core.sim.results import load_results, success_rates
 

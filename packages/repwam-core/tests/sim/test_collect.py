@@ -13,8 +13,7 @@ import pytest
 from repvitok.data import LeRobotReader
 from repvitok.runtime.errors import UserError
 from repwam_core.sim.collect import NOISE_MODES, collect, read_plan, record_demonstration
-from repwam_core.sim.metaworld import MetaWorldSettings, MetaWorldTask
-from repwam_core.sim.metaworld.instructions import paraphrases
+from repwam_core.sim.metaworld import MetaWorldSettings, MetaWorldTask, paraphrases
 
 SMALL = MetaWorldSettings(size=(32, 32))
 TASKS = ("handle-press-side", "reach")

@@ -10,8 +10,7 @@ from repvitok.runtime.errors import UserError
 from repwam_core.interface import ActionChunk, BasePolicy, BatchedBasePolicy
 from repwam_core.sim.base import HAND_TO_OBJECT, OBJECT_TO_GOAL, evaluation_seeds
 from repwam_core.sim.evaluate import OnePolicyEach, evaluate
-from repwam_core.sim.metaworld import MetaWorldSettings, MetaWorldTask
-from repwam_core.sim.metaworld.instructions import TASKS
+from repwam_core.sim.metaworld import TASKS, MetaWorldSettings, MetaWorldTask
 from repwam_core.sim.results import load_results
 from repwam_core.sim.workers import VectorEnv
 

@@ -6,7 +6,7 @@ import pytest
 from repvitok.runtime.errors import UserError
 from repwam_core.cli import main
 from repwam_core.sim.results import wilson_interval
-from repwam_core.sim.robotwin_results import load_horizons, read_results, summarise
+from repwam_core.sim.robotwin import load_horizons, read_results, summarise
 
 HORIZONS = load_horizons()
 

@@ -39,11 +39,11 @@ class ToyTask(SimTask):
 
     def start(self, seed: int) -> None:
         self.x_m = np.random.default_rng(seed).uniform(-0.2, 0.2)
-        self._steps, self._success = 0, False
+        self.steps, self.success = 0, False
 
     def advance(self, action_si: np.ndarray) -> None:
         self.x_m = float(np.clip(self.x_m + np.clip(action_si[0], -0.1, 0.1), -1.0, 1.0))
-        self._steps, self._success = self._steps + 1, self._success or abs(self.x_m - self.goal_m) < 0.01
+        self.steps, self.success = self.steps + 1, self.success or abs(self.x_m - self.goal_m) < 0.01
 
     def observe(self) -> Observation:
         image = np.zeros((*self.size, 3), np.uint8)
@@ -53,14 +53,3 @@ class ToyTask(SimTask):
 
     def expert_action(self) -> np.ndarray:
         return np.clip([self.goal_m - self.x_m], -0.1, 0.1).astype(np.float32)
-
-    @property
-    def success(self) -> bool:
-        return self._success
-
-    @property
-    def steps(self) -> int:
-        return self._steps
-
-    def close(self) -> None:
-        """Nothing is held."""

@@ -10,8 +10,8 @@ import pytest
 import torch
 from repvitok.data import LatentShards, LatentShardWriter
 from repvitok.runtime.checkpointing import read_checkpoint
-from repvitok.runtime.curves import read_curves
 from repvitok.runtime.lightning_cli import parse_recipe
+from repvitok.runtime.progress import read_curves
 from repwam_core.cli import STAGE, main
 from repwam_core.data.datamodule import WAMDataModule
 from repwam_core.data.episodes import EpisodeStore

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from repvitok.runtime.checkpointing import find_checkpoint, read_checkpoint
-from repvitok.runtime.curves import read_curves
+from repvitok.runtime.progress import read_curves
 from repwam_core.export import read_trained
 from repwam_core.model.config import ActionSpace, WAMConfig
 from repwam_core.model.wam import WorldActionModel, initial_draws

@@ -80,19 +80,10 @@ def split_folder(
     Args:
         folder: a LeRobot data set, a folder of videos or of images, or WebDataset shards.
         kind: which of them; "auto" looks.
-        cameras: LeRobot cameras to use; all when None.
-        episodes: numbers of the episodes or videos to use; all when None.
+        cameras, episodes, max_bad_fraction, cache_folder, depth_range: as of `ClipDataModule`.
         held_out: fraction of its episodes or videos, or their numbers (`split_episodes`).
         needed: for each kind of clip, the first of them validated on, the raw frames it takes of a video of some rate.
             What is too short for all of them is left out, with a word.
-        max_bad_fraction: how many of a folder's or shards' files may be unreadable.
-        cache_folder: for `TarShards`.
-        depth_range: reads depth maps, too: (MIN, MAX) in the numbers they store become black and white.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it holds nothing of the kind, too much that cannot be read, a camera without recordings, or no such
-            episode.
     """
     found = folder_kind(folder) if kind == "auto" else kind
     if found == "lerobot":
@@ -176,10 +167,6 @@ def folder_kind(folder: str) -> FolderKind:
 
     A LeRobot data set whose info.json is missing stays one, and so is refused by its reader: as a folder of videos it
     would come without states, actions and instructions.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        UserError: it holds several LeRobot data sets.
     """
     path = Path(folder)
     if any(next(path.glob(pattern), None) is not None for pattern in _LEROBOT_FILES):

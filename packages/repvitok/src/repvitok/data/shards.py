@@ -237,10 +237,6 @@ class LatentShards(Sequence[Any]):  # of LatentEpisode; type checks at run time 
         root: folder written by `LatentShardWriter`.
         expect_digest: refuse latents that another tokenizer made (`RepViTok.digest()`).
         labels: False leaves out labels beside the shards, which then need not be whole.
-
-    Raises:
-        FileNotFoundError: the folder is missing.
-        ValueError: it is unfinished, a shard is missing or truncated, or the digest differs.
     """
 
     def __init__(self, root: str | os.PathLike[str], *, expect_digest: str | None = None, labels: bool = True) -> None:

@@ -102,10 +102,6 @@ class VideoFolder:
         root: the folder.
         max_bad_fraction: how many of the files may be unreadable; they are left out and logged. 0: none.
         depth_range: for videos whose pixels are deep grey (`VideoFile.read`).
-
-    Raises:
-        FileNotFoundError: no such folder.
-        ValueError: no video in it, or more unreadable ones than allowed; names the file.
     """
 
     def __init__(
@@ -301,10 +297,6 @@ def read_index(tar: Path, cache_folder: Path | None) -> list[TarMember]:
     """The clips and images of a tar, in its order; from the cache folder, if they were found before.
 
     The index of a tar is a JSON file named by the tar's path; one of another size or time of change is made again.
-
-    Raises:
-        FileNotFoundError: there is no such tar.
-        ValueError: it is no tar, compressed, or truncated.
     """
     if not tar.is_file():
         raise FileNotFoundError(f"{tar}: no such file; expected a WebDataset shard")
@@ -379,10 +371,6 @@ class TarShards:
 
     Attributes:
         media: "videos" or "images".
-
-    Raises:
-        FileNotFoundError: a tar is missing, or cannot be fetched.
-        ValueError: a tar is damaged, holds nothing of the kind, or more videos than allowed cannot be read.
     """
 
     def __init__(

@@ -43,10 +43,6 @@ class VideoFile:
         fps: frames per second, on average; 0 where a single frame has no rate.
         codec: the codec's name, such as "h264".
         pixel_format: FFmpeg's name of how pixels are stored, such as "yuv420p"; empty where the file does not say.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file holds no readable video, or fewer frames than its header promises.
     """
 
     def __init__(

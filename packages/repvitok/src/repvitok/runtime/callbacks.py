@@ -25,11 +25,10 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from repvitok.runtime.checkpointing import LAST, generations_of, read_checkpoint, set_aside, write_checkpoint
-from repvitok.runtime.curves import Row, append_curves, mark_curves, rewind_curves
 from repvitok.runtime.documents import Above0, Positive, check_arguments
 from repvitok.runtime.errors import UserError
 from repvitok.runtime.files import WriteError, atomic_file, kind_of, sole_writer
-from repvitok.runtime.progress import progress
+from repvitok.runtime.progress import Row, append_curves, mark_curves, progress, rewind_curves
 
 FOLDER = "predictions"
 FILES = "rank-*-batch-*.safetensors"
@@ -415,7 +414,7 @@ def _curve_loggers(trainer: Trainer) -> list[CurveLogger]:
 
 
 class CurveLogger(Logger):
-    """Lightning logger that appends to the run's metrics.csv; read it with `repvitok.runtime.curves.read_curves`."""
+    """Lightning logger that appends to the run's metrics.csv; read it with `repvitok.runtime.progress.read_curves`."""
 
     def __init__(self, folder: str | Path) -> None:
         """Logs to `folder` / metrics.csv."""
@@ -462,11 +461,7 @@ class CurveLogger(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Appends the rest.
-
-        Raises:
-            WriteError: after a training that went well, where the curves cannot be written.
-        """
+        """Appends the rest."""
         if status == "success":
             append_curves(self._folder, self._rows)
             self._rows = []

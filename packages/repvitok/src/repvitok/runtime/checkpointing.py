@@ -152,11 +152,7 @@ def set_aside(path: Path) -> Path:
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """Takes a checkpoint file, or a run's folder for its newest readable one.
-
-    Raises:
-        FileNotFoundError: if there is none.
-    """
+    """Takes a checkpoint file, or a run's folder for its newest readable one."""
     path = Path(path)
     if not path.is_dir() or is_sharded(path):
         return path

@@ -2,8 +2,9 @@
 
 A document is described once, as a dataclass whose annotations give types and ranges
 (`Annotated[float, msgspec.Meta(gt=0)]`); reading it either gives that object or one error with the file's name, the
-field, what was expected and what came. Settings that are made in code or by a recipe hold themselves to the same
-annotations by `check_fields` in their `__post_init__`, and modules their arguments by `check_arguments`.
+field, what was expected and what came; a file that is not there is a FileNotFoundError. Settings that are made in code
+or by a recipe hold themselves to the same annotations by `check_fields` in their `__post_init__`, and modules their
+arguments by `check_arguments`.
 """
 
 from __future__ import annotations
@@ -65,32 +66,17 @@ _FIELD = re.compile(r"^(?P<problem>.*?)(?: - at `(?P<kind>key in )?\$(?P<field>.
 
 
 def read_json(path: str | Path, kind: type[Document] | Any, *, unknown: bool = False) -> Document:
-    """The JSON document in a file as a `kind`, see `parse`.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        UserError: a git-lfs pointer, no JSON, or not a `kind`.
-    """
+    """The JSON document in a file as a `kind`, see `parse`."""
     return parse(load_json(path), kind, str(path), unknown=unknown)
 
 
 def read_json_lines(path: str | Path, kind: type[Document] | Any, *, unknown: bool = False) -> list[Document]:
-    """One document a line, as LeRobot's .jsonl files have them; errors name the line.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        UserError: a git-lfs pointer, or a line that is no JSON document on its own or not a `kind`.
-    """
+    """One document a line, as LeRobot's .jsonl files have them; errors name the line."""
     return [parse(document, kind, source, unknown=unknown) for source, document in load_json_lines(path)]
 
 
 def load_json_lines(path: str | Path) -> Iterator[tuple[str, Any]]:
-    """Of every line that is not empty, what errors call it and its document as plain values.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        UserError: a git-lfs pointer, or a line that is no JSON document on its own.
-    """
+    """Of every line that is not empty, what errors call it and its document as plain values."""
     for number, line in enumerate(_read_text(Path(path)).split("\n"), 1):  # not splitlines: a text may hold U+2028
         if line.strip():
             source = f"{path}, line {number}"
@@ -98,22 +84,12 @@ def load_json_lines(path: str | Path) -> Iterator[tuple[str, Any]]:
 
 
 def load_json(path: str | Path) -> Any:
-    """The JSON document in a file as plain values, of no particular form.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        UserError: a git-lfs pointer, or no JSON.
-    """
+    """The JSON document in a file as plain values, of no particular form."""
     return _loads(_read_text(Path(path)), str(path))
 
 
 def load_yaml(path: str | Path) -> Any:
-    """The YAML document in a file as plain values, of no particular form.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        UserError: no YAML, or more than it seems, see `refuse_yaml_bomb`.
-    """
+    """The YAML document in a file as plain values, of no particular form."""
     text = _read_text(Path(path))
     refuse_yaml_bomb(text, str(path))
     try:

@@ -1,13 +1,23 @@
-"""How far a command is, the same for all of the three packages: a bar on a terminal, a line now and then elsewhere."""
+"""How far a command is, as a bar on a terminal and a line now and then elsewhere; and a run's loss curves on disk."""
 
 from __future__ import annotations
 
+import csv
+import errno
+import io
+import os
 import sys
 import time
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
+
+from repvitok.runtime.documents import load_yaml
+from repvitok.runtime.files import translated
 
 SECONDS_BETWEEN_LINES = 30.0
 
@@ -61,3 +71,86 @@ def progress(
         return tqdm(iterable, **told, dynamic_ncols=True)
     form = "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed} spent, {remaining} left, {rate_fmt}{postfix}"
     return ProgressLines(iterable, **told, bar_format=form, delay=1e-9)  # with a delay, nothing is drawn at once
+
+
+CURVES_FILE = "metrics.csv"
+_COLUMNS = ["step", "name", "value"]
+
+
+Row = tuple[int, str, float]
+"""Step, name, value."""
+
+
+def append_curves(folder: str | Path, rows: list[Row]) -> None:
+    """Appends rows to a run's metrics.csv, with a header when the file is new.
+
+    A last line that a kill has cut short is removed first; where the disk is full the file is left as it was.
+    """
+    if not rows:
+        return
+    path = Path(folder) / CURVES_FILE
+    with translated(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+", buffering=0) as file:
+            start = max(0, file.seek(0, os.SEEK_END) - 2**16)  # the last line is looked for in the last 64 kB
+            file.seek(start)
+            length, text = start + file.read().rfind(b"\n") + 1, io.StringIO()
+            csv.writer(text).writerows([_COLUMNS, *rows] if length == 0 else rows)
+            file.truncate(length)
+            try:
+                if file.write(content := text.getvalue().encode()) != len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(length)
+                raise
+
+
+def mark_curves(folder: str | Path) -> dict[str, int]:
+    """What a run's metrics.csv holds now, for `rewind_curves`: its length and checksum."""
+    path = Path(folder) / CURVES_FILE
+    content = path.read_bytes() if path.exists() else b""
+    return {"bytes": len(content), "crc32": zlib.crc32(content)}
+
+
+def rewind_curves(folder: str | Path, mark: Mapping[str, Any]) -> bool:
+    """Cuts a run's metrics.csv back to what it held at a mark; returns False where it never held that."""
+    path = Path(folder) / CURVES_FILE
+    content = path.read_bytes() if path.exists() else b""
+    if len(content) < mark["bytes"] or zlib.crc32(content[: mark["bytes"]]) != mark["crc32"]:
+        return False
+    if len(content) > mark["bytes"]:
+        with translated(path):
+            os.truncate(path, mark["bytes"])
+    return True
+
+
+def run_record(folder: str | Path) -> tuple[dict[str, Any], dict[str, float]]:
+    """What a run's folder says of it, for a model card: its configuration, and the last value of each validation curve.
+
+    Of a checkpoint that was moved away from its run, nothing: both are empty.
+    """
+    config = load_yaml(path) if (path := Path(folder) / "config.yaml").is_file() else {}
+    curves = read_curves(folder) if (Path(folder) / CURVES_FILE).is_file() else {}
+    found = {name: float(points[-1, 1]) for name, points in curves.items() if name.startswith("val/")}
+    return config if isinstance(config, dict) else {}, found
+
+
+def read_curves(folder: str | Path) -> Mapping[str, np.ndarray]:
+    """Reads a run's curves.
+
+    A run that was killed and resumed logs some steps twice: the later value counts. A last line cut short by the
+    kill is left out.
+
+    Returns:
+        name -> float64 (n, 2) with columns step and value, sorted by step.
+    """
+    path = Path(folder) / CURVES_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"no {CURVES_FILE} in {folder}: expected the folder of a training run")
+    curves: dict[str, dict[int, float]] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for line in file:
+            row = next(csv.reader([line.rstrip("\r\n")]), [])
+            if line.endswith("\n") and len(row) == 3 and row != _COLUMNS:
+                curves.setdefault(row[1], {})[int(row[0])] = float(row[2])
+    return {name: np.array(sorted(points.items()), dtype=np.float64) for name, points in curves.items()}

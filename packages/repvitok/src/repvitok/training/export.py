@@ -10,7 +10,7 @@ import torch
 from repvitok.config import RepViTokConfig
 from repvitok.model import RepViTok
 from repvitok.runtime.checkpointing import read_checkpoint, read_section, stored_by, with_weights
-from repvitok.runtime.curves import run_record
+from repvitok.runtime.progress import run_record
 
 
 def export_checkpoint(path: str | Path, out: str | Path, averaged: bool = True) -> RepViTok:

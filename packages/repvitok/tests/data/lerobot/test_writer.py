@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from repvitok.data.lerobot import finalize as lerobot_finalize
-from repvitok.data.lerobot.finalize import column_statistics, image_statistics, pooled_statistics
+from repvitok.data.lerobot import writer as lerobot_writer
 from repvitok.data.lerobot.reader import LeRobotReader
-from repvitok.data.lerobot.writer import LeRobotWriter
+from repvitok.data.lerobot.writer import LeRobotWriter, column_statistics, image_statistics, pooled_statistics
 from repvitok.runtime.errors import UserError
 
 VERSIONS = ("v2.1", "v3.0")
@@ -112,7 +111,7 @@ def test_an_interrupted_finalize_is_done_again(tmp_path, data_sets, make_writer,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(lerobot_finalize, step, killed)
+        patch.setattr(lerobot_writer, step, killed)
         with pytest.raises(KeyboardInterrupt):
             writer.finalize()
     writer.finalize()
@@ -151,8 +150,8 @@ def test_a_joined_v30_data_set_does_not(tmp_path, data_sets, make_writer, make_e
 
 
 def test_v30_files_are_split_by_size(tmp_path, data_sets, make_writer, make_episode, monkeypatch):
-    monkeypatch.setattr(lerobot_finalize, "VIDEO_FILE_MB", 0.003)
-    monkeypatch.setattr(lerobot_finalize, "DATA_FILE_MB", 0.002)
+    monkeypatch.setattr(lerobot_writer, "VIDEO_FILE_MB", 0.003)
+    monkeypatch.setattr(lerobot_writer, "DATA_FILE_MB", 0.002)
     writer = make_writer(tmp_path, "v3.0")
     for index in range(4):
         writer.add_episode(index, **make_episode(index))

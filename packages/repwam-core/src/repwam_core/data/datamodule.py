@@ -42,8 +42,7 @@ from repvitok.runtime.training import EndlessLoader
 
 from repwam_core.data.batches import SegmentBatch
 from repwam_core.data.episodes import MEMORY_LIMIT_GB, EpisodeStore, SegmentSampler
-from repwam_core.data.mixture import DataSetSettings, Mixture
-from repwam_core.data.packing import PackedLoader, PackingSettings, make_packer
+from repwam_core.data.packing import DataSetSettings, Mixture, PackedLoader, PackingSettings, make_packer
 from repwam_core.model.config import LATENT_SPACE
 from repwam_core.statistics import ActionKind
 from repwam_core.text import EMBEDDED
@@ -83,11 +82,7 @@ class EncodingSettings:
 
 
 class LatentsOnDemand:
-    """Latents of data sets: made on the first use, found again on every later one, by any run with these settings.
-
-    Raises:
-        FileNotFoundError, ValueError: the tokenizer's or the latent action tokenizer's folder is not one.
-    """
+    """Latents of data sets: made on the first use, found again on every later one, by any run with these settings."""
 
     def __init__(self, settings: EncodingSettings) -> None:
         self.settings = settings

@@ -23,10 +23,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from repvitok.data import LeRobotReader
 from repvitok.data.contents import require_recorded
-from repvitok.data.lerobot.finalize import column_statistics, pooled_statistics
 from repvitok.data.lerobot.format import arrow_type, huggingface_metadata, number_feature
 from repvitok.data.lerobot.metadata import read_parquet
 from repvitok.data.lerobot.tables import Where, robot_numbers, to_numpy
+from repvitok.data.lerobot.writer import column_statistics, pooled_statistics
 from repvitok.data.split import EpisodeNumbers, choose_episodes, format_episodes
 from repvitok.runtime.documents import Count, load_json, load_json_lines, load_yaml, parse, read_json
 from repvitok.runtime.errors import UserError

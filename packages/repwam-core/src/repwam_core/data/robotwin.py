@@ -103,10 +103,6 @@ def prepare_robotwin(
 
     Returns:
         The robot that the data set is of.
-
-    Raises:
-        UserError: for a file that cannot be read, lacks something or contradicts itself, with file and row; without
-            h5py; for a folder of something else.
     """
     source = source.parent if any(source.glob("episode*.hdf5")) else source
     found = _find(source, episodes)

@@ -181,40 +181,41 @@ def _size(size: list[int]) -> tuple[int, int]:
 
 def add_quickstart_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the quickstart's options to a parser."""
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--out", type=path_argument, help="folder of the run (default: runs/quickstart, or runs/ and the preset's name)"
     )
-    parser.add_argument(
+    add(
         "--seed", type=whole_number(0, 2**32 - 1), default=0, help="training and collection seed (default: %(default)s)"
     )
-    parser.add_argument("--fresh", action="store_true", help="start over: drop the stages already done in --out")
-    parser.add_argument(
+    add("--fresh", action="store_true", help="start over: drop the stages already done in --out")
+    add(
         "--dataset",
         type=path_argument,
         help="run on this LeRobot data set (v2.0 to v3.0) instead of the simulator, ending in open-loop evaluation",
     )
-    parser.add_argument(
+    add(
         "--size",
         type=whole_number(16, MAX_SIDE),
         nargs=2,
         metavar=("H", "W"),
         help="frame size in pixels, multiples of 16",
     )
-    parser.add_argument(
+    add(
         "--preset",
         choices=PRESETS,
         help=f"what to run in the simulator: {DEFAULT_PRESET} (default), five tasks in a quarter of an hour; mt50, one "
         "policy for all 50 tasks of Meta-World (docs/mt50.md); aloha, two arms and three cameras (docs/aloha.md)",
     )
-    parser.add_argument("--suite", type=text_argument, help="the simulator of --tasks (default: metaworld)")
-    parser.add_argument(
+    add("--suite", type=text_argument, help="the simulator of --tasks (default: metaworld)")
+    add(
         "--tasks",
         type=text_argument,
         nargs="+",
         metavar="TASK",
         help="simulated tasks (default: the recipe's three of Meta-World and its pair)",
     )
-    parser.add_argument(
+    add(
         "--episodes",
         type=episodes_argument,
         nargs="+",
@@ -222,16 +223,14 @@ def add_quickstart_arguments(parser: argparse.ArgumentParser) -> None:
         help="demonstrations per task (default: the recipe's); with --dataset the numbers of the episodes to use, and "
         "ranges of them: 0-9,12 (default: all)",
     )
-    parser.add_argument(
-        "--cameras", type=text_argument, nargs="+", help="with --dataset: cameras to use (default: all)"
-    )
-    parser.add_argument("--depth-range", **{**DEPTH_RANGE, "help": f"with --dataset: {DEPTH_RANGE['help']}"})
-    parser.add_argument(
+    add("--cameras", type=text_argument, nargs="+", help="with --dataset: cameras to use (default: all)")
+    add("--depth-range", **{**DEPTH_RANGE, "help": f"with --dataset: {DEPTH_RANGE['help']}"})
+    add(
         "--eval-episodes",
         type=whole_number(1, 100_000),
         help="unseen seeds per task in closed loop (default: the recipe's)",
     )
-    parser.add_argument(
+    add(
         "--budget",
         type=_budget,
         default="cpu",
@@ -239,12 +238,10 @@ def add_quickstart_arguments(parser: argparse.ArgumentParser) -> None:
         help="the machine to size the run for: two cores, or with --preset mt50 16 cores and one GPU; or a number that "
         "every stage's training steps on a CPU are multiplied by (default: %(default)s)",
     )
-    parser.add_argument(
+    add(
         "--controls",
         action="store_true",
         help="also train the policy without latent actions, without the video objective and on an untrained "
         "tokenizer, and report what each of them buys (about twice the time again)",
     )
-    parser.add_argument(
-        "--workers", type=whole_number(1, MOST_PROCESSES), help="simulator processes (default: one per core)"
-    )
+    add("--workers", type=whole_number(1, MOST_PROCESSES), help="simulator processes (default: one per core)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -78,17 +78,17 @@ def reconstruction(this: Run, trained: Trained, episodes: Sequence[int]) -> Reco
             stream = tokenizer.stream(window=tokenizer.config.episode_window)
             video_hat = stream.decode(stream.encode(video), size).clamp(-1, 1)
         clip = ReconstructedClip(
-            f"episode {index}",
-            to_frames(video[0]),
-            to_frames(video_hat[0]),
-            *_quality(video_hat, video),
+            f"episode {index}", to_frames(video[0]), to_frames(video_hat[0]), *_quality(video_hat, video)
         )
         clips.append(clip)
         mean_colour = video.mean(dim=(2, 3, 4), keepdim=True).expand_as(video)
         first_frame = video[:, :, :1].expand_as(video)
         baselines.append([_quality(trivial, video) for trivial in (mean_colour, first_frame)])
     means = np.mean(baselines, axis=0)
-    shown = [_shortened(clip) for clip in clips[:: max(1, len(clips) // SHOWN)][:SHOWN]]
+    shown = [
+        replace(clip, original=_thinned(clip.original), reconstructed=_thinned(clip.reconstructed))
+        for clip in clips[:: max(1, len(clips) // SHOWN)][:SHOWN]
+    ]
     return Reconstruction(
         shown,
         float(np.mean([clip.psnr_db for clip in clips])),
@@ -113,7 +113,7 @@ def latent_actions(this: Run, trained: Trained, episodes: Sequence[int]) -> Late
     names = ("forward_loss", "copy_loss", "zero_action_loss")
     losses: dict[str, Any] = {name: trained.prepared.lat.summary.get(f"val/{name}") for name in names}
     path = trained.prepared.labelled.folder / "probe.json"
-    if not path.exists():  # the data allow of none, see `training.label`
+    if not path.exists():  # the data allow of none, see `work.label`
         return LatentActions(pictures[:SHOWN], **losses)
     probe = read_json(path, dict[str, Any])
     r2 = {
@@ -200,7 +200,3 @@ def _imagined(episode: OpenLoopEpisode) -> ImaginedClip:
 def _thinned(frames: np.ndarray, count: int = 10) -> np.ndarray:
     """At most `count` frames, evenly spread."""
     return frames[np.unique(np.linspace(0, len(frames) - 1, count).round().astype(int))]
-
-
-def _shortened(clip: ReconstructedClip) -> ReconstructedClip:
-    return ReconstructedClip(clip.name, _thinned(clip.original), _thinned(clip.reconstructed), clip.psnr_db, clip.ssim)

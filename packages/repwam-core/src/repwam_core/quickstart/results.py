@@ -8,35 +8,35 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
-from repvitok.runtime.curves import read_curves
 from repvitok.runtime.documents import read_json
+from repvitok.runtime.progress import read_curves
 
-from repwam_core.quickstart import closed_loop, figures
+from repwam_core.quickstart import figures, work
 from repwam_core.quickstart.stages import CONTROLS
-from repwam_core.quickstart.training import FIT
-from repwam_core.report import (
-    Count,
-    Curve,
-    LanguageRow,
-    ReportData,
-    Rollout,
-    RunInfo,
-    Stage,
-    SuccessRow,
-)
+from repwam_core.quickstart.work import FIT
+from repwam_core.report import Curve, LanguageRow, ReportData, Rollout, RunInfo, Stage, SuccessRow
 from repwam_core.sim.base import HAND_TO_OBJECT, OBJECT_TO_GOAL, evaluation_seeds
-from repwam_core.sim.baselines import demonstrated
-from repwam_core.sim.failures import ENDINGS, ending, likeness
-from repwam_core.sim.results import EpisodeResult, difference_interval, film_key
+from repwam_core.sim.evaluate import demonstrated
+from repwam_core.sim.results import (
+    ENDINGS,
+    EpisodeResult,
+    SuccessRate,
+    difference_interval,
+    ending,
+    film_key,
+    likeness,
+    success_rates,
+)
+from repwam_core.sim.workers import default_workers
 
 if TYPE_CHECKING:
     from repwam_core.quickstart.runner import StageResult
@@ -66,7 +66,9 @@ SHOWN_PER_TASK = 3
 
 def findings(data: ReportData) -> list[str]:
     """One sentence per claim that the run's own numbers support or refute."""
-    told = [_closed_loop(data), *_controls(data), *_language_findings(data)]
+    rows = {row.method: row.total for row in data.success}
+    controls = [_compared(name, rows["policy"], rows[name]) for name in CONTROLS if name in rows]
+    told = [_closed_loop(data), *(controls or [NOT_SHOWN]), *_language_findings(data)]
     told += [MEASURED_IN_TRAINING if data.measured == "training" else "", _open_loop(data), _tokenizer(data)]
     told += [*_latent_actions(data), _imagination(data), TEACHER]
     return [sentence for sentence in told if sentence]
@@ -80,21 +82,16 @@ def _closed_loop(data: ReportData) -> str:
     others = ", ".join(
         f"{name} {_percent(rows[name].total)}" for name in ("replay", "random", "expert") if name in rows
     )
-    verdict = "above" if policy.interval[0] > rows["replay"].total.interval[1] else "not clearly above"
+    low, high = policy.interval
+    verdict = "above" if low > rows["replay"].total.interval[1] else "not clearly above"
     return (
         f"In closed loop on unseen layouts the policy solves {_percent(policy)} of its episodes (95 % interval "
-        f"{_interval(policy)}), against {others}: {verdict} a replayed demonstration."
+        f"{100 * low:.0f} to {100 * high:.0f} %), against {others}: {verdict} a replayed demonstration."
     )
 
 
-def _controls(data: ReportData) -> list[str]:
-    """One sentence per control: what it reached, and whether that differs measurably from the policy."""
-    rows = {row.method: row.total for row in data.success}
-    told = [_compared(name, rows["policy"], rows[name]) for name in CONTROLS if name in rows]
-    return told or [NOT_SHOWN]
-
-
-def _compared(name: str, policy: Count, control: Count) -> str:
+def _compared(name: str, policy: SuccessRate, control: SuccessRate) -> str:
+    """What a control reached, and whether that differs measurably from the policy."""
     low, high = difference_interval((policy.successes, policy.episodes), (control.successes, control.episodes))
     verdict = "better" if low > 0 else "worse" if high < 0 else "no measurable difference"
     if verdict != "no measurable difference":
@@ -158,7 +155,7 @@ def _latent_actions(data: ReportData) -> list[str]:
     ]
     untrained = found.probe_controls.get("untrained latent action")
     if found.probe_r2 and untrained:
-        ours, theirs = _mean(found.probe_r2), _mean(untrained)
+        ours, theirs = fmean(found.probe_r2.values()), fmean(untrained.values())
         verdict = "carry" if ours > max(theirs, 0) + 0.05 else "carry not measurably"
         sentences.append(
             f"A small head reads robot actions from latent actions with R^2 {ours:.2f} on what was held out, "
@@ -179,22 +176,13 @@ def _imagination(data: ReportData) -> str:
     )
 
 
-def _total(rows: list[LanguageRow], told: str) -> Count:
-    counts: list[Count] = [getattr(row, told) for row in rows]
-    return Count(sum(count.successes for count in counts), sum(count.episodes for count in counts))
+def _total(rows: list[LanguageRow], told: str) -> SuccessRate:
+    counts: list[SuccessRate] = [getattr(row, told) for row in rows]
+    return sum(counts[1:], start=counts[0])
 
 
-def _percent(count: Count) -> str:
+def _percent(count: SuccessRate) -> str:
     return f"{100 * count.rate:.0f} % ({count.successes}/{count.episodes})"
-
-
-def _interval(count: Count) -> str:
-    low, high = count.interval
-    return f"{100 * low:.0f} to {100 * high:.0f} %"
-
-
-def _mean(values: Mapping[str, float]) -> float:
-    return sum(values.values()) / len(values)
 
 
 def report_data(this: Run, trained: Trained, outcome: dict[str, StageResult]) -> ReportData:
@@ -226,9 +214,12 @@ def report_data(this: Run, trained: Trained, outcome: dict[str, StageResult]) ->
 
 def _run_info(this: Run, trained: Trained) -> RunInfo:
     stages = [Stage(r.name, r.seconds, r.cached, r.digest[:10], _key_result(r.summary)) for r in this.runner.results]
-    suite = closed_loop.settings_of(this.config) if this.config.all_tasks else None
+    suite = work.settings_of(this.config) if this.config.all_tasks else None
     what = trained.prepared.data.folder.name if suite is None else suite.title or suite.suite
-    packages = (*PACKAGES, *(suite.packages if suite else ()))
+    versions = {"python": platform.python_version()}
+    for name in (*PACKAGES, *(suite.packages if suite else ())):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
     return RunInfo(
         title=f"RepWAM quickstart on {what}",
         command=this.command,
@@ -237,20 +228,16 @@ def _run_info(this: Run, trained: Trained) -> RunInfo:
             "Video to semantic latents, latent actions between them, a causal world action model over both, adapted "
             "to robot actions and run as a policy."
         ),
-        commit=_commits(this),
-        versions={name: version(name) for name in packages if _installed(name)} | {"python": platform.python_version()},
-        hardware=f"{_processor()}, {_cores()} cores, {platform.system()} {platform.machine()}",
+        # one, whose code made every stage, or all of them where stages of earlier runs were reused
+        commit=", ".join(dict.fromkeys(result.commit for result in this.runner.results if result.commit)),
+        versions=versions,
+        hardware=f"{_processor()}, {default_workers()} cores, {platform.system()} {platform.machine()}",
         seeds=(this.seed,),
         config_yaml=_configuration(this, trained),
         peak_memory_bytes=_peak_memory_bytes(),
         wall_seconds=time.monotonic() - this.started_s,
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
     )
-
-
-def _commits(this: Run) -> str:
-    """The commit whose code made every stage, or all of them where stages of earlier runs were reused."""
-    return ", ".join(dict.fromkeys(result.commit for result in this.runner.results if result.commit))
 
 
 def _key_result(summary: dict[str, Any]) -> str:
@@ -283,44 +270,30 @@ def _curves(trained: Trained) -> dict[str, dict[str, Curve]]:
     return shown
 
 
-def count(results: Sequence[EpisodeResult]) -> Count:
-    """Successes among results."""
-    return Count(sum(result.success for result in results), len(results))
-
-
-def _of(tasks: set[str], results: Sequence[EpisodeResult]) -> list[EpisodeResult]:
-    return [result for result in results if result.task in tasks]
-
-
-def _per_task(results: Sequence[EpisodeResult]) -> dict[str, Count]:
-    tasks = dict.fromkeys(result.task for result in results)
-    return {task: count([result for result in results if result.task == task]) for task in tasks}
-
-
 def _success(this: Run, outcome: dict[str, StageResult]) -> list[SuccessRow]:
     """The tasks that the success rate is about; the pair that shares a scene has a table of its own."""
-    suite = closed_loop.settings_of(this.config)
+    suite = work.settings_of(this.config)
     tasks = {suite.task_name(task) for task in this.config.tasks}
-    rows = [SuccessRow("policy", _per_task(_of(tasks, closed_loop.read_results(outcome["rollouts"].folder, "policy"))))]
+
+    def rates(stage: str, name: str) -> dict[str, SuccessRate]:
+        counted = success_rates(work.read_results(outcome[stage].folder, name))
+        return {task: rate for task, rate in counted.items() if task in tasks}
+
+    rows = [SuccessRow("policy", rates("rollouts", "policy"))]
     notes = {
         "random": "uniform actions",
         "replay": "a demonstration of the task, carried out blindly",
         "expert": f"{suite.title or suite.suite}'s scripted policy",
     }
-    for baseline in closed_loop.BASELINES:
-        results = closed_loop.read_results(outcome["baselines"].folder, baseline)
-        rows.append(SuccessRow(baseline, _per_task(_of(tasks, results)), notes[baseline]))
-    for control, note in CONTROLS.items():
-        if control in outcome:
-            results = closed_loop.read_results(outcome[control].folder, "policy")
-            rows.append(SuccessRow(control, _per_task(_of(tasks, results)), note))
-    return rows
+    rows += [SuccessRow(baseline, rates("baselines", baseline), notes[baseline]) for baseline in work.BASELINES]
+    controls = ((control, note) for control, note in CONTROLS.items() if control in outcome)
+    return rows + [SuccessRow(control, rates(control, "policy"), note) for control, note in controls]
 
 
 def _failures(this: Run, trained: Trained, outcome: dict[str, StageResult]) -> dict[str, Any]:
     """The groups of the tasks, where failed episodes ended, and which other tasks they move like."""
-    settings = closed_loop.settings_of(this.config)
-    results = closed_loop.read_results(outcome["rollouts"].folder, "policy")
+    settings = work.settings_of(this.config)
+    results = work.read_results(outcome["rollouts"].folder, "policy")
     ran = {result.task for result in results}
     groups = {name: [task for task in tasks if task in ran] for name, tasks in settings.groups.items()}
     ended = {task: Counter(ending(r) for r in results if r.task == task and not r.success) for task in sorted(ran)}
@@ -335,12 +308,12 @@ def _failures(this: Run, trained: Trained, outcome: dict[str, StageResult]) -> d
 
 def summary(this: Run, data: ReportData) -> dict[str, Any]:
     """The success tables as JSON values, with the protocol under which they were measured."""
-    settings = closed_loop.settings_of(this.config)
+    settings = work.settings_of(this.config)
     methods = {}
     for row in data.success:
         means = {name: pooled.rate for name, tasks in data.groups.items() if (pooled := row.over(tasks))}
         counts = {task: [count.successes, count.episodes] for task, count in row.counts.items()}
-        total = {**asdict(row.total), "rate": row.total.rate, "interval": row.total.interval}
+        total = {name: getattr(row.total, name) for name in ("successes", "episodes", "rate", "interval")}
         methods[row.method] = {
             "all episodes": total,
             "groups": means,
@@ -365,22 +338,19 @@ def summary(this: Run, data: ReportData) -> dict[str, Any]:
 
 def _language(outcome: dict[str, StageResult]) -> list[LanguageRow]:
     folder = outcome["language"].folder
-    told = {
-        "right": _per_task(closed_loop.read_results(outcome["rollouts"].folder, "policy")),
-        "other": _per_task(closed_loop.read_results(folder, "other")),
-        "none": _per_task(closed_loop.read_results(folder, "none")),
-    }
+    kept = {"right": (outcome["rollouts"].folder, "policy"), "other": (folder, "other"), "none": (folder, "none")}
+    told = {name: success_rates(work.read_results(*place)) for name, place in kept.items()}
     pair = read_json(folder / "pair.json", list[str])
-    return [LanguageRow(task, *(told[name].get(task) for name in closed_loop.LANGUAGE)) for task in pair]
+    return [LanguageRow(task, *(told[name].get(task) for name in work.LANGUAGE)) for task in pair]
 
 
 def _rollouts(this: Run, outcome: dict[str, StageResult]) -> list[Rollout]:
     """A few filmed episodes of each task, a failure among them wherever there was one."""
     folder = outcome["rollouts"].folder
-    results = closed_loop.read_results(folder, "policy")
-    films = closed_loop.read_films(folder, "policy")
+    results = work.read_results(folder, "policy")
+    films = work.read_films(folder, "policy")
     shown: list[Rollout] = []
-    rate_hz = closed_loop.settings_of(this.config).embodiment.rate_hz
+    rate_hz = work.settings_of(this.config).embodiment.rate_hz
     for task in dict.fromkeys(result.task for result in results):
         filmed = [r for r in results if r.task == task and film_key(r) in films]
         failures = [r for r in filmed if not r.success][:1]
@@ -401,16 +371,6 @@ def _distances(result: EpisodeResult, rate_hz: float) -> dict[str, Curve]:
     return {name: Curve(np.arange(len(trace[name])) / rate_hz, 100 * np.array(trace[name]), "cm") for name in names}
 
 
-def _installed(name: str) -> bool:
-    from importlib.metadata import PackageNotFoundError
-
-    try:
-        version(name)
-    except PackageNotFoundError:
-        return False
-    return True
-
-
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -418,12 +378,6 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or "unknown processor"
-
-
-def _cores() -> int:
-    from repwam_core.sim.workers import default_workers
-
-    return default_workers()
 
 
 def _peak_memory_bytes() -> int:

@@ -24,8 +24,8 @@ from repvitok.runtime.documents import From0, read_json
 from repvitok.runtime.errors import UserError, require_disk_space
 from repvitok.runtime.files import WriteError, refuse_foreign, sole_writer, write_json_atomic, write_text_atomic
 
-TELLING = ("figures.py", "pipeline.py", "results.py")
-"""Files of this package that tell of stages and order them, and make none."""
+TELLING = ("figures.py", "results.py")
+"""Files of this package that tell of stages, and make none."""
 _MARKER = "quickstart.json"
 _DONE = "stage.json"
 
@@ -121,15 +121,10 @@ class StageRunner:
         if not (root / _MARKER).exists():
             refuse_foreign(root, (), "run of repwam quickstart")
         with self.lock():
-            if fresh:
-                self._remove_stages()
+            for child in root.iterdir() if fresh else ():  # the folders of earlier stages, and nothing else
+                if child.is_dir() and (child / ".stage").exists():
+                    shutil.rmtree(child)
             write_json_atomic(root / _MARKER, {"format": "repwam-quickstart", "format_version": 1})
-
-    def _remove_stages(self) -> None:
-        """Delete the folders of earlier stages, and nothing else."""
-        for child in self.root.iterdir():
-            if child.is_dir() and (child / ".stage").exists():
-                shutil.rmtree(child)
 
     def lock(self) -> AbstractContextManager[None]:
         """Hold the run's folder; a second run on the same folder is refused instead of mixing outputs."""

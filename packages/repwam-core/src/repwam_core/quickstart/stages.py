@@ -1,20 +1,25 @@
-"""The stages that lead from a data set to a policy, each fed by the ones before it; and once more without one part."""
+"""The stages in order, from demonstrations (or a data set) to policy and report, each fed by the ones before it."""
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Callable, Sequence
+import sys
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
+from repvitok.runtime.errors import UserError
+from repvitok.runtime.files import write_json_atomic
 
 from repwam_core import __version__
-from repwam_core.quickstart import closed_loop, training
-from repwam_core.quickstart.config import QuickstartConfig
-from repwam_core.quickstart.runner import StageResult, StageRunner
+from repwam_core.quickstart import work
+from repwam_core.quickstart.config import QuickstartConfig, load_config, shaped_like
+from repwam_core.quickstart.runner import StageResult, StageRunner, code_digest, folder_digest
 
 NO_VIDEO = ("--model.loss.video_noise_prob=1.0",)
 """The video is pure noise, and unlearned, in every sample."""
@@ -36,7 +41,7 @@ class Run:
     runner: StageRunner
     command: str
     started_s: float
-    repwam: training.Main
+    repwam: work.Main
     code: str
 
     def stage(self, name: str, work: Any, *, inputs: dict[str, StageResult | str], **settings: Any) -> StageResult:
@@ -116,7 +121,7 @@ def train(this: Run, data: DataSet) -> Trained:
     config = this.config
     tokenizer = this.stage(
         "tokenizer",
-        partial(training.train_tokenizer, config=config, seed=this.seed, **data.read()),
+        partial(work.train_tokenizer, config=config, seed=this.seed, **data.read()),
         inputs={"dataset": data.digest, "recipe": recipe(config, "repvitok")},
         steps=config.steps.repvitok,
         seed=this.seed,
@@ -143,7 +148,7 @@ def train_on_latents(
     config, common = this.config, {"seed": this.seed, "held_out": this.config.held_out}
     encoded = this.stage(
         f"{prefix}encode",
-        partial(training.encode, config=config, **data.read(), tokenizer=tokenizer.folder / "tokenizer"),
+        partial(work.encode, config=config, **data.read(), tokenizer=tokenizer.folder / "tokenizer"),
         inputs={"dataset": data.digest, "tokenizer": tokenizer},
         size=config.size,
         stride=config.stride,
@@ -153,14 +158,14 @@ def train_on_latents(
     latents = encoded.folder / "latents"
     lat = this.stage(
         f"{prefix}latent-actions",
-        partial(training.train_latent_actions, config=config, seed=this.seed, latents=latents),
+        partial(work.train_latent_actions, config=config, seed=this.seed, latents=latents),
         inputs={"latents": encoded, "recipe": recipe(config, "latent_action")},
         steps=config.steps.latent_action,
         **common,
     )
     labelled = this.stage(
         f"{prefix}label",
-        partial(training.label, config=config, lat=lat.folder / "lat", latents=latents),
+        partial(work.label, config=config, lat=lat.folder / "lat", latents=latents),
         inputs={"latents": encoded, "lat": lat},
     )
     prepared = Prepared(data, tokenizer, encoded, lat, labelled)
@@ -172,7 +177,7 @@ def train_world_model(this: Run, given: Prepared, *, prefix: str = "", overrides
     pretrained = this.stage(
         f"{prefix}pretrain",
         partial(
-            training.pretrain,
+            work.pretrain,
             repwam=this.repwam,
             config=this.config,
             seed=this.seed,
@@ -203,7 +208,7 @@ def adapt(
     return this.stage(
         f"{prefix}adapt",
         partial(
-            training.adapt,
+            work.adapt,
             repwam=this.repwam,
             config=this.config,
             seed=this.seed,
@@ -238,29 +243,19 @@ def run_controls(this: Run, trained: Trained) -> dict[str, StageResult]:
     Returns:
         control -> its closed-loop stage, whose folder holds `policy.json`.
     """
-    adapted = {
-        "without latent actions": _without_latent_actions(this, trained),
-        "without the video objective": train_world_model(
-            this, trained.prepared, prefix="no-video-", overrides=NO_VIDEO
-        ).adapted,
-        "untrained visual tokenizer": _untrained_tokenizer(this, trained).adapted,
-    }
-    return {name: _driven(this, name, stage) for name, stage in adapted.items()}
-
-
-def _without_latent_actions(this: Run, trained: Trained) -> StageResult:
-    steps = this.config.steps.pretrain + this.config.steps.adapt
+    given, steps = trained.prepared, this.config.steps.pretrain + this.config.steps.adapt
     read = [yaml.safe_load(file.read_text()).get("model", {}) for file in this.config.recipe_files("pretrain")]
     architecture = [model["wam"] for model in read if "wam" in model][-1]  # otherwise the pretrained model's
-    overrides = (f"--model.wam={json.dumps(architecture)}",)
-    return adapt(this, trained.prepared, None, steps=steps, prefix="no-latent-actions-", overrides=overrides)
-
-
-def _untrained_tokenizer(this: Run, trained: Trained) -> Trained:
-    given = trained.prepared
-    work: Callable[[Path], dict[str, Any]] = partial(_untrained_like, trained=given.tokenizer_folder, seed=this.seed)
-    tokenizer = this.stage("untrained-tokenizer", work, inputs={"tokenizer": given.tokenizer}, seed=this.seed)
-    return train_on_latents(this, given.data, tokenizer, prefix="untrained-")
+    untrained = partial(_untrained_like, trained=given.tokenizer_folder, seed=this.seed)
+    wam = (f"--model.wam={json.dumps(architecture)}",)
+    adapted = {
+        "without latent actions": adapt(this, given, None, steps=steps, prefix="no-latent-actions-", overrides=wam),
+        "without the video objective": train_world_model(this, given, prefix="no-video-", overrides=NO_VIDEO).adapted,
+    }
+    tokenizer = this.stage("untrained-tokenizer", untrained, inputs={"tokenizer": given.tokenizer}, seed=this.seed)
+    latest = train_on_latents(this, given.data, tokenizer, prefix="untrained-")
+    adapted["untrained visual tokenizer"] = latest.adapted
+    return {name: _driven(this, name, stage) for name, stage in adapted.items()}
 
 
 def _untrained_like(folder: Path, *, trained: Path, seed: int) -> dict[str, Any]:
@@ -279,7 +274,7 @@ def _driven(this: Run, name: str, adapted: StageResult) -> StageResult:
     return this.stage(
         f"{name.replace(' ', '-')}-rollouts",
         partial(
-            closed_loop.run_policy,
+            work.run_policy,
             config=config,
             policy=adapted.folder / "policy",
             workers=this.workers,
@@ -295,3 +290,117 @@ def _driven(this: Run, name: str, adapted: StageResult) -> StageResult:
         eval_episodes=config.eval_episodes,
         execute=config.execute,
     )
+
+
+def run(arguments: argparse.Namespace, repwam: work.Main) -> int:
+    """Run the quickstart; returns the exit code. `repwam` is the command that trains its later stages."""
+    from repwam_core.quickstart.results import report_data, summary
+    from repwam_core.report import write_report
+
+    started_s = time.monotonic()
+    config = _checked(arguments, load_config(arguments))
+    data = None if arguments.dataset is None else _chosen(arguments)
+    out = arguments.out or Path("runs") / (arguments.preset or "quickstart")
+    runner = StageRunner(out, fresh=arguments.fresh)
+    command = "repwam " + " ".join(sys.argv[1:])
+    this = Run(config, arguments.seed, arguments.workers, runner, command, started_s, repwam, code_digest())
+    with runner.lock():
+        trained, outcome = (train(this, data), {}) if data is not None else _from_simulator(this)
+        if arguments.controls:
+            outcome |= run_controls(this, trained)
+        report = out / "report.html"
+        told = report_data(this, trained, outcome)
+        write_report(told, report)
+        if outcome:
+            write_json_atomic(out / "results.json", summary(this, told))
+    print(f"report: {report.resolve()}")
+    return 0
+
+
+def _checked(arguments: argparse.Namespace, config: QuickstartConfig) -> QuickstartConfig:
+    """Find what would stop a later stage before the first one starts; fit the frame size to a data set's camera."""
+    if config.device == "gpu":
+        from torch import cuda
+
+        if not cuda.is_available():
+            raise UserError("--budget gpu trains on a CUDA device, and there is none here; --budget cpu needs none")
+    if arguments.dataset is None:
+        if arguments.cameras or arguments.depth_range:
+            raise UserError("--cameras and --depth-range are of a data set, so they need --dataset")
+        settings = work.settings_of(config)
+        settings.make_task(settings.task_names(config.all_tasks)[0]).close()  # is it installed, does it start?
+        return config
+    if arguments.controls:
+        raise UserError("--controls compares success in closed loop, which a recorded data set cannot give; drop it")
+    from repvitok import RepViTokConfig
+    from repvitok.data import LeRobotReader
+    from repvitok.data.contents import describe_contents
+    from repvitok.encoding_plan import choose_cameras, infos_of
+
+    reader = LeRobotReader(arguments.dataset, depth_range=arguments.depth_range)
+    cameras, infos = choose_cameras(reader, arguments.cameras), infos_of(reader, arguments.episodes)
+    describe_contents(reader, cameras, infos).announce(needs_actions=True)
+    per_latent = RepViTokConfig().tubelet_frames * config.stride
+    needed, longest = min(config.offsets) + 2 * per_latent + 1, max(info.length for info in infos)
+    if longest < needed:
+        raise UserError(
+            f"{arguments.dataset}: latent actions are learned from episodes of {needed} frames or more, the longest "
+            f"has {longest}"
+        )
+    return config if arguments.size is not None else shaped_like(config, *reader.frame_size(cameras[0]))
+
+
+def _from_simulator(this: Run) -> tuple[Trained, dict[str, StageResult]]:
+    config = this.config
+    sim = {
+        "suite": config.suite,
+        "tasks": config.all_tasks,
+        "same_scene": config.same_scene,
+        "size": config.size,
+        "simulator": config.simulator,
+    }
+    collected = this.stage(
+        "collect",
+        partial(work.collect_demonstrations, config=config, seed=this.seed, workers=this.workers),
+        inputs={},
+        **sim,
+        episodes=config.episodes,
+        noise=config.noise,
+        seed=this.seed,
+    )
+    dataset = collected.folder / "dataset"
+    units = work.settings_of(config).embodiment.action_units
+    trained = train(this, DataSet(dataset, collected.digest, units))
+    sim |= {"eval_episodes": config.eval_episodes}
+    baselines = this.stage(
+        "baselines",
+        partial(work.run_baselines, config=config, dataset=dataset, workers=this.workers),
+        inputs={"dataset": collected},
+        **sim,
+    )
+    drive = {"config": config, "policy": trained.policy, "workers": this.workers}
+    sim |= {"execute": config.execute}
+    rollouts = this.stage(
+        "rollouts",
+        partial(work.run_policy, **drive, tasks=config.all_tasks, filmed=config.filmed),
+        inputs={"policy": trained.adapted},
+        filmed=config.filmed,
+        **sim,
+    )
+    outcome = {"baselines": baselines, "rollouts": rollouts}
+    if config.same_scene:
+        outcome["language"] = this.stage(
+            "language",
+            partial(work.run_language, **drive),
+            inputs={"policy": trained.adapted},
+            language_episodes=config.language_episodes,
+            **sim,
+        )
+    return trained, outcome
+
+
+def _chosen(arguments: argparse.Namespace) -> DataSet:
+    """The data set of the command line, and what of it."""
+    names = ("cameras", "episodes", "depth_range")
+    chosen = {name: tuple(values) for name in names if (values := getattr(arguments, name))}
+    return DataSet(arguments.dataset, folder_digest(arguments.dataset), **chosen)

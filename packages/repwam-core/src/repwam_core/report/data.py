@@ -13,8 +13,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import numpy as np
 from repvitok.runtime.errors import UserError
 
-from repwam_core.sim.failures import Likeness
-from repwam_core.sim.results import wilson_interval
+from repwam_core.sim.results import Likeness, SuccessRate, mean_rates
 
 Number: TypeAlias = float | int
 
@@ -28,6 +27,7 @@ class Curve(NamedTuple):
 
 
 Curves: TypeAlias = Mapping[str, Curve | tuple]
+Count = SuccessRate  #: its name in version 0.1
 
 
 def as_curve(series: Curve | tuple) -> Curve:
@@ -178,56 +178,30 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class Count:
-    """Successes among episodes, with the Wilson 95 % interval of the success rate."""
-
-    successes: int
-    episodes: int
-
-    def __post_init__(self) -> None:
-        if self.episodes < 1 or not 0 <= self.successes <= self.episodes:
-            raise UserError(
-                f"expected 0 <= successes <= episodes and at least one episode, got {self.successes} of {self.episodes}"
-            )
-
-    @property
-    def rate(self) -> float:
-        return self.successes / self.episodes
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Wilson score interval at 95 %, both ends in [0, 1]."""
-        return wilson_interval(self.successes, self.episodes)
-
-    def __add__(self, other: Count) -> Count:
-        return Count(self.successes + other.successes, self.episodes + other.episodes)
-
-
-@dataclass(frozen=True)
 class SuccessRow:
     """One method of the success table. The first row of the table is the method the report is about."""
 
     method: str
-    counts: Mapping[str, Count]  #: task -> count; a task that was not run is left out
+    counts: Mapping[str, SuccessRate]  #: task -> count; a task that was not run is left out
     note: str = ""
 
     @property
-    def total(self) -> Count:
+    def total(self) -> SuccessRate:
         """All tasks pooled."""
         counts = list(self.counts.values())
         if not counts:
             raise UserError(f"expected at least one task in the success row of {self.method!r}, got none")
         return sum(counts[1:], start=counts[0])
 
-    def over(self, tasks: Sequence[str]) -> Count | None:
+    def over(self, tasks: Sequence[str]) -> SuccessRate | None:
         """Those of `tasks` that were run, pooled."""
         counts = [count for task, count in self.counts.items() if task in tasks]
         return sum(counts[1:], start=counts[0]) if counts else None
 
     def mean_of(self, groups: Mapping[str, Sequence[str]]) -> float | None:
         """Mean over the groups of their tasks' mean success rates, as MT50 is published; None if a group is missing."""
-        rates = [[count.rate for task, count in self.counts.items() if task in tasks] for tasks in groups.values()]
-        return sum(sum(group) / len(group) for group in rates) / len(rates) if rates and all(rates) else None
+        means = mean_rates(self.counts, groups)
+        return sum(means.values()) / len(means) if means and len(means) == len(groups) else None
 
 
 @dataclass(frozen=True)
@@ -235,9 +209,9 @@ class LanguageRow:
     """One task of a pair that shares its scene: success under three instructions. None: not run."""
 
     task: str
-    right: Count | None
-    other: Count | None
-    none: Count | None
+    right: SuccessRate | None
+    other: SuccessRate | None
+    none: SuccessRate | None
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,6 @@ def collection_seed(dataset_seed: int, episode: int, attempt: int = 0) -> int:
 
     `dataset_seed * 10,000 + attempt * 1,000 + episode`: distinct for distinct arguments, and below
     `EVALUATION_SEEDS_FROM`. Tasks share seeds, so that tasks of one scene are shown in the same layouts.
-
-    Raises:
-        UserError: If an argument is out of range.
     """
     for what, value, largest in (
         ("the data set's seed", dataset_seed, MAX_DATASET_SEED),
@@ -91,6 +88,8 @@ class SimTask(ABC):
         step_limits: Where actions are absolute targets, how far full speed moves each of them in a control step, `(C,)`
             in its unit: what disturbances are measured by. None where actions are changes: `action_limits` says it.
         max_steps: Control steps after which an episode counts as failed.
+        success: Whether the task has been solved at any moment of this episode; `start` and `advance` keep it.
+        steps: Control steps since `start`; kept likewise.
     """
 
     name: str
@@ -98,6 +97,8 @@ class SimTask(ABC):
     action_limits: np.ndarray
     step_limits: np.ndarray | None = None
     max_steps: int
+    success: bool = False
+    steps: int = 0
 
     @abstractmethod
     def start(self, seed: int) -> None:
@@ -123,19 +124,8 @@ class SimTask(ABC):
         """What the scripted expert would do now, float32 `(C,)` in the embodiment's units; a task may have none."""
         raise UserError(f"task {self.name!r} has no scripted expert, which demonstrations and --baseline expert need")
 
-    @property
-    @abstractmethod
-    def success(self) -> bool:
-        """Whether the task has been solved at any moment of this episode."""
-
-    @property
-    @abstractmethod
-    def steps(self) -> int:
-        """Control steps since `start`."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Free what the simulator and the renderer hold."""
+    def close(self) -> None:  # noqa: B027
+        """Free what the simulator and the renderer hold, by default nothing."""
 
     @property
     def done(self) -> bool:
@@ -212,11 +202,7 @@ class SimSettings(ABC):
 
     @classmethod
     def task_name(cls, task: str) -> str:
-        """The canonical name of a task as a user gives it.
-
-        Raises:
-            UserError: If there is no such task; names the closest ones.
-        """
+        """The canonical name of a task as a user gives it."""
         if task in cls.tasks:
             return task
         close = difflib.get_close_matches(task, cls.tasks, n=3, cutoff=0.3)
@@ -225,11 +211,7 @@ class SimSettings(ABC):
 
     @classmethod
     def task_names(cls, tasks: Sequence[str]) -> tuple[str, ...]:
-        """Canonical names of the given tasks, each once.
-
-        Raises:
-            UserError: If there is none, one is unknown, or one is given twice.
-        """
+        """Canonical names of the given tasks, each once."""
         names = tuple(cls.task_name(task) for task in tasks)
         if not names:
             raise UserError("expected at least one task, got none")
@@ -249,11 +231,7 @@ class SimSettings(ABC):
 
 
 def find_suite(name: Any) -> type[SimSettings]:
-    """The settings of a suite: of a class that has been defined, or that an installed package names as entry point.
-
-    Raises:
-        UserError: If there is no such suite, or its package does not load.
-    """
+    """The settings of a suite: of a class that has been defined, or that an installed package names as entry point."""
     if not isinstance(name, str):
         raise UserError(f"expected the name of a simulator suite, got {name!r}")
     if name in _SUITES:

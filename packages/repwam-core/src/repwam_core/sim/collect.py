@@ -124,7 +124,10 @@ def record_demonstration(
     actions = _attempt(task, seed, noise, extra_steps, lambda: observations.append(task.observe()))
     if actions is None:
         raise UserError(f"task {task.name!r} went another way the second time: the seed does not fix its episodes")
-    return _demonstration(observations, actions)
+    cameras = observations[0].cameras
+    frames = {camera: np.concatenate([seen.frames(camera) for seen in observations]) for camera in cameras}
+    states = [states for seen in observations if (states := seen.states()) is not None]
+    return Demonstration(frames, np.concatenate(states) if states else None, np.stack(actions))
 
 
 def _attempt(
@@ -146,13 +149,6 @@ def _attempt(
             left -= 1
         elif task.done:
             return None
-
-
-def _demonstration(observations: list[Observation], actions: list[np.ndarray]) -> Demonstration:
-    cameras = observations[0].cameras
-    frames = {camera: np.concatenate([seen.frames(camera) for seen in observations]) for camera in cameras}
-    states = [states for seen in observations if (states := seen.states()) is not None]
-    return Demonstration(frames, np.concatenate(states) if states else None, np.stack(actions))
 
 
 class _Perturber:
@@ -191,17 +187,9 @@ FORMAT, FORMAT_VERSION = "repwam-collection", 1
 
 @dataclass(frozen=True)
 class CollectionConfig:
-    """Everything that decides what a collection holds; kept beside the data as `collection.json`.
+    """Everything that decides what a collection holds, see `collect`; kept beside the data as `collection.json`.
 
-    Attributes:
-        tasks: Canonical task names. Episode i of the data set shows task `i % len(tasks)`.
-        episodes_per_task: Demonstrations of each task.
-        seed: The data set's seed, 0 to 99; see `seeds.collection_seed`.
-        settings: The suite, its cameras, size, rate and length.
-        noise: How the expert is disturbed.
-        extra_steps: Control steps recorded after success.
-        version: LeRobot's format version, "v2.1" or "v3.0".
-        pix_fmt, crf: Colour and quality of the videos, see `repvitok.data.video.write_video`.
+    Episode i of the data set shows task `i % len(tasks)`.
     """
 
     tasks: tuple[str, ...]
@@ -298,7 +286,7 @@ def collect(
         out: Folder; new, empty, or one with the same config.
         tasks: Names of the suite's tasks.
         episodes_per_task: Demonstrations of each.
-        seed: The data set's seed; other seeds give other layouts.
+        seed: The data set's seed, 0 to 99; other seeds give other layouts, see `collection_seed`.
         settings: The suite, its cameras, size, rate and length; None is Meta-World.
         noise: How the expert is disturbed; None not at all.
         extra_steps: Control steps recorded after success.
@@ -321,7 +309,9 @@ def collect(
         pix_fmt,
         crf,
     )
-    _require_room(root, config)
+    height, width = settings.size
+    pixels = config.num_episodes * TYPICAL_FRAMES * len(settings.embodiment.cameras) * height * width
+    require_disk_space(root, int(pixels * BYTES_PER_PIXEL), "collecting demonstrations")
     writer = _writer(root, config)  # refuses an unknown version before anything is written
     with sole_writer(root):
         _keep_plan(root, config)
@@ -329,7 +319,12 @@ def collect(
         missing.sort(key=lambda index: (index % len(config.tasks), index))  # a worker stays with a task while it can
         _record_all(root, config, missing, workers or default_workers())
         writer.finalize()
-    return _summary(root, len(missing), time.monotonic() - started_s)
+    reader = LeRobotReader(root)
+    failed: Counter[str] = Counter()
+    for episode in reader.episodes:
+        failed[episode.metadata["task_name"]] += episode.metadata["failed_attempts"]
+    seconds = time.monotonic() - started_s
+    return CollectionSummary(root, reader.num_episodes, len(reader), len(missing), dict(failed), seconds)
 
 
 def read_plan(root: str | Path) -> CollectionConfig:
@@ -422,17 +417,3 @@ def _keep_plan(root: Path, config: CollectionConfig) -> None:
         )
     if now != before:
         write_json_atomic(path, now)
-
-
-def _require_room(root: Path, config: CollectionConfig) -> None:
-    height, width = config.settings.size
-    pixels = config.num_episodes * TYPICAL_FRAMES * len(config.settings.embodiment.cameras) * height * width
-    require_disk_space(root, int(pixels * BYTES_PER_PIXEL), "collecting demonstrations")
-
-
-def _summary(root: Path, recorded: int, seconds: float) -> CollectionSummary:
-    reader = LeRobotReader(root)
-    failed: Counter[str] = Counter()
-    for episode in reader.episodes:
-        failed[episode.metadata["task_name"]] += episode.metadata["failed_attempts"]
-    return CollectionSummary(root, reader.num_episodes, len(reader), recorded, dict(failed), seconds)

@@ -1,9 +1,11 @@
-"""A policy in closed loop on unseen seeds: many episodes in step; what has ended is kept while the rest runs."""
+"""A policy or a baseline in closed loop on unseen seeds; what has ended is kept while the rest runs."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -13,16 +15,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from repvitok.data import LeRobotReader
 from repvitok.runtime.documents import short_json
 from repvitok.runtime.errors import UserError
 from repvitok.runtime.files import kind_of, sole_writer
 from repvitok.runtime.progress import progress
 
-from repwam_core.interface import ActionChunk, BasePolicy, BatchedBasePolicy, Observation
+from repwam_core.interface import ActionChunk, BasePolicy, BatchedBasePolicy, CommandKind, Observation
 from repwam_core.policy.execution import Execution, Handover, actions_to_execute
-from repwam_core.sim.base import DEFAULT_SUITE, SimSettings, find_suite, require_evaluation_seeds
+from repwam_core.sim.base import DEFAULT_SUITE, SimSettings, SimTask, TaskPool, find_suite, require_evaluation_seeds
 from repwam_core.sim.results import EpisodeResult, film_key, load_films, load_results, save_films, save_results
-from repwam_core.sim.workers import Progress, VectorEnv, Worker, WorkerDied, default_workers
+from repwam_core.sim.workers import Progress, VectorEnv, Worker, WorkerDied, crash, default_workers, map_jobs
 
 RESULTS_FILE, FILMS_FILE = "results.json", "films.npz"
 UNFINISHED = "unfinished"
@@ -139,7 +142,7 @@ def evaluate(
     Args:
         policy: Plans for a batch; or a function that makes a policy for one episode, called once per place in a batch.
         tasks: Names of the suite's tasks.
-        seeds: Evaluation seeds, see `seeds.evaluation_seeds`.
+        seeds: Evaluation seeds, see `evaluation_seeds`.
         settings: The suite, its cameras, size, rate and length; the ones of the demonstrations. None is Meta-World.
         instruction_of: (task, seed) -> what the policy is told, or None for nothing; by default the suite's own.
         execute: Actions carried out before planning again; None for whole chunks, of which the delay is left out unless
@@ -264,12 +267,7 @@ class _Batch:
         return self._filmed()
 
     def run_delayed(
-        self,
-        policy: BatchedBasePolicy,
-        simulators: _Simulators,
-        execute: int | None,
-        execution: Execution,
-        delay: int,
+        self, policy: BatchedBasePolicy, simulators: _Simulators, execute: int | None, execution: Execution, delay: int
     ) -> list[EpisodeResult]:
         """Drive all episodes to their ends; planning costs `delay` steps, spent as `execution` says."""
         self._begin(policy, simulators)
@@ -299,7 +297,9 @@ class _Batch:
         self._live = set(started)
         self._take(started, 1)
         if self._live:
-            self._fill_crashed()
+            any_seen = next(iter(self._seen.values()))
+            for slot in range(len(self.episodes)):  # one that crashed before its first frame shows another one's
+                self._seen.setdefault(slot, any_seen)
             policy.reset([e.instruction for e in self.episodes], [e.seed for e in self.episodes])
 
     def _filmed(self) -> list[EpisodeResult]:
@@ -331,12 +331,6 @@ class _Batch:
             if now.done:
                 self._live.discard(slot)
         self._seen = {slot: _with_frames(observation, count) for slot, observation in seen.items()}
-
-    def _fill_crashed(self) -> None:
-        """An episode that crashed before its first frame shows another one's, which nobody acts on."""
-        any_seen = next(iter(self._seen.values()))
-        for slot in range(len(self.episodes)):
-            self._seen.setdefault(slot, any_seen)
 
 
 class _Simulators:
@@ -448,3 +442,137 @@ def _filmed(episodes: Sequence[EpisodeResult], per_task: int) -> list[bool]:
         filmed.append(seen[episode.task] < per_task)
         seen[episode.task] += 1
     return filmed
+
+
+Baseline = Literal["expert", "random", "replay"]
+
+
+def run_baseline(
+    baseline: Baseline,
+    tasks: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    settings: SimSettings | None = None,
+    demonstrations: str | Path | None = None,
+    workers: int | None = None,
+    out: str | Path | None = None,
+) -> list[EpisodeResult]:
+    """Drive every task at every seed without a policy. A crash of a simulator is a failed episode, recorded as crashed.
+
+    `expert` is the suite's scripted policy; `random` draws every action uniformly; `replay` carries out the
+    actions of one demonstration of the task, drawn by the seed, whatever the layout, and then stands still.
+
+    Args:
+        baseline: Who drives.
+        tasks: Names of the suite's tasks.
+        seeds: The simulator's seeds.
+        settings: As for the policy it is compared with (None is Meta-World); cameras and size do not matter.
+        demonstrations: A data set made by `collect`, for `replay`.
+        workers: Processes; None as many as there are cores, 1 this one.
+        out: The folder for `results.json`, in which episodes that have ended are kept meanwhile, as by `evaluate`.
+
+    Returns:
+        One result per episode, all tasks of the first seed, then of the next.
+    """
+    settings = settings or find_suite(DEFAULT_SUITE)()
+    names = settings.task_names(tasks)
+    if baseline not in ("expert", "random", "replay"):
+        raise UserError(f"baseline must be 'expert', 'random' or 'replay', got {baseline!r}")
+    actions: dict[str, list[np.ndarray]] = {}
+    if baseline == "replay":
+        if demonstrations is None:
+            raise UserError("replaying needs a data set of demonstrations, got none")
+        actions = demonstrated(demonstrations, names, "action")
+    make = partial(BaselineRunner, baseline, settings, actions)
+    described = {
+        "baseline": baseline,
+        "suite": settings.suite,
+        "settings": settings.to_dict(),
+        "tasks": list(names),
+        "seeds": list(seeds),
+        "demonstrations": None if demonstrations is None else str(demonstrations),
+        "demonstrated_sha256": _digest(actions),
+    }
+    planned = [EpisodeResult(name, seed, None, False, 0) for seed in seeds for name in names]
+    with RolloutFolder(out, described) as folder, progress(planned, baseline, unit="episode") as bar:
+        left = {(e.task, e.seed) for e in planned if folder.ended([e]) is None}
+        jobs = sorted(left)  # a worker stays with a task while it can
+        bar.update(len(planned) - len(jobs))
+        for _, result in map_jobs(make, "run", jobs, workers or default_workers(), lost=_lost):
+            folder.keep([result])
+            bar.update(1)
+        results = folder.ended(planned) or []
+        folder.finish(results)
+    return results
+
+
+def demonstrated(root: str | Path, tasks: Sequence[str], column: str) -> dict[str, list[np.ndarray]]:
+    """Canonical task name -> a column of each of its demonstrations, such as the actions, float32 `(T, C)`."""
+    reader = LeRobotReader(root)
+    found: dict[str, list[np.ndarray]] = {task: [] for task in tasks}
+    for episode in reader.episodes:
+        name = episode.metadata.get("task_name")
+        if name in found:
+            recorded = reader.episode(episode.index, [column])[column]
+            found[name].append(recorded.reshape(len(recorded), -1))  # of one channel, rows are read as numbers
+    without = [name for name, rows in found.items() if not rows]
+    if without:
+        raise UserError(f"{root} holds no demonstrations of {', '.join(without)} made by `repwam collect`")
+    return found
+
+
+def _digest(actions: dict[str, list[np.ndarray]]) -> str:
+    """SHA-256 (hex) of all that may be replayed."""
+    sha = hashlib.sha256()
+    for name, episodes in sorted(actions.items()):
+        for episode in episodes:
+            sha.update(f"{name} {episode.shape} {episode.dtype}".encode())
+            sha.update(np.ascontiguousarray(episode).data)
+    return sha.hexdigest()
+
+
+def _lost(job: tuple[str, int], death: WorkerDied) -> EpisodeResult:
+    return EpisodeResult(*job, None, False, 0, str(death))
+
+
+class BaselineRunner:
+    """Runs single episodes; lives in a worker process."""
+
+    def __init__(self, baseline: Baseline, settings: SimSettings, actions: dict[str, list[np.ndarray]]) -> None:
+        self._baseline = baseline
+        self._actions = actions
+        self._action_kind: CommandKind = settings.action_kind
+        self._tasks = TaskPool(settings, keep=4)
+
+    def run(self, name: str, seed: int) -> EpisodeResult:
+        """One episode, until success or the last step."""
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode()), 2])
+        replayed: np.ndarray | None = None
+        if self._baseline == "replay":
+            replayed = self._actions[name][int(rng.integers(len(self._actions[name])))]
+        task: SimTask | None = None
+        try:
+            task = self._tasks.take(name)
+            task.start(seed)
+            while not task.done:
+                task.advance(self._action(task, rng, replayed))
+        except UserError:
+            raise  # the user's to mend, such as demonstrations of another robot
+        except Exception as error:
+            steps = 0 if task is None else task.steps
+            return EpisodeResult(name, seed, None, False, steps, **crash(task, error))
+        self._tasks.give_back(task)
+        return EpisodeResult(name, seed, None, task.success, task.steps)
+
+    def close(self) -> None:
+        """Close every simulator."""
+        self._tasks.close()
+
+    def _action(self, task: SimTask, rng: np.random.Generator, replayed: np.ndarray | None) -> np.ndarray:
+        if self._baseline == "expert":
+            return task.expert_action()
+        if replayed is None:
+            return task.random_action(rng)
+        if task.steps < len(replayed):
+            return replayed[task.steps]
+        return task.embodiment.hold(replayed[-1], self._action_kind)

@@ -1,9 +1,13 @@
-"""How episodes ended: one record each, counted per task with Wilson's interval, kept as JSON; and the filmed frames."""
+"""How episodes ended: one record each, counted per task with Wilson's interval, kept as JSON, with the filmed frames.
+
+And what failed ones have come to: where they end, and which other task's demonstrations they move like. No simulator,
+no torch."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from math import sqrt
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +17,8 @@ import numpy as np
 from repvitok.runtime.documents import Count, load_json, parse, require_format
 from repvitok.runtime.errors import UserError
 from repvitok.runtime.files import atomic_file, write_json_atomic
+
+from repwam_core.sim.base import HAND_TO_OBJECT, OBJECT_TO_GOAL
 
 Z_95 = 1.959963984540054
 """The 97.5 % quantile of the standard normal distribution."""
@@ -107,25 +113,32 @@ class EpisodeResult:
 
 @dataclass(frozen=True)
 class SuccessRate:
-    """Successes of a number of episodes, with Wilson's 95 % interval for the rate."""
+    """Successes among a number of episodes, at least one; crashed ones are failed ones."""
 
     successes: int
     episodes: int
-    crashed: int
-    low: float
-    high: float
+    crashed: int = 0
+
+    def __post_init__(self) -> None:
+        wilson_interval(self.successes, self.episodes)  # refuses what cannot be counted
 
     @property
     def rate(self) -> float:
-        """Share of successes."""
         return self.successes / self.episodes
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval for the rate."""
+        return wilson_interval(self.successes, self.episodes)
 
     @classmethod
     def of(cls, results: Sequence[EpisodeResult]) -> SuccessRate:
         """Count results, at least one."""
-        successes = sum(result.success for result in results)
         crashed = sum(result.crashed is not None for result in results)
-        return cls(successes, len(results), crashed, *wilson_interval(successes, len(results)))
+        return cls(sum(result.success for result in results), len(results), crashed)
+
+    def __add__(self, other: SuccessRate) -> SuccessRate:
+        return SuccessRate(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
 
 
 def success_rates(results: Sequence[EpisodeResult]) -> dict[str, SuccessRate]:
@@ -134,22 +147,24 @@ def success_rates(results: Sequence[EpisodeResult]) -> dict[str, SuccessRate]:
     return {task: SuccessRate.of([result for result in results if result.task == task]) for task in tasks}
 
 
-def mean_rate(results: Sequence[EpisodeResult]) -> float:
+def mean_rate(rates: Mapping[str, SuccessRate]) -> float:
     """Mean over tasks of their success rates."""
-    rates = success_rates(results)
     return sum(rate.rate for rate in rates.values()) / len(rates)
 
 
-def mean_rates(results: Sequence[EpisodeResult], groups: Mapping[str, Sequence[str]]) -> dict[str, float]:
+def mean_rates(rates: Mapping[str, SuccessRate], groups: Mapping[str, Sequence[str]]) -> dict[str, float]:
     """`mean_rate` over each group of tasks of which any were run, in the groups' order."""
-    ran = {name: [result for result in results if result.task in tasks] for name, tasks in groups.items()}
+    ran = {name: {task: rate for task, rate in rates.items() if task in tasks} for name, tasks in groups.items()}
     return {name: mean_rate(members) for name, members in ran.items() if members}
 
 
 def save_results(path: str | Path, results: Sequence[EpisodeResult], **about: Any) -> None:
     """Write episodes, rates and whatever JSON values describe the run (`about`), whole or not at all."""
     counted = {**success_rates(results), "all": SuccessRate.of(results)}
-    rates = {task: {**asdict(rate), "rate": rate.rate} for task, rate in counted.items()}
+    rates = {
+        task: {**asdict(rate), **dict(zip(("low", "high"), rate.interval, strict=True)), "rate": rate.rate}
+        for task, rate in counted.items()
+    }
     episodes = [result.to_dict() for result in results]
     header = {"format": FORMAT, "format_version": FORMAT_VERSION}
     write_json_atomic(Path(path), {**header, "about": about, "rates": rates, "episodes": episodes})
@@ -213,3 +228,87 @@ def write_films(folder: Path, results: Sequence[EpisodeResult], rate_hz: float) 
 def load_films(path: str | Path) -> Mapping[str, np.ndarray]:
     """`film_key` -> uint8 `(n, H, W, 3)`, read when looked up."""
     return np.load(path, allow_pickle=False)
+
+
+NEAR_M = 0.08
+"""The hand is at an object nearer than this: experts hold what they push or turn by its side, some 5 cm off."""
+MOVED_M = 0.02
+AWAY, UNMOVED, SHORT, UNTOLD = "hand not at the object", "object not moved", "object not at the goal", "not told"
+ENDINGS = (AWAY, UNMOVED, SHORT, UNTOLD)
+"""Where a failed episode can end, in the order of what it has come to."""
+COMPARED_STEPS = 60
+
+
+def ending(result: EpisodeResult) -> str:
+    """Where an episode ended, one of `ENDINGS`; the last where the task tells no distances."""
+    trace = result.trace or {}
+    if HAND_TO_OBJECT not in trace or OBJECT_TO_GOAL not in trace:
+        return UNTOLD
+    if min(trace[HAND_TO_OBJECT]) > NEAR_M:
+        return AWAY
+    to_goal = trace[OBJECT_TO_GOAL]
+    return UNMOVED if max(to_goal) - min(to_goal) < MOVED_M else SHORT
+
+
+@dataclass(frozen=True)
+class MixUp:
+    """Failed episodes of a task whose motion is most like demonstrations of another one."""
+
+    task: str
+    other: str
+    episodes: int
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """Which task's demonstrations episodes move like.
+
+    Attributes:
+        own: of the successful episodes, how many move most like a demonstration of their own task; what is said of the
+            failed ones is worth no more than this.
+        successes: how many those are.
+        mix_ups: of the failed ones, by pairs of tasks, the most frequent first.
+    """
+
+    own: int
+    successes: int
+    mix_ups: Sequence[MixUp]
+
+
+def likeness(
+    results: Sequence[EpisodeResult], demonstrated: Mapping[str, Sequence[np.ndarray]], channels: Sequence[str]
+) -> Likeness:
+    """Find for every traced episode the demonstration that moves most like it.
+
+    Two motions are compared by the mean squared difference of the robot's states over the first `COMPARED_STEPS`
+    control steps, each channel in units of its deviation over all demonstrations; one that ends before stays where it
+    is.
+
+    Args:
+        results: episodes with traces.
+        demonstrated: task -> the states of its demonstrations, `(T, S)` each.
+        channels: names of the states' S channels in traces.
+    """
+    names = [task for task, paths in demonstrated.items() for _ in paths]
+    paths = np.stack([_start(path) for paths in demonstrated.values() for path in paths])
+    scale = paths.std(axis=(0, 1)) + 1e-6
+    flat = (paths / scale).reshape(len(paths), -1)
+    own = successes = 0
+    pairs: Counter[tuple[str, str]] = Counter()
+    for result in results:
+        if result.trace is None or any(name not in result.trace for name in channels):
+            continue
+        path = _start(np.array([result.trace[name] for name in channels]).T)
+        nearest = names[int(np.square(flat - (path / scale).ravel()).sum(axis=1).argmin())]
+        if result.success:
+            successes += 1
+            own += nearest == result.task
+        elif nearest != result.task:
+            pairs[result.task, nearest] += 1
+    return Likeness(own, successes, [MixUp(*pair, count) for pair, count in pairs.most_common()])
+
+
+def _start(path: np.ndarray) -> np.ndarray:
+    """The first `COMPARED_STEPS` rows, the last one repeated where there are fewer."""
+    rows = np.minimum(np.arange(COMPARED_STEPS), len(path) - 1)
+    return np.asarray(path, np.float64)[rows]

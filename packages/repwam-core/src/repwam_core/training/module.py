@@ -54,7 +54,7 @@ from repwam_core.training.parallel import (
 
 if TYPE_CHECKING:
     from repwam_core.data.episodes import EpisodeStore
-    from repwam_core.data.mixture import Mixture
+    from repwam_core.data.packing import Mixture
 
 CHECKPOINT_KEY = "repwam"
 

@@ -49,7 +49,7 @@ from repwam_core.model.config import ActionSpace, Recompute, WAMConfig
 from repwam_core.model.wam import WorldActionModel, compile_layers, initial_draws
 
 if TYPE_CHECKING:
-    from repwam_core.data.mixture import Mixture
+    from repwam_core.data.packing import Mixture
     from repwam_core.training.module import WAMTraining
 
 EMA = "ema"

@@ -189,13 +189,7 @@ class Metadata:
 
 
 def read_metadata(root: Path) -> Metadata:
-    """The meta folder of a data set.
-
-    Raises:
-        FileNotFoundError: there is no such folder, or no table of episodes.
-        UserError: no LeRobot data set, or a file of its meta folder is broken, incomplete or contradicts itself: the
-            file, the field, what was expected and what came.
-    """
+    """The meta folder of a data set."""
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; expected a LeRobot data set")
     path = root / "meta/info.json"
@@ -245,12 +239,7 @@ def read_metadata(root: Path) -> Metadata:
 
 
 def read_parquet(path: Path, wanted: Callable[[str], bool] = bool) -> pa.Table:
-    """The columns of a table whose names are wanted; every one by default.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        UserError: a git-lfs pointer, no parquet file, or a wanted column is there twice.
-    """
+    """The columns of a table whose names are wanted; every one by default."""
     with _parquet_file(path) as file:
         names = [name for name in file.schema_arrow.names if wanted(name)]
         if twice := sorted({name for name in names if names.count(name) > 1}):

@@ -211,11 +211,6 @@ class LeRobotReader(Sequence[Any]):  # of dict, but run-time type checks would d
         episodes: one `EpisodeInfo` per episode, in the order of their rows. Their numbers may have gaps: an episode is
             named by `index`, never by its place in this list.
         tasks: the task table, number -> text.
-
-    Raises:
-        FileNotFoundError: there is no such folder, or a file of the data set is missing.
-        UserError: it is no data set this reader knows, or its meta folder is broken: the file, the field, what was
-            expected and what came.
     """
 
     def __init__(self, root: str | os.PathLike[str], *, depth_range: Sequence[float | int] | None = None) -> None:
@@ -298,11 +293,6 @@ class LeRobotReader(Sequence[Any]):  # of dict, but run-time type checks would d
         Args:
             index: the episode's number.
             keys: the columns; None for all but the cameras.
-
-        Raises:
-            FileNotFoundError: the table is missing.
-            UserError: there is no such episode or column; its rows are not as many as the meta says, not in order, or
-                hold other values than info.json says; an action or a state is not finite.
         """
         self._row(index)
         features = self.metadata.features
@@ -318,10 +308,6 @@ class LeRobotReader(Sequence[Any]):  # of dict, but run-time type checks would d
 
         Returns:
             (n, H, W, 3) uint8 RGB.
-
-        Raises:
-            FileNotFoundError: the camera was not recorded in this episode.
-            ValueError: no such episode, camera or frame, or the video or a picture is damaged.
         """
         length = self._row(episode).length
         wanted = range(length) if frames is None else [int(frame) for frame in frames]

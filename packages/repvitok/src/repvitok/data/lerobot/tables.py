@@ -107,12 +107,7 @@ class EpisodeTables:
         return {key: column[rows.first : rows.last] for key, column in columns.values.items()}
 
     def read(self, path: Path, keys: Sequence[str], optional: frozenset[str] = frozenset()) -> pa.Table:
-        """Some columns of a table, as they are, and its index columns, from which `rows` are known afterwards.
-
-        Raises:
-            FileNotFoundError: there is no such table.
-            UserError: it is no parquet file, or a column is missing.
-        """
+        """Some columns of a table, as they are, and its index columns, from which `rows` are known afterwards."""
         table = read_parquet(path, {*keys, *INDEX_COLUMNS}.__contains__)
         there = {*table.column_names, *optional}
         if missing := sorted({*keys, "episode_index"} - there):

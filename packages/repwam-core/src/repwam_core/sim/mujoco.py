@@ -1,17 +1,24 @@
-"""Fast headless pictures of MuJoCo models: one GL context per process, no shadows, reflections or multisampling."""
+"""What suites on MuJoCo share: settings of cameras and steps, tasks, and fast headless pictures of their models.
+
+There is one GL context per process, without shadows, reflections or multisampling.
+"""
 
 from __future__ import annotations
 
 import atexit
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from repvitok.runtime.errors import UserError
+
+from repwam_core.interface import Observation
+from repwam_core.sim.base import SimSettings, SimTask
 
 OVERSAMPLED_UP_TO_PX = 128
 """Pictures up to this size are drawn at twice their size and averaged down, in place of multisampling. At 64 px that
@@ -77,30 +84,6 @@ class CameraView:
             model.cam_pos[camera] = self.pos_m
         if self.fovy_deg is not None:
             model.cam_fovy[camera] = self.fovy_deg
-
-
-def camera_key(camera: str) -> str:
-    """The key of a camera in observations and LeRobot data sets: `observation.images.<camera>`."""
-    return f"observation.images.{camera}"
-
-
-def check_views(
-    cameras: Sequence[str],
-    known: Mapping[str, CameraView],
-    size: Sequence[int],
-    act_repeat: int,
-    max_env_steps: int,
-    most_env_steps: int,
-) -> None:
-    """Refuse settings of a suite that no picture or episode can have: cameras, their size, and how long steps last."""
-    if set(cameras) - set(known) or not cameras or len(set(cameras)) != len(cameras):
-        raise UserError(f"expected distinct cameras out of {sorted(known)}, got {list(cameras)}")
-    if len(size) != 2 or any(not 16 <= side <= MAX_SIDE or side % 16 for side in size):
-        raise UserError(f"size must be (height, width), multiples of 16 up to {MAX_SIDE}, got {tuple(size)}")
-    if act_repeat < 1:
-        raise UserError(f"act_repeat must be at least 1, got {act_repeat}")
-    if not act_repeat <= max_env_steps <= most_env_steps:
-        raise UserError(f"max_env_steps must lie in [act_repeat, {most_env_steps}], got {max_env_steps}")
 
 
 class FrameRenderer:
@@ -197,6 +180,112 @@ class FrameRenderer:
         scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
         scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
         return scene, mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
+
+
+@dataclass(frozen=True)
+class MujocoSettings(SimSettings):
+    """How a suite on MuJoCo is run and seen. The same settings must serve collection and evaluation.
+
+    Attributes:
+        views: Camera names a user may give.
+        environment_rate_hz: Environment steps per second.
+        most_env_steps: The largest `max_env_steps`.
+        cameras: Names from `views`.
+        size: Height and width of every picture, in pixels, multiples of 16 (the tokenizer's patch).
+        act_repeat: Environment steps that one action lasts.
+        max_env_steps: Environment steps after which an episode has failed.
+    """
+
+    views: ClassVar[Mapping[str, CameraView]]
+    environment_rate_hz: ClassVar[int]
+    most_env_steps: ClassVar[int]
+
+    cameras: tuple[str, ...] = ()
+    size: tuple[int, int] = (64, 64)
+    act_repeat: int = 1
+    max_env_steps: int = 200
+
+    def __post_init__(self) -> None:
+        cameras, most = self.cameras, self.most_env_steps
+        if set(cameras) - set(self.views) or not cameras or len(set(cameras)) != len(cameras):
+            raise UserError(f"expected distinct cameras out of {sorted(self.views)}, got {list(cameras)}")
+        if len(self.size) != 2 or any(not 16 <= side <= MAX_SIDE or side % 16 for side in self.size):
+            raise UserError(f"size must be (height, width), multiples of 16 up to {MAX_SIDE}, got {tuple(self.size)}")
+        if self.act_repeat < 1:
+            raise UserError(f"act_repeat must be at least 1, got {self.act_repeat}")
+        if not self.act_repeat <= self.max_env_steps <= most:
+            raise UserError(f"max_env_steps must lie in [act_repeat, {most}], got {self.max_env_steps}")
+
+    @property
+    def rate_hz(self) -> float:
+        """Recorded frames and actions per second."""
+        return self.environment_rate_hz / self.act_repeat
+
+    @property
+    def camera_keys(self) -> tuple[str, ...]:
+        """The cameras' keys in observations and LeRobot data sets."""
+        return tuple(f"observation.images.{camera}" for camera in self.cameras)
+
+    def make_renderer(self) -> FrameRenderer:
+        return FrameRenderer(self.size)
+
+
+class MujocoTask(SimTask):
+    """A task on MuJoCo.
+
+    Args:
+        task: A name of the suite's tasks.
+        settings: Cameras, size, rate and length.
+        renderer: Shared by all tasks of a process; None makes one of its own on the first `observe`.
+    """
+
+    def __init__(self, task: str, settings: MujocoSettings, renderer: FrameRenderer | None) -> None:
+        if renderer is not None and renderer.size != settings.size:
+            raise UserError(f"the renderer draws {renderer.size}, the settings ask for {settings.size}")
+        self.settings, self.name, self.embodiment = settings, settings.task_name(task), settings.embodiment
+        self.max_steps = settings.max_env_steps // settings.act_repeat
+        self._renderer, self._owns_renderer = renderer, renderer is None
+        self._views = {
+            key: settings.views[camera] for key, camera in zip(settings.camera_keys, settings.cameras, strict=True)
+        }
+        self._markers, self._started = True, False
+
+    @property
+    @abstractmethod
+    def state(self) -> np.ndarray:
+        """The robot's state now, float32 `(S,)` in the units of the embodiment's channels."""
+
+    @abstractmethod
+    def _drawn(self) -> tuple[str, Any, Any]:
+        """What pictures show: `key`, `model` and `data` as `FrameRenderer.render` takes them."""
+
+    def observe(self) -> Observation:
+        self._require_started()
+        if self._renderer is None:
+            self._renderer = FrameRenderer(self.settings.size)
+        key, model, data = self._drawn()
+        images = {}
+        for camera, view in self._views.items():
+            view.place(model)  # simulators may share a model, with whatever cameras
+            images[camera] = self._renderer.render(key, model, data, view, self._markers)
+        return Observation(images, self.state, None, self.steps / self.settings.rate_hz)
+
+    def close(self) -> None:
+        if self._owns_renderer and self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+
+    def _require_started(self) -> None:
+        if not self._started:
+            raise RuntimeError(f"start the episode of task {self.name!r} with start(seed) or reset(seed) first")
+
+    def _checked(self, action_si: np.ndarray) -> np.ndarray:
+        """The action, float64 `(C,)`."""
+        self._require_started()
+        action, names = np.asarray(action_si, np.float64), self.embodiment.action_names
+        if action.shape != (len(names),) or not np.isfinite(action).all():
+            raise UserError(f"expected {len(names)} finite numbers {names}, got {action_si!r}")
+        return action
 
 
 def _averaged(pixels: np.ndarray, factor: int) -> np.ndarray:

@@ -1,16 +1,27 @@
-"""The stage cache: done once, resumed after an interruption, redone when settings or inputs change."""
+"""Stages run once and are found again, run on any suite, and what the report says of a run follows from its numbers."""
 
+from __future__ import annotations
+
+import importlib
 import json
 import subprocess
 import sys
 import textwrap
 import time
 from contextvars import Context
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from repvitok.runtime.documents import load_yaml, parse
 from repvitok.runtime.errors import UserError
 from repwam_core.quickstart import runner as stages
+from repwam_core.quickstart import work
+from repwam_core.quickstart.config import RECIPES, QuickstartConfig
+from repwam_core.quickstart.results import NOT_SHOWN, findings
 from repwam_core.quickstart.runner import StageRunner, code_commit, code_digest, folder_digest, stage_digest
+from repwam_core.quickstart.stages import CONTROLS
+from repwam_core.report import Count, LanguageRow, ReportData, RunInfo, SuccessRow
 
 
 def _count(folder, calls):
@@ -173,3 +184,50 @@ def test_a_finished_stage_names_the_commit_that_made_it(tmp_path, monkeypatch):
     assert made.commit == code_commit()
     monkeypatch.setattr(stages, "code_commit", lambda: "another")
     assert StageRunner(tmp_path / "run").run("a", lambda f: {}, settings={}, inputs={}).commit == made.commit
+
+
+TASKS = ("go-left", "go-right")
+
+
+def test_demonstrations_and_baselines_of_another_suite(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "sim")
+    importlib.import_module("toy_simulator")  # its suite is there once it is imported
+    chosen = {"suite": "toy", "tasks": TASKS, "same_scene": (), "episodes": 2, "eval_episodes": 2, "size": (32, 32)}
+    config = replace(parse(load_yaml(RECIPES / "sim.yaml"), QuickstartConfig, "plan"), **chosen)
+    work.collect_demonstrations(tmp_path, config=config, seed=0, workers=1)
+    told = work.run_baselines(tmp_path, config=config, dataset=tmp_path / "dataset", workers=1)
+    assert told["expert"] == "go-left 2/2, go-right 2/2"
+    assert len(work.read_results(tmp_path, "replay")) == 4
+
+
+RUN = RunInfo(title="run", command="repwam quickstart", stages=[])
+
+
+def _data(policy: int, *others: tuple[str, int], language: tuple[LanguageRow, ...] = ()) -> ReportData:
+    rows = [SuccessRow(name, {"reach": Count(n, 60)}) for name, n in (("policy", policy), ("replay", 10), *others)]
+    return ReportData(run=RUN, success=rows, language=language)
+
+
+def test_without_controls_it_says_that_nothing_is_shown():
+    assert NOT_SHOWN in findings(_data(54))
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+@pytest.mark.parametrize(
+    ("successes", "said"),
+    [(20, "the whole pipeline is better"), (52, "no measurable difference"), (60, "the whole pipeline is worse")],
+)
+def test_a_control_is_compared_by_the_interval_of_the_difference(name, successes, said):
+    told = findings(_data(50, (name, successes)))
+    (sentence,) = [sentence for sentence in told if "one training seed each" in sentence]
+    assert said in sentence
+    assert f"({successes}/60)" in sentence
+    assert "(50/60)" in sentence
+    assert NOT_SHOWN not in told
+
+
+@pytest.mark.parametrize(("other", "follows"), [(1, True), (14, False)])
+def test_following_the_instruction_is_claimed_only_where_it_shows(other, follows):
+    row = LanguageRow("faucet-open", Count(17, 20), Count(other, 20), Count(8, 20))
+    told = " ".join(findings(_data(54, language=(row,))))
+    assert ("so it follows the instruction" in told) == follows

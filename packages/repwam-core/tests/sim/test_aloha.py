@@ -9,9 +9,7 @@ from repvitok.data import LeRobotReader
 from repvitok.runtime.errors import UserError
 from repwam_core.cli import main
 from repwam_core.interface import Observation
-from repwam_core.sim.aloha import AlohaSettings, AlohaTask
-from repwam_core.sim.aloha.expert import Arm, Hand
-from repwam_core.sim.aloha.task import SENTENCES
+from repwam_core.sim.aloha import SENTENCES, AlohaSettings, AlohaTask, Arm, Hand
 from repwam_core.sim.base import HAND_TO_OBJECT, OBJECT_TO_GOAL, find_suite
 from repwam_core.sim.collect import NOISE_MODES, record_demonstration
 

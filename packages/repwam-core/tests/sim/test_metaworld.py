@@ -1,16 +1,25 @@
-"""Meta-World behind our interface: seeds decide everything, SI units, limits, names, the shared scene."""
+"""Meta-World behind the simulator interface: its tasks, their groups and their instructions."""
+
+from __future__ import annotations
+
+from collections import Counter
 
 import numpy as np
 import pytest
 from repvitok.runtime.errors import UserError
 from repwam_core.sim.base import TaskPool
 from repwam_core.sim.metaworld import (
+    DIFFICULTIES,
     SAME_SCENE_PAIR,
+    TASKS,
     MetaWorldSettings,
     MetaWorldTask,
+    difficulty,
+    instruction,
+    paraphrases,
 )
-from repwam_core.sim.metaworld.instructions import TASKS
-from repwam_core.sim.rendering import import_mujoco
+from repwam_core.sim.mujoco import import_mujoco
+from repwam_core.sim.results import EpisodeResult, mean_rates, success_rates
 
 SMALL = MetaWorldSettings(size=(32, 32))
 
@@ -187,3 +196,50 @@ def _highest_red_row(picture: np.ndarray) -> float:
     red, green, blue = (picture[..., channel].astype(int) for channel in range(3))
     rows = np.nonzero((red > 80) & (red > 2 * green) & (red > 2 * blue))[0]
     return float(np.sort(rows)[: len(rows) // 4].mean())
+
+
+DIRECTIONS = {"open": "close", "right": "left"}
+
+
+def test_every_task_has_several_sentences_of_its_own():
+    assert len(TASKS) == 50
+    every = [sentence for task in TASKS for sentence in paraphrases(task)]
+    assert all(len(paraphrases(task)) >= 4 for task in TASKS)
+    assert len(set(every)) == len(every)
+
+
+def test_the_draw_depends_on_task_and_seed_alone():
+    drawn = [instruction("faucet-open", seed) for seed in range(40)]
+    assert drawn == [instruction("faucet-open", seed) for seed in range(40)]
+    assert set(drawn) == set(paraphrases("faucet-open"))
+
+
+def test_faucet_sentences_differ_in_the_direction_alone():
+    for opened, closed in zip(paraphrases("faucet-open"), paraphrases("faucet-close"), strict=True):
+        assert " ".join(DIRECTIONS.get(word, word) for word in opened.replace(":", " :").split()) == " ".join(
+            closed.replace(":", " :").split()
+        )
+
+
+def test_unknown_task_is_refused():
+    with pytest.raises(ValueError, match="no instructions for task 'fly'"):
+        paraphrases("fly")
+
+
+def result(task: str, seed: int, success: bool) -> EpisodeResult:
+    return EpisodeResult(task, 1_000_000 + seed, None, success, 10)
+
+
+def test_the_groups_have_the_published_sizes():
+    assert Counter(map(difficulty, TASKS)) == {"easy": 28, "medium": 11, "hard": 6, "very hard": 5}
+
+
+def test_an_unknown_task_is_refused():
+    with pytest.raises(ValueError, match="canonical name, got 'push-v3'"):
+        difficulty("push-v3")
+
+
+def test_means_are_over_tasks_and_absent_groups_are_left_out():
+    episodes = [result("push", 0, True), result("drawer-open", 0, True)]
+    episodes += [result("door-lock", seed, seed == 0) for seed in range(4)]
+    assert mean_rates(success_rates(episodes), DIFFICULTIES) == {"easy": (1 + 1 / 4) / 2, "hard": 1.0}

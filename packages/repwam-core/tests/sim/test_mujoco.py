@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from repwam_core.sim.rendering import FrameRenderer, _averaged
+from repwam_core.sim.mujoco import FrameRenderer, _averaged
 
 WITHOUT = """
 import sys

@@ -1,29 +1,66 @@
-"""Meta-World's 50 tasks (MuJoCo, a Sawyer arm) behind the simulator interface: SI units, seeds, fast cameras."""
+"""Meta-World's 50 tasks (MuJoCo, a Sawyer arm) behind the simulator interface: the one module that knows them.
+
+Meta-World itself has no language; `metaworld.yaml` beside this file has our own sentences. The tasks come in the four
+groups of difficulty in which success rates of MT50 are published.
+"""
 
 from __future__ import annotations
 
 import copy
 import warnings
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from repvitok.runtime.documents import load_yaml, parse
 from repvitok.runtime.errors import UserError
 
-from repwam_core.interface import ActionChannel, Embodiment, Observation
-from repwam_core.sim.base import HAND_TO_OBJECT, OBJECT_TO_GOAL, SimSettings, SimTask
-from repwam_core.sim.metaworld.instructions import DIFFICULTIES, TASKS, instruction
-from repwam_core.sim.rendering import (
-    CameraView,
-    FrameRenderer,
-    camera_key,
-    check_views,
-    import_mujoco,
-    not_installed,
-)
+from repwam_core.interface import ActionChannel, Embodiment
+from repwam_core.sim.base import HAND_TO_OBJECT, OBJECT_TO_GOAL
+from repwam_core.sim.mujoco import CameraView, FrameRenderer, MujocoSettings, MujocoTask, import_mujoco, not_installed
 
-ENVIRONMENT_RATE_HZ = 80
+__path__: list[str] = []  # until version 0.3: the modules it was made of are found by their names (runtime/moved.py)
+_FILE = Path(__file__).with_suffix(".yaml")
+_SENTENCES = parse(load_yaml(_FILE), dict[str, tuple[str, ...]], str(_FILE))
+TASKS: tuple[str, ...] = tuple(_SENTENCES)
+"""The 50 tasks of Meta-World v3, in its order, without the version suffix."""
+_HARDER = {
+    "medium": (
+        "basketball", "bin-picking", "box-close", "coffee-pull", "coffee-push", "hammer", "peg-insert-side",
+        "push-wall", "soccer", "sweep", "sweep-into",
+    ),
+    "hard": ("assembly", "hand-insert", "pick-out-of-hole", "pick-place", "push", "push-back"),
+    "very hard": ("disassemble", "pick-place-wall", "shelf-place", "stick-pull", "stick-push"),
+}  # fmt: skip
+_EASY = tuple(task for task in TASKS if not any(task in harder for harder in _HARDER.values()))
+DIFFICULTIES: dict[str, tuple[str, ...]] = {"easy": _EASY, **_HARDER}
+"""The groups of Seo et al., "Masked World Models for Visual Control" (2022), which LeRobot's evaluation uses too."""
+
+
+def paraphrases(task: str) -> tuple[str, ...]:
+    """Every sentence for `task` (a name of `TASKS`), at least four."""
+    if task not in _SENTENCES:
+        raise UserError(f"no instructions for task {task!r}; there are some for {', '.join(TASKS)}")
+    return _SENTENCES[task]
+
+
+def instruction(task: str, seed: int) -> str:
+    """The sentence of one episode: a uniform draw that `(task, seed)` alone decides."""
+    sentences = paraphrases(task)
+    rng = np.random.default_rng([seed, zlib.crc32(task.encode())])
+    return sentences[int(rng.integers(len(sentences)))]
+
+
+def difficulty(task: str) -> str:
+    """The group of a task by its canonical name."""
+    if task not in TASKS:
+        raise UserError(f"expected one of Meta-World's {len(TASKS)} tasks by its canonical name, got {task!r}")
+    return next(name for name, tasks in DIFFICULTIES.items() if task in tasks)
+
+
 FINGER_SPAN_M = 0.1
 """Meta-World reports the distance between the fingers as a fraction of this."""
 ACTION_CHANNELS = (
@@ -47,14 +84,10 @@ SAME_SCENE_PAIR = ("faucet-close", "faucet-open")
 
 
 @dataclass(frozen=True)
-class MetaWorldSettings(SimSettings):
-    """How Meta-World is run and seen. The same settings must serve collection and evaluation.
+class MetaWorldSettings(MujocoSettings):
+    """How Meta-World is run and seen, beside what `MujocoSettings` says; an `act_repeat` of 2 gives 40 Hz.
 
     Attributes:
-        cameras: Names from `CAMERAS`.
-        size: Height and width of every picture, in pixels, multiples of 16 (the tokenizer's patch).
-        act_repeat: Environment steps (80 Hz) that one action lasts; 2 gives 40 Hz.
-        max_env_steps: Environment steps after which an episode has failed, at most Meta-World's own 500.
         same_scene: Groups of tasks with one scene: every task of a group draws its layout from the first one's
             distribution and shows no goal markers, so that only the instruction tells them apart.
     """
@@ -64,28 +97,17 @@ class MetaWorldSettings(SimSettings):
     tasks = TASKS
     groups = DIFFICULTIES
     packages = ("metaworld", "mujoco")
+    views, environment_rate_hz, most_env_steps = CAMERAS, 80, 500
 
     cameras: tuple[str, ...] = ("corner2",)
-    size: tuple[int, int] = (64, 64)
     act_repeat: int = 2
-    max_env_steps: int = 200
     same_scene: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        check_views(self.cameras, CAMERAS, self.size, self.act_repeat, self.max_env_steps, 500)
+        super().__post_init__()
         tasks = [self.task_name(task) for group in self.same_scene for task in group]
         if len(set(tasks)) != len(tasks):
             raise UserError(f"a task may stand in one group of same_scene only, got {self.same_scene}")
-
-    @property
-    def rate_hz(self) -> float:
-        """Recorded frames and actions per second."""
-        return ENVIRONMENT_RATE_HZ / self.act_repeat
-
-    @property
-    def camera_keys(self) -> tuple[str, ...]:
-        """The cameras' keys in observations and data sets."""
-        return tuple(camera_key(camera) for camera in self.cameras)
 
     @property
     def embodiment(self) -> Embodiment:
@@ -107,92 +129,65 @@ class MetaWorldSettings(SimSettings):
     def make_task(self, name: str, renderer: FrameRenderer | None = None) -> MetaWorldTask:
         return MetaWorldTask(name, self, renderer)
 
-    def make_renderer(self) -> FrameRenderer:
-        return FrameRenderer(self.size)
-
     @classmethod
     def task_name(cls, task: str) -> str:
         """`button-press-topdown` for that name with or without Meta-World's version suffix."""
         return super().task_name(task.removesuffix("-v3"))
 
 
-class MetaWorldTask(SimTask):
+class MetaWorldTask(MujocoTask):
     """One Meta-World task.
 
     Actions are what is commanded for one control step: the mocap target moves by `ee_delta_*` metres in
     `act_repeat` equal parts (at most 0.01 m per environment step and axis; more is cut), and the fingers are pressed
     together (1) or apart (-1) with `gripper_effort`. The state is the hand's position in metres and the distance
-    between the fingers in metres.
-
-    Args:
-        task: One of the 50 names.
-        settings: Cameras, size, rate and length.
-        renderer: Shared by all tasks of a process; None makes one of its own on the first `observe`.
+    between the fingers in metres. Arguments as of `MujocoTask`.
     """
 
     def __init__(
         self, task: str, settings: MetaWorldSettings | None = None, renderer: FrameRenderer | None = None
     ) -> None:
-        self.settings = settings or MetaWorldSettings()
-        self.name = self.settings.task_name(task)
-        self.embodiment = self.settings.embodiment
-        self.max_steps = self.settings.max_env_steps // self.settings.act_repeat
-        if renderer is not None and renderer.size != self.settings.size:
-            raise UserError(f"the renderer draws {renderer.size}, the settings ask for {self.settings.size}")
-        self._renderer, self._owns_renderer = renderer, renderer is None
-        self._mujoco = import_mujoco()
-        self._views = [CAMERAS[camera] for camera in self.settings.cameras]
-        scene = self.settings.scene_of(self.name)
+        settings = settings or MetaWorldSettings()
+        super().__init__(task, settings, renderer)
+        scene = settings.scene_of(self.name)
         self._markers = scene is None
         self._env, self._expert = _make_environment(self.name)
-        reach_m = self._env.action_scale * self.settings.act_repeat
+        reach_m = self._env.action_scale * settings.act_repeat
         self.action_limits = np.array([reach_m, reach_m, reach_m, 1.0])
-        if scene is not None and scene != self.name:
-            self._share_layout(scene)
-        for view in self._views:
+        if scene is not None and scene != self.name:  # draw object positions from another task's distribution
+            other, _ = _make_environment(scene)
+            if other.model_name != self._env.model_name:
+                raise UserError(f"tasks {scene!r} and {self.name!r} have different models; they share no scene")
+            self._env._random_reset_space = other._random_reset_space
+            other.close()
+        for view in self._views.values():
             view.place(self._env.model)
-        self._obs: np.ndarray | None = None
-        self._success = False
-        self._steps = 0
 
     def start(self, seed: int) -> None:
         self._env.seed(seed)
         self._env.reset()
-        self._mujoco.mj_forward(self._env.model, self._env.data)  # some tasks move the object after their last one
+        import_mujoco().mj_forward(self._env.model, self._env.data)  # some tasks move the object after their last one
         self._obs = self._env._get_obs()
-        self._success, self._steps = False, 0
+        self._started, self.success, self.steps = True, False, 0
 
     def advance(self, action_si: np.ndarray) -> None:
-        self._require_started()
-        action = np.asarray(action_si, np.float64)
-        if action.shape != (4,) or not np.isfinite(action).all():
-            raise UserError(f"expected 4 finite numbers {self.embodiment.action_names}, got {action_si!r}")
-        command = np.clip(action / self.action_limits, -1.0, 1.0)
+        command = np.clip(self._checked(action_si) / self.action_limits, -1.0, 1.0)
         for _ in range(self.settings.act_repeat):
             self._obs, _, _, _, info = self._env.step(command)
-            self._success = self._success or info["success"] > 0
-        self._steps += 1
-
-    def observe(self) -> Observation:
-        self._require_started()
-        if self._renderer is None:
-            self._renderer = FrameRenderer(self.settings.size)
-        env, renderer = self._env, self._renderer
-        images = {
-            camera_key(camera): renderer.render(env.model_name, env.model, env.data, view, self._markers)
-            for camera, view in zip(self.settings.cameras, self._views, strict=True)
-        }
-        return Observation(images, self.state, None, self._steps / self.settings.rate_hz)
+            self.success = self.success or bool(info["success"] > 0)
+        self.steps += 1
 
     @property
     def state(self) -> np.ndarray:
         """Hand position and finger distance in metres, float32 `(4,)`."""
-        obs = self._require_started()
+        self._require_started()
+        obs = self._obs
         return np.array([*obs[:3], obs[3] * FINGER_SPAN_M], np.float32)
 
     def distances(self) -> dict[str, float]:
         """Between the hand, the task's first object and its goal; reaching has no object."""
-        obs = self._require_started()
+        self._require_started()
+        obs = self._obs
         hand, item, goal = obs[:3], obs[4:7], np.asarray(self._env._target_pos)
         pairs = {"hand to goal": (hand, goal)}
         if self.name not in ("reach", "reach-wall"):
@@ -200,38 +195,18 @@ class MetaWorldTask(SimTask):
         return {name: float(np.linalg.norm(here - there)) for name, (here, there) in pairs.items()}
 
     def expert_action(self) -> np.ndarray:
-        obs = self._require_started()
+        self._require_started()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "constants may be too high": the command is cut to [-1, 1] here
-            command = self._expert.get_action(obs)
+            command = self._expert.get_action(self._obs)
         return (np.clip(command, -1.0, 1.0) * self.action_limits).astype(np.float32)
-
-    @property
-    def success(self) -> bool:
-        return self._success
-
-    @property
-    def steps(self) -> int:
-        return self._steps
 
     def close(self) -> None:
         self._env.close()
-        if self._owns_renderer and self._renderer is not None:
-            self._renderer.close()
-            self._renderer = None
+        super().close()
 
-    def _require_started(self) -> np.ndarray:
-        if self._obs is None:
-            raise RuntimeError(f"start the episode of task {self.name!r} with start(seed) or reset(seed) first")
-        return self._obs
-
-    def _share_layout(self, scene: str) -> None:
-        """Draw object positions from another task's distribution; both must use one model file."""
-        other, _ = _make_environment(scene)
-        if other.model_name != self._env.model_name:
-            raise UserError(f"tasks {scene!r} and {self.name!r} are built from different models; they share no scene")
-        self._env._random_reset_space = other._random_reset_space
-        other.close()
+    def _drawn(self) -> tuple[str, Any, Any]:
+        return self._env.model_name, self._env.model, self._env.data
 
 
 def _make_environment(name: str) -> tuple[Any, Any]:

@@ -1,4 +1,6 @@
-"""The documentation's simulator goes through collecting, evaluating, baselines, the command line and the report."""
+"""Suites by name, seeds of two ranges, and a whole simulator in sixty lines."""
+
+from __future__ import annotations
 
 import importlib
 import json
@@ -11,10 +13,19 @@ from repvitok.runtime.errors import UserError
 from repwam_core.cli import main
 from repwam_core.interface import ActionChunk, BasePolicy
 from repwam_core.report import Count, ReportData, RunInfo, SuccessRow, render_report
-from repwam_core.sim.base import SimSettings, evaluation_seeds, find_suite
-from repwam_core.sim.baselines import demonstrated, run_baseline
+from repwam_core.sim.base import (
+    EVALUATION_SEEDS_FROM,
+    MAX_ATTEMPTS,
+    MAX_DATASET_SEED,
+    MAX_EPISODES_PER_TASK,
+    SimSettings,
+    collection_seed,
+    evaluation_seeds,
+    find_suite,
+    require_evaluation_seeds,
+)
 from repwam_core.sim.collect import CollectionConfig, collect, read_plan
-from repwam_core.sim.evaluate import evaluate
+from repwam_core.sim.evaluate import demonstrated, evaluate, run_baseline
 from repwam_core.sim.metaworld import MetaWorldSettings
 from repwam_core.sim.results import load_results, success_rates
 
@@ -92,7 +103,8 @@ def test_a_replay_that_has_ended_holds_still(toy, tmp_path, monkeypatch, kind):
     seen: list[float] = []
     advance = toy.ToyTask.advance
     monkeypatch.setattr(toy.ToySettings, "action_kind", kind)
-    monkeypatch.setattr(toy.ToyTask, "success", False)
+    never = property(lambda _: False, lambda *_: None)
+    monkeypatch.setattr(toy.ToyTask, "success", never)
     monkeypatch.setattr(toy.ToyTask, "advance", lambda self, a: (seen.append(float(a[0])), advance(self, a)))
     given = {"settings": toy.ToySettings(max_steps=40), "demonstrations": tmp_path / "data", "workers": 1}
     run_baseline("replay", ["go-right"], SEEDS[:1], **given)
@@ -175,3 +187,26 @@ PLAN_OF_0_1 = """{
 "settings": {"cameras": ["corner2"], "size": [32, 32], "act_repeat": 2, "max_env_steps": 200, "same_scene": []},
 "noise": {"pushes": 0, "push_steps": 4, "push_within_steps": 24, "action_std": 0.0, "share": 1.0},
 "extra_steps": 4, "version": "v2.1", "pix_fmt": "yuv444p", "crf": 10}"""
+
+
+def test_the_largest_collection_seed_lies_below_every_evaluation_seed():
+    largest = collection_seed(MAX_DATASET_SEED, MAX_EPISODES_PER_TASK - 1, MAX_ATTEMPTS - 1)
+    assert largest < EVALUATION_SEEDS_FROM == evaluation_seeds(1)[0]
+
+
+def test_collection_seeds_are_distinct():
+    triples = [(s, e, a) for s in (0, 1, 99) for e in (0, 1, 500, 999) for a in range(MAX_ATTEMPTS)]
+    assert len({collection_seed(*triple) for triple in triples}) == len(triples)
+
+
+@pytest.mark.parametrize("arguments", [(100, 0, 0), (0, 1000, 0), (0, 0, 10), (-1, 0, 0)])
+def test_out_of_range_is_refused(arguments):
+    with pytest.raises(UserError, match="must lie in 0"):
+        collection_seed(*arguments)
+
+
+def test_seen_or_repeated_seeds_are_refused_for_evaluation():
+    with pytest.raises(UserError, match="no demonstration shows them, got 7"):
+        require_evaluation_seeds([EVALUATION_SEEDS_FROM, 7])
+    with pytest.raises(UserError, match="once only"):
+        require_evaluation_seeds([EVALUATION_SEEDS_FROM] * 2)

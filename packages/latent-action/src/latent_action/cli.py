@@ -164,7 +164,7 @@ def _visualize(arguments: argparse.Namespace) -> int:
     from latent_action.model import LatentActionTokenizer
     from latent_action.visualize import write_episode_picture
 
-    write_episode_picture(
+    checks = write_episode_picture(
         lat=LatentActionTokenizer.from_pretrained(arguments.lat),
         latents=arguments.latents,
         dataset=arguments.dataset,
@@ -174,6 +174,8 @@ def _visualize(arguments: argparse.Namespace) -> int:
         lapa=None if arguments.lapa is None else LapaQuantizer.from_pretrained(arguments.lapa),
     )
     print(f"wrote {arguments.out}")
+    for name, check in checks.items():
+        print(f"{name}: {check or 'too few transitions in which anything moves to compare the map with it'}")
     return 0
 
 

@@ -73,7 +73,8 @@ def label_shards(
     shards = LatentShards(source, labels=False)
     require_same_tokenizer(lat, shards)
     out, digest = Path(source if out is None else out), lat.digest()
-    if (meta := _finished(out, shards, digest, lat.config.transition_frames)) is not None:
+    frames = lat.config.transition_frames
+    if (meta := _finished(out, shards, digest, frames)) is not None:
         return meta
     if not _same_folder(out, shards.root):
         within = os.path.relpath(shards.root.resolve(), out.resolve()).split(os.sep)[0]
@@ -84,9 +85,7 @@ def label_shards(
     if not 0 <= index < shares:
         raise UserError(f"shard i/n: expected 0 <= i < n, got {index}/{shares}.")
     with _sole_labeller(out, shard):
-        if (
-            meta := _finished(out, shards, digest, lat.config.transition_frames)
-        ) is not None:  # another process has made them meanwhile
+        if (meta := _finished(out, shards, digest, frames)) is not None:  # another process has made them meanwhile
             return meta
         parts = _open_parts(out, shards, digest)
         lat = lat.to(find_device(device)).eval()
@@ -96,7 +95,7 @@ def label_shards(
                 _write_part(path, lat, shards, number)
         if shard is not None:
             return None
-        meta = write_labels(shards, out, digest, lambda info: _read_part(parts, info), lat.config.transition_frames)
+        meta = write_labels(shards, out, digest, lambda info: _read_part(parts, info), frames)
         remove_work(out, LABEL_WORK)
         return meta
 

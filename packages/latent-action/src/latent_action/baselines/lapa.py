@@ -439,11 +439,23 @@ def lapa_action_effect_map(
 ) -> Float[np.ndarray, "rows columns"]:
     """How strongly LAPA's latent action changes each patch, in [0, 1].
 
-    The change is the root mean square over a patch's pixels of D(x_t, l_t) - D(x_t, l_0), where l_0 are the codes of
-    (x_t, x_t), nothing happening; divided by its maximum, or by `HEAT_FLOOR` where that is larger.
+    That of `lapa_action_effects`, divided by its maximum, or by `HEAT_FLOOR` where that is larger.
     """
-    one, other = lapa.latent_actions(torch.stack([x_t, x_t]), torch.stack([x_next, x_t]))[0]
-    moved, kept = lapa.decode(torch.stack([x_t, x_t]), torch.stack([one, other]))
+    change = lapa_action_effects(lapa, x_t[None], x_next[None])[0]
+    return change / max(change.max(), HEAT_FLOOR)
+
+
+@torch.no_grad()
+def lapa_action_effects(
+    lapa: LapaQuantizer, x_t: Float[Tensor, "b 3 h w"], x_next: Float[Tensor, "b 3 h w"]
+) -> Float[np.ndarray, "b rows columns"]:
+    """How strongly LAPA's latent actions change each patch of their frames, in units of pixels.
+
+    The change is the root mean square over a patch's pixels of D(x_t, l_t) - D(x_t, l_0), where l_0 are the codes of
+    (x_t, x_t), nothing happening.
+    """
+    twice = torch.cat([x_t, x_t])
+    moved, kept = lapa.decode(twice, lapa.latent_actions(twice, torch.cat([x_next, x_t]))[0]).chunk(2)
     side = lapa.config.patch
-    change = rearrange((moved - kept).square(), "c (h p) (w q) -> h w (c p q)", p=side, q=side).mean(-1).sqrt()
-    return (change / change.max().clamp(min=HEAT_FLOOR)).float().cpu().numpy()
+    change = rearrange((moved - kept).square(), "b c (h p) (w q) -> b h w (c p q)", p=side, q=side).mean(-1).sqrt()
+    return change.float().cpu().numpy()

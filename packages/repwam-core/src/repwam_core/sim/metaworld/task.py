@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from repvitok.data.lerobot.metadata import HandProjection
 from repvitok.runtime.errors import UserError
 
 from repwam_core.interface import ActionChannel, Embodiment, Observation
@@ -21,6 +22,7 @@ from repwam_core.sim.rendering import (
     check_views,
     import_mujoco,
     not_installed,
+    projection_matrix,
 )
 
 ENVIRONMENT_RATE_HZ = 80
@@ -109,6 +111,18 @@ class MetaWorldSettings(SimSettings):
 
     def make_renderer(self) -> FrameRenderer:
         return FrameRenderer(self.size)
+
+    def hand_projection(self) -> HandProjection:
+        """By the model of the first task: its cameras stand alike in all of them."""
+        env, _ = _make_environment(TASKS[0])
+        for view in (views := [CAMERAS[camera] for camera in self.cameras]):
+            view.place(env.model)
+        found = {
+            key: projection_matrix(env.model, view, self.size)
+            for key, view in zip(self.camera_keys, views, strict=True)
+        }
+        env.close()
+        return HandProjection(list(STATE_CHANNELS[:3]), {key: rows for key, rows in found.items() if rows is not None})
 
     @classmethod
     def task_name(cls, task: str) -> str:

@@ -202,7 +202,7 @@ def test_composition_error_by_hand():
 
 
 def test_shrinking_is_no_way_out_of_composition():
-    """Neither all numbers nor one of them can lower it by their scale, and a collapsed model has the error of the mean."""
+    """No number can lower it by its scale, and a collapsed model has the error of the mean."""
     torch.manual_seed(0)
     whole, parts = torch.randn(64, 3, dtype=torch.float64), torch.randn(64, 3, dtype=torch.float64)
     scale = torch.ones(3, dtype=torch.float64, requires_grad=True)

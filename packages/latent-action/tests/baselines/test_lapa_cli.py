@@ -87,7 +87,8 @@ def test_composed_latent_actions_are_the_quantisers_own(exported, squares):
     lapa, table = LapaQuantizer.from_pretrained(exported), load_frame_table(*squares, (16, 48))
     whole, parts, elsewhere = lapa_composed(lapa, table, quantised=False)
     first = table.first[torch.isin(table.first + 1, table.first)]
-    assert whole.shape == (len(first), 4 * 32) and len(first) > 2
+    assert len(first) > 2
+    assert whole.shape == (len(first), 4 * 32)
 
     def read(begin, end):
         frames = [rearrange(table.frames[i], "b h w rgb -> b rgb h w") / 127.5 - 1 for i in (begin, end)]

@@ -161,7 +161,7 @@ def test_transitions_of_several_latent_frames(step):
     assert (z_next - z_t == step).all()
     assert table.motion[0].item() == step**2
     per_frame = episodes[0].actions.mean(axis=1)
-    np.testing.assert_allclose(table.actions[1].numpy(), per_frame[1 : 1 + step].mean(axis=0))
+    np.testing.assert_allclose(table.actions[1].numpy(), per_frame[1 : 1 + step].mean(axis=0), rtol=1e-6)
     inside = lie_within([LatentSpan(0, 1, 7)], [e.info for e in episodes], table.first, step)
     assert inside.tolist() == [False] + [True] * (6 - step) + [False]
 

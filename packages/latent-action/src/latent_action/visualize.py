@@ -127,7 +127,8 @@ class MapCheck:
     """Whether maps show where the arm moves: correlation over the tokens, its mean over transitions and 95 % interval.
 
     Attributes:
-        motion: what the maps are compared with: "projected hand", or "pixel motion energy" where nobody knows the hand.
+        motion: what the maps are compared with: "the projected hand's motion", or "pixel motion energy" where nobody
+            knows the hand.
         own: with the motion of the map's own transition, (mean, low, high).
         shuffled: with that of a transition of another episode (another transition, where there is one episode).
         gain: own - shuffled. Above 0 with its whole interval, or the map shows nothing.
@@ -152,7 +153,7 @@ class MapCheck:
         own, shuffled, gain = ("{:.2f} [{:.2f}, {:.2f}]".format(*v) for v in (self.own, self.shuffled, self.gain))
         verdict = "" if self.shows_motion else " THIS MAP SHOWS NOTHING: it is no better than a shuffled one."
         return (
-            f"correlation of the map with the {self.motion}'s motion {own}, shuffled {shuffled}, gain {gain} "
+            f"correlation of the map with {self.motion} {own}, shuffled {shuffled}, gain {gain} "
             f"({self.transitions} transitions of {self.episodes} episodes; 95 % intervals); with what all maps share "
             f"{self.unsubtracted[0]:.2f}, shuffled {self.unsubtracted[1]:.2f}.{verdict}"
         )
@@ -286,10 +287,7 @@ def measure_maps(
         raise UserError(f"{shards.root}: no episode has {step + 2} latent frames, so there is no map to measure.")
     spread = np.unique(np.linspace(0, len(places) - 1, min(transitions, len(places))).round().astype(int))
     projection = read_hand_projection(reader.root)
-    if (
-        projection is not None
-        and projection.places(np.zeros((1, len(meta.state_names))), meta.state_names, meta.cameras) is None
-    ):
+    if projection is not None and not projection.serves(meta.state_names, meta.cameras):
         projection = None
     sizes = {"ours": meta.grid[1:]} | ({} if lapa is None else {"LAPA": _lapa_grid(lapa, len(meta.cameras))})
     maps: dict[str, list[np.ndarray]] = {name: [] for name in sizes}
@@ -312,12 +310,11 @@ def measure_maps(
             if projection is not None:
                 assert episode.state is not None
                 seen = projection.places(episode.state, meta.state_names, meta.cameras)
-                assert seen is not None
                 motions[name].append(hand_motion(seen[index], seen[index + step], size))
             else:
                 motions[name].append(np.stack([pixel_motion(*views, size) for views in frames], axis=1))
     found = {name: np.concatenate(values) for name, values in maps.items()}
-    motion = "pixel motion energy" if projection is None else "projected hand"
+    motion = "pixel motion energy" if projection is None else "the projected hand's motion"
     checks = {
         name: check_maps(values, np.concatenate(motions[name]), np.array(of_episode), motion)
         for name, values in found.items()

@@ -535,21 +535,20 @@ class HandProjection:
         head = {"format": HAND_FORMAT, "format_version": HAND_FORMAT_VERSION}
         return {**head, "channels": self.channels, "cameras": self.cameras}
 
+    def serves(self, names: Sequence[str], cameras: Sequence[str]) -> bool:
+        """Whether these channels of a state hold the hand and all these cameras are known."""
+        return set(self.channels) <= set(names) and set(cameras) <= set(self.cameras)
+
     def places(
         self, state: Float[np.ndarray, "frames s"], names: Sequence[str], cameras: Sequence[str]
-    ) -> Float[np.ndarray, "frames views 2"] | None:
+    ) -> Float[np.ndarray, "frames views 2"]:
         """(down, right) of the hand in each camera's picture, in [0, 1] inside it.
 
         Args:
             state: of the robot.
             names: of its channels.
             cameras: keys, in order.
-
-        Returns:
-            None where the state or the file lacks one of them.
         """
-        if not set(self.channels) <= set(names) or not set(cameras) <= set(self.cameras):
-            return None
         points = state[:, [list(names).index(channel) for channel in self.channels]].astype(np.float64)
         matrices = np.array([self.cameras[camera] for camera in cameras])
         seen = np.einsum("vij,fj->fvi", matrices, np.concatenate([points, np.ones((len(points), 1))], axis=1))

@@ -426,7 +426,7 @@ def _between(
     """What LAPA reads between frames of these numbers."""
     pieces = [torch.zeros(0, lapa.config.code_tokens * lapa.config.code_dim)]
     device = lapa.code_place.device
-    for one, other in zip(first.split(_BATCH), last.split(_BATCH), strict=True):
+    for one, other in zip(first.split(_BATCH), last.split(_BATCH), strict=True) if len(first) else ():
         pair = (_pixels(frames[index]).to(device) for index in (one, other))
         codes = lapa.latent_actions(*pair)[0] if quantised else lapa.encode(*pair)
         pieces.append(rearrange(codes, "b places d -> b (places d)").cpu())

@@ -80,12 +80,15 @@ class TrainingBatches(EndlessLoader[TransitionBatch]):
         return map(self.batch, count(number))
 
 
-def which_episodes(trainer: L.Trainer, batch: Sequence[Tensor | None]) -> str:
-    """The episodes of a training batch, for a message: found by drawing the batches about this step again."""
+def which_episodes(trainer: L.Trainer, batch: Sequence[Tensor]) -> str:
+    """The episodes of a training batch, for a message: found by drawing the batches about this step again.
+
+    `batch` holds the two ends of its transitions.
+    """
     batches: Any = trainer.train_dataloader
     step = trainer.global_step * trainer.accumulate_grad_batches
     for number in range(max(0, step - 2), step + trainer.accumulate_grad_batches + 2):
-        drawn = zip(batches.batch(number)[:2], batch[:2], strict=True)  # the two ends say which transition it is
+        drawn = zip(batches.batch(number)[:2], batch, strict=True)
         if all(torch.equal(mine.nan_to_num(), theirs.cpu().nan_to_num()) for mine, theirs in drawn):
             return f"episodes {sorted(set(batches.table.episode[batches.draw(number)].tolist()))}"
     return "a batch of other episodes than the loader's"

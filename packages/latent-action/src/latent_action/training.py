@@ -101,7 +101,7 @@ class LatentActionTraining(L.LightningModule):
             found["zero_action"] = self._control_loss(batch)
             total = loss + found["zero_action"]  # the two share no parameter, so the sum trains each on its own loss
         self.log_dict({"train/loss": loss} | {f"train/{name}_loss": value for name, value in found.items()})
-        self._finite.note(found, lambda: which_episodes(self.trainer, batch))
+        self._finite.note(found, lambda: which_episodes(self.trainer, batch[:2]))
         return total
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

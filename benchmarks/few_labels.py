@@ -41,7 +41,7 @@ from repvitok.data.split import format_episodes, split_episodes
 from repvitok.runtime.files import write_text_atomic
 from repwam_core.cli import main as repwam
 from repwam_core.policy import BatchedPolicy, evaluate_open_loop
-from repwam_core.quickstart import closed_loop, training
+from repwam_core.quickstart import work
 from repwam_core.quickstart.config import QuickstartConfig, Steps, load_config
 from repwam_core.quickstart.runner import StageResult, StageRunner
 from repwam_core.sim.base import EVALUATION_SEEDS_FROM, evaluation_seeds
@@ -116,28 +116,28 @@ class Bench:
         config, about = self.config, {"seed": 0, "held_out": config.held_out}
         collected = runner.run(
             "collect",
-            partial(closed_loop.collect_demonstrations, config=config, seed=0, workers=options.workers),
+            partial(work.collect_demonstrations, config=config, seed=0, workers=options.workers),
             settings={"tasks": config.tasks, "episodes": config.episodes, "size": config.size, "noise": config.noise},
             inputs={},
         )
         self.dataset, common = collected.folder / "dataset", {"config": config, "seed": 0}
         tokenizer = self._stage(
-            "tokenizer", training.train_tokenizer, [collected], {"steps": config.steps.repvitok, **about},
+            "tokenizer", work.train_tokenizer, [collected], {"steps": config.steps.repvitok, **about},
             dataset=self.dataset, **common,
         )  # fmt: skip
         self.tokenizer = tokenizer.folder / "tokenizer"
         encoded = self._stage(
-            "encode", training.encode, [tokenizer], {"offsets": config.offsets},
+            "encode", work.encode, [tokenizer], {"offsets": config.offsets},
             config=config, dataset=self.dataset, tokenizer=self.tokenizer,
         )  # fmt: skip
         latents = encoded.folder / "latents"
         lat = self._stage(
-            "lat", training.train_latent_actions, [encoded], {"steps": config.steps.latent_action, **about},
+            "lat", work.train_latent_actions, [encoded], {"steps": config.steps.latent_action, **about},
             latents=latents, **common,
         )  # fmt: skip
         self.lat = lat.folder / "lat"
         self.labelled = self._stage(
-            "label", training.label, [encoded, lat], {}, config=config, lat=self.lat, latents=latents
+            "label", work.label, [encoded, lat], {}, config=config, lat=self.lat, latents=latents
         )
         self.zeros = self._stage("zeros", _zero_labels, [encoded], {}, latents=latents)
         self.latents = self.labelled.folder / "latents"
@@ -182,7 +182,7 @@ class Bench:
         overrides += [WITHOUT_STATE]
         about = {"steps": self.config.steps.pretrain, "seed": seed, "overrides": overrides}
         return self._stage(
-            f"pretrain-{_slug(arm)}", training.pretrain, [made], about, repwam=repwam, config=self.config,
+            f"pretrain-{_slug(arm)}", work.pretrain, [made], about, repwam=repwam, config=self.config,
             seed=seed, latents=made.folder / "latents", overrides=overrides,
         )  # fmt: skip
 
@@ -195,7 +195,7 @@ class Bench:
         if pretrained is None:
             read = [yaml.safe_load(file.read_text())["model"] for file in self.config.recipe_files("pretrain")]
             overrides += [f"--model.wam={json.dumps(read[0]['wam'])}"]
-        return training.adapt(
+        return work.adapt(
             folder, repwam=repwam, config=self.config, seed=seed, steps=steps, latents=self.latents,
             pretrained=pretrained.folder / "wam" if pretrained else None, tokenizer=self.tokenizer, lat=self.lat,
             overrides=overrides,
@@ -217,7 +217,7 @@ class Bench:
         options = self.options
         seeds = evaluation_seeds(options.episodes, options.first_seed)
         results = evaluate(
-            BatchedPolicy.from_pretrained(policy), options.tasks, seeds, settings=closed_loop.settings_of(self.config),
+            BatchedPolicy.from_pretrained(policy), options.tasks, seeds, settings=work.settings_of(self.config),
             execute=self.config.execute, batch_size=50, workers=options.workers, out=folder,
         )  # fmt: skip
         return {"successes": sum(result.success for result in results), "episodes": len(results)}

@@ -77,6 +77,12 @@ def blobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def make_blobs() -> Callable[..., Path]:
+    """Writes such shards of as many episodes as asked for."""
+    return write_blobs
+
+
+@pytest.fixture
 def blob_centre() -> Callable[[np.ndarray], np.ndarray]:
     """Where the blob is in raw latents (b, SIDE * SIDE, DIM): row and column, (b, 2)."""
 

@@ -89,3 +89,14 @@ def test_importing_the_package_imports_no_torch():
         "[getattr(latent_action, name) for name in latent_action.__all__]"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_transitions_of_one_frame_are_written_as_before_and_others_are_kept():
+    config = LatentActionConfig(latent_dim=2).fitted_to(meta())
+    assert "transition_frames" not in config.to_dict()
+    longer = LatentActionConfig(latent_dim=2).fitted_to(meta(), 4)
+    assert LatentActionConfig.from_dict(json.loads(json.dumps(longer.to_dict()))).transition_frames == 4
+    with pytest.raises(ValueError, match=r"data\.transition_frames"):
+        longer.fitted_to(meta(), 2)
+    with pytest.raises(ValueError, match="transition_frames: here 1, there 4"):
+        config.require_same(longer)

@@ -329,3 +329,20 @@ def test_instructions_corrected_while_labels_are_written_stay(fitted_lat, blobs,
     replace_instructions(opened, {3: "lift"}, "tasks")  # by somebody who had looked before there were labels
     assert LatentShards(latents)[3].latent_actions is not None
     assert LatentShards(latents)[3].task == "lift"
+
+
+def test_labels_of_several_latent_frames_say_so_and_do_not_mix(fitted_lat, make_blobs, tmp_path):
+    """Row k leads transition_frames on, or to the last frame; another length in one folder is refused by name."""
+    longer = LatentActionTokenizer(dataclasses.replace(fitted_lat.config, transition_frames=2))
+    longer.load_state_dict(fitted_lat.state_dict())
+    assert longer.digest() != fitted_lat.digest()
+    latents = torch.randn(5, 16, 8)
+    z = fitted_lat.standardise(latents)
+    with torch.no_grad():
+        expected = longer.encode(torch.stack([z[[0, 1, 2, 3]], z[[2, 3, 4, 4]]], dim=1))[:, 0]
+    torch.testing.assert_close(label_latents(longer, latents, (1, 4, 4)), expected)
+    few = make_blobs(tmp_path / "few", episodes=2)
+    assert label_shards(longer, few, tmp_path / "out").latent_action_frames == 2
+    assert LatentShards(tmp_path / "out").meta.latent_action_frames == 2
+    with pytest.raises(ValueError, match="over 2 latent frames each, this LAT's over 1"):
+        label_shards(fitted_lat, few, tmp_path / "out")

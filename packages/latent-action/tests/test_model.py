@@ -8,7 +8,8 @@ import torch
 from jaxtyping import TypeCheckError
 from latent_action.config import LatentActionConfig
 from latent_action.dynamics import Transport
-from latent_action.model import LatentActionTokenizer, copy_loss, transition_losses
+from latent_action.model import LatentActionTokenizer, composition_error, copy_loss, transition_losses
+from latent_action.transfer import composed
 
 
 @pytest.mark.parametrize(("tokens", "grid"), [(16, None), (24, (2, 3, 4)), (1, None)])
@@ -189,3 +190,35 @@ def test_losses_are_means_over_elements(lat):
 
 def test_copy_loss():
     assert copy_loss(torch.zeros(2, 4, 3), torch.full((2, 4, 3), 2.0)) == 4
+
+
+def test_composition_error_by_hand():
+    whole = torch.tensor([[1.0, 10.0], [3.0, 30.0]])  # variances 1 and 100
+    parts = torch.tensor([[1.0, 20.0], [2.0, 30.0]])  # mean square errors 0.5 and 50
+    assert composition_error(whole, parts).item() == pytest.approx((0.5 / 1 + 50 / 100) / 2)
+    assert composition_error(whole, whole).item() == 0
+    mean = whole.mean(dim=0).expand_as(whole)
+    assert composition_error(whole, mean).item() == pytest.approx(1)
+
+
+def test_shrinking_is_no_way_out_of_composition():
+    """No number can lower it by its scale, and a collapsed model has the error of the mean."""
+    torch.manual_seed(0)
+    whole, parts = torch.randn(64, 3, dtype=torch.float64), torch.randn(64, 3, dtype=torch.float64)
+    scale = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    composition_error(whole * scale, parts * scale).backward()
+    torch.testing.assert_close(scale.grad, torch.zeros(3, dtype=torch.float64), atol=1e-12, rtol=0)
+    shrunk = composition_error(whole * 1e-3, parts * 1e-3)
+    torch.testing.assert_close(shrunk, composition_error(whole, parts))
+    assert composition_error(torch.zeros(8, 3), torch.zeros(8, 3)).item() == 1
+
+
+def test_composed_goes_by_way_of_b_and_of_another_b(lat):
+    a, b, c = torch.randn(3, 6, 16, 8)
+    whole, parts, elsewhere = composed(lat, a, b, c)
+    with torch.no_grad():
+        legs = lat.encode(torch.stack([a, b, c], dim=1))
+        torch.testing.assert_close(parts, legs.sum(dim=1))
+        torch.testing.assert_close(whole, lat.encode(torch.stack([a, c], dim=1))[:, 0])
+        other = lat.encode(torch.stack([a, b.roll(3, dims=0), c], dim=1)).sum(dim=1)
+    torch.testing.assert_close(elsewhere, other)

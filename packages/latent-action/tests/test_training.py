@@ -272,3 +272,43 @@ def test_epochs_of_a_few_batches_have_new_ones_and_resume_exactly(blobs, tmp_pat
     assert len(set(curves["whole"])) == 6
     for name in ("epochs", "resumed"):
         np.testing.assert_array_equal(curves[name], curves["whole"])
+
+
+def test_composition_is_measured_without_its_loss_and_lower_with_it(blobs, tmp_path):
+    found = {}
+    for weight in ("0.0", "1.0"):
+        folder = tmp_path / weight
+        options = ("--trainer.val_check_interval=120", f"--model.composition_weight={weight}")
+        assert fit(folder, blobs, 120, *options, "--model.zero_action_control=false") == 0
+        found[weight] = {name: curve[-1, 1] for name, curve in read_curves(folder).items()}
+    assert "train/composition_loss" not in found["0.0"]
+    assert found["1.0"]["val/composition_error"] < 0.5 * found["0.0"]["val/composition_error"]
+    assert found["0.0"]["val/composition_error"] < found["0.0"]["val/composition_shuffled_error"]
+
+
+def test_without_its_weight_composition_changes_no_bit():
+    """Triplets beside the batch or none: one loss, one gradient; and with the weight, another."""
+    torch.manual_seed(0)
+    a, b, c = torch.randn(3, 4, 16, 8)
+    batches = {"plain": TransitionBatch(a, b), "triplets": TransitionBatch(a, b, c, torch.tensor([True] * 3 + [False]))}
+    found = {}
+    for name, weight in (("plain", 0.0), ("triplets", 0.0), ("triplets", 1.0)):
+        torch.manual_seed(1)
+        module = LatentActionTraining(lat_config(), composition_weight=weight)
+        module.grid = (1, 4, 4)
+        module.log = lambda *_, **__: None
+        loss = module.training_step(batches[name])
+        loss.backward()
+        found[name, weight] = loss, module.lat.inverse_dynamics.mlp.first.weight.grad
+    for one, other in zip(found["plain", 0.0], found["triplets", 0.0], strict=True):
+        assert torch.equal(one, other)
+    assert found["triplets", 1.0][0] > found["plain", 0.0][0]
+
+
+def test_transitions_of_two_frames_are_exported_and_composition_needs_room(blobs, tmp_path, capsys):
+    assert fit(tmp_path / "run", blobs, 2, "--data.transition_frames=2", "--trainer.val_check_interval=2") == 0
+    assert export_checkpoint(tmp_path / "run" / "last.ckpt", tmp_path / "lat").config.transition_frames == 2
+    assert "transition_frames | 2" in (tmp_path / "lat" / "README.md").read_text()
+    wanted = ("--data.transition_frames=12", "--model.composition_weight=1.0")
+    assert fit(tmp_path / "none", blobs, 2, *wanted) == 2
+    assert "no two transitions in a row of 12" in capsys.readouterr().err.strip().splitlines()[-1]

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from latent_action.datamodule import EvaluationBatches, LatentActionData, TrainingBatches
-from latent_action.transitions import load_transitions
+from latent_action.transitions import lie_within, load_transitions
 from repvitok.data.latents import LatentEpisode, LatentMeta
 from repvitok.data.shards import LatentShards, LatentShardWriter
+from repvitok.data.split import LatentSpan
 
 META = LatentMeta(
     tokenizer_digest="a" * 64,
@@ -146,3 +147,40 @@ def test_motion_is_the_change_of_the_state():
     assert table.motion.tolist() == [[2, 0], [3, -1]]
     assert load_transitions([episode(1, 3)], identity).motion is None
     assert load_transitions([episode(1, 3), episode(2, 2)], identity).place.tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("step", [1, 2, 4])
+def test_transitions_of_several_latent_frames(step):
+    frames = {1: 7, 2: step, 3: step + 1}  # episode 2 is too short
+    state = np.arange(7, dtype=np.float32)[:, None] ** 2
+    episodes = [episode(index, count) for index, count in frames.items()]
+    episodes = [dataclasses.replace(e, state=state[: len(e.latents)]) for e in episodes]
+    table = load_transitions(episodes, identity, step)
+    assert table.episode.tolist() == [1] * (7 - step) + [3]
+    z_t, z_next = table.pairs(torch.arange(len(table)))
+    assert (z_next - z_t == step).all()
+    assert table.motion[0].item() == step**2
+    per_frame = episodes[0].actions.mean(axis=1)
+    np.testing.assert_allclose(table.actions[1].numpy(), per_frame[1 : 1 + step].mean(axis=0), rtol=1e-6)
+    inside = lie_within([LatentSpan(0, 1, 7)], [e.info for e in episodes], table.first, step)
+    assert inside.tolist() == [False] + [True] * (6 - step) + [False]
+
+
+def test_triplets_stay_inside_an_episode_and_a_selection():
+    table = load_transitions([episode(1, 6), episode(2, 3)], identity, 2)
+    assert table.continued.tolist() == [True, True, False, False, False]
+    after = table.after(torch.arange(len(table)))[:, 0, 0]
+    assert after.tolist() == [104, 105, 104, 105, 202]  # z_next itself where nothing follows
+    assert table.where(torch.tensor([True, True, False, True, True])).continued.tolist() == [False, True, False, False]
+
+
+def test_triplets_beside_a_batch_change_nothing_of_it(blobs):
+    data = LatentActionData(str(blobs), batch_size=8, held_out=0.25)
+    data.setup()
+    table = data.train_dataloader().table
+    plain, with_triplets = (TrainingBatches(table, 8, seed=0, triplets=wanted).batch(3) for wanted in (False, True))
+    assert plain.z_after is None
+    assert torch.equal(plain.z_t, with_triplets.z_t)
+    assert torch.equal(plain.z_next, with_triplets.z_next)
+    assert with_triplets.continued.any()
+    assert next(iter(data.val_dataloader())).z_after is not None

@@ -115,7 +115,7 @@ def _probe(arguments: argparse.Namespace) -> int:
         head_steps=arguments.head_steps,
         frames_steps=arguments.frames_steps,
         seed=arguments.seed,
-        baselines=_lapa_rows(arguments),
+        baselines=_lapa_rows(arguments, lat.config.transition_frames),
     )
     print(format_report(report))
     if arguments.out is not None:
@@ -123,7 +123,7 @@ def _probe(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _lapa_rows(arguments: argparse.Namespace) -> dict[str, Any]:
+def _lapa_rows(arguments: argparse.Namespace, transition_frames: int) -> dict[str, Any]:
     """LAPA's latent actions of every transition, as they are and before quantisation."""
     if arguments.lapa is None:
         return {}
@@ -132,7 +132,13 @@ def _lapa_rows(arguments: argparse.Namespace) -> dict[str, Any]:
     from latent_action.baselines.lapa import LapaQuantizer, lapa_features, load_frame_table
 
     lapa = LapaQuantizer.from_pretrained(arguments.lapa)
-    table = load_frame_table(arguments.latents, arguments.dataset, lapa.config.size)
+    step = lapa.config.transition_frames
+    if step != transition_frames:
+        raise UserError(
+            f"--lapa: it was trained on transitions of {step} latent frames, the LAT on {transition_frames}: train "
+            "both with the same data.transition_frames"
+        )
+    table = load_frame_table(arguments.latents, arguments.dataset, lapa.config.size, step)
     return {
         "LAPA": lapa_features(lapa, table),
         "LAPA before quantisation": lapa_features(lapa, table, quantised=False),
@@ -158,7 +164,7 @@ def _visualize(arguments: argparse.Namespace) -> int:
     from latent_action.model import LatentActionTokenizer
     from latent_action.visualize import write_episode_picture
 
-    write_episode_picture(
+    checks = write_episode_picture(
         lat=LatentActionTokenizer.from_pretrained(arguments.lat),
         latents=arguments.latents,
         dataset=arguments.dataset,
@@ -168,6 +174,8 @@ def _visualize(arguments: argparse.Namespace) -> int:
         lapa=None if arguments.lapa is None else LapaQuantizer.from_pretrained(arguments.lapa),
     )
     print(f"wrote {arguments.out}")
+    for name, check in checks.items():
+        print(f"{name}: {check or 'too few transitions in which anything moves to compare the map with it'}")
     return 0
 
 

@@ -11,6 +11,7 @@ from repvitok.runtime.errors import UserError
 
 POOLINGS = ("attention", "mean")
 Few = Annotated[int, msgspec.Meta(ge=1, le=1024)]
+TransitionFrames = Annotated[int, msgspec.Meta(ge=1, le=64)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,8 @@ class LatentActionConfig:
         tokenizer_digest: identity of the visual tokenizer whose latents this LAT was trained on.
         latent_mean: channel mean those latents were standardised with, (d,).
         latent_std: channel standard deviation those latents were standardised with, (d,).
+        transition_frames: latent frames from z_t to the z_{t+1} of its latent actions; that of the data trained on
+            (docs/decisions/074). A config with 1 is written without it, as before there was a choice.
     """
 
     latent_dim: Size = 96
@@ -49,6 +52,7 @@ class LatentActionConfig:
     tokenizer_digest: str | None = None
     latent_mean: tuple[float, ...] | None = None
     latent_std: tuple[Above0, ...] | None = None
+    transition_frames: TransitionFrames = 1
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -71,17 +75,21 @@ class LatentActionConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as JSON can hold it."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        if self.transition_frames == 1:
+            del values["transition_frames"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LatentActionConfig":
         """The inverse of `to_dict`."""
-        parse(values, cls, cls.__name__, required=[field.name for field in fields(cls)])
+        required = [field.name for field in fields(cls) if field.name != "transition_frames"]
+        parse(values, cls, cls.__name__, required=required)
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**plain)
 
-    def fitted_to(self, meta: LatentMeta) -> "LatentActionConfig":
-        """This config with the tokenizer digest and the statistics of the latents to train on."""
+    def fitted_to(self, meta: LatentMeta, transition_frames: int = 1) -> "LatentActionConfig":
+        """This config with the tokenizer digest, the statistics and the transitions' length of the data to train on."""
         if self.latent_dim != meta.latent_dim:
             raise UserError(
                 f"latent_dim = {self.latent_dim}, but the latents have {meta.latent_dim} channels: set it to that."
@@ -91,10 +99,13 @@ class LatentActionConfig:
             tokenizer_digest=meta.tokenizer_digest,
             latent_mean=tuple(meta.mean.tolist()),
             latent_std=tuple(meta.std.tolist()),
+            transition_frames=transition_frames,
         )
         for name in ("tokenizer_digest", "latent_mean", "latent_std"):
             if getattr(self, name) not in (None, getattr(filled, name)):
                 raise UserError(f"{name} is set, and is not that of the latents: leave it out of the recipe.")
+        if self.transition_frames not in (1, transition_frames):
+            raise UserError("lat.transition_frames is that of the data: set data.transition_frames and leave it out.")
         return filled
 
     def require_same(self, stored: "LatentActionConfig") -> None:

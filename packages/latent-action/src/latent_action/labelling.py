@@ -73,7 +73,8 @@ def label_shards(
     shards = LatentShards(source, labels=False)
     require_same_tokenizer(lat, shards)
     out, digest = Path(source if out is None else out), lat.digest()
-    if (meta := _finished(out, shards, digest)) is not None:
+    frames = lat.config.transition_frames
+    if (meta := _finished(out, shards, digest, frames)) is not None:
         return meta
     if not _same_folder(out, shards.root):
         within = os.path.relpath(shards.root.resolve(), out.resolve()).split(os.sep)[0]
@@ -84,7 +85,7 @@ def label_shards(
     if not 0 <= index < shares:
         raise UserError(f"shard i/n: expected 0 <= i < n, got {index}/{shares}.")
     with _sole_labeller(out, shard):
-        if (meta := _finished(out, shards, digest)) is not None:  # another process has made them meanwhile
+        if (meta := _finished(out, shards, digest, frames)) is not None:  # another process has made them meanwhile
             return meta
         parts = _open_parts(out, shards, digest)
         lat = lat.to(find_device(device)).eval()
@@ -94,7 +95,7 @@ def label_shards(
                 _write_part(path, lat, shards, number)
         if shard is not None:
             return None
-        meta = write_labels(shards, out, digest, lambda info: _read_part(parts, info))
+        meta = write_labels(shards, out, digest, lambda info: _read_part(parts, info), frames)
         remove_work(out, LABEL_WORK)
         return meta
 
@@ -124,15 +125,21 @@ def _write_part(path: Path, lat: LatentActionTokenizer, shards: LatentShards, nu
 def label_latents(
     lat: LatentActionTokenizer, latents: Float[Tensor, "frames tokens d"], grid: Grid
 ) -> Float[Tensor, "transitions action"]:
-    """Latent actions of one episode of raw (not standardised) latents, in bounded memory."""
+    """Latent actions of one episode of raw (not standardised) latents, in bounded memory.
+
+    Row k is that from frame k to the one `lat.config.transition_frames` later, or to the last frame where that is
+    nearer: there is one for every frame but the last.
+    """
     device = next(lat.parameters()).device
-    step = max(1, TOKENS_PER_BATCH // latents.shape[1])
-    if len(latents) < 2:
+    step, last = max(1, TOKENS_PER_BATCH // latents.shape[1]), len(latents) - 1
+    if last < 1:
         return torch.zeros(0, lat.config.action_dim)
-    pieces = [
-        lat.encode(lat.standardise(latents[start : start + step + 1].to(device))[None], grid)[0]
-        for start in range(0, len(latents) - 1, step)
-    ]
+    pieces = []
+    for start in range(0, last, step):
+        index = torch.arange(start, min(start + step, last))
+        ends = (index + lat.config.transition_frames).clamp(max=last)
+        pair = lat.standardise(torch.stack([latents[index], latents[ends]], dim=1).to(device))
+        pieces.append(lat.encode(pair, grid)[:, 0])
     return torch.cat(pieces).float().cpu()
 
 
@@ -199,7 +206,7 @@ def _read_part(parts: Path, info: EpisodeInfo) -> np.ndarray:
     return actions
 
 
-def _finished(out: Path, shards: LatentShards, digest: str) -> LatentMeta | None:
+def _finished(out: Path, shards: LatentShards, digest: str, frames: int) -> LatentMeta | None:
     """The meta of `out` where it is what this call would write, None where that is still to be made."""
     if not (out / "meta.json").exists():
         return None
@@ -211,6 +218,8 @@ def _finished(out: Path, shards: LatentShards, digest: str) -> LatentMeta | None
     same = _digests(done) == _digests(shards) if done.has_labels_beside else done.keys == shards.keys
     if done.meta.lat_digest != digest or not same:
         by = f"labelled by LAT {done.meta.lat_digest[:16]}" if done.meta.lat_digest else "without labels"
+        if done.meta.lat_digest and done.meta.latent_action_frames != frames:
+            by += f" over {done.meta.latent_action_frames} latent frames each, this LAT's over {frames}"
         raise UserError(
             f"{out} already holds latents {by} ({len(done)} episodes); this call would write those of {digest[:16]} "
             f"({len(shards)} episodes{'' if same else ', others'}). Choose another folder (--out)."

@@ -152,6 +152,26 @@ def transition_losses(
     return TransitionLosses(forward.mean(), backward.mean(), latent_actions, reversed_actions)
 
 
+def composition_error(whole: Float[Tensor, "b action"], parts: Float[Tensor, "b action"]) -> Float[Tensor, ""]:
+    """How far latent actions are from adding up over time: the relative error of l(a, b) + l(b, c) as l(a, c).
+
+        mean over the numbers i of    mean_b (whole - parts)_i^2 / Var_b(whole)_i
+
+    0 is exact, 1 no better than the mean latent action. Nothing is detached: the ratio does not change with the scale
+    of any number, so that shrinking the latent actions, or one of their numbers, lowers it nowhere; what does not vary
+    counts nothing, and where nothing varies it is 1 (docs/decisions/074).
+
+    Args:
+        whole: l(a, c) of triplets of frames a, b, c.
+        parts: l(a, b) + l(b, c) of the same.
+    """
+    variance = whole.var(dim=0, correction=0)
+    varies = variance.detach() > 1e-9 * variance.detach().max()
+    if not varies.any():
+        return whole.new_ones(())
+    return ((whole - parts).square().mean(dim=0)[varies] / variance[varies]).mean()
+
+
 def copy_loss(z_t: Float[Tensor, "b tokens d"], z_next: Float[Tensor, "b tokens d"]) -> Float[Tensor, ""]:
     """Mean squared error of the copy baseline z_hat_{t+1} = z_t."""
     return (z_t - z_next).square().mean()

@@ -125,7 +125,8 @@ def probe_shards(
     require_same_tokenizer(lat, shards)
     if target == "actions" and "actions" not in shards.mapped(0):
         raise UserError(f"{shards.root}: there are no robot actions to probe for. {without_actions(shards)}")
-    whole = load_transitions(shards, lat.standardise)
+    step = lat.config.transition_frames
+    whole = load_transitions(shards, lat.standardise, step)
     later = whole.place > 0
     for name, values in (baselines or {}).items():
         if len(values) != len(whole):
@@ -135,7 +136,8 @@ def probe_shards(
             )
     features = {name: values.float()[later] for name, values in (baselines or {}).items()}
     table = whole.where(later)
-    train, scored = (lie_within(side, shards.infos, table.first) for side in split_latents(shards, held_out, 3))
+    spans = split_latents(shards, held_out, step + 2)
+    train, scored = (lie_within(side, shards.infos, table.first, step) for side in spans)
     task = make_task(table, target, train, scored, shards.meta.grid, seed)
     names = shards.meta.action_names if target == "actions" else shards.meta.state_names
     chosen = torch.zeros(len(table), dtype=torch.bool)
@@ -194,7 +196,9 @@ def make_task(
     return ProbeTask(table, _standardised(values, fitted), fitted, held_out, grid, seed)
 
 
-def score_features(task: ProbeTask, features: Float[Tensor, "transitions f"], steps: int = 600) -> ProbeScore:
+def score_features(
+    task: ProbeTask, features: Float[Tensor, "transitions f"], steps: int = 600, batch_size: int = 512
+) -> ProbeScore:
     """Score of a three-layer MLP from one vector per transition to the target, trained for `steps` steps."""
     inputs = _standardised(features, task.train)
     head = MLP(inputs.shape[1], 128, task.targets.shape[1], 3)
@@ -202,7 +206,7 @@ def score_features(task: ProbeTask, features: Float[Tensor, "transitions f"], st
     def predict(index: Tensor) -> Tensor:
         return head(inputs[index])
 
-    _regress(head, predict, task, steps, batch_size=512)
+    _regress(head, predict, task, steps, batch_size)
     return _score(task, predict)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from jaxtyping import Float
 from repvitok.data.latents import LatentMeta
 from repvitok.runtime.checkpointing import read_checkpoint, read_section, stored_by, with_weights
 from repvitok.runtime.documents import Decay, From0, check_arguments
@@ -26,15 +27,15 @@ from torch import Tensor
 from latent_action.config import LatentActionConfig
 from latent_action.datamodule import TransitionBatch, which_episodes
 from latent_action.dynamics import ForwardDynamics, Grid
-from latent_action.model import LatentActionTokenizer, copy_loss, transition_losses
-from latent_action.transfer import cycle_loss, effective_dimensions, read_again, reading_r2
+from latent_action.model import LatentActionTokenizer, composition_error, copy_loss, transition_losses
+from latent_action.transfer import composed, cycle_loss, effective_dimensions, read_again, reading_r2
 
 DEFAULT_OPTIMIZER = OptimizerSettings(name="adamw", lr=1e-3, warmup_steps=500)
 CHECKPOINT_KEY = "latent_action"
 
 
 class LatentActionTraining(L.LightningModule):
-    """Eq. (4)'s two losses, and beside them the control that shows what the latent action is worth.
+    """Eq. (4)'s two losses, one for composition, and the control that shows what the latent action is worth.
 
     The zero-action control is a second FDM of the same size, trained on the same batches with the action held at
     zero and on the forward direction only. What the LAT's forward loss gains over the control's is the latent
@@ -44,6 +45,8 @@ class LatentActionTraining(L.LightningModule):
         lat: settings of the model; the tokenizer digest and the latent statistics come from the data.
         forward_weight: weight of L_fwd.
         consistency_weight: weight of L_cons.
+        composition_weight: weight of `composition_error` over triplets of frames, which is measured on held-out ones
+            whatever the weight (docs/decisions/074); 0 trains as if it were not there.
         zero_action_control: train the control and log its loss.
         optimizer: of the LAT and the control; its schedule ends at the trainer's max_steps.
         gradient_clip: largest norm of the gradient, of the LAT and of the control each; null for none.
@@ -59,6 +62,7 @@ class LatentActionTraining(L.LightningModule):
         optimizer: OptimizerSettings = DEFAULT_OPTIMIZER,
         gradient_clip: From0 | None = 1.0,
         ema_decay: Decay | None = None,
+        composition_weight: From0 = 0.0,
     ) -> None:
         super().__init__()
         check_arguments(LatentActionTraining.__init__, locals())
@@ -68,30 +72,36 @@ class LatentActionTraining(L.LightningModule):
         self.control = ForwardDynamics(lat) if zero_action_control else None
         self.forward_weight = forward_weight
         self.consistency_weight = consistency_weight
+        self.composition_weight = composition_weight
         self.optimizer_settings = optimizer
         self.gradient_clip = gradient_clip
         self._finite = FiniteCheck()
         self.ema = None if ema_decay is None else ExponentialMovingAverage(self.lat, ema_decay)
         self.grid: Grid | None = None
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._triplets: list[Tensor] = []
 
     def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
-        """Take the grid, the statistics and the tokenizer's digest from the data."""
-        meta: LatentMeta = self.trainer.datamodule.meta  # pyright: ignore[reportAttributeAccessIssue]
+        """Take the grid, the statistics, the transitions' length and the tokenizer's digest from the data."""
+        data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        meta: LatentMeta = data.meta
         self.grid = meta.grid
-        self.lat.config = self.lat.config.fitted_to(meta)
+        self.lat.config = self.lat.config.fitted_to(meta, data.transition_frames)
 
     def training_step(self, batch: TransitionBatch) -> Tensor:
-        """forward_weight * L_fwd + consistency_weight * L_cons, plus the control's own loss."""
+        """forward_weight * L_fwd + consistency_weight * L_cons + composition's, plus the control's own loss."""
         losses = transition_losses(self.lat, batch.z_t, batch.z_next, self.grid)
         loss = self.forward_weight * losses.forward + self.consistency_weight * losses.consistency
         found = {"forward": losses.forward, "consistency": losses.consistency}
+        if self.composition_weight:
+            found["composition"] = composition_loss(self.lat, batch, losses.latent_actions, self.grid)
+            loss = loss + self.composition_weight * found["composition"]
         total = loss
         if self.control is not None:
             found["zero_action"] = self._control_loss(batch)
             total = loss + found["zero_action"]  # the two share no parameter, so the sum trains each on its own loss
         self.log_dict({"train/loss": loss} | {f"train/{name}_loss": value for name, value in found.items()})
-        self._finite.note(found, lambda: which_episodes(self.trainer, batch))
+        self._finite.note(found, lambda: which_episodes(self.trainer, batch[:2]))
         return total
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -116,8 +126,8 @@ class LatentActionTraining(L.LightningModule):
     def predict_step(self, batch: TransitionBatch) -> dict[str, Tensor]:
         """Latent actions (b, d_l) of a batch, the latents (b, L, d) they lead to by Eq. 3, and the true next ones."""
         with self._averaged():
-            z_t, z_next = batch
-            actions = self.lat.encode(torch.stack(batch, dim=1), self.grid)[:, 0]
+            z_t, z_next = batch[:2]
+            actions = self.lat.encode(torch.stack([z_t, z_next], dim=1), self.grid)[:, 0]
             return {"actions": actions, "latents": self.lat.decode(z_t, actions, self.grid), "next_latents": z_next}
 
     def on_validation_epoch_end(self) -> None:
@@ -163,6 +173,8 @@ class LatentActionTraining(L.LightningModule):
             # Each latent action, acted out on the frame of the item half a batch away and read from there.
             stage = batch.z_t.roll(size // 2, dims=0)
             read = read_again(self.lat, stage, forward, self.grid)
+            if (triplets := _triplets(batch)) is not None:
+                self._triplets.append(composed(self.lat, *triplets, self.grid))
         self._seen.append((forward, read, forward.roll(size // 2, dims=0)))
         values = {
             "forward_loss": losses.forward,
@@ -184,15 +196,40 @@ class LatentActionTraining(L.LightningModule):
     def _log_actions(self, split: str) -> None:
         given, read, own = (torch.cat(column).float() for column in zip(*self._seen, strict=True))
         self._seen = []
+        triplets, self._triplets = self._triplets, []
         values = {f"action_std_{i}": float(v) for i, v in enumerate(given.std(dim=0, correction=0))}
         values["action_dimensions"] = effective_dimensions(given)
         values["transfer_r2"] = reading_r2(read, given)
         values["transfer_shuffled_r2"] = reading_r2(read, own)
+        if triplets:
+            whole, parts, elsewhere = torch.cat(triplets, dim=1).float()
+            values["composition_error"] = float(composition_error(whole, parts))
+            values["composition_shuffled_error"] = float(composition_error(whole, elsewhere))
         for name, value in values.items():
             self.log(f"{split}/{name}", value, sync_dist=True)
 
     def _averaged(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.ema is None else self.ema.swapped(self.lat)
+
+
+def composition_loss(
+    lat: LatentActionTokenizer, batch: TransitionBatch, first: Float[Tensor, "b action"], grid: Grid | None = None
+) -> Float[Tensor, ""]:
+    """`composition_error` of a batch's triplets, 0 where it has none; `first` are its own latent actions, l(a, b)."""
+    if (triplets := _triplets(batch)) is None:
+        return first.new_zeros(())
+    a, b, c = triplets
+    # l(b, c) and l(a, c) in one pass
+    both, _ = lat.encode_both_ways(torch.cat([b, a]), torch.cat([c, c]), grid)
+    second, whole = both.chunk(2)
+    return composition_error(whole, first[batch.continued] + second)
+
+
+def _triplets(batch: TransitionBatch) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The frames a, b, c of the batch's triplets, if it has two or more: one does not vary."""
+    if batch.z_after is None or batch.continued is None or batch.continued.sum() < 2:
+        return None
+    return batch.z_t[batch.continued], batch.z_next[batch.continued], batch.z_after[batch.continued]
 
 
 def export_checkpoint(checkpoint: str | Path, out: str | Path) -> LatentActionTokenizer:

@@ -113,6 +113,25 @@ def read_again(
     return lat.encode(torch.stack([z, lat.decode(z, l, grid)], dim=1), grid)[:, 0]
 
 
+@torch.no_grad()
+def composed(
+    lat: LatentActionTokenizer,
+    a: Float[Tensor, "b tokens d"],
+    b: Float[Tensor, "b tokens d"],
+    c: Float[Tensor, "b tokens d"],
+    grid: Grid | None = None,
+) -> Float[Tensor, "3 b action"]:
+    """l(a, c) of triplets of frames, l(a, b) + l(b, c), and the same sum by way of another triplet's b.
+
+    For `composition_error`: the last is the control. It is as low as the second where l is the difference of two
+    readings of single frames, which add up by whatever frame.
+    """
+    other = b.roll(len(b) // 2, dims=0)
+    legs = [(a, c), (a, b), (b, c), (a, other), (other, c)]
+    whole, *sums = (lat.encode(torch.stack(leg, dim=1), grid)[:, 0] for leg in legs)
+    return torch.stack([whole, sums[0] + sums[1], sums[2] + sums[3]])
+
+
 def reading_r2(read: Float[Tensor, "b action"], given: Float[Tensor, "b action"]) -> float:
     """1 - |read - given|^2 / variance of given, mean over the dimensions that vary.
 

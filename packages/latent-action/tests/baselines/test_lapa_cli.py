@@ -6,7 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from latent_action.baselines.lapa import LapaQuantizer, lapa_action_effect_map, lapa_features, load_frame_table
+from einops import rearrange
+from latent_action.baselines.lapa import (
+    LapaQuantizer,
+    lapa_action_effect_map,
+    lapa_composed,
+    lapa_features,
+    load_frame_table,
+)
 from latent_action.cli import main
 from latent_action.config import LatentActionConfig
 from latent_action.model import LatentActionTokenizer
@@ -61,7 +68,37 @@ def lat_folder(squares, tmp_path) -> Path:
 def test_training_logs_the_loss_beside_copying(run):
     curves = read_curves(run)
     assert {"val/loss", "val/copy_loss", "val/codes_used"} <= set(curves)
+    # of the one held-out episode no triplet is left; see the next test
+    assert "val/composition_error" not in curves
     assert 1 <= curves["val/codes_used"][-1, 1] <= 8
+
+
+def test_composition_and_transitions_of_two_frames(squares, tmp_path):
+    held_out = ["--data.held_out=[0]", "--trainer.max_steps=2"]
+    assert main(["lapa", "fit", *_options(*squares, tmp_path / "run"), *held_out]) == 0
+    assert {"val/composition_error", "val/composition_shuffled_error"} <= set(read_curves(tmp_path / "run"))
+    options = [*_options(*squares, tmp_path / "two"), *held_out, "--data.transition_frames=2"]
+    assert main(["lapa", "fit", *options]) == 0
+    assert main(["lapa", "export", "--ckpt", str(tmp_path / "two"), "--out", str(tmp_path / "lapa")]) == 0
+    assert LapaQuantizer.from_pretrained(tmp_path / "lapa").config.transition_frames == 2
+
+
+def test_composed_latent_actions_are_the_quantisers_own(exported, squares):
+    lapa, table = LapaQuantizer.from_pretrained(exported), load_frame_table(*squares, (16, 48))
+    whole, parts, elsewhere = lapa_composed(lapa, table, quantised=False)
+    first = table.first[torch.isin(table.first + 1, table.first)]
+    assert len(first) > 2
+    assert whole.shape == (len(first), 4 * 32)
+
+    def read(begin, end):
+        frames = [rearrange(table.frames[i], "b h w rgb -> b rgb h w") / 127.5 - 1 for i in (begin, end)]
+        with torch.no_grad():
+            return lapa.encode(*frames).flatten(1)
+
+    other = (first + 1).roll(len(first) // 2)
+    torch.testing.assert_close(whole, read(first, first + 2))
+    torch.testing.assert_close(parts, read(first, first + 1) + read(first + 1, first + 2))
+    torch.testing.assert_close(elsewhere, read(first, other) + read(other, first + 2))
 
 
 def test_resuming_equals_not_stopping(squares, tmp_path):

@@ -277,7 +277,7 @@ def _merge(out: Path) -> LatentMeta:
         statistics.merge(part.statistics)
     mean, std = statistics.mean_std()
     unlabelled = dict.fromkeys(("lat_digest", "latent_action_mean", "latent_action_std"))
-    meta = dataclasses.replace(parts[0].meta, mean=mean, std=std, **unlabelled)
+    meta = dataclasses.replace(parts[0].meta, mean=mean, std=std, latent_action_frames=1, **unlabelled)
     write_latent_meta(out, meta, parts[0].dtype, entries, parts[0].provenance, statistics)
     remove_work(out)
     return meta

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from repvitok.data import LatentShards, LatentShardWriter
+from repvitok.runtime.errors import UserError
 from repwam_core.data.packing import (
     DataSetSettings,
     Mixture,
@@ -170,6 +171,16 @@ def config(mixture: Mixture) -> WAMConfig:
 
 def loader(mixture: Mixture, rank: int = 0, world_size: int = 1, batches: int = 6) -> PackedLoader:
     return PackedLoader(mixture, make_packer(mixture, SETTINGS, config(mixture), seed=0), batches, rank, world_size)
+
+
+def test_labels_over_different_numbers_of_latent_frames_do_not_mix(folders, tmp_path):
+    source = LatentShards(folders[0])
+    with LatentShardWriter(tmp_path / "longer", dataclasses.replace(source.meta, latent_action_frames=2)) as writer:
+        for episode in source:
+            writer.add(episode)
+    settings = [DataSetSettings(latents=folder) for folder in (folders[0], tmp_path / "longer")]
+    with pytest.raises(UserError, match=r"transition_frames.*first: 1, .*longer: 2"):
+        Mixture(settings, space="latent")
 
 
 def test_robots_share_the_union_of_their_channels(mixture):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from repvitok.data import LeRobotReader
+from repvitok.data.lerobot.metadata import read_hand_projection
 from repvitok.runtime.errors import UserError
 from repwam_core.sim.collect import NOISE_MODES, collect, read_plan, record_demonstration
 from repwam_core.sim.metaworld import MetaWorldSettings, MetaWorldTask, paraphrases
@@ -56,6 +57,33 @@ def test_the_data_set_says_what_it_holds(collected):
         columns = reader.episode(episode.index)
         assert len(columns["action"]) == episode.length
         assert np.abs(columns["action"][:, :3]).max() <= 0.02 + 1e-6
+
+
+def test_the_hand_is_projected_to_where_the_pictures_change(collected):
+    """Where the projected hand moves the frames change more than where it would in a picture that is upside down."""
+    reader, hand = LeRobotReader(collected), read_hand_projection(collected)
+    assert hand is not None
+    assert hand.channels == ["ee_x", "ee_y", "ee_z"]
+    found = []
+    for episode in range(6):
+        columns, frames = reader.episode(episode), reader.frames(episode, reader.camera_keys[0])
+        names = reader.channel_names("observation.state")
+        assert hand.serves(names, reader.camera_keys)
+        down_right = hand.places(columns["observation.state"], names, reader.camera_keys)[:, 0]
+        assert ((down_right > 0) & (down_right < 1)).mean() > 0.9
+        row, column = np.rint(down_right[4:-4] * 32 - 0.5).astype(int).clip(2, 29).T
+        change = np.abs(frames[8:].astype(float) - frames[:-8]).mean(axis=-1)
+        around = np.arange(-2, 3)
+        for rows in (row, 31 - row):
+            near = change[
+                np.arange(len(rows))[:, None, None],
+                rows[:, None, None] + around[:, None],
+                column[:, None, None] + around,
+            ]
+            found.append(near.mean() / change.mean())
+    right, upside_down = np.array(found).reshape(6, 2).mean(axis=0)
+    assert right > 1.5
+    assert right > 1.5 * upside_down
 
 
 def test_the_state_follows_the_actions(collected):

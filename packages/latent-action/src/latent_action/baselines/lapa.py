@@ -32,6 +32,7 @@ from repvitok.runtime.training import EndlessLoader
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from latent_action.config import TransitionFrames
 from latent_action.dynamics import position_feature_size, position_features
 
 _FREQUENCIES = 4
@@ -54,13 +55,15 @@ class FrameTable:
 
     Attributes:
         frames: uint8, one episode after another; several cameras stand side by side.
-        first: index into `frames` of each transition's x_t; its x_{t+1} is the next frame.
+        first: index into `frames` of each transition's x_t; its x_{t+1} is `transition_frames` later.
         episode: index of the episode each transition belongs to.
+        transition_frames: latent frames from a transition's beginning to its end.
     """
 
     frames: UInt8[Tensor, "frames h w 3"]
     first: Int[Tensor, " transitions"]
     episode: Int[Tensor, " transitions"]
+    transition_frames: int = 1
 
     def __len__(self) -> int:
         return self.first.shape[0]
@@ -68,7 +71,7 @@ class FrameTable:
     def pairs(self, index: Int[Tensor, " b"]) -> FramePair:
         """Both frames of the transitions with these indices."""
         start = self.first[index]
-        return FramePair(_pixels(self.frames[start]), _pixels(self.frames[start + 1]))
+        return FramePair(_pixels(self.frames[start]), _pixels(self.frames[start + self.transition_frames]))
 
     def of_episodes(self, episodes: list[int]) -> FrameTable:
         """The transitions of these episodes only; the frames are shared."""
@@ -76,16 +79,19 @@ class FrameTable:
 
     def where(self, keep: Bool[Tensor, " transitions"]) -> FrameTable:
         """The transitions marked true; the frames are shared."""
-        return FrameTable(self.frames, self.first[keep], self.episode[keep])
+        return FrameTable(self.frames, self.first[keep], self.episode[keep], self.transition_frames)
 
 
-def load_frame_table(latents: str | Path, dataset: str | Path, size: tuple[int, int]) -> FrameTable:
+def load_frame_table(
+    latents: str | Path, dataset: str | Path, size: tuple[int, int], transition_frames: int = 1
+) -> FrameTable:
     """Read the last raw frame of every latent frame, so that transition i of the latents is transition i here.
 
     Args:
         latents: folder of latent shards; says which episodes, offsets, stride, cameras and depth range.
         dataset: the LeRobot data set they were made from.
         size: height and width of a frame with all its cameras side by side, in pixels.
+        transition_frames: latent frames from a transition's beginning to its end.
     """
     shards = LatentShards(latents)
     reader = LeRobotReader(dataset, depth_range=shards.meta.depth_range)
@@ -101,17 +107,21 @@ def load_frame_table(latents: str | Path, dataset: str | Path, size: tuple[int, 
     start = 0
     for episode in shards:
         count = len(episode.latents)
-        if count < 2:
+        if count <= transition_frames:
             continue
         wanted = (episode.offset + shards.meta.frames_per_latent * np.arange(count)).tolist()
         views = [resize_frames(reader.frames(episode.episode_index, camera, wanted), view) for camera in cameras]
         frames.append(np.concatenate(views, axis=2))
-        first.append(torch.arange(start, start + count - 1))
-        episode_of.append(torch.full((count - 1,), episode.episode_index))
+        first.append(torch.arange(start, start + count - transition_frames))
+        episode_of.append(torch.full((count - transition_frames,), episode.episode_index))
         start += count
     if not frames:
-        raise UserError(f"{latents}: no episode has two latent frames, so there is no transition to learn from.")
-    return FrameTable(torch.from_numpy(np.concatenate(frames)), torch.cat(first), torch.cat(episode_of))
+        raise UserError(
+            f"{latents}: no episode has {transition_frames + 1} latent frames, so there is no transition to learn from."
+        )
+    return FrameTable(
+        torch.from_numpy(np.concatenate(frames)), torch.cat(first), torch.cat(episode_of), transition_frames
+    )
 
 
 class PairBatches(EndlessLoader[FramePair]):
@@ -229,6 +239,8 @@ class LapaConfig:
         code_dim: channels of a code.
         residual: predict the change of the pixels instead of the pixels. Not the paper's; it spares a small budget
             from learning to copy.
+        transition_frames: latent frames from x_t to x_{t+1}; that of the data trained on. A config with 1 is written
+            without it, as before there was a choice.
     """
 
     size: tuple[Side, Side] = (64, 64)
@@ -240,6 +252,7 @@ class LapaConfig:
     code_tokens: Side = 4
     code_dim: Side = 32
     residual: bool = False
+    transition_frames: TransitionFrames = 1
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -259,12 +272,16 @@ class LapaConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as JSON can hold it."""
-        return asdict(self) | {"size": list(self.size)}
+        values = asdict(self) | {"size": list(self.size)}
+        if self.transition_frames == 1:
+            del values["transition_frames"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LapaConfig:
         """The inverse of `to_dict`."""
-        parse(values, cls, cls.__name__, required=[field.name for field in fields(cls)])
+        required = [field.name for field in fields(cls) if field.name != "transition_frames"]
+        parse(values, cls, cls.__name__, required=required)
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**plain)
 
@@ -381,11 +398,38 @@ def lapa_features(
 
     With `quantised` false, the vectors before quantisation, which hold more than LAPA's own latent actions do.
     """
-    pieces = []
-    for index in torch.arange(len(table)).split(_BATCH):
-        pair = table.pairs(index)
+    return _between(lapa, table.frames, table.first, table.first + table.transition_frames, quantised=quantised)
+
+
+@torch.no_grad()
+def lapa_composed(
+    lapa: LapaQuantizer, table: FrameTable, *, quantised: bool = True
+) -> Float[Tensor, "3 triplets features"]:
+    """For LAPA what `transfer.composed` is for the LAT, of all triplets of a table; values as of `lapa_features`."""
+    step = table.transition_frames
+    a = table.first[torch.isin(table.first + step, table.first)]
+    b, c = a + step, a + 2 * step
+    other = b.roll(len(b) // 2)
+    legs = [(a, c), (a, b), (b, c), (a, other), (other, c)]
+    whole, *sums = (_between(lapa, table.frames, *leg, quantised=quantised) for leg in legs)
+    return torch.stack([whole, sums[0] + sums[1], sums[2] + sums[3]])
+
+
+def _between(
+    lapa: LapaQuantizer,
+    frames: UInt8[Tensor, "frames h w 3"],
+    first: Int[Tensor, " n"],
+    last: Int[Tensor, " n"],
+    *,
+    quantised: bool,
+) -> Float[Tensor, "n features"]:
+    """What LAPA reads between frames of these numbers."""
+    pieces = [torch.zeros(0, lapa.config.code_tokens * lapa.config.code_dim)]
+    device = lapa.code_place.device
+    for one, other in zip(first.split(_BATCH), last.split(_BATCH), strict=True) if len(first) else ():
+        pair = (_pixels(frames[index]).to(device) for index in (one, other))
         codes = lapa.latent_actions(*pair)[0] if quantised else lapa.encode(*pair)
-        pieces.append(rearrange(codes, "b places d -> b (places d)"))
+        pieces.append(rearrange(codes, "b places d -> b (places d)").cpu())
     return torch.cat(pieces)
 
 
@@ -395,11 +439,23 @@ def lapa_action_effect_map(
 ) -> Float[np.ndarray, "rows columns"]:
     """How strongly LAPA's latent action changes each patch, in [0, 1].
 
-    The change is the root mean square over a patch's pixels of D(x_t, l_t) - D(x_t, l_0), where l_0 are the codes of
-    (x_t, x_t), nothing happening; divided by its maximum, or by `HEAT_FLOOR` where that is larger.
+    That of `lapa_action_effects`, divided by its maximum, or by `HEAT_FLOOR` where that is larger.
     """
-    one, other = lapa.latent_actions(torch.stack([x_t, x_t]), torch.stack([x_next, x_t]))[0]
-    moved, kept = lapa.decode(torch.stack([x_t, x_t]), torch.stack([one, other]))
+    change = lapa_action_effects(lapa, x_t[None], x_next[None])[0]
+    return change / max(change.max(), HEAT_FLOOR)
+
+
+@torch.no_grad()
+def lapa_action_effects(
+    lapa: LapaQuantizer, x_t: Float[Tensor, "b 3 h w"], x_next: Float[Tensor, "b 3 h w"]
+) -> Float[np.ndarray, "b rows columns"]:
+    """How strongly LAPA's latent actions change each patch of their frames, in units of pixels.
+
+    The change is the root mean square over a patch's pixels of D(x_t, l_t) - D(x_t, l_0), where l_0 are the codes of
+    (x_t, x_t), nothing happening.
+    """
+    twice = torch.cat([x_t, x_t])
+    moved, kept = lapa.decode(twice, lapa.latent_actions(twice, torch.cat([x_next, x_t]))[0]).chunk(2)
     side = lapa.config.patch
-    change = rearrange((moved - kept).square(), "c (h p) (w q) -> h w (c p q)", p=side, q=side).mean(-1).sqrt()
-    return (change / change.max().clamp(min=HEAT_FLOOR)).float().cpu().numpy()
+    change = rearrange((moved - kept).square(), "b c (h p) (w q) -> b h w (c p q)", p=side, q=side).mean(-1).sqrt()
+    return change.float().cpu().numpy()

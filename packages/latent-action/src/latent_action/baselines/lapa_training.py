@@ -5,6 +5,7 @@ The frames are split as the latent actions' own data are.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,12 @@ from latent_action.baselines.lapa import (
     LapaQuantizer,
     PairBatches,
     code_usage,
+    lapa_composed,
     load_frame_table,
 )
+from latent_action.config import TransitionFrames
 from latent_action.datamodule import which_episodes
+from latent_action.model import composition_error
 from latent_action.transitions import lie_within
 
 CHECKPOINT_KEY = "lapa"
@@ -50,6 +54,7 @@ class FramePairData(L.LightningDataModule):
         batch_size: pairs per batch.
         held_out: share of the episodes kept for validation, or their numbers; of an only one, of its transitions.
         seed: of the batches.
+        transition_frames: latent frames from a transition's beginning to its end, as of the LAT's data.
     """
 
     def __init__(
@@ -60,6 +65,7 @@ class FramePairData(L.LightningDataModule):
         batch_size: BatchSize = 64,
         held_out: HeldOut = 0.1,
         seed: Seed = 0,
+        transition_frames: TransitionFrames = 1,
     ) -> None:
         super().__init__()
         check_arguments(FramePairData.__init__, locals())
@@ -69,15 +75,17 @@ class FramePairData(L.LightningDataModule):
         self.batch_size = batch_size
         self.held_out = held_out
         self.seed = seed
+        self.transition_frames = transition_frames
         self._tables: tuple[FrameTable, FrameTable] | None = None
 
     def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
         """Read and split the frames once."""
         if self._tables is None:
             shards = LatentShards(self.latents)
-            spans = split_latents(shards, self.held_out)
-            table = load_frame_table(self.latents, self.dataset, (self.size[0], self.size[1]))
-            train, held_out = (table.where(lie_within(side, shards.infos, table.first)) for side in spans)
+            step = self.transition_frames
+            spans = split_latents(shards, self.held_out, step + 1)
+            table = load_frame_table(self.latents, self.dataset, (self.size[0], self.size[1]), step)
+            train, held_out = (table.where(lie_within(side, shards.infos, table.first, step)) for side in spans)
             self._tables = train, held_out
 
     def train_dataloader(self) -> PairBatches:
@@ -132,6 +140,11 @@ class LapaTraining(L.LightningModule):
         self.register_buffer("used", torch.zeros(lapa.codes, dtype=torch.long))
         self._seen = torch.zeros(lapa.codes, dtype=torch.long)
 
+    def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
+        """Take the transitions' length from the data."""
+        data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        self.lapa.config = replace(self.lapa.config, transition_frames=data.transition_frames)
+
     def training_step(self, batch: FramePair, batch_idx: int) -> Tensor:
         """The loss; counts the codes."""
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
@@ -163,7 +176,12 @@ class LapaTraining(L.LightningModule):
             self.log(name, value, batch_size=len(batch.x_t), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
-        """Log how many codes are in use."""
+        """Log how many codes are in use, and how far the latent actions of triplets of frames are from adding up."""
+        batches: Any = self.trainer.val_dataloaders
+        whole, parts, elsewhere = lapa_composed(self.lapa, batches.table)
+        if len(whole) > 1:
+            for name, value in (("", parts), ("_shuffled", elsewhere)):
+                self.log(f"val/composition{name}_error", composition_error(whole, value), sync_dist=True)
         self.log("val/codes_used", float((self._seen > 0).sum()), sync_dist=True)
         self._seen.zero_()
 

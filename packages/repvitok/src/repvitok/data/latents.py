@@ -144,6 +144,7 @@ class LatentMeta:
         mean, std: (d,) of the latents over all episodes, tokens and frames; 0 and 1 until measured.
         lat_digest: digest of the latent action tokenizer, once latent actions are there.
         latent_action_mean, latent_action_std: (d_l,) of the latent actions, or None.
+        latent_action_frames: latent frames from the beginning to the end of what a latent action stands for.
         tubelet_frames: encoded frames per latent but the first, f of the tokenizer. 4 in shards of version 0.1.
         instruction_source: where the episodes' instructions come from, see `InstructionSource`. Shards of version 0.1
             took them from the episode's `tasks`.
@@ -169,6 +170,7 @@ class LatentMeta:
     tubelet_frames: int = 4
     instruction_source: InstructionSource = "tasks"
     depth_range: tuple[float, float] | None = None
+    latent_action_frames: int = 1
 
     def __post_init__(self) -> None:
         for name in ("cameras", "action_names", "state_names"):
@@ -177,7 +179,8 @@ class LatentMeta:
         object.__setattr__(self, "depth_range", checked_range(self.depth_range))
         if not 1 <= self.latent_dim <= MAX_TOKENS:
             raise UserError(f"latent_dim: expected 1 to {MAX_TOKENS} channels, got {self.latent_dim}")
-        for name, value in (("stride", self.stride), ("window", self.window), ("tubelet_frames", self.tubelet_frames)):
+        for name in ("stride", "window", "tubelet_frames", "latent_action_frames"):
+            value = getattr(self, name)
             if value is not None and not 1 <= value <= MAX_TOKENS:
                 raise UserError(f"{name}: expected 1 to {MAX_TOKENS} frames, got {value}")
         if not (math.isfinite(self.frame_rate_hz) and self.frame_rate_hz > 0):

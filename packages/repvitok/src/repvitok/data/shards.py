@@ -409,7 +409,11 @@ def replace_instructions(
 
 
 def write_labels(
-    shards: LatentShards, out: Path, lat_digest: str, labels_of: Callable[[EpisodeInfo], Float[np.ndarray, "_ l"]]
+    shards: LatentShards,
+    out: Path,
+    lat_digest: str,
+    labels_of: Callable[[EpisodeInfo], Float[np.ndarray, "_ l"]],
+    frames: int = 1,
 ) -> LatentMeta:
     """Puts latent actions beside finished latents, a tar for each shard; meta.json, written last, says which is whose.
 
@@ -419,6 +423,7 @@ def write_labels(
         out: their own folder, or one that holds nothing but what killed calls of this function left.
         lat_digest: of the latent action tokenizer.
         labels_of: gives the latent actions of an episode, (frames - 1, l).
+        frames: latent frames that a latent action stands for, `LatentMeta.latent_action_frames`.
 
     Returns:
         The meta of `out`.
@@ -441,7 +446,8 @@ def write_labels(
                 link_or_copy(shards.root / shard["name"], out / shard["name"])
         meta = LatentMeta.from_dict(document["meta"])
         mean, std = statistics.mean_std() if statistics.count else (None, None)
-        meta = dataclasses.replace(meta, lat_digest=lat_digest, latent_action_mean=mean, latent_action_std=std)
+        labelled = {"lat_digest": lat_digest, "latent_action_mean": mean, "latent_action_std": std}
+        meta = dataclasses.replace(meta, **labelled, latent_action_frames=frames)
         _write_document(out, {**document, "meta": meta.to_dict()})
     return meta
 

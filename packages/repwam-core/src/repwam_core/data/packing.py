@@ -82,6 +82,9 @@ class Mixture:
         _check_common("the tokenizer of the latents", [meta.tokenizer_digest[:16] for meta in metas], shards)
         ranged = [entry for entry in shards if entry.meta.depth_range is not None]
         _check_common("the depth range of the latents", [str(entry.meta.depth_range) for entry in ranged], ranged)
+        if space == LATENT_SPACE:
+            frames = [str(meta.latent_action_frames) for meta in metas]
+            _check_common("the latent frames that a latent action stands for (transition_frames)", frames, shards)
         several = len(settings) > 1 and space != LATENT_SPACE
         layout = _action_layout(settings, metas) if several else None
         states = list(dict.fromkeys(name for meta in metas for name in meta.state_names)) if several else None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from latent_action import LatentActionTokenizer
-from latent_action.visualize import action_effect_map, draw_transition, transport_arrows
+from latent_action.visualize import action_effect_map, draw_transition, measure_maps, transport_arrows
 from repvitok import RepViTok
 from repvitok.data import LatentEpisode, LatentMeta, LatentShards, LeRobotReader, prepare_frames
 from repvitok.data.split import split_latents
@@ -109,30 +109,39 @@ def latent_actions(this: Run, trained: Trained, episodes: Sequence[int]) -> Late
     shards = LatentShards(trained.prepared.latents)
     reader = LeRobotReader(trained.prepared.data.folder, depth_range=shards.meta.depth_range)
     by_index = {e.episode_index: e for e in shards if e.offset == 0 and e.episode_index in episodes}
-    pictures = [_transition(this, reader, lat, by_index[index], shards.meta) for index in episodes if index in by_index]
+    maps = measure_maps(lat, shards, reader)
+    chosen = [by_index[index] for index in episodes if index in by_index]
+    pictures = [_transition(this, reader, lat, episode, shards.meta, maps.ours) for episode in chosen]
+    check = str(maps.checks["ours"] or "")
     names = ("forward_loss", "copy_loss", "zero_action_loss")
     losses: dict[str, Any] = {name: trained.prepared.lat.summary.get(f"val/{name}") for name in names}
     path = trained.prepared.labelled.folder / "probe.json"
     if not path.exists():  # the data allow of none, see `work.label`
-        return LatentActions(pictures[:SHOWN], **losses)
+        return LatentActions(pictures[:SHOWN], map_check=check, **losses)
     probe = read_json(path, dict[str, Any])
     r2 = {
         name: {c: v for c, v in zip(probe["channels"], probe[name]["r2"], strict=True) if v is not None}
         for name in ("latent_action", "untrained", "frames")
     }
     controls = {"untrained latent action": r2["untrained"], "head on both latents": r2["frames"]}
-    return LatentActions(pictures[:SHOWN], **losses, probe_r2=r2["latent_action"], probe_controls=controls)
+    probed: dict[str, Any] = {"probe_r2": r2["latent_action"], "probe_controls": controls}
+    return LatentActions(pictures[:SHOWN], map_check=check, **losses, **probed)
 
 
 def _transition(
-    this: Run, reader: LeRobotReader, lat: LatentActionTokenizer, episode: LatentEpisode, meta: LatentMeta
+    this: Run,
+    reader: LeRobotReader,
+    lat: LatentActionTokenizer,
+    episode: LatentEpisode,
+    meta: LatentMeta,
+    shared: np.ndarray,
 ) -> TransitionPicture:
-    """The episode's transition that changes the latents most, drawn on its frame (first camera)."""
+    """The episode's transition that changes the latents most, without what all share, on its frame (first camera)."""
     z = lat.standardise(torch.from_numpy(episode.latents)[None])
     with torch.no_grad():
         actions = lat.encode(z, meta.grid)[0]
         step = int((z[0, 1:] - z[0, :-1]).square().mean(dim=(1, 2)).argmax())
-        heat = action_effect_map(lat, z[0, step], actions[step], meta.grid)[:1]
+        heat = action_effect_map(lat, z[0, step], actions[step], meta.grid, shared)[:1]
         arrows = transport_arrows(lat, z[0, step], actions[step], meta.grid)[:1]
     at = [step * meta.frames_per_latent, (step + 1) * meta.frames_per_latent]
     raw = reader.frames(episode.episode_index, meta.cameras[0], at)

@@ -118,6 +118,7 @@ class LatentActions:
     probe_r2: Mapping[str, Number] = field(default_factory=dict)  #: robot action channel -> R^2
     #: control -> channel -> R^2, such as {"untrained tokenizer": {...}, "head on both latents": {...}}
     probe_controls: Mapping[str, Mapping[str, Number]] = field(default_factory=dict)
+    map_check: str = ""  #: whether the heat maps follow the arm, in words
 
     @property
     def losses(self) -> dict[str, float]:

@@ -196,6 +196,10 @@ class SimSettings(ABC):
     def make_task(self, name: str, renderer: Any = None) -> SimTask:
         """A simulator of one task by its canonical name, with what `make_renderer` gave."""
 
+    def hand_projection(self) -> Any:
+        """Where the cameras see the hand, a `HandProjection` kept with collected data; None where a suite has none."""
+        return None
+
     def make_renderer(self) -> Any:
         """What the tasks of one process share and `TaskPool` closes, such as a GL context; None where nothing is."""
         return None

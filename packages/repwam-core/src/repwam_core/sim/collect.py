@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 from repvitok.data import LeRobotReader, LeRobotWriter
+from repvitok.data.lerobot.metadata import HAND_FILE
 from repvitok.runtime.documents import Count, From0, Share, check_fields, load_json, parse, require_format
 from repvitok.runtime.errors import UserError, require_disk_space
 from repvitok.runtime.files import refuse_foreign, sole_writer, write_json_atomic
@@ -319,6 +320,8 @@ def collect(
         missing.sort(key=lambda index: (index % len(config.tasks), index))  # a worker stays with a task while it can
         _record_all(root, config, missing, workers or default_workers())
         writer.finalize()
+        if (hand := settings.hand_projection()) is not None:
+            write_json_atomic(root / HAND_FILE, hand.to_dict())
     reader = LeRobotReader(root)
     failed: Counter[str] = Counter()
     for episode in reader.episodes:

@@ -15,12 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from repvitok.data.lerobot.metadata import HandProjection
 from repvitok.runtime.documents import load_yaml, parse
 from repvitok.runtime.errors import UserError
 
 from repwam_core.interface import ActionChannel, Embodiment
 from repwam_core.sim.base import HAND_TO_OBJECT, OBJECT_TO_GOAL
-from repwam_core.sim.mujoco import CameraView, FrameRenderer, MujocoSettings, MujocoTask, import_mujoco, not_installed
+from repwam_core.sim.mujoco import (
+    CameraView,
+    FrameRenderer,
+    MujocoSettings,
+    MujocoTask,
+    import_mujoco,
+    not_installed,
+    projection_matrix,
+)
 
 __path__: list[str] = []  # until version 0.3: the modules it was made of are found by their names (runtime/moved.py)
 _FILE = Path(__file__).with_suffix(".yaml")
@@ -128,6 +137,18 @@ class MetaWorldSettings(MujocoSettings):
 
     def make_task(self, name: str, renderer: FrameRenderer | None = None) -> MetaWorldTask:
         return MetaWorldTask(name, self, renderer)
+
+    def hand_projection(self) -> HandProjection:
+        """By the model of the first task: its cameras stand alike in all of them."""
+        env, _ = _make_environment(TASKS[0])
+        for view in (views := [CAMERAS[camera] for camera in self.cameras]):
+            view.place(env.model)
+        found = {
+            key: projection_matrix(env.model, view, self.size)
+            for key, view in zip(self.camera_keys, views, strict=True)
+        }
+        env.close()
+        return HandProjection(list(STATE_CHANNELS[:3]), {key: rows for key, rows in found.items() if rows is not None})
 
     @classmethod
     def task_name(cls, task: str) -> str:

@@ -86,6 +86,23 @@ class CameraView:
             model.cam_fovy[camera] = self.fovy_deg
 
 
+def projection_matrix(model: Any, view: CameraView, size: tuple[int, int]) -> list[list[float]] | None:
+    """The 3 x 4 matrix of `HandProjection` of a camera that stands still, placed in `model`; None of one that moves.
+
+    MuJoCo's cameras look along their -z, with x to the right and y up: a point p has the coordinates R^T (p - c), and
+    with f = 1 / (2 tan(fovy / 2)) it is seen at right = 1/2 + f x / -z * height / width, down = 1/2 - f y / -z.
+    """
+    camera = model.camera(view.name).id
+    if model.cam_bodyid[camera] != 0:
+        return None
+    rotation = np.zeros(9)
+    import_mujoco().mju_quat2Mat(rotation, model.cam_quat[camera])
+    right, up, back = rotation.reshape(3, 3).T
+    focal = 0.5 / np.tan(np.radians(model.cam_fovy[camera]) / 2) * (-1 if view.rolled else 1)
+    rows = np.array([focal * size[0] / size[1] * right - back / 2, -focal * up - back / 2, -back])
+    return np.column_stack([rows, -rows @ model.cam_pos[camera]]).tolist()
+
+
 class FrameRenderer:
     """Renders any number of models at one size.
 

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jaxtyping import Float
 
 from repvitok.data.lerobot.format import (
     CHUNK_EPISODES,
@@ -27,13 +29,16 @@ from repvitok.data.lerobot.format import (
     PathTemplate,
     number_ranges,
 )
-from repvitok.runtime.documents import load_json, load_json_lines, parse, refuse_lfs_pointer
+from repvitok.runtime.documents import load_json, load_json_lines, parse, refuse_lfs_pointer, require_format
 from repvitok.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
+_Row = Annotated[list[float], msgspec.Meta(min_length=4, max_length=4)]
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 NEVER_RECORDED = "if this camera was never recorded, leave it out (--cameras, `cameras` in a recipe)"
+HAND_FILE = "meta/hand_projection.json"
+HAND_FORMAT, HAND_FORMAT_VERSION = "hand-projection", 1
 _DTYPE_ALIASES = {"float": "float32", "double": "float64"}  # as the `datasets` library reads them
 _Count = Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
 _Index = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
@@ -499,3 +504,50 @@ def _require_videos_apart(metadata: Metadata, cameras: Sequence[str]) -> None:
                     f"{metadata.root / 'meta/episodes'}: episodes {one} and {other} both claim {camera} at {next_s:g} "
                     f"s of {metadata.video_of(one, camera).relative_to(metadata.root)}"
                 )
+
+
+@dataclass(frozen=True)
+class HandProjection:
+    """Where cameras see a robot's hand: meta/hand_projection.json, which is ours and not LeRobot's.
+
+    Attributes:
+        channels: the three channels of `observation.state` that hold the hand's position (x, y, z).
+        cameras: camera key -> 3 x 4 matrix that takes (x, y, z, 1) to (right w, down w, w), right and down as fractions
+            of the picture's width and height. Cameras that move with the robot are not among them.
+    """
+
+    channels: Annotated[list[str], msgspec.Meta(min_length=3, max_length=3)]
+    cameras: dict[str, Annotated[list[_Row], msgspec.Meta(min_length=3, max_length=3)]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the file holds."""
+        head = {"format": HAND_FORMAT, "format_version": HAND_FORMAT_VERSION}
+        return {**head, "channels": self.channels, "cameras": self.cameras}
+
+    def serves(self, names: Sequence[str], cameras: Sequence[str]) -> bool:
+        """Whether these channels of a state hold the hand and all these cameras are known."""
+        return set(self.channels) <= set(names) and set(cameras) <= set(self.cameras)
+
+    def places(
+        self, state: Float[np.ndarray, "frames s"], names: Sequence[str], cameras: Sequence[str]
+    ) -> Float[np.ndarray, "frames views 2"]:
+        """(down, right) of the hand in each camera's picture, in [0, 1] inside it.
+
+        Args:
+            state: of the robot.
+            names: of its channels.
+            cameras: keys, in order.
+        """
+        points = state[:, [list(names).index(channel) for channel in self.channels]].astype(np.float64)
+        matrices = np.array([self.cameras[camera] for camera in cameras])
+        seen = np.einsum("vij,fj->fvi", matrices, np.concatenate([points, np.ones((len(points), 1))], axis=1))
+        return seen[..., 1::-1] / seen[..., 2:]
+
+
+def read_hand_projection(root: Path) -> HandProjection | None:
+    """A data set's `HandProjection`, or None where it has none."""
+    path = root / HAND_FILE
+    if not path.is_file():
+        return None
+    content = require_format(load_json(path), HAND_FORMAT, HAND_FORMAT_VERSION, str(path))
+    return parse(content, HandProjection, str(path))

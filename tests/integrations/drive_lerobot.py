@@ -1,7 +1,7 @@
 """Runs where LeRobot and the plug-in are installed: `python drive_lerobot.py FOLDER OUT`, FOLDER for --policy.path.
 
-LeRobot's own programs drive the policy: `lerobot-eval` in an environment and `lerobot-rollout` on a robot, both of which
-are made here. What the policy was shown and what it answered is kept in OUT, as .npz.
+LeRobot's own programs drive the policy: `lerobot-eval` in an environment and `lerobot-rollout` on a robot, both made
+here. What the policy was shown and what it answered is kept in OUT, as .npz.
 """
 
 from __future__ import annotations

@@ -223,7 +223,7 @@ class PolicyClient(BasePolicy):
         return unpack(answer)
 
     def _connect(self) -> ServerMetadata:
-        """Connect and read what the server says of its policy; again and again, for `reconnect_s`, where none is there."""
+        """Connect and read what the server says of its policy; try again for `reconnect_s` where none is there."""
         until_s, pause_s = time.monotonic() + self.reconnect_s, FIRST_PAUSE_S
         while True:
             try:
@@ -274,7 +274,7 @@ def resize(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 @lru_cache(maxsize=32)
 def _weights(before: int, after: int) -> np.ndarray:
-    """(after, before): what each pixel of a row counts in each pixel of the resized row, a triangle around its centre."""
+    """(after, before): what each pixel of a row counts in the resized row's, a triangle around its centre."""
     scale = before / after
     centres = (np.arange(after) + 0.5)[:, None] * scale
     distances = np.abs(np.arange(before) + 0.5 - centres) / max(scale, 1.0)

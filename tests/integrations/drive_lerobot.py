@@ -18,7 +18,7 @@ from lerobot.envs.configs import EnvConfig
 from lerobot.robots import Robot, RobotConfig
 from lerobot.scripts import lerobot_eval, lerobot_rollout
 
-CAMERAS = ("cam_high", "cam_left_wrist", "cam_right_wrist")
+CAMERAS = ("head_camera", "left_camera", "right_camera")
 SIZE, CHANNELS, STEPS = (24, 40), 14, 13
 TASKS = ("raise both arms", "lower both arms")
 

@@ -16,7 +16,7 @@ from repwam_core.policy.folder import LoadedPolicy
 from repwam_core.policy.policy import Policy
 
 TASKS = ["raise both arms", "lower both arms"]
-CAMERAS = [f"observation.images.{name}" for name in ("cam_high", "cam_left_wrist", "cam_right_wrist")]
+CAMERAS = [f"observation.images.{name}" for name in ("head_camera", "left_camera", "right_camera")]
 
 
 @pytest.fixture
@@ -146,8 +146,8 @@ def test_what_does_not_fit_is_one_sentence(make, plug_in):
         plug_in.RepWAMPolicy(plug_in.RepWAMConfig())
     policy, (pictures, states) = make(), draw(2)
     first, second = batches(pictures, states)
-    renamed = {key.replace("cam_high", "top"): value for key, value in first.items()}
-    with pytest.raises(UserError, match=r"no \['observation.images.cam_high'\]; say which is which, --rename_map"):
+    renamed = {key.replace("head_camera", "top"): value for key, value in first.items()}
+    with pytest.raises(UserError, match=r"no \['observation.images.head_camera'\]; say which is which, --rename_map"):
         policy.select_action(renamed)
     policy.select_action(first)
     alone = {key: value[:1] for key, value in second.items()}
@@ -162,7 +162,8 @@ def test_what_does_not_fit_is_one_sentence(make, plug_in):
 @pytest.mark.timeout(3600)
 def test_lerobots_programs_get_the_same_actions_as_ours(lerobot_environment, root, policy_folder, tmp_path):
     """`lerobot-eval`, four episodes in two rows, and `lerobot-rollout`, as LeRobot publishes them."""
-    ours_there = [f"-e{root / 'packages' / name}" for name in ("repvitok", "latent-action", "repwam-core")]
+    names = ("repvitok", "latent-action", "repwam-client", "repwam-core")
+    ours_there = [f"-e{root / 'packages' / name}" for name in names]
     plug_in = f"-e{root / 'integrations/lerobot_policy_repwam'}"
     python = lerobot_environment("policy", ["lerobot[dataset,evaluation]>=0.6,<0.7", *ours_there, plug_in])
     variables = {"PATH": f"{python.parent}:/usr/bin:/bin", "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}

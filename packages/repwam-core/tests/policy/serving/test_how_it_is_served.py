@@ -1,4 +1,4 @@
-"""What `repwam serve` does for a robot: warm before it listens, weights and layers as asked, one frame held for many."""
+"""What `repwam serve` does for a robot: warm before it listens, weights as asked, one frame held for many."""
 
 import numpy as np
 import pytest

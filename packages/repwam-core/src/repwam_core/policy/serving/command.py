@@ -83,9 +83,10 @@ def serve(options: argparse.Namespace) -> int:
     )
     parts = LoadedPolicy.load(options.policy, options.device, dtype=options.dtype)
     plan = {**given_sampling(options), "compile_passes": options.compile}
-    first = Policy(parts, **plan)
-    warm_up(first)
-    server = PolicyServer(lambda: Policy(parts, **plan), metadata_of(first), settings)
+    warm = [Policy(parts, **plan)]  # the first session's, with all that it captured
+    warm_up(warm[0])
+    metadata = metadata_of(warm[0])
+    server = PolicyServer(lambda: warm.pop() if warm else Policy(parts, **plan), metadata, settings)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     if settings.api_key is None and not _is_local(settings.host):
         logging.getLogger(__name__).warning("listening on %s without an API key: see --api-key-file", settings.host)

@@ -30,7 +30,7 @@ class StandInEnv(gym.Env):
     made: ClassVar[list] = []
 
     def __init__(self, render_mode=None):
-        self.render_mode, self._max_episode_steps, self.task = render_mode, STEPS, "stand-in"
+        self.render_mode, self.task = render_mode, "stand-in"
         self.task_description = TASKS[len(self.made) % 2]
         picture = gym.spaces.Box(0, 255, (*SIZE, 3), np.uint8)
         self.observation_space = gym.spaces.Dict(
@@ -69,14 +69,14 @@ class StandInEnv(gym.Env):
 class StandInEnvConfig(EnvConfig):
     task: str | None = "StandIn-v0"
     fps: int = 10
-    features: dict = field(
+    features: dict[str, PolicyFeature] = field(
         default_factory=lambda: {
             "action": PolicyFeature(FeatureType.ACTION, (CHANNELS,)),
             "agent_pos": PolicyFeature(FeatureType.STATE, (CHANNELS,)),
             **{f"pixels/{camera}": PolicyFeature(FeatureType.VISUAL, (*SIZE, 3)) for camera in CAMERAS},
         }
     )
-    features_map: dict = field(
+    features_map: dict[str, str] = field(
         default_factory=lambda: {
             "action": "action",
             "agent_pos": "observation.state",
@@ -145,7 +145,7 @@ def keep(path, seen, actions):
 
 def main(folder: str, out: Path) -> None:
     shared = [f"--policy.path={folder}", "--policy.device=cpu", "--policy.seed=7"]
-    gym.register("gym_stand_in/StandIn-v0", StandInEnv)
+    gym.register("gym_stand_in/StandIn-v0", StandInEnv, max_episode_steps=STEPS)
     sys.argv = ["lerobot-eval", *shared, "--env.type=stand_in", "--eval.n_episodes=4", "--eval.batch_size=2"]
     sys.argv += ["--eval.use_async_envs=false", f"--output_dir={out / 'eval'}"]
     lerobot_eval.main()
@@ -154,7 +154,7 @@ def main(folder: str, out: Path) -> None:
         for episode, kept in enumerate(played):
             keep(out / f"env-{episode}-{number}.npz", kept["seen"], kept["actions"])
 
-    sys.argv = ["lerobot-rollout", *shared, "--robot.type=stand_in", f"--task={TASKS[1]}", "--duration=1.5", "--fps=10"]
+    sys.argv = ["lerobot-rollout", *shared, "--robot.type=stand_in", f"--task={TASKS[1]}", "--duration=6", "--fps=10"]
     sys.argv += ["--device=cpu", "--play_sounds=false", "--return_to_initial_position=false"]
     lerobot_rollout.main()
     (robot,) = StandInRobot.made

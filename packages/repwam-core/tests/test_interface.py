@@ -1,5 +1,6 @@
 """Observations and action chunks: what they accept, what they refuse and how they say so."""
 
+import importlib
 import re
 
 import numpy as np
@@ -100,3 +101,13 @@ def test_a_chunk_has_a_length():
 def test_a_wrong_chunk_is_refused_with_what_it_is(actions, rate_hz, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         ActionChunk(actions, ("x", "y"), rate_hz)
+
+
+@pytest.mark.parametrize("name", ["interface", "policy.execution", "policy.serving.protocol", "policy.serving.client"])
+def test_the_old_names_are_the_clients_package(name):
+    old = importlib.import_module(f"repwam_core.{name}")
+    new = importlib.import_module(f"repwam_client.{name.rpartition('.')[2]}")
+    own = {key for key, value in vars(new).items() if getattr(value, "__module__", None) == new.__name__}
+    own = {key for key in own if not key.startswith("_")}
+    assert own - {"Latency", "resize"} <= set(old.__all__)  # these two are newer than the old names
+    assert [key for key in old.__all__ if getattr(old, key) is not getattr(new, key)] == []

@@ -1,5 +1,7 @@
 """What a robot's computer needs of RepWAM: numpy, msgpack, websockets; Python 3.8 and later."""
 
+from importlib.metadata import version
+
 from .client import PolicyClient, PolicyServerError
 from .errors import UserError
 from .execution import ChunkedPolicy
@@ -15,4 +17,4 @@ __all__ = [
     "PolicyServerError",
     "UserError",
 ]
-__version__ = "0.1.0"
+__version__ = version("repwam-client")

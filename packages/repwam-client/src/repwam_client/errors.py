@@ -1,7 +1,7 @@
 """The error of a user's mistake; where the rest of RepWAM is installed, the one that its commands print on one line."""
 
 try:
-    from repvitok.runtime.errors import UserError
+    from repvitok.runtime.errors import UserError  # pyright: ignore[reportAssignmentType]
 except ImportError:
 
     class UserError(ValueError):

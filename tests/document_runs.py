@@ -35,6 +35,8 @@ ELSEWHERE = {
     "python": "a benchmark or the suite; the benchmarks' small forms have tests of their own",
     "tensorboard": "waits for a browser",
     "mkdocs": "builds the site; tests/test_docs.py does",
+    "lerobot-eval": "in an environment of LeRobot's; tests/integrations/test_lerobot.py runs it there",
+    "lerobot-rollout": "likewise",
 }
 """Programs of the documents that no test of a document runs, and why. Their commands are read all the same."""
 NOT_RUN = {

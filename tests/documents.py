@@ -47,6 +47,7 @@ YOURS = {
           ("agibot", "robomind_agilex", "robocoin", "interndata_a1_genie1", "interndata_a1_dual_6dof")),
     ),
     "docs/robotwin.md": ("policy", "RoboTwin/data", "RoboTwin/eval_result"),
+    "packages/repwam-client/README.md": ("policy",),
     "packages/repwam-core/README.md": ("policy", "latents", "tokenizer", "lat", "RoboTwin/data"),  # "Latents ..."
 }  # fmt: skip
 """What a document expects to be there, beside names in capitals, absolute paths and hub addresses."""
@@ -77,7 +78,10 @@ exec "${0%/*}/note-uv" "$@"
     "tar": '#!/bin/sh\nmkdir -p repvitok-0.1.0\nexec "${0%/*}/note-tar" "$@"\n',
     "python": '#!/bin/sh\nif [ "$1" = -c ]; then exec "$PYTHON" "$@"; fi\nexec "${0%/*}/note-python" "$@"\n',
 }
-_NOTED = ("repvitok", "latent-action", "repwam", "pip", "curl", "sbatch", "mkdocs", "pytest", "tensorboard")
+_NOTED = (
+    "repvitok", "latent-action", "repwam", "pip", "curl", "sbatch", "mkdocs", "pytest", "tensorboard", "lerobot-eval",
+    "lerobot-rollout",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

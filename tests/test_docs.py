@@ -69,7 +69,7 @@ def _check_other_program(words: list[str]) -> None:
     for word in words[1:]:
         if re.fullmatch(r"(benchmarks|tests|tools|packages)/[\w/.-]+", word):
             assert (ROOT / word).exists(), word
-        package = re.fullmatch(r"(?:packages/)?(repvitok|latent-action|repwam-core)\[([\w,]+)\]", word)
+        package = re.fullmatch(r"(?:packages/)?(repvitok|latent-action|repwam-client|repwam-core)\[([\w,]+)\]", word)
         if package:
             project = tomllib.loads((ROOT / "packages" / package.group(1) / "pyproject.toml").read_text())["project"]
             assert set(package.group(2).split(",")) <= project["optional-dependencies"].keys(), word
@@ -82,7 +82,7 @@ def _check_other_program(words: list[str]) -> None:
 def test_everything_that_python_blocks_import_is_there(chain):
     for block in blocks(chain, "python"):
         for node in ast.walk(ast.parse(block.text)):
-            if isinstance(node, ast.ImportFrom) and re.match("repvitok|latent_action|repwam_core", node.module or ""):
+            if isinstance(node, ast.ImportFrom) and re.match("repvitok|latent_action|repwam_c", node.module or ""):
                 module = importlib.import_module(node.module)
                 assert [name.name for name in node.names if not hasattr(module, name.name)] == [], block.name
 

@@ -48,7 +48,7 @@ def test_every_stop_is_there_and_they_are_few(walk):
 
 def test_everything_else_that_the_page_names_is_there():
     text = PAGE.read_text(encoding="utf-8")
-    files = set(re.findall(r"`((?:repvitok|latent_action|repwam_core)/[\w/]+(?:\.py|/))`", text))
+    files = set(re.findall(r"`((?:repvitok|latent_action|repwam_client|repwam_core)/[\w/]+(?:\.py|/))`", text))
     assert [file for file in files if not list(ROOT.glob(f"packages/*/src/{file}"))] == []
     for name, file in re.findall(r"`(\w+)` in `([\w/]+\.py)`", text):
         assert name in _defined(file)

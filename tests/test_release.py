@@ -43,10 +43,10 @@ def check():
 
 @pytest.fixture
 def repository(tmp_path):
-    """Three packages; repvitok is at 0.2.0."""
+    """Four packages; repvitok is at 0.2.0."""
 
     def make(changelog=CHANGELOG, version="0.2.0", needed="repvitok>=0.1,<0.3"):
-        for name in ("repvitok", "latent-action", "repwam-core"):
+        for name in ("repvitok", "latent-action", "repwam-client", "repwam-core"):
             folder = tmp_path / "packages" / name
             folder.mkdir(parents=True, exist_ok=True)
             needs = "[]" if name == "repvitok" else f'["{needed}"]'
@@ -97,7 +97,7 @@ def test_every_package_has_its_release_workflow(check):
 
 
 def test_what_is_published_names_the_repository(tmp_path):
-    """On copies of the three packages: every link of the READMEs is absolute, its file is there, the metadata hold."""
+    """On copies of the packages: every link of the READMEs is absolute, its file is there, the metadata hold."""
     for name in os.listdir(ROOT):
         if name != "packages":
             (tmp_path / name).symlink_to(ROOT / name)
@@ -110,7 +110,7 @@ def test_what_is_published_names_the_repository(tmp_path):
                 shutil.copy(folder / name, tmp_path / "packages" / folder.name / name)
     address = "https://example.org/robots/repwam"
     written = script("name_the_repository").name_repository(tmp_path, address, "repvitok-v0.2.0")
-    assert [folder.name for folder in written] == ["latent-action", "repvitok", "repwam-core"]
+    assert [folder.name for folder in written] == ["latent-action", "repvitok", "repwam-client", "repwam-core"]
     for folder in written:
         links = re.findall(r"\]\(([^)#\s]+)", (folder / "README.md").read_text())
         ours = [link for link in links if link.startswith(address)]

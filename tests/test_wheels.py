@@ -21,6 +21,11 @@ PACKAGES = {
         "import latent_action, torch; t = latent_action.LatentActionTokenizer(latent_action.LatentActionConfig());"
         "assert t.encode(torch.zeros(1, 3, 4, 96)).shape == (1, 2, 4)",
     ),
+    "repwam-client": (
+        None,
+        "import repwam_client, sys; assert not {'torch', 'repvitok'} & set(sys.modules); "
+        "assert issubclass(repwam_client.PolicyClient, repwam_client.BasePolicy)",
+    ),
     "repwam-core": (
         "repwam",
         "import repwam_core, sys; from repwam_core.interface import Observation; assert 'torch' not in sys.modules;"
@@ -30,7 +35,8 @@ PACKAGES = {
 UNNEEDED = {
     "repvitok": ("metaworld", "mujoco", "muon", "timm", "open-clip", "lpips", "transformers", "websockets", "msgpack"),
     "latent-action": ("metaworld", "mujoco", "muon", "timm", "open-clip", "lpips", "transformers", "websockets"),
-    "repwam-core": ("metaworld", "mujoco", "muon", "timm", "open-clip", "lpips", "websockets", "msgpack"),
+    "repwam-client": ("torch", "repvitok", "msgspec", "pyyaml"),
+    "repwam-core": ("metaworld", "mujoco", "muon", "timm", "open-clip", "lpips"),
 }
 
 pytestmark = [
@@ -70,7 +76,8 @@ def test_wheel_installs_alone_and_works(name, python, dist, tmp_path):
     _uv("venv", "--python", python, environment)
     python = environment / "bin" / "python"
     _uv("pip", "install", "--python", python, "--find-links", dist, name)
-    for arguments in ([python, "-c", code], [environment / "bin" / command, "--version"]):
+    told = [] if command is None else [[environment / "bin" / command, "--version"]]
+    for arguments in ([python, "-c", code], *told):
         done = subprocess.run(list(map(str, arguments)), cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     listed = subprocess.run(
@@ -93,7 +100,7 @@ def test_sdists_carry_their_tests_and_licence(dist):
 
 def test_metadata_is_what_the_index_accepts(dist):
     files = sorted(map(str, [*dist.glob("*.whl"), *dist.glob("*.tar.gz")]))
-    assert len(files) == 6
+    assert len(files) == 2 * len(PACKAGES)
     _uv("tool", "run", "twine", "check", "--strict", *files)
 
 
@@ -108,4 +115,24 @@ def test_an_sdist_runs_its_own_tests(dist, tmp_path):
     _uv("pip", "install", "--python", python, "--find-links", dist, "--group", f"{root}/pyproject.toml:test", root)
     command = [python, "-m", "pytest", "--import-mode=importlib", "-q", "-m", "not slow and not sim", "tests"]
     done = subprocess.run(list(map(str, command)), cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("version", ["3.8", "3.12"])
+def test_the_client_runs_where_robots_are(version, dist, tmp_path):
+    """Its wheel and its own tests, on the oldest Python and a newer one, where nothing else of ours is."""
+    known = [path for path in (shutil.which(f"python{version}"),) if path]
+    known += sorted(map(str, Path.home().glob(f".pyenv/versions/{version}.*/bin/python{version}")))
+    python = next(
+        (path for path in known if subprocess.run([path, "-c", ""], capture_output=True).returncode == 0), None
+    )
+    if python is None:
+        pytest.skip(f"no Python {version} on this machine")
+    _uv("venv", "--python", python, tmp_path / "venv")
+    installed = tmp_path / "venv/bin/python"
+    (wheel,) = dist.glob("repwam_client-*.whl")
+    _uv("pip", "install", "--python", installed, wheel, "pytest")
+    shutil.copytree(ROOT / "packages/repwam-client/tests", tmp_path / "tests")
+    command = [installed, "-I", "-m", "pytest", "-q", "tests"]
+    done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("repvitok", "latent_action", "repwam_core")
+PACKAGES = ("repvitok", "latent_action", "repwam_client", "repwam_core")
 BEHIND = {
     "a tokenizer's training step": "repvitok.training.module",
     "a latent action training step": "latent_action.training",

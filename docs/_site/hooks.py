@@ -21,6 +21,7 @@ ELSEWHERE = {
     "measured.md": "recipes/RESULTS.md",
     "packages/repvitok.md": "packages/repvitok/README.md",
     "packages/latent-action.md": "packages/latent-action/README.md",
+    "packages/repwam-client.md": "packages/repwam-client/README.md",
     "packages/repwam-core.md": "packages/repwam-core/README.md",
 }
 PICTURES = {"packages/docs/reconstructions.png": "packages/repvitok/docs/reconstructions.png"}

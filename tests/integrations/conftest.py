@@ -89,7 +89,7 @@ def make_environment(tmp_path_factory):
 
     def make(*packages):
         folder = tmp_path_factory.mktemp("environment") / "venv"
-        ours = [ROOT / "packages/repvitok", "-e", ROOT / "packages/repwam-core"]
+        ours = [ROOT / "packages/repvitok", "-e", ROOT / "packages/repwam-client", "-e", ROOT / "packages/repwam-core"]
         kept = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
         for command in (
             ["uv", "venv", "--quiet", "--python", "3.11", folder],

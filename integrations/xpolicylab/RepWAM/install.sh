@@ -7,5 +7,5 @@ if [[ "${FULL:-0}" == 1 ]]; then
     python -m pip install "repwam-core[serve]"
 else
     python -m pip install --no-deps repwam-core repvitok
-    python -m pip install numpy lazy-loader msgpack msgspec pyyaml websockets
+    python -m pip install repwam-client lazy-loader msgspec pyyaml
 fi

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
@@ -149,3 +150,13 @@ def test_units_are_a_list_a_word_or_patterns_of_names():
 def test_no_torch_is_imported():
     code = "import sys; sys.modules['torch'] = None; import repwam_core.interface, repwam_core.statistics"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", ["interface", "policy.execution", "policy.serving.protocol", "policy.serving.client"])
+def test_the_old_names_are_the_clients_package(name):
+    old = importlib.import_module(f"repwam_core.{name}")
+    new = importlib.import_module(f"repwam_client.{name.rpartition('.')[2]}")
+    own = {key for key, value in vars(new).items() if getattr(value, "__module__", None) == new.__name__}
+    own = {key for key in own if not key.startswith("_")}
+    assert own - {"Latency", "resize"} <= set(old.__all__)  # these two are newer than the old names
+    assert [key for key in old.__all__ if getattr(old, key) is not getattr(new, key)] == []

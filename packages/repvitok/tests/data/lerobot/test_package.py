@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,43 +17,13 @@ from repvitok.data.lerobot.writer import LeRobotWriter
 from repvitok.data.video import write_video
 
 PEER = Path(__file__).with_name("lerobot_peer.py")
-GIB_NEEDED = 12  # torch with its CUDA libraries, unpacked and packed, where no smaller one is to be had
 pytestmark = [pytest.mark.lerobot, pytest.mark.timeout(3600)]
 
 
 @pytest.fixture(scope="session")
-def lerobot(request) -> Path:
-    """The interpreter of an environment with lerobot; skips where none can be made, and says why."""
-    wanted = request.config.getoption("--lerobot")
-    if wanted is None:
-        pytest.skip("asked for by --lerobot: installs lerobot, 1 to 6 GB, in an environment of its own")
-    if shutil.which("uv") is None:
-        pytest.skip("no uv to make an environment with")
-    folder = Path(request.config.cache.mkdir("lerobot"))
-    failures = []
-    for python in dict.fromkeys((wanted, sys.executable)):  # an older Python gets an older lerobot
-        env = folder / "".join(letter if letter.isalnum() else "_" for letter in python)
-        interpreter = env / "bin/python"
-        if (env / "ready").is_file():
-            return interpreter
-        if (free := shutil.disk_usage(folder).free / 2**30) < GIB_NEEDED:
-            pytest.skip(f"{free:.0f} GiB are free at {folder}, {GIB_NEEDED} may be needed")
-        install = ["uv", "pip", "install", "--python", str(interpreter), "lerobot[dataset]>=0.4"]
-        failed = run(["uv", "venv", "--clear", "--python", python, str(env)])
-        if not failed:
-            # The builds without CUDA are on an index of their own, which not every machine reaches.
-            failed = run([*install, "--torch-backend", "cpu"]) and run(install)
-        if not failed:
-            (env / "ready").touch()
-            return interpreter
-        failures.append(f"{python}: {failed}")
-    pytest.skip(f"no environment with lerobot: {'; '.join(failures)}")
-
-
-def run(command: list[str]) -> str:
-    """Empty, or the last line that a failed command printed."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=3000)
-    return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1]
+def lerobot(lerobot_environment) -> Path:
+    """The interpreter of an environment with LeRobot and nothing of ours."""
+    return lerobot_environment("alone", ["lerobot[dataset]>=0.4"], older=True)
 
 
 def peer(lerobot: Path, tmp_path: Path, *arguments: str | Path) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from repvitok.runtime.files import atomic_folder, readable, refuse_foreign
 from repvitok.runtime.pretrained import DIFFUSERS_WEIGHTS_FILE, MODEL_FILES, copy_model, find_device
 
 from repwam_core.interface import Embodiment
-from repwam_core.model.wam import WorldActionModel
+from repwam_core.model.cache import Run
+from repwam_core.model.wam import WorldActionModel, compiled_run
 from repwam_core.sampling import ChunkSpec, SamplingConfig
 from repwam_core.statistics import Statistics
 from repwam_core.text import TextEncoder
@@ -148,9 +150,19 @@ class LoadedPolicy:
     text: TextEncoder
     instructions: frozenset[str] = frozenset()
 
+    @cached_property
+    def compiled(self) -> Run:
+        """`wam.run` with compiled layers, one for all policies of these parts: they are compiled once."""
+        return compiled_run(self.wam)
+
     @classmethod
-    def load(cls, folder: str | Path, device: str = "cpu") -> LoadedPolicy:
+    def load(cls, folder: str | Path, device: str = "cpu", dtype: str = "float32") -> LoadedPolicy:
         """Load a folder written by `repwam export`.
+
+        Args:
+            folder: the folder.
+            device: where the models run.
+            dtype: of the world action model's weights, a name of torch's; the tokenizer's stay as they are.
 
         Raises:
             FileNotFoundError: when it is no policy folder.
@@ -172,7 +184,7 @@ class LoadedPolicy:
         if (folder / "text.safetensors").exists():
             text.load_cache(folder / "text.safetensors")
         told = frozenset(text.known)
-        return cls(manifest, wam.to(device), tokenizer.to(device), statistics, text, told)
+        return cls(manifest, wam.to(device, getattr(torch, dtype)), tokenizer.to(device), statistics, text, told)
 
 
 def write_policy(

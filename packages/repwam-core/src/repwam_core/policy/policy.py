@@ -82,11 +82,7 @@ class BatchedPolicy(BatchedBasePolicy):
         self.parts, self.plan = parts, replace(parts.manifest.plan, **plan)
         if parts.manifest.chunks is not None:
             parts.manifest.chunks.require(self.plan.chunk_frames)
-        self._run = None
-        if compile_passes:
-            from repwam_core.model.wam import compiled_run  # of those alone who ask for it
-
-            self._run = compiled_run(parts.wam)
+        self._run = parts.compiled if compile_passes else None
         latents = parts.manifest.latents
         self.device = next(parts.wam.parameters()).device
         on_gpu = self.device.type == "cuda"

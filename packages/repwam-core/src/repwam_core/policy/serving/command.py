@@ -49,6 +49,17 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-message-mib", type=whole_number(1, 4096), default=64, help="size of one request (default: %(default)s)"
     )
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of the model's weights (default: float32)"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the model's layers before the first client comes, for a GPU"
+    )
+    parser.add_argument(
+        "--hold-frames",
+        action="store_true",
+        help="take one frame for all since the last answer: for clients that send the newest alone, as openpi's do",
+    )
     add_sampling_arguments(parser)
 
 
@@ -68,14 +79,33 @@ def serve(options: argparse.Namespace) -> int:
         max_message_bytes=options.max_message_mib * MEBIBYTE,
         max_sessions=options.max_sessions,
         idle_timeout_s=options.idle_timeout,
+        hold_frames=options.hold_frames,
     )
-    parts = LoadedPolicy.load(options.policy, options.device)
-    plan = given_sampling(options)
-    server = PolicyServer(lambda: Policy(parts, **plan), metadata_of(Policy(parts, **plan)), settings)
+    parts = LoadedPolicy.load(options.policy, options.device, dtype=options.dtype)
+    plan = {**given_sampling(options), "compile_passes": options.compile}
+    warm = [Policy(parts, **plan)]  # the first session's, with all that it captured
+    warm_up(warm[0])
+    metadata = metadata_of(warm[0])
+    server = PolicyServer(lambda: warm.pop() if warm else Policy(parts, **plan), metadata, settings)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     if settings.api_key is None and not _is_local(settings.host):
         logging.getLogger(__name__).warning("listening on %s without an API key: see --api-key-file", settings.host)
     return 128 + asyncio.run(_serve_until_signal(server))
+
+
+def warm_up(policy: Policy) -> None:
+    """Plan two chunks from black pictures, so that no robot waits for what is loaded or compiled only once."""
+    import numpy as np
+
+    from repwam_core.interface import Observation
+
+    robot, manifest = policy.embodiment, policy.batched.parts.manifest
+    policy.reset(None)
+    frames = 1
+    for _ in range(2):
+        pictures = np.zeros((frames, *manifest.size, 3), np.uint8)
+        state = np.zeros((frames, len(robot.state_channels)), np.float32) if robot.state_channels else None
+        frames = len(policy.act(Observation(dict.fromkeys(robot.cameras, pictures), state)))
 
 
 def metadata_of(policy: Policy) -> ServerMetadata:

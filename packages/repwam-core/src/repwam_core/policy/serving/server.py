@@ -22,7 +22,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request as HttpRequest
 from websockets.http11 import Response
 
-from repwam_core.interface import ActionChunk, Observation
+from repwam_core.interface import ActionChunk, Observation, stack_observations
 from repwam_core.policy.serving.protocol import Request, ServerMetadata, chunk_to_message, pack, unpack
 
 log = logging.getLogger(__name__)
@@ -64,11 +64,13 @@ class Session:
 
     Args:
         policy: whose state is this session's alone; weights may be shared with other sessions' policies.
+        hold_frames: an observation of one frame stands for all frames since the last answer, see `ServeSettings`.
     """
 
-    def __init__(self, policy: ServablePolicy) -> None:
+    def __init__(self, policy: ServablePolicy, hold_frames: bool = False) -> None:
         self._policy = policy
         self._begun = False
+        self._hold_frames, self._rows = hold_frames, 0  # actions that were carried out since the last answer
 
     def answer(self, data: bytes) -> bytes:
         """Answer one request; takes as long as the policy needs."""
@@ -82,17 +84,21 @@ class Session:
             raise UserError("committed: nothing is carried out yet in an episode that this request begins")
         if begins:
             self._policy.reset(request.prompt, request.seed)
-            self._begun = True
+            self._begun, self._rows = True, 0
         if request.executed is not None:
             self._policy.record(request.executed)
+            self._rows = len(request.executed)
         if observation is None:
             return pack({"reset": True})
         if request.committed is not None:
             if not isinstance(self._policy, TakesCommitted):
                 raise UserError("committed: this policy cannot plan on from committed actions")
             self._policy.commit(request.committed)
+        if self._hold_frames and self._rows and observation.num_frames == 1:
+            observation = stack_observations([observation] * self._rows)
         infer_s = time.perf_counter()
         chunk = self._policy.act(observation)
+        self._rows = len(chunk)
         end_s = time.perf_counter()
         return pack(chunk_to_message(chunk, {"infer_ms": 1e3 * (end_s - infer_s), "total_ms": 1e3 * (end_s - start_s)}))
 
@@ -113,6 +119,9 @@ class ServeSettings:
         max_sessions: connections at a time; each holds a policy state, and at worst two messages, in memory.
         idle_timeout_s: a session is closed when no request of its client is complete, or no answer taken, for so long.
         ping_interval_s, ping_timeout_s: a client that does not answer a ping in time has its connection closed.
+        hold_frames: for clients that send the newest frame alone, as openpi's do: after the first of an episode it is
+            taken for every frame since the last answer, whose actions were all carried out. The policy then sees a
+            robot that stands still and jumps, which is not what it was trained on.
     """
 
     host: str = "127.0.0.1"
@@ -123,6 +132,7 @@ class ServeSettings:
     idle_timeout_s: float = 600.0
     ping_interval_s: float = 20.0
     ping_timeout_s: float = 20.0
+    hold_frames: bool = False
 
     def __post_init__(self) -> None:
         try:
@@ -257,7 +267,7 @@ class PolicyServer:
 
     async def _converse(self, connection: ServerConnection) -> None:
         loop, worker = asyncio.get_running_loop(), self._worker
-        session = Session(await loop.run_in_executor(worker, self._new_policy))
+        session = Session(await loop.run_in_executor(worker, self._new_policy), self.settings.hold_frames)
         while True:
             data = await self._in_time(connection.recv())
             if not isinstance(data, bytes):

@@ -194,7 +194,7 @@ def _export(options: argparse.Namespace) -> None:
     checkpoint = resolve_checkpoint(options.ckpt)
     tokenizer = export_checkpoint(checkpoint, options.out, averaged=not options.raw)
     height, width = trained_size(Path(checkpoint).parent) or (256, 256)
-    print(f"{options.out}: RepViTok {tokenizer.digest()[:16]}")
+    print(f"{options.out}: {type(tokenizer).__name__} {tokenizer.digest()[:16]}")
     command = ("repvitok", "encode", "--tokenizer", options.out, "--dataset", "DATASET", "--size", f"{height}x{width}")
     say_next(*command, "--out", "LATENTS")
 

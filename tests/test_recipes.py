@@ -49,6 +49,7 @@ def _bases(path: Path) -> list[Path]:
     names = {
         "1_repvitok/mt50.yaml": ["tiny.yaml"],
         "3_repwam/finetune.yaml": ["base.yaml", "adapt.yaml"],
+        "3_repwam/tune_tokenizer.yaml": ["base.yaml", "adapt.yaml"],
         "3_repwam/mt50.yaml": ["mt50_pretrain.yaml"],
     }
     return [path.parent / name for name in names.get(f"{path.parent.name}/{path.name}", ["base.yaml"])]

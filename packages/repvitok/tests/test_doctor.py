@@ -48,7 +48,7 @@ def test_a_local_file_is_loaded_as_the_run_would(tmp_path, capsys):
     pytest.importorskip("timm")
     import timm
 
-    cached = {"class_path": "repvitok.training.teacher.CachedTeacher", "init_args": {"folder": "f", "teacher": teacher()}}
+    cached = {"class_path": "x.CachedTeacher", "init_args": {"folder": "f", "teacher": teacher()}}
     path, file = recipe(tmp_path, model={"teacher": cached}), tmp_path / "pe.safetensors"
     given = f"model.teacher.init_args.teacher.init_args.weights_path={file}"
     assert main(["doctor", "-c", path]) == 1
@@ -67,7 +67,8 @@ def test_a_local_file_is_loaded_as_the_run_would(tmp_path, capsys):
 def test_torchvisions_files_carry_the_beginning_of_their_digest(tmp_path):
     pytest.importorskip("lpips")
     (tmp_path / "vgg.pth").write_bytes(b"no weights")
-    perceptual = {"class_path": "PerceptualLoss", "init_args": {"net": "vgg", "weights_path": str(tmp_path / "vgg.pth")}}
+    arguments = {"net": "vgg", "weights_path": str(tmp_path / "vgg.pth")}
+    perceptual = {"class_path": "PerceptualLoss", "init_args": arguments}
     (need,) = needs({"model": {"perceptual": perceptual}})
     assert need.digest == "sha256 397923af..."
     assert need.problem is not None

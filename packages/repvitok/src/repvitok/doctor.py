@@ -18,7 +18,7 @@ from repvitok.runtime.pretrained import HUB, hub_id
 
 NOT_PINNED = "not pinned: their publisher names no digest that this package knows"
 Source = tuple[str | None, str | None, str | None]
-"""A local file, a name on the hub, and what the file's sha256 begins with; None where there is none or it is not known."""
+"""A local file, a name on the hub, and what the file's sha256 begins with; None where there is none, or not known."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Need:
 
 
 def read_recipe(files: Sequence[Path], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Recipes laid over each other as `fit` does, then KEY=VALUE pairs; another class drops the earlier one's arguments."""
+    """Recipes laid over each other as by `fit`, then KEY=VALUE pairs; another class drops the first one's arguments."""
     merged: dict[str, Any] = {}
     for file in files:
         content = load_yaml(file)
@@ -72,9 +72,8 @@ def needs(recipe: Mapping[str, Any]) -> list[Need]:
     found = [_network_need(key, node) for key, node in _classes(recipe) if _kind(node) in _NETWORKS]
     model, data = (recipe.get(name) or {} for name in ("model", "data"))
     encoding = data.get("encoding") or {}
-    for key, source in (("model.init_from", model.get("init_from")), ("data.encoding.tokenizer", encoding.get("tokenizer"))):
-        if source is not None:
-            found.append(_model_need(key, str(source)))
+    models = {"model.init_from": model.get("init_from"), "data.encoding.tokenizer": encoding.get("tokenizer")}
+    found += [_model_need(key, str(source)) for key, source in models.items() if source is not None]
     if (text := data.get("text_encoder")) is not None:
         found.append(_text_need("data.text_encoder", str(text)))
     return found
@@ -84,9 +83,9 @@ def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, 
     merged = dict(below)
     for name, value in above.items():
         old = merged.get(name)
-        if isinstance(old, dict) and isinstance(value, dict) and value.get("class_path") in (None, old.get("class_path")):
-            value = _laid_over(old, value)
-        merged[name] = value
+        both = isinstance(old, dict) and isinstance(value, dict)
+        same = both and value.get("class_path") in (None, old.get("class_path"))
+        merged[name] = _laid_over(old, value) if same else value
     return merged
 
 
@@ -103,7 +102,7 @@ def _kind(node: Mapping[str, Any]) -> str:
     return node["class_path"].rpartition(".")[2]
 
 
-# -- frozen networks: teachers, LPIPS, metrics --------------------------------------------------------------------------
+# -- frozen networks: teachers, LPIPS, metrics ------------------------------------------------------------------------
 
 
 def _timm(arguments: Mapping[str, Any]) -> Source:
@@ -214,7 +213,7 @@ def _described(file: Path) -> str:
     return f"{file}: {file.stat().st_size / 1e6:.1f} MB{types}, sha256 {digest}"
 
 
-# -- models by folder ---------------------------------------------------------------------------------------------------
+# -- models by folder -------------------------------------------------------------------------------------------------
 
 
 def _model_need(key: str, source: str) -> Need:
@@ -231,12 +230,12 @@ def _model_need(key: str, source: str) -> Need:
         folder = parts[0] if parts else None
     digest = "in the folder itself, checked when it is loaded"
     if folder is None:
-        told = "not here; train and export it, or copy it here" if name is None else f"not in the hub's cache; {HUB} asks it"
+        told = "not here: train and export it, or copy it" if name is None else f"not in the hub's cache; {HUB} asks it"
         return Need(key, source, looked, digest, None, told)
     stored = load_json(folder / "config.json")
     kind = (stored.get("format") or stored.get("_class_name")) if isinstance(stored, dict) else None
     if kind == "AutoencoderKLWan":
-        lacking = None if importlib.util.find_spec("diffusers") else "needs diffusers: pip install 'repvitok[baselines]'"
+        lacking = None if importlib.util.find_spec("diffusers") else "pip install 'repvitok[baselines]'"
         return Need(key, f"Wan's VAE, {source}", looked, NOT_PINNED, str(folder), lacking)
     return Need(key, f"{kind or 'no known'} model, {source}", looked, digest, str(folder), None if kind else "no model")
 
@@ -256,5 +255,5 @@ def _text_need(key: str, name: str) -> Need:
         from huggingface_hub.constants import HF_HUB_CACHE
 
         looked, found = f"{hub} in {HF_HUB_CACHE}", _cached(hub, "config.json")
-        told = "not in the hub's cache: a run asks the hub where the name begins with hf://; or data.text_encoder: minilm"
+        told = f"not in the hub's cache; {HUB} asks it. Or data.text_encoder: minilm"
     return Need(key, what, looked, NOT_PINNED, None if found is None else str(found.parent), None if found else told)

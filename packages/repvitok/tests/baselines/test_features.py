@@ -1,4 +1,4 @@
-"""Frozen features behind RepViTok's interface: principal components, streams, folders, and the training of its decoder."""
+"""Frozen features behind RepViTok's interface: principal components, streams, folders, training of its decoder."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_fit_trains_the_decoder_and_encode_takes_the_export(tmp_path, squeeze, c
         torch.testing.assert_close(late.encoder.features.network.state_dict()[name], weight, rtol=0, atol=0)
     assert torch.equal(early.encoder.squeeze.weight, late.encoder.squeeze.weight) == (squeeze == "pca")
     assert not torch.equal(early.decoder.expand.weight, late.decoder.expand.weight)
-    encode = ["encode", "--tokenizer", str(tmp_path / "tokenizer"), "--dataset", str(tmp_path / "videos"), "--size", "32x48"]
-    assert main([*encode, "--out", str(tmp_path / "latents")]) == 0
+    encode = ["encode", "--tokenizer", str(tmp_path / "tokenizer"), "--dataset", str(tmp_path / "videos")]
+    assert main([*encode, "--size", "32x48", "--out", str(tmp_path / "latents")]) == 0
     shards = LatentShards(tmp_path / "latents", expect_digest=late.digest())
     assert shards[0].latents.shape == (4, 6, 8)

@@ -202,8 +202,8 @@ def test_the_digest_follows_weights_and_settings():
 def test_perception_encoder_from_a_file_in_timms_layout(tmp_path, name):
     """Half precision in the file, the model's own image size for the positions, frames of another size and shape.
 
-    A file has what `timm.create_model(name).state_dict()` has: the classifier of the core models (their projection) too,
-    none in the spatial ones.
+    A file has what `timm.create_model(name).state_dict()` has: the core models' classifier (their projection) too, none
+    in the spatial ones.
     """
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)

@@ -197,7 +197,7 @@ def read_policy(checkpoint: str | Path, data_set: int = 0) -> TrainedModel:
 
 
 def read_tokenizer(source: str | Path, trained: TrainedModel) -> VideoTokenizer:
-    """The tokenizer that made the latents, as `load_tokenizer` gives it, with the weights that the policy's training tuned."""
+    """The tokenizer that made the latents, as `load_tokenizer` gives it, with the weights that were tuned on them."""
     tokenizer, latents = load_tokenizer(source), trained.latents
     if (found := tokenizer.digest()) != latents.tokenizer_digest:
         raise UserError(

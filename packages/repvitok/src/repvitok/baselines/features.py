@@ -1,4 +1,4 @@
-"""Frozen features of single frames as a tokenizer: squeezed to a few channels, and decoded to pixels by RepViTok's decoder."""
+"""Frozen features of single frames as a tokenizer: squeezed to a few channels, decoded by RepViTok's decoder."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ MOST_TOKENS = 2_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureTokenizerConfig(RepViTokConfig):
-    """A frozen network in the encoder's place; `width`, `depth`, `heads`, `mlp_ratio`, `window` are the decoder's alone.
+    """A frozen network in the encoder's place; `width`, `depth`, `heads`, `mlp_ratio`, `window` are the decoder's.
 
     Attributes:
         network: timm's name of it, with the tag of its weights, which decides how pixels are normalised.
         stage: of a convolutional network, see `ConvNetTeacher`; None for a vision transformer, see `TimmTeacher`.
-        squeeze: from the features of a tubelet to `latent_dim` channels: "pca" by their principal components, "learned" by
-            a linear layer that begins there and is trained with the decoder, "none" for the features as they are.
+        squeeze: from the features of a tubelet to `latent_dim` channels: "pca" by their principal components, "learned"
+            by a linear layer that begins there and is trained with the decoder, "none" for the features as they are.
     """
 
     network: str
@@ -54,8 +54,8 @@ class FeatureEncoder(nn.Module):
         inputs = config.tubelet_frames * self.features.dim
         if config.squeeze == "none" and config.latent_dim != inputs:
             raise UserError(
-                f"squeeze none: {config.tubelet_frames} frames of {self.features.dim} features are latent_dim {inputs}, "
-                f"got {config.latent_dim}"
+                f"squeeze none: {config.tubelet_frames} frames of {self.features.dim} features are latent_dim {inputs}"
+                f", got {config.latent_dim}"
             )
         if config.squeeze != "none" and config.latent_dim > inputs:
             raise UserError(f"latent_dim {config.latent_dim} is more than the {inputs} features that are squeezed")
@@ -63,7 +63,7 @@ class FeatureEncoder(nn.Module):
         self.squeeze.requires_grad_(config.squeeze == "learned")
 
     def forward(self, video: Float[Tensor, "b 3 T H W"], window: int | None, **_: Any) -> Tensor:
-        """Latents (b, frames, tokens, d) of a whole clip; `window` and the ways of computing attention mean nothing here."""
+        """Latents (b, frames, tokens, d) of a whole clip; `window` and ways of computing attention mean nothing."""
         del window
         return self.squeeze(self.tubelets(video, begins=True))
 
@@ -88,9 +88,9 @@ class FeatureEncoder(nn.Module):
 class FeatureTokenizer(RepViTok):
     """Frozen features of images behind RepViTok's interface: what a tokenizer without training of its own is worth.
 
-    Latents are the features of `TimmTeacher` or `ConvNetTeacher` at the tokenizer's grid, those of four frames together,
-    squeezed (docs/decisions/077). The decoder is RepViTok's and is trained by `repvitok fit` with `model.features`; the
-    folder holds the network's weights too and needs no other file.
+    Latents are the features of `TimmTeacher` or `ConvNetTeacher` at the tokenizer's grid, those of four frames
+    together, squeezed (docs/decisions/077). The decoder is RepViTok's and is trained by `repvitok fit` with
+    `model.features`; the folder holds the network's weights too and needs no other file.
 
     Attributes:
         config: the architecture, and which network.
@@ -128,10 +128,10 @@ class FeatureTokenizer(RepViTok):
 
     @torch.no_grad()
     def fit_squeeze(self, clips: Iterable[Float[Tensor, "b 3 T H W"]]) -> float:
-        """Sets the linear layer to the principal components of these clips' features; returns the share of variance kept.
+        """Sets the linear layer to the principal components of these clips' features; returns what variance they keep.
 
-        z = (V x - V mean) / s: V holds the eigenvectors of the covariance with the largest eigenvalues, s is one number for
-        all channels, which gives z the variance 1 on average: among latents, features are as far apart as they were.
+        z = (V x - V mean) / s: V holds the eigenvectors of the covariance with the largest eigenvalues, s is one number
+        for all channels, which gives z the variance 1 on average: features are as far apart as they were.
         """
         if self.config.squeeze == "none":
             return 1.0
@@ -156,7 +156,7 @@ class FeatureTokenizer(RepViTok):
 
 
 def _network(config: FeatureTokenizerConfig) -> Teacher:
-    """The config's network with random weights, on the CPU: what it does not save, such as positions, has its values."""
+    """The config's network with random weights, on the CPU: what is never saved, such as positions, has its values."""
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         if config.stage is None:
             return TimmTeacher(config.network, random_weights_for_tests=True)

@@ -1,4 +1,4 @@
-"""Frozen features of single frames on a tokenizer's grid: vision transformers of timm, a stage of a convolutional network.
+"""Frozen features of single frames on a tokenizer's grid: timm's vision transformers, stages of convolutional networks.
 
 They are teachers of the alignment loss (`repvitok.training.teacher`), and encoders of a `FeatureTokenizer`.
 """

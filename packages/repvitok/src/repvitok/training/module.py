@@ -149,7 +149,8 @@ class RepViTokTraining(L.LightningModule):
         self.tokenizer.gradient_checkpointing = gradient_checkpointing
         self.tokenizer.compile_blocks = compile_blocks
         needed = _needed(teacher, weights.align, "align")
-        self.align = None if needed is None else nn.Linear(self.tokenizer.config.latent_dim, needed.dim, bias=False)  # W_align
+        d = self.tokenizer.config.latent_dim
+        self.align = None if needed is None else nn.Linear(d, needed.dim, bias=False)  # W_align
         self.discriminator = Discriminator(adversary.width, adversary.layers) if weights.gan else None
         self.lecam = nn.ModuleList(
             [LeCam(), LeCam()] if weights.gan else []

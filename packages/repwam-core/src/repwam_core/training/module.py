@@ -51,7 +51,7 @@ from repwam_core.training.parallel import (
     gather_for_sampling,
     prepare_layers,
 )
-from repwam_core.training.tuning import TuneTokenizer, TunedTokenizer
+from repwam_core.training.tuning import TunedTokenizer, TuneTokenizer
 
 if TYPE_CHECKING:
     from repwam_core.data.episodes import EpisodeStore

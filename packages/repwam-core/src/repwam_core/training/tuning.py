@@ -1,4 +1,4 @@
-"""Stage two whose gradient reaches the tokenizer: the history's latents are made anew from frames by its last blocks."""
+"""Stage two whose gradient reaches the tokenizer: the history's latents are made from frames by its last blocks."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ class TunedTokenizer(nn.Module):
     """The tokenizer of a run that trains its last blocks, their averages, and the clips that its latents come from.
 
     A latent of a stream with window w depends on the (L + 1)(w - 1) latent frames before it, for L blocks and the
-    projection attend over w each. A segment's clip begins earlier by those and one more, which stands in for a tubelet as
-    a single frame and which nothing that is used sees; or at the episode's beginning. So the latents are those of the
-    stream that drives the robot, whatever the segment.
+    projection attend over w each. A segment's clip begins earlier by those and one more, which stands in for a tubelet
+    as a single frame and which nothing that is used sees; or at the episode's beginning. So the latents are those of
+    the stream that drives the robot, whatever the segment.
 
     Args:
         settings: which part, on which frames.
@@ -121,7 +121,7 @@ class TunedTokenizer(nn.Module):
         return replace(batch, history=self.meta.standardizer.like(z)(z[rows, position.to(device)]))
 
     def clips(self, rows: Sequence[int], starts: Sequence[int], transitions: int) -> tuple[Tensor, Tensor]:
-        """Frames of segments, (b, views, T, h, w, 3) uint8, and where each latent frame is among the clip's, (b, frames).
+        """Frames of segments, (b, views, T, h, w, 3) uint8, and which latent of its clip each frame is, (b, frames).
 
         Args:
             rows: of the store.

@@ -63,7 +63,7 @@ def fit(made: Path, folder: Path, *overrides: str, steps: int = 2, tune: bool = 
             "wam": {**SIZES, "window": 2, "state_token": True},
             "space": "robot",
             "chunk_sizes": [1, 2],
-            "optimizer": {"name": "adamw", "lr": 1e-2, "warmup_steps": 1},
+            "optimizer": {"name": "adamw", "lr": 1e-2, "warmup_steps": 0, "lr_floor": 1.0},
             "plan": {"chunk_frames": 1, "video_steps": 1, "action_steps": 1},
         },
         "data": {"latents": str(made / "latents"), "transitions": 2, "batch_size": 2, "held_out": 0.5},
@@ -133,13 +133,13 @@ def test_fit_resumes_and_the_exported_policy_carries_the_tuned_encoder(made, tmp
     whole = torch.load(fit(made, tmp_path / "whole", steps=4), weights_only=True)
     fit(made, tmp_path / "run", "--trainer.max_steps=2", steps=4)
     resumed = torch.load(fit(made, tmp_path / "run", steps=4), weights_only=True)
-    again = {name for name, value in whole["state_dict"].items() if name.startswith("tuned.")}
-    assert again
+    for section in ("state_dict", "tokenizer"):
+        weights, others = ((c if section == "state_dict" else c["repwam"])[section] for c in (whole, resumed))
+        weights, others = (given.get("average", given) for given in (weights, others))
+        assert any("encoder.project." in name for name in weights)
+        for name, value in weights.items():
+            torch.testing.assert_close(others[name], value, rtol=0, atol=0)
     fit(made, tmp_path / "run", steps=6, tune=False, expect=2)
-    for name in ("average", "updates"):
-        assert set(whole["repwam"]["tokenizer"]) >= {name}
-    for name, value in whole["repwam"]["tokenizer"]["average"].items():
-        torch.testing.assert_close(resumed["repwam"]["tokenizer"]["average"][name], value, atol=0.05, rtol=0)
     export = ["export", "--ckpt", str(tmp_path / "run"), "--tokenizer", str(made / "tokenizer")]
     assert main([*export, "--latents", str(made / "latents"), "--out", str(tmp_path / "policy")]) == 0
     parts, before = LoadedPolicy.load(tmp_path / "policy"), RepViTok.from_pretrained(made / "tokenizer")
@@ -151,7 +151,7 @@ def test_fit_resumes_and_the_exported_policy_carries_the_tuned_encoder(made, tmp
     policy, reader = BatchedPolicy.from_pretrained(tmp_path / "policy"), LeRobotReader(made / "data")
     policy.reset(["go left"], [0])
     seen = []
-    for first, last in ((0, 1), (1, 5), (5, 13)):
+    for first, last in ((0, 1), (1, 5), (5, 9), (9, 13)):
         images = {camera: reader.frames(0, camera, range(first, last)) for camera in reader.camera_keys}
         state = reader.episode(0)["observation.state"][first:last].astype(np.float32)
         assert np.isfinite(policy.act([Observation(images, state)])[0].actions).all()

@@ -14,7 +14,7 @@ from repvitok.data import LatentMeta
 from repvitok.data.folders import open_episodes
 from repvitok.data.transforms import resize_frames, to_unit
 from repvitok.model import load_tokenizer
-from repvitok.runtime.documents import Above0, Positive, check_fields
+from repvitok.runtime.documents import Above0, Positive, check_arguments
 from repvitok.runtime.errors import UserError
 from repvitok.runtime.training import ExponentialMovingAverage
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class TuneTokenizer:
     memory_limit_gb: Above0 = 8.0
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        check_arguments(TuneTokenizer, vars(self))
 
 
 class RecordedFrames:

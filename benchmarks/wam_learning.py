@@ -250,12 +250,16 @@ def _train(folder: Path, *, config: QuickstartConfig, arm: Arm, data: Data, seed
         (folder / "first").mkdir(exist_ok=True)
         training.pretrain(folder / "first", overrides=(wam, *arm.fit), **common)
         steps, pretrained = config.steps.adapt, folder / "first" / "wam"
-    tuned = {"tokenizer": str(data.tokenizer), "dataset": str(data.dataset), "last_k": arm.tune}
-    tune = (f"--model.tune_tokenizer={json.dumps(tuned)}",) if arm.tune else ()
     return training.adapt(
         folder, steps=steps, pretrained=pretrained, tokenizer=data.tokenizer, lat=data.lat,
-        overrides=(*(arm.fit if arm.pretrain else (wam, *arm.fit)), *tune), **common,
+        overrides=(*(arm.fit if arm.pretrain else (wam, *arm.fit)), *_tuning(arm, data)), **common,
     )  # fmt: skip
+
+
+def _tuning(arm: Arm, data: Data) -> tuple[str, ...]:
+    """The overrides of stage two for an arm that tunes the tokenizer."""
+    tuned = {"tokenizer": str(data.tokenizer), "dataset": str(data.dataset), "last_k": arm.tune}
+    return (f"--model.tune_tokenizer={json.dumps(tuned)}",) if arm.tune else ()
 
 
 def _measure(

@@ -70,7 +70,7 @@ def test_the_arms_that_tune_are_recipes_of_stage_two(bench, options):
 
 
 def test_features_predict_themselves_and_little_else(bench, options, tmp_path):
-    """R^2 of a network's own raw features is 1, of six components less; without a probe of actions it is NaN."""
+    """R^2 of a network's own raw features is near 1, of six components less; without a probe of actions it is NaN."""
     from repvitok.baselines import FeatureTokenizer
     from repvitok.training.teacher import TimmTeacher
 
@@ -98,6 +98,6 @@ def test_features_predict_themselves_and_little_else(bench, options, tmp_path):
         data = bench.Data(tmp_path / "data", tmp_path / squeeze, tmp_path, latents, digest="")
         found[squeeze] = bench._quality(tmp_path, data=data, config=config, options=options)
     name = "R^2 of the network's features"
-    assert found["none"][name] > 0.99 > found["pca"][name]
+    assert found["none"][name] > 0.9 > found["pca"][name]
     assert np.isnan(found["none"][bench.QUALITIES[-1]])
     assert np.isfinite(found["pca"]["PSNR, dB"])

@@ -210,7 +210,14 @@ def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RECIPE",
         help="a recipe of any of the three packages; later ones are laid over earlier ones, as by fit",
     )
-    add("overrides", nargs="*", metavar="KEY=VALUE", help="as model.teacher.init_args.weights_path=FILE")
+    add(
+        "overrides",
+        type=text_argument,
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="as model.teacher.init_args.weights_path=FILE",
+    )
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -83,9 +83,10 @@ def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, 
     merged = dict(below)
     for name, value in above.items():
         old = merged.get(name)
-        both = isinstance(old, dict) and isinstance(value, dict)
-        same = both and value.get("class_path") in (None, old.get("class_path"))
-        merged[name] = _laid_over(old, value) if same else value
+        merged[name] = value
+        if isinstance(old, dict) and isinstance(value, dict):
+            same = value.get("class_path") in (None, old.get("class_path"))
+            merged[name] = _laid_over(old, value) if same else value
     return merged
 
 
@@ -160,7 +161,7 @@ def _network_need(key: str, node: Mapping[str, Any]) -> Need:
     found = None if file is None else _described(file)
     if file is None and hub is not None:
         return Need(key, what, looked, digest, None, _DOWNLOAD)
-    if file is not None and pinned and not found.split("sha256 ")[1].startswith(pinned):
+    if found is not None and pinned and not found.split("sha256 ")[1].startswith(pinned):
         return Need(key, what, looked, digest, found, "another file, or damaged: download it again")
     try:  # as the run does: names, shapes and packages are checked, not the file alone
         getattr(importlib.import_module(module), kind)(**arguments)

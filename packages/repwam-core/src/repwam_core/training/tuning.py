@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,7 +84,8 @@ class TunedTokenizer(nn.Module):
 
     def __init__(self, settings: TuneTokenizer, store: EpisodeStore, ema_decay: float) -> None:
         super().__init__()
-        tokenizer, meta = load_tokenizer(settings.tokenizer), store.meta
+        tokenizer: Any = load_tokenizer(settings.tokenizer)
+        meta = store.meta
         if type(tokenizer) is not RepViTok or meta.window is None:
             raise UserError(
                 f"tune_tokenizer: {settings.tokenizer}: expected a RepViTok that streams with a window, got "

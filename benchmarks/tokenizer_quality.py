@@ -35,6 +35,8 @@ from repvitok.cli import main as repvitok
 from repvitok.data.lerobot.reader import LeRobotReader
 from repvitok.data.split import split_episodes
 from repvitok.data.transforms import prepare_frames
+from repvitok.interface import VideoTokenizer
+from repvitok.model import load_tokenizer
 from repvitok.runtime.progress import read_curves
 from repvitok.training.metrics import psnr, ssim
 from repvitok.training.teacher import CachedTeacher, ConvNetTeacher, HOGTeacher, Teacher
@@ -195,13 +197,15 @@ def measure_runs(
         return {name: probe(*features, *both, train_split.episode) for name, both in targets.items()}
 
     for row, folder in tokenizers(options):
-        tokenizer = RepViTok.from_pretrained(folder).eval()
-        found = torch.cat([tokenizer(clips)[0] for clips in held_out.clips.split(8)])
+        tokenizer = load_tokenizer(folder)
+        size = tuple(options.size)
+        found = torch.cat([tokenizer.decode(tokenizer.encode(clips), size) for clips in held_out.clips.split(8)])
         row |= {"quality": quality(found, held_out.clips), "digest": tokenizer.digest()[:16]}
         yield row | {"probe": probes(lambda c, t=tokenizer: _codes(t, c))}
-    torch.manual_seed(options.seeds[0])
-    untrained = RepViTok(tokenizer.config).eval()
-    yield {"arm": "untrained tokenizer", "probe": probes(lambda clips: _codes(untrained, clips))}
+    if type(tokenizer) is RepViTok:
+        torch.manual_seed(options.seeds[0])
+        untrained = RepViTok(tokenizer.config).eval()
+        yield {"arm": "untrained tokenizer", "probe": probes(lambda clips: _codes(untrained, clips))}
     basis = _principal_pixels(train_split.clips)
     yield {"arm": "96 principal components of pixels", "probe": probes(lambda clips: _tubelets(clips, 4) @ basis)}
 
@@ -218,7 +222,7 @@ def tokenizers(options: argparse.Namespace) -> Iterator[tuple[dict, Path]]:
             yield known | json.loads((run / "cpu.json").read_text()), run / "tokenizer"
 
 
-def _codes(tokenizer: RepViTok, clips: Tensor) -> Tensor:
+def _codes(tokenizer: VideoTokenizer, clips: Tensor) -> Tensor:
     """Latents of later latent frames, (clips, frames, tokens, d): those that describe four raw frames."""
     return torch.cat([tokenizer.encode(part)[:, 1:] for part in clips.split(8)])
 

@@ -1,6 +1,6 @@
 """Which couplings, stages and data make a tiny world action model drive better, at one fixed budget?
 
-Five questions, each a few arms that differ from the first in one thing; every arm is trained on the same data, for
+Seven questions, each a few arms that differ from the first in one thing; every arm is trained on the same data, for
 the same number of world-model steps, and drives the same unseen layouts:
 
 - `coupling`: joint | sequential
@@ -11,6 +11,10 @@ the same number of world-model steps, and drives the same unseen layouts:
   way, half the batch for twice the steps
 - `tasks`: why drawer-open, door-lock and push fail more often: 64 pixels and one camera, against 128 pixels, a second
   camera on the gripper, twice the demonstrations, four latent frames of history, chunks of two latent frames
+- `tokenizers`: RepViTok aligned with a network | ViTok | that network's own features, squeezed to 48 or 96 channels or
+  as they are | Wan2.2's VAE; `--network` names the network (timm's name, `--stage` of a convolutional one),
+  `--weights` its file; Wan's arm is there with `--wan` FOLDER alone
+- `tuning`: stage two with the tokenizer frozen | its last block, or both, trained with the policy
 
     uv run python benchmarks/wam_learning.py --question coupling stages --run RUN --out OUT --seeds 0 1 2
     uv run python benchmarks/wam_learning.py --question tasks coupling stages --out OUT --seeds 0 1 2
@@ -26,14 +30,20 @@ difference from the first arm.
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import tokenizer_quality
+import torch
 from repvitok.data import LeRobotReader
 from repvitok.data.split import split_episodes
+from repvitok.model import load_tokenizer
+from repvitok.training.teacher import ConvNetTeacher, TimmTeacher
 from repwam_core.cli import main as repwam
 from repwam_core.policy import BatchedPolicy, evaluate_open_loop
 from repwam_core.quickstart import work
@@ -46,6 +56,8 @@ from repwam_core.sim.metaworld import MetaWorldSettings, instruction
 from repwam_core.sim.results import difference_interval, success_rates, wilson_interval
 
 HARD_TASKS = ("drawer-open", "door-lock", "push")
+PROBED_CLIPS = 200
+"""Training clips at most, of the ridge probes."""
 MEASURED_EPISODES = 6
 """Held-out episodes for the imagined video's PSNR."""
 
@@ -62,6 +74,9 @@ class Arm:
         cameras, size: of the data; None is the quickstart's.
         demonstrations: times as many of them.
         noise: how they are disturbed; None is the quickstart's way.
+        tokenizer: overrides of the tokenizer's recipe, in which NETWORK is `--network` as a teacher.
+        wan: take the VAE of `--wan` in the tokenizer's place.
+        tune: blocks of the tokenizer that stage two trains.
     """
 
     wam: tuple[tuple[str, str], ...] = ()
@@ -72,7 +87,12 @@ class Arm:
     size: tuple[int, int] | None = None
     demonstrations: int = 1
     noise: Perturbation | None = None
+    tokenizer: tuple[str, ...] = ()
+    wan: bool = False
+    tune: int = 0
 
+
+FROZEN = ("--model.features=NETWORK", "--model.weights.align=0", "--model.teacher=null")
 
 QUESTIONS: dict[str, dict[str, Arm]] = {
     "coupling": {"joint": Arm(), "sequential": Arm(wam=(("coupling", "sequential"),))},
@@ -102,6 +122,20 @@ QUESTIONS: dict[str, dict[str, Arm]] = {
             fit=("--model.loss.action_weight=4.0",), noise=Perturbation(pushes=4, push_within_steps=64)
         ),
     },
+    "tokenizers": {
+        "RepViTok": Arm(tokenizer=("--model.teacher=NETWORK",)),
+        "ViTok": Arm(tokenizer=("--model.weights.align=0", "--model.teacher=null")),
+        "features, 48": Arm(tokenizer=(*FROZEN, "--model.tokenizer.latent_dim=48")),
+        "features, 96": Arm(tokenizer=(*FROZEN, "--model.tokenizer.latent_dim=96")),
+        "features, 48, learned": Arm(tokenizer=(*FROZEN, "--model.tokenizer.latent_dim=48", "--model.squeeze=learned")),
+        "raw features": Arm(tokenizer=(*FROZEN, "--model.squeeze=none")),
+        "Wan2.2": Arm(wan=True),
+    },
+    "tuning": {
+        "frozen tokenizer": Arm(),
+        "last block tuned": Arm(tune=1),
+        "both blocks tuned": Arm(tune=2),
+    },
 }
 BASE_WAM = {"coupling": "joint", "window": "1", "action_history": "false", "state_token": "true"}
 
@@ -115,6 +149,7 @@ class Data:
     lat: Path
     latents: Path
     digest: str
+    quality: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -143,6 +178,10 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=20, help="unseen layouts per task")
     parser.add_argument("--first-seed", type=int, default=EVALUATION_SEEDS_FROM, help="the first of their seeds")
     parser.add_argument("--arms", nargs="+", help="names of arms (default: all)")
+    parser.add_argument("--network", default="tf_efficientnet_lite0", help="timm's name, of --question tokenizers")
+    parser.add_argument("--stage", type=int, help="of a convolutional network; none for a vision transformer")
+    parser.add_argument("--weights", type=Path, help="the network's weights, .safetensors")
+    parser.add_argument("--wan", type=Path, help="folder of Wan2.2's VAE")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     arms = _chosen_arms(options)
@@ -150,12 +189,18 @@ def main() -> None:
     print("| arm | seed | val video | val action | imagined PSNR, dB | copied | successes | |")
     print("|---|---|---|---|---|---|---|---|")
     counts: dict[str, list[tuple[int, int]]] = {name: [] for name in arms}
+    qualities: list[list[object]] = []
     for seed in options.seeds:
         for name, arm in arms.items():
             values = run_arm(bench, name, arm, seed)
             counts[name].append(values["counted"])
             print(_row(name, seed, values), flush=True)
+            if "quality" in values:
+                qualities.append([name, seed, *(f"{value:.3f}" for value in values["quality"].values())])
     _print_summary(counts)
+    if qualities:
+        print("\n| arm | seed | " + " | ".join(QUALITIES) + " |\n" + "|---" * (2 + len(QUALITIES)) + "|")
+        print("\n".join("| " + " | ".join(map(str, row)) + " |" for row in qualities))
 
 
 def _chosen_arms(options: argparse.Namespace) -> dict[str, Arm]:
@@ -165,6 +210,11 @@ def _chosen_arms(options: argparse.Namespace) -> dict[str, Arm]:
     arms: dict[str, Arm] = {}
     for question in options.question:
         arms |= {name: arm for name, arm in QUESTIONS[question].items() if arm not in arms.values()}
+    if "tokenizers" in options.question:
+        if options.run is not None or options.weights is None:
+            raise SystemExit("--question tokenizers trains its own tokenizers: give --weights, and no --run")
+        if options.wan is None:
+            arms = {name: arm for name, arm in arms.items() if not arm.wan}
     if unknown := set(options.arms or ()) - set(arms):
         raise SystemExit(f"--arms: expected some of {list(arms)}, got {sorted(unknown)}")
     return {name: arm for name, arm in arms.items() if not options.arms or name in options.arms}
@@ -174,7 +224,7 @@ def run_arm(bench: Bench, name: str, arm: Arm, seed: int) -> dict[str, Any]:
     """Train one arm with one seed, measure it and drive it; returns what the table shows."""
     config = _with_arm(bench.config, arm)
     settings = MetaWorldSettings(cameras=arm.cameras, size=config.size, same_scene=_pair(config))
-    data = _given(bench.options.run) if bench.options.run else _made(bench, config, settings, arm.noise, seed)
+    data = _given(bench.options.run) if bench.options.run else _made(bench, config, settings, arm, seed)
     about = {"arm": str(arm), "steps": str(config.steps), "seed": seed}
     trained = bench.stage(
         f"train-{_slug(name, arm)}",
@@ -186,7 +236,8 @@ def run_arm(bench: Bench, name: str, arm: Arm, seed: int) -> dict[str, Any]:
     measure = partial(_measure, policy=trained.folder / "policy", **about_run)
     layouts = {"episodes": bench.options.episodes, "first_seed": bench.options.first_seed}
     measured = bench.stage(f"measure-{_slug(name, arm)}", measure, {"policy": trained.digest}, **layouts, **about)
-    return {**trained.summary, **measured.summary}
+    quality = {"quality": dict(data.quality)} if data.quality else {}
+    return {**trained.summary, **measured.summary, **quality}
 
 
 def _train(folder: Path, *, config: QuickstartConfig, arm: Arm, data: Data, seed: int) -> dict[str, Any]:
@@ -201,8 +252,14 @@ def _train(folder: Path, *, config: QuickstartConfig, arm: Arm, data: Data, seed
         steps, pretrained = config.steps.adapt, folder / "first" / "wam"
     return work.adapt(
         folder, steps=steps, pretrained=pretrained, tokenizer=data.tokenizer, lat=data.lat,
-        overrides=arm.fit if arm.pretrain else (wam, *arm.fit), **common,
+        overrides=(*(arm.fit if arm.pretrain else (wam, *arm.fit)), *_tuning(arm, data)), **common,
     )  # fmt: skip
+
+
+def _tuning(arm: Arm, data: Data) -> tuple[str, ...]:
+    """The overrides of stage two for an arm that tunes the tokenizer."""
+    tuned = {"tokenizer": str(data.tokenizer), "dataset": str(data.dataset), "last_k": arm.tune}
+    return (f"--model.tune_tokenizer={json.dumps(tuned)}",) if arm.tune else ()
 
 
 def _measure(
@@ -223,12 +280,10 @@ def _measure(
     return {"psnr": psnr_db, "rates": rates, "counted": (sum(result.success for result in results), len(results))}
 
 
-def _made(
-    bench: Bench, config: QuickstartConfig, settings: MetaWorldSettings, noise: Perturbation | None, seed: int
-) -> Data:
+def _made(bench: Bench, config: QuickstartConfig, settings: MetaWorldSettings, arm: Arm, seed: int) -> Data:
     """Demonstrations, tokenizer, latents and latent actions of one data setting, shared by the arms that use it."""
     about = {"tasks": config.tasks, "size": config.size, "cameras": settings.cameras, "episodes": config.episodes}
-    noise = NOISE_MODES[config.noise] if noise is None else noise
+    noise = NOISE_MODES[config.noise] if arm.noise is None else arm.noise
     about |= {"noise": noise.to_dict(), "seed": seed, "steps": [config.steps.repvitok, config.steps.latent_action]}
 
     def part(name: str, work: Callable[..., dict[str, Any]], *before: StageResult, **given: Any) -> StageResult:
@@ -238,14 +293,62 @@ def _made(
         "collect", _collect, config=config, settings=settings, noise=noise, seed=seed, workers=bench.options.workers
     )
     dataset, common = collected.folder / "dataset", {"config": config, "seed": seed}
-    tokenizer = part("tokenizer", work.train_tokenizer, collected, dataset=dataset, **common)
+    compared = bool(arm.tokenizer) or arm.wan
+    if compared:
+        about["tokenizer"] = str(bench.options.wan) if arm.wan else _overrides(bench.options, arm)
+    if arm.wan:
+        tokenizer = part("tokenizer", _copied, collected, source=bench.options.wan)
+    else:
+        overrides = _overrides(bench.options, arm)
+        tokenizer = part("tokenizer", work.train_tokenizer, collected, dataset=dataset, overrides=overrides, **common)
     folder = tokenizer.folder / "tokenizer"
     encoded = part("encode", work.encode, tokenizer, config=config, dataset=dataset, tokenizer=folder)
     lat = part("lat", work.train_latent_actions, encoded, latents=encoded.folder / "latents", **common)
     labelled = part(
         "label", work.label, encoded, lat, config=config, lat=lat.folder / "lat", latents=encoded.folder / "latents"
     )
-    return Data(dataset, folder, lat.folder / "lat", labelled.folder / "latents", labelled.digest)
+    data = Data(dataset, folder, lat.folder / "lat", labelled.folder / "latents", labelled.digest)
+    if not compared:
+        return data
+    measured = part("quality", _quality, labelled, data=data, config=config, options=bench.options)
+    return replace(data, quality=tuple(measured.summary.items()))
+
+
+def _overrides(options: argparse.Namespace, arm: Arm) -> tuple[str, ...]:
+    """An arm's overrides of the tokenizer's recipe, with the network in them."""
+    kind = "TimmTeacher" if options.stage is None else "ConvNetTeacher"
+    arguments = {"name": options.network, "weights_path": str(options.weights)}
+    arguments |= {} if options.stage is None else {"stage": options.stage}
+    network = json.dumps({"class_path": f"repvitok.training.teacher.{kind}", "init_args": arguments})
+    return tuple(override.replace("NETWORK", network) for override in arm.tokenizer)
+
+
+def _copied(folder: Path, *, source: Path) -> dict[str, Any]:
+    shutil.copytree(source, folder / "tokenizer")
+    return {}
+
+
+QUALITIES = ("PSNR, dB", "SSIM", "R^2 of the network's features", "pooled R^2 of actions from latent actions")
+
+
+def _quality(folder: Path, *, data: Data, config: QuickstartConfig, options: argparse.Namespace) -> dict[str, Any]:
+    """What the latents hold: pixels, the network's features by a ridge probe, and actions through latent actions."""
+    del folder
+    asked = argparse.Namespace(dataset=data.dataset, size=config.size, held_out=config.held_out, clips=PROBED_CLIPS)
+    train, held_out = tokenizer_quality.load_splits(asked)
+    arguments = {"name": options.network, "weights_path": str(options.weights)}
+    network = TimmTeacher(**arguments) if options.stage is None else ConvNetTeacher(**arguments, stage=options.stage)
+    tokenizer = load_tokenizer(data.tokenizer)
+    with torch.no_grad():
+        found = [tokenizer.decode(tokenizer.encode(clips), config.size) for clips in held_out.clips.split(8)]
+        quality = tokenizer_quality.quality(torch.cat(found), held_out.clips)
+        codes = [tokenizer_quality._codes(tokenizer, split.clips) for split in (train, held_out)]
+        grid = tokenizer.grid(*config.size)
+        targets = [tokenizer_quality._targets(network, split.clips, grid) for split in (train, held_out)]
+        r2 = tokenizer_quality.probe(*codes, *targets, train.episode)
+    path = data.latents.parent / "probe.json"
+    actions = json.loads(path.read_text())["latent_action"]["pooled_r2"] if path.is_file() else float("nan")
+    return dict(zip(QUALITIES, (*quality, r2, actions), strict=True))
 
 
 def _collect(

@@ -34,6 +34,7 @@ from repwam_core.data.packing import DataSetSettings, PackingSettings
 from repwam_core.sampling import SamplingConfig
 from repwam_core.training.losses import LossSettings
 from repwam_core.training.module import WAMTraining
+from repwam_core.training.tuning import TuneTokenizer
 
 PROGRAMS: dict[str, Sequence[Command | RawCommand]] = {
     "repvitok": repvitok.cli.COMMANDS,
@@ -149,6 +150,7 @@ SECTIONS: list[tuple[Any, dict[str, Any]]] = [
     (DataSetSettings, {"latents": "x"}),
     (EncodingSettings, {"tokenizer": "x", "size": (32, 32)}),
     (LossSettings, {}),
+    (TuneTokenizer, {"tokenizer": "x", "dataset": "x"}),
     (SamplingConfig, {}),
     (SaveLast, {}),
     (StageProgress, {}),

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from latent_action.cli import LAPA_STAGE as LAPA
@@ -12,6 +13,7 @@ from repvitok.runtime.commands import import_object
 from repvitok.runtime.progress import read_curves
 from repwam_core.cli import STAGE as REPWAM
 from repwam_core.quickstart.config import RECIPES as QUICKSTART
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
@@ -49,6 +51,7 @@ def _bases(path: Path) -> list[Path]:
     names = {
         "1_repvitok/mt50.yaml": ["tiny.yaml"],
         "3_repwam/finetune.yaml": ["base.yaml", "adapt.yaml"],
+        "3_repwam/tune_tokenizer.yaml": ["base.yaml", "adapt.yaml"],
         "3_repwam/mt50.yaml": ["mt50_pretrain.yaml"],
     }
     return [path.parent / name for name in names.get(f"{path.parent.name}/{path.name}", ["base.yaml"])]
@@ -144,6 +147,35 @@ def test_the_papers_numbers_stand_in_the_base_recipes():
     assert overlays["finetune"]["trainer"]["max_steps"] == 500
     assert overlays["finetune"]["data"]["packing"]["token_budget"] == 150_000
     assert wam["trainer"]["gradient_clip_val"] == 2.0
+
+
+def test_the_alignment_recipe_runs_with_a_perception_encoder_the_moment_a_file_is_given(tmp_path, capsys):
+    """The paper's recipe but for its sizes, on a file as timm publishes it, in bfloat16; `doctor` agrees beforehand."""
+    timm = pytest.importorskip("timm")
+    from repvitok.cli import main
+    from repvitok.data.video import write_video
+
+    name, file = "vit_pe_core_tiny_patch16_384", tmp_path / "model.safetensors"
+    frames = np.random.default_rng(0).integers(0, 256, (12, 4, 4, 3), np.uint8).repeat(8, 1).repeat(8, 2)
+    for number in range(2):
+        write_video(tmp_path / f"videos/{number}.mp4", frames, 10)
+    teacher = {"name": name, "hub": "false", "weights_path": str(file)}
+    named = [f"model.teacher.init_args.{key}={value}" for key, value in teacher.items()]
+    doctor = ["doctor", "-c", str(RECIPES / "1_repvitok/base.yaml"), *named, "model.perceptual=null"]
+    assert main(doctor) == 1
+    assert f"looked for {file}" in capsys.readouterr().out
+    save_file({key: value.bfloat16() for key, value in timm.create_model(name).state_dict().items()}, file)
+    assert main(doctor) == 0
+    small = {
+        "trainer.max_steps": 1, "trainer.accelerator": "cpu", "trainer.precision": "32-true", "data.num_workers": 0,
+        "trainer.log_every_n_steps": 1, "trainer.default_root_dir": tmp_path / "run", "data.frames": 9,
+        "data.size": "[32,32]", "data.batch_size": 1, "data.val_clips": 1, "data.held_out": 0.5,
+        "model.tokenizer.width": 32, "model.tokenizer.depth": 1, "model.tokenizer.heads": 2, "model.weights.gan": 0,
+        "model.weights.perceptual": 0, "model.perceptual": "null", "data.folders": f"[{tmp_path / 'videos'}]",
+    }  # fmt: skip
+    overrides = [f"--{pair}" for pair in (*named, *(f"{key}={value}" for key, value in small.items()))]
+    assert main(["fit", "-c", str(RECIPES / "1_repvitok/base.yaml"), *overrides]) == 0
+    assert np.isfinite(read_curves(tmp_path / "run")["train/align"]).all()
 
 
 @pytest.mark.slow

@@ -190,9 +190,41 @@ def _export(options: argparse.Namespace) -> None:
     checkpoint = resolve_checkpoint(options.ckpt)
     tokenizer = export_checkpoint(checkpoint, options.out, averaged=not options.raw)
     height, width = trained_size(Path(checkpoint).parent) or (256, 256)
-    print(f"{options.out}: RepViTok {tokenizer.digest()[:16]}")
+    print(f"{options.out}: {type(tokenizer).__name__} {tokenizer.digest()[:16]}")
     command = ("repvitok", "encode", "--tokenizer", options.out, "--dataset", "DATASET", "--size", f"{height}x{width}")
     say_next(*command, "--out", "LATENTS")
+
+
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "-c",
+        "--config",
+        type=path_argument,
+        action="append",
+        required=True,
+        metavar="RECIPE",
+        help="a recipe of any of the three packages; later ones are laid over earlier ones, as by fit",
+    )
+    add(
+        "overrides",
+        type=text_argument,
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="as model.teacher.init_args.weights_path=FILE",
+    )
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from repvitok.doctor import needs, read_recipe
+
+    found = needs(read_recipe(options.config, options.overrides))
+    for need in found:
+        print(need)
+    lacking = sum(need.problem is not None for need in found)
+    print(f"{len(found)} needed beside data, {lacking} missing or wrong")
+    return 1 if lacking else 0
 
 
 COMMANDS = (
@@ -201,6 +233,7 @@ COMMANDS = (
     Command("merge", "the parts of a job array of encode to one folder of shards", _merge, _merge_arguments),
     Command("relabel", "a data set's corrected instructions to its latents", _relabel, _relabel_arguments),
     Command("decode", "latent shards back to video files", _decode, _decode_arguments),
+    Command("doctor", "what a recipe needs: weights, where they are, what is missing", _doctor, _doctor_arguments),
     Command("export", "a checkpoint to the folder that from_pretrained loads", _export, _export_arguments),
 )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from repvitok.config import RepViTokConfig
 from repvitok.interface import VideoTokenizer, Window, num_latent_frames, require_latents, require_video, token_grid
@@ -87,7 +87,7 @@ class TokenizerStream:
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: Any,  # an `Encoder`, or what has its `step`
         decoder: Decoder,
         config: RepViTokConfig,
         *,
@@ -174,10 +174,10 @@ class RepViTok(PretrainedModel):
     config_class = RepViTokConfig
 
     @drawn_once
-    def __init__(self, config: RepViTokConfig | None = None) -> None:
+    def __init__(self, config: RepViTokConfig | None = None, encoder: nn.Module | None = None) -> None:
         super().__init__()
         self.config: RepViTokConfig = config or RepViTokConfig()
-        self.encoder = Encoder(self.config)
+        self.encoder: Any = Encoder(self.config) if encoder is None else encoder
         self.decoder = Decoder(self.config)
         self.gradient_checkpointing = False
         self.compile_blocks: bool | None = None
@@ -265,7 +265,7 @@ class RepViTok(PretrainedModel):
 
 
 def load_tokenizer(source: str | Path) -> VideoTokenizer:
-    """A tokenizer by folder or hub id: RepViTok, or Wan's VAE where the folder's config.json names its class.
+    """A tokenizer by folder or hub id: RepViTok, or the baseline that the folder's config.json names.
 
     A folder that holds a whole Wan pipeline is known by its subfolder "vae"; a hub id, by an owner "Wan-AI".
     """
@@ -277,4 +277,8 @@ def load_tokenizer(source: str | Path) -> VideoTokenizer:
 
         if wan_on_hub or WAN_CLASS in of_diffusers:
             return WanVae.from_pretrained(source)
+    if any(config.get("format") == "feature_tokenizer" for config in configs if isinstance(config, dict)):
+        from repvitok.baselines.features import FeatureTokenizer
+
+        return FeatureTokenizer.from_pretrained(source)
     return RepViTok.from_pretrained(source)

@@ -196,3 +196,30 @@ def test_the_digest_follows_weights_and_settings():
     other = Linear(1.0)
     other.stage = 3
     assert other.digest() != Linear(1.0).digest()
+
+
+@pytest.mark.parametrize("name", ["vit_pe_core_tiny_patch16_384", "vit_pe_spatial_tiny_patch16_512"])
+def test_perception_encoder_from_a_file_in_timms_layout(tmp_path, name):
+    """Half precision in the file, the model's own image size for the positions, frames of another size and shape.
+
+    A file has what `timm.create_model(name).state_dict()` has: the core models' classifier (their projection) too, none
+    in the spatial ones.
+    """
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    published = timm.create_model(name).eval()
+    stored = {key: value.half() for key, value in published.state_dict().items()}
+    assert ("head.weight" in stored) == ("core" in name)
+    save_file(stored, tmp_path / "model.safetensors")
+    teacher = TimmTeacher(name, weights_path=str(tmp_path / "model.safetensors"))
+    assert {value.dtype for value in teacher.network.state_dict().values()} == {torch.float32}
+    assert (teacher.patch_size, teacher.dim) == ((16, 16), 192)
+    assert teacher.get_buffer("pixel_mean").flatten().tolist() == [0.5] * 3
+    assert teacher.get_buffer("pixel_std").flatten().tolist() == [0.5] * 3
+    video = clip(1, 3, 1, 32, 64)
+    other = timm.create_model(name, img_size=(32, 64)).eval()  # timm resamples the positions itself
+    from timm.models.eva import checkpoint_filter_fn
+
+    other.load_state_dict(checkpoint_filter_fn({key: value.float() for key, value in stored.items()}, other))
+    expected = other.forward_features(video[:, :, 0])[:, other.num_prefix_tokens :]  # (x + 1) / 2 less 0.5 by 0.5 is x
+    torch.testing.assert_close(teacher.features(video, (2, 4)).flatten(1, 3), expected, atol=1e-4, rtol=1e-4)

@@ -13,16 +13,17 @@ from typing import Any
 
 import lightning as L
 import torch
+from repvitok import RepViTok
 from repvitok.data import LatentMeta, LatentShards, LeRobotReader
 from repvitok.data.contents import require_recorded
 from repvitok.encoding_plan import choose_cameras, infos_of
 from repvitok.interface import VideoTokenizer
 from repvitok.model import load_tokenizer
-from repvitok.runtime.checkpointing import is_sharded, read_checkpoint, stored_by, with_weights
+from repvitok.runtime.checkpointing import is_sharded, read_checkpoint, read_section, stored_by, with_weights
 from repvitok.runtime.documents import parse, parse_json
 from repvitok.runtime.errors import UserError, require_disk_space
 from repvitok.runtime.files import write_json_atomic
-from repvitok.runtime.pretrained import find_device
+from repvitok.runtime.pretrained import find_device, fitted_weights
 
 from repwam_core.data.datamodule import WAMDataModule
 from repwam_core.data.episodes import EpisodeStore, text_cache
@@ -72,6 +73,7 @@ class TrainedModel:
     text_encoder: str
     plan: SamplingConfig
     chunks: ChunkSpec | None = None
+    tuned: dict[str, torch.Tensor] | None = None  # the tokenizer's weights that were trained with it
 
 
 def read_trained(checkpoint: str | Path, data_set: int | None = None) -> TrainedModel:
@@ -112,6 +114,7 @@ def read_trained(checkpoint: str | Path, data_set: int | None = None) -> Trained
         text_encoder=stored.text_encoder,
         plan=stored.plan,
         chunks=stored.chunks,
+        tuned=dict(read_section(section, where, "tokenizer", "average")) if "tokenizer" in section else None,
     )
 
 
@@ -176,7 +179,7 @@ def export_policy(
     """
     refuse_other_than_policy(Path(out))  # before the work
     trained, out = read_policy(checkpoint, data_set), Path(out)
-    model = read_tokenizer(tokenizer, trained.latents)
+    model = read_tokenizer(tokenizer, trained)
     manifest = make_manifest(trained, model, name, plan)
     if lat is not None:
         from latent_action import LatentActionTokenizer  # of those alone who have one
@@ -204,14 +207,18 @@ def read_policy(checkpoint: str | Path, data_set: int = 0) -> TrainedModel:
     return trained
 
 
-def read_tokenizer(source: str | Path, latents: LatentMeta) -> VideoTokenizer:
-    """The tokenizer that made the latents, as `load_tokenizer` gives it."""
-    tokenizer = load_tokenizer(source)
+def read_tokenizer(source: str | Path, trained: TrainedModel) -> VideoTokenizer:
+    """The tokenizer that made the latents, as `load_tokenizer` gives it, with the weights that were tuned on them."""
+    tokenizer, latents = load_tokenizer(source), trained.latents
     if (found := tokenizer.digest()) != latents.tokenizer_digest:
         raise UserError(
             f"{source}: this tokenizer is {found[:16]}, the latents that were trained on come from "
             f"{latents.tokenizer_digest[:16]}; give the tokenizer that encoded them, or encode and train again"
         )
+    if trained.tuned is not None:
+        assert isinstance(tokenizer, RepViTok)  # no other is tuned
+        expected = {name: weight for name, weight in tokenizer.state_dict().items() if name in trained.tuned}
+        tokenizer.load_state_dict(fitted_weights(trained.tuned, expected, "the tuned tokenizer"), strict=False)
     return tokenizer
 
 
@@ -240,7 +247,7 @@ def make_manifest(
         plan=planned,
         chunks=trained.chunks,
         digests={
-            "tokenizer": trained.latents.tokenizer_digest,
+            "tokenizer": trained.latents.tokenizer_digest if trained.tuned is None else tokenizer.digest(),
             "wam": trained.wam.digest(),
             "statistics": statistics.digest,
         },
@@ -258,7 +265,7 @@ def parts_of_checkpoint(
         instructions: those that it was trained on.
     """
     trained, device = read_policy(checkpoint), str(find_device(device))
-    video = read_tokenizer(tokenizer, trained.latents)
+    video = read_tokenizer(tokenizer, trained)
     manifest = make_manifest(trained, video)
     text = TextEncoder(manifest.text_encoder, device=device)
     return LoadedPolicy(manifest, trained.wam.to(device), video.to(device), trained.statistics, text, instructions)

@@ -1,4 +1,4 @@
-"""What the tokenizer is compared with or measured by: Wan2.2's VAE, I3D, convolutional teachers."""
+"""What the tokenizer is compared with or measured by: Wan2.2's VAE, frozen features of images, I3D."""
 
 import lazy_loader
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal
 
 import lightning as L
+from jaxtyping import Float
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from repvitok.data.clips import (
@@ -180,6 +183,10 @@ class ClipDataModule(L.LightningDataModule):
         weights = (1.0, *(kind.weight for kind in self.mixture))
         batches = MixtureBatches(sizes, weights, self.seed, **place)
         return ClipLoader(ClipMixture(self._train), batches, self.num_workers)
+
+    def first_clips(self, count: int) -> Iterator[Float[Tensor, "3 T H W"]]:
+        """The first clips of the training data, the same on every rank."""
+        return (self._train[0][index] for index in range(count))
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """The validation clips, split over ranks; none when nothing is held out."""

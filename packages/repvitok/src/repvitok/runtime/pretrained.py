@@ -148,7 +148,7 @@ class PretrainedModel(nn.Module):
             model = cls(config)
         tensors = read_weights(folder / WEIGHTS_FILE, model.state_dict(), config_sha256(stored), device, verify)
         model.load_state_dict(tensors, strict=True, assign=True)
-        return model.eval()
+        return model.to(device).eval()  # with what it has and its file has not
 
     def describe(self) -> dict[str, Any]:
         """What config.json holds: the format, its version, and the config."""

@@ -372,10 +372,20 @@ class OptimizerSettings:
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def build(self, module: nn.Module, total_steps: int) -> tuple[MuonAdamW, LambdaLR]:
-        """The optimizer of a module's trainable parameters, and its schedule over `total_steps` steps."""
+    def build(
+        self, module: nn.Module, total_steps: int, slower: tuple[nn.Module, float] | None = None
+    ) -> tuple[MuonAdamW, LambdaLR]:
+        """The optimizer of a module's trainable parameters, and its schedule over `total_steps` steps.
+
+        `slower` is another module whose parameters AdamW trains, too, and the share of its learning rate that they get.
+        """
         of_schedule = ("warmup_steps", "lr_floor")
         optimizer = build_optimizer(module, **{k: value for k, value in vars(self).items() if k not in of_schedule})
+        if slower is not None:
+            lr = slower[1] * (self.adamw_lr if self.name == "muon" and self.adamw_lr else self.lr)
+            plain = build_optimizer(slower[0], "adamw", lr, self.weight_decay, self.betas, self.eps)
+            for group in plain.param_groups:
+                optimizer.add_param_group(group)
         return optimizer, warmup_cosine_schedule(optimizer, self.warmup_steps, total_steps, self.lr_floor)
 
 
@@ -442,14 +452,16 @@ class FiniteCheck:
         )
 
 
-def configure_optimizer(module: Any, settings: OptimizerSettings, trained: nn.Module) -> dict[str, Any]:
+def configure_optimizer(
+    module: Any, settings: OptimizerSettings, trained: nn.Module, slower: tuple[nn.Module, float] | None = None
+) -> dict[str, Any]:
     """What a LightningModule's `configure_optimizers` returns for one optimizer: it, and its schedule, which ends at
-    the trainer's max_steps.
+    the trainer's max_steps; `slower` as of `OptimizerSettings.build`.
     """
     steps = module.trainer.max_steps
     if steps < 1:
         raise UserError(f"trainer.max_steps must be set: the learning rate falls to its floor there; got {steps}")
-    optimizer, schedule = settings.build(trained, steps)
+    optimizer, schedule = settings.build(trained, steps, slower)
     every_step = {"interval": "step"} if module.automatic_optimization else {}  # else the module steps it
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, **every_step}}
 

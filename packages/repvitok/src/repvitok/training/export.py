@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from repvitok.config import RepViTokConfig
+from repvitok.baselines.features import FeatureTokenizer
 from repvitok.model import RepViTok
 from repvitok.runtime.checkpointing import read_checkpoint, read_section, stored_by, with_weights
 from repvitok.runtime.progress import run_record
@@ -22,9 +22,10 @@ def export_checkpoint(path: str | Path, out: str | Path, averaged: bool = True) 
         averaged: take the moving average of the weights, what validation measured; else the last step's weights.
     """
     checkpoint, where = read_checkpoint(path), str(path)
-    stored = stored_by("repvitok fit", RepViTok.format, checkpoint, where)
+    kind = FeatureTokenizer if FeatureTokenizer.format in checkpoint else RepViTok
+    stored = stored_by("repvitok fit", kind.format, checkpoint, where)
     with torch.device("meta"):
-        tokenizer = RepViTok(RepViTokConfig.from_dict(dict(read_section(stored, where, "config"))))
+        tokenizer = kind(kind.config_class.from_dict(dict(read_section(stored, where, "config"))))
     tokenizer = with_weights(tokenizer, "tokenizer.", checkpoint, stored, where, averaged=averaged)
     steps = int(checkpoint.get("global_step") or 0)
     tokenizer.save_pretrained(out, readme=model_card(tokenizer, steps, averaged, Path(path).parent))
@@ -53,11 +54,12 @@ def model_card(tokenizer: RepViTok, steps: int, averaged: bool, run: str | Path)
     data = recorded.get("data", {})
     frames = data.get("frames") or 1 + 4 * config.tubelet_frames
     height, width = trained_size(run) or (256, 256)
+    kind, home = ("RepViTok", "repvitok") if type(tokenizer) is RepViTok else ("FeatureTokenizer", "repvitok.baselines")
     return f"""---
 library_name: repvitok
 tags: [video, tokenizer]
 ---
-# RepViTok
+# {kind}
 
 A video tokenizer of {parameters:,} parameters, trained for {steps:,} steps
 ({"moving average of the weights" if averaged else "weights of the last step"}).
@@ -65,9 +67,9 @@ Digest `{tokenizer.digest()[:16]}`: latents carry it, and other packages refuse 
 
 ```python
 import torch
-from repvitok import RepViTok
+from {home} import {kind}
 
-tokenizer = RepViTok.from_pretrained("this/folder")
+tokenizer = {kind}.from_pretrained("this/folder")
 video = torch.zeros(1, 3, {frames}, {height}, {width})  # (B, 3, T, H, W) in [-1, 1]; T = 1 + {config.tubelet_frames} n
 z = tokenizer.encode(video)  # (B, T', L, {config.latent_dim})
 video_hat = tokenizer.decode(z, ({height}, {width}))

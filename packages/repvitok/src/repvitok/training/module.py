@@ -14,8 +14,9 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
+from repvitok.baselines.features import FeatureTokenizer, Squeeze
 from repvitok.config import RepViTokConfig
-from repvitok.model import RepViTok
+from repvitok.model import RepViTok, load_tokenizer
 from repvitok.runtime.documents import Count, Decay, From0, check_arguments
 from repvitok.runtime.errors import UserError
 from repvitok.runtime.files import atomic_file
@@ -42,6 +43,9 @@ from repvitok.training.losses import (
 )
 from repvitok.training.metrics import Evaluation, FeatureNetwork, ReconstructionMetrics, report, to_unit
 from repvitok.training.teacher import Teacher
+
+PCA_CLIPS = 64
+"""Clips of which the principal components of frozen features are taken."""
 
 
 def reconstruction_sheet(
@@ -98,6 +102,8 @@ class RepViTokTraining(L.LightningModule):
         ema_decay: Decay = 0.999,
         gradient_clip: From0 = 2.0,
         init_from: str | None = None,
+        features: Teacher | None = None,
+        squeeze: Squeeze = "pca",
         gradient_checkpointing: bool = False,
         compile_blocks: bool | None = None,
         pictures_every_n_validations: Count = 1,
@@ -115,6 +121,9 @@ class RepViTokTraining(L.LightningModule):
             ema_decay: decay of the moving average of the weights.
             gradient_clip: largest norm of the tokenizer's gradient; 0 for no clipping.
             init_from: a folder or hub id of a trained tokenizer of the same architecture to start from.
+            features: frozen features in the encoder's place, see `FeatureTokenizer`: the decoder alone is trained.
+            squeeze: from the features to `tokenizer.latent_dim` channels, see `FeatureTokenizerConfig`; the principal
+                components are those of the first clips of the training data. "none" sets `latent_dim` itself.
             gradient_checkpointing: recompute activations in the backward pass.
             compile_blocks: compile the tokenizer's layers (`RepViTok.compile_blocks`); null is on a GPU.
             pictures_every_n_validations: reconstructions are saved as PNG, and given to loggers that take images,
@@ -128,13 +137,20 @@ class RepViTokTraining(L.LightningModule):
         self.optimizer_settings = optimizer
         self.adversary_settings = adversary
         self.gradient_clip = gradient_clip
-        self.tokenizer = RepViTok(tokenizer) if init_from is None else RepViTok.from_pretrained(init_from).train()
-        if init_from is not None:
+        if init_from is not None and features is not None:
+            raise UserError(f"init_from {init_from} has its encoder already: remove features, or init_from")
+        if features is not None:
+            self.tokenizer: RepViTok = FeatureTokenizer.of(features, tokenizer, squeeze)
+        elif init_from is not None:
+            self.tokenizer = _trained_tokenizer(init_from).train()
             require_same_config(tokenizer, self.tokenizer.config, init_from)
+        else:
+            self.tokenizer = RepViTok(tokenizer)
         self.tokenizer.gradient_checkpointing = gradient_checkpointing
         self.tokenizer.compile_blocks = compile_blocks
         needed = _needed(teacher, weights.align, "align")
-        self.align = None if needed is None else nn.Linear(tokenizer.latent_dim, needed.dim, bias=False)  # W_align
+        d = self.tokenizer.config.latent_dim
+        self.align = None if needed is None else nn.Linear(d, needed.dim, bias=False)  # W_align
         self.discriminator = Discriminator(adversary.width, adversary.layers) if weights.gan else None
         self.lecam = nn.ModuleList(
             [LeCam(), LeCam()] if weights.gan else []
@@ -147,6 +163,7 @@ class RepViTokTraining(L.LightningModule):
         self._sums: dict[str, Tensor] = {}
         self._summed = 0
         self._validations = 0
+        self._of_features = features is not None
         self._pictures_every = pictures_every_n_validations
 
     # -- losses ------------------------------------------------------------------------------------------------------
@@ -319,8 +336,16 @@ class RepViTokTraining(L.LightningModule):
 
     # -- state -------------------------------------------------------------------------------------------------------
 
-    def setup(self, stage: str) -> None:  # noqa: ARG002
-        """Moves what Lightning does not know of to the device."""
+    def setup(self, stage: str) -> None:
+        """Moves what Lightning does not know of to the device, and fits a PCA of frozen features, before all else."""
+        if stage == "fit" and self._of_features:
+            assert isinstance(self.tokenizer, FeatureTokenizer)
+            device = self.trainer.strategy.root_device
+            clips = self.trainer.datamodule.first_clips(PCA_CLIPS)  # pyright: ignore[reportAttributeAccessIssue]
+            kept = self.tokenizer.to(device).fit_squeeze(clip[None].to(device) for clip in clips)
+            self.ema = ExponentialMovingAverage(self.tokenizer, self.ema.decay)
+            if self.trainer.is_global_zero:
+                print(f"{self.tokenizer.config.latent_dim} channels keep {kept:.1%} of the features' variance")
         self._frozen.to(self.device)
         self._evaluation.to(self.device)
         self.ema.to(self.device)
@@ -328,7 +353,7 @@ class RepViTokTraining(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the config and the averaged weights, from which `export` makes a folder, and the means under way."""
         require_finite_weights(self)
-        checkpoint[RepViTok.format] = {
+        checkpoint[self.tokenizer.format] = {
             "config": self.tokenizer.config.to_dict(),
             "ema": self.ema.state_dict(),
             "sums": dict(self._sums),
@@ -338,10 +363,11 @@ class RepViTokTraining(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the averaged weights; another architecture is an error."""
-        stored = checkpoint.get(RepViTok.format)
+        stored = checkpoint.get(self.tokenizer.format)
         if stored is None:
-            raise UserError("this checkpoint was not written by RepViTok's training")
-        require_same_config(self.tokenizer.config, RepViTokConfig.from_dict(stored["config"]), "the checkpoint")
+            raise UserError(f"this checkpoint was not written by a training of {type(self.tokenizer).__name__}")
+        config = self.tokenizer.config
+        require_same_config(config, config.from_dict(stored["config"]), "the checkpoint")
         self.ema.load_state_dict(stored["ema"])
         state = checkpoint["state_dict"]
         for name in ("real_mean", "fake_mean"):  # version 0.1 kept one pair of means for both adversaries
@@ -362,6 +388,14 @@ class _FrozenNetworks:
         for network in (self.teacher, self.perceptual):
             if network is not None:
                 network.to(device)
+
+
+def _trained_tokenizer(source: str) -> RepViTok:
+    """The RepViTok or FeatureTokenizer to start from."""
+    found = load_tokenizer(source)
+    if not isinstance(found, RepViTok):
+        raise UserError(f"init_from {source}: a {type(found).__name__} is not trained here, RepViTok is")
+    return found
 
 
 def require_same_config(config: RepViTokConfig, other: RepViTokConfig, where: str) -> None:

@@ -38,6 +38,8 @@ class SegmentBatch:
         data_set: which of the run's data sets the segments are from.
         reference: what each transition's actions are measured from, in their scale, (b, frames - 1, c): the state at
             its first frame. None where actions are learned as recorded, or measured from their chunks' first frames.
+        history: what stands in the history in place of `latents`, where the tokenizer is tuned; these stay what is
+            predicted.
     """
 
     latents: Float[Tensor, "b frames tokens d"]
@@ -51,6 +53,7 @@ class SegmentBatch:
     start: Int[Tensor, " b"]
     data_set: int = 0
     reference: Float[Tensor, "b transitions c"] | None = None
+    history: Float[Tensor, "b frames tokens d"] | None = None
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -88,6 +91,7 @@ class Documents:
         valid: which transitions are real.
         channel_mask: which action channels the embodiment has.
         reference: what each transition's actions are measured from, see `SegmentBatch.reference`.
+        history: see `SegmentBatch.history`; of segments alone.
     """
 
     grids: tuple[tuple[int, int, int], ...]
@@ -100,6 +104,7 @@ class Documents:
     valid: Bool[Tensor, "b transitions"]
     channel_mask: Bool[Tensor, "b documents c"]
     reference: Float[Tensor, "b transitions c"] | None = None
+    history: Float[Tensor, "b tokens d"] | None = None
 
     @classmethod
     def of_segments(cls, batch: SegmentBatch, grid: tuple[int, int, int]) -> Documents:
@@ -115,6 +120,7 @@ class Documents:
             valid=batch.valid,
             channel_mask=batch.channel_mask[:, None],
             reference=batch.reference,
+            history=None if batch.history is None else batch.history.flatten(1, 2),
         )
 
     @classmethod

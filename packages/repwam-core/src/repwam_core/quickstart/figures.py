@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from latent_action import LatentActionTokenizer
 from latent_action.visualize import action_effect_map, draw_transition, measure_maps, transport_arrows
-from repvitok import RepViTok
 from repvitok.data import LatentEpisode, LatentMeta, LatentShards, LeRobotReader, prepare_frames
 from repvitok.data.split import split_latents
 from repvitok.data.transforms import to_frames
+from repvitok.model import load_tokenizer
 from repvitok.runtime.documents import read_json
 from repvitok.training.metrics import psnr, ssim
 from torch import Tensor
@@ -67,7 +67,7 @@ def reconstruction(this: Run, trained: Trained, episodes: Sequence[int]) -> Reco
     meta = LatentShards(trained.prepared.latents).meta
     reader = LeRobotReader(trained.prepared.data.folder, depth_range=meta.depth_range)
     lengths = {info.index: info.length for info in reader.episodes}
-    tokenizer = RepViTok.from_pretrained(trained.prepared.tokenizer_folder)
+    tokenizer = load_tokenizer(trained.prepared.tokenizer_folder)
     camera, size = meta.cameras[0], this.config.size
     per_latent = tokenizer.config.tubelet_frames * this.config.stride
     clips, baselines = [], []

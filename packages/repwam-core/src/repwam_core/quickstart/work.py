@@ -54,8 +54,9 @@ def train_tokenizer(
     cameras: Sequence[str] | None = None,
     episodes: Sequence[str] | None = None,
     depth_range: Sequence[float] | None = None,
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Train RepViTok on the data set's video and export it to `folder/tokenizer`."""
+    """Train RepViTok on the data set's video and export it to `folder/tokenizer`; `overrides` are of its recipe."""
     _fit(
         repvitok,
         config,
@@ -70,6 +71,7 @@ def train_tokenizer(
         *((f"--data.cameras={json.dumps(list(cameras))}",) if cameras else ()),
         *((f"--data.episodes={','.join(episodes)}",) if episodes else ()),
         *((f"--data.depth_range={json.dumps(list(depth_range))}",) if depth_range else ()),
+        *overrides,
     )
     call(repvitok, "export", "--ckpt", folder / FIT / LAST, "--out", folder / "tokenizer")
     return last_values(folder / FIT, "val/psnr", "val/ssim")

@@ -229,10 +229,11 @@ def noised_inputs(documents: Documents, layout: TokenLayout, noise: Noise, space
         return times.index_select(1, layout.level[tokens].to(device))
 
     clean = layout.video[~layout.noisy[layout.video]]
+    history = latents if documents.history is None else documents.history
     predicted = documents.predicted.to(device)
     return document_inputs(
         layout,
-        latents=interpolate(noise.history, latents, at(clean)),
+        latents=interpolate(noise.history, history, at(clean)),
         noisy_latents=interpolate(noise.video, latents.index_select(1, predicted), at(layout.noisy_video)),
         actions=documents.actions,
         noisy_actions=interpolate(

@@ -49,12 +49,13 @@ def sample_segments(
     batch = from_chunk_starts(batch, equal_chunks(batch.valid.shape[1], plan.chunk_frames))
     rollout = Rollout.from_settings(wam, plan, space=space, grid=grid, text=batch.text, text_mask=batch.text_mask)
     transitions, first, chunks = batch.valid.shape[1], 0, []
-    rollout.observe(batch.latents[:, :1], None if batch.state is None else batch.state[:, :1])
+    seen = batch.latents if batch.history is None else batch.history
+    rollout.observe(seen[:, :1], None if batch.state is None else batch.state[:, :1])
     while first < transitions:
         last = min(first + plan.chunk_frames, transitions)
         chunks.append(rollout.plan_chunk(plan, frames=last - first, generator=generator))
         states = None if batch.state is None else batch.state[:, first + 1 : last + 1]
-        rollout.observe(batch.latents[:, first + 1 : last + 1], states, batch.actions[:, first:last])
+        rollout.observe(seen[:, first + 1 : last + 1], states, batch.actions[:, first:last])
         first = last
     imagined = [chunk.latents for chunk in chunks if chunk.latents is not None]
     actions = torch.cat([chunk.actions for chunk in chunks], dim=1)

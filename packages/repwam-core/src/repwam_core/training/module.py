@@ -51,6 +51,7 @@ from repwam_core.training.parallel import (
     gather_for_sampling,
     prepare_layers,
 )
+from repwam_core.training.tuning import TunedTokenizer, TuneTokenizer
 
 if TYPE_CHECKING:
     from repwam_core.data.episodes import EpisodeStore
@@ -79,6 +80,8 @@ class WAMTraining(L.LightningModule):
         seed: of every draw; draws depend on (seed, step, rank) only, and those of packed episodes on (seed, episode,
             visit), wherever they are packed.
         scale: what training trades at scale: recomputation, compilation, attention, sharded initialisation.
+        tune_tokenizer: the tokenizer's last blocks are trained, too, by what the policy needs of its history; off by
+            default (docs/decisions/078).
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class WAMTraining(L.LightningModule):
         ema_decay: Decay = 0.999,
         seed: Seed = 0,
         scale: ScaleSettings | None = None,
+        tune_tokenizer: TuneTokenizer | None = None,
     ) -> None:
         super().__init__()
         check_arguments(WAMTraining.__init__, locals())
@@ -112,6 +116,10 @@ class WAMTraining(L.LightningModule):
         self._finite = FiniteCheck()
         self.wam: WorldActionModel | None = None
         self.ema: ExponentialMovingAverage | None = None
+        self.tune_settings = tune_tokenizer
+        self.tuned: TunedTokenizer | None = None
+        if tune_tokenizer is not None and space == LATENT_SPACE:
+            raise UserError("tune_tokenizer is of stage two: latent actions were made of the latents as they are")
 
     # -- building ------------------------------------------------------------------------------------------------
 
@@ -139,6 +147,20 @@ class WAMTraining(L.LightningModule):
                 raise UserError(f"scale.residual: bfloat16 needs trainer.precision bf16-mixed, {told}")
             prepare_layers(self.wam, self.scale)
             self.ema = ExponentialMovingAverage(self.wam, self.ema_decay)
+            if self.tune_settings is not None:
+                self._tune(self.tune_settings)
+
+    def _tune(self, settings: TuneTokenizer) -> None:
+        stores = self._mixture().stores
+        packed = self.trainer.datamodule.packing is not None  # type: ignore[attr-defined]
+        if len(stores) > 1 or packed or isinstance(self.trainer.strategy, ShardedStrategy):
+            raise UserError(
+                "tune_tokenizer takes segments of one data set and a whole model on each device; remove data.packing, "
+                "data.data_sets and the sharded strategy"
+            )
+        if self._model().config.joint_actions:
+            raise UserError("tune_tokenizer: joint prediction has actions among its latents; adapt the model first")
+        self.tuned = TunedTokenizer(settings, stores[0], self.ema_decay)
 
     def configure_model(self) -> None:
         """Nothing: `setup` has built the model, sharded where the strategy asks for it."""
@@ -149,13 +171,15 @@ class WAMTraining(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """One optimizer, linear warmup, then a cosine over the trainer's `max_steps`."""
-        return configure_optimizer(self, self.optimizer_settings, self._model())
+        slower = None if self.tuned is None else (self.tuned, self.tuned.lr_factor)
+        return configure_optimizer(self, self.optimizer_settings, self._model(), slower)
 
     # -- training ------------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
         """Put the averaged weights where the model is, and say which channels are not ordinary."""
-        self._average().to(self.device)
+        for average in self._averages():
+            average[0].to(self.device)
         if self.global_rank == 0 and self.space != LATENT_SPACE:
             for store in self._mixture().stores:
                 for line in store.statistics.remarks():
@@ -168,7 +192,7 @@ class WAMTraining(L.LightningModule):
             keys = [self._mixture().stores[piece.data_set].keys[piece.episode] for piece in batch.pieces]
         else:
             key = (self.seed, self.trainer.global_step, self.global_rank, batch_idx)
-            losses = self._loss(batch, self._drawn_chunks(batch), key)
+            losses = self._loss(self._with_history(batch), self._drawn_chunks(batch), key)
             keys = [self._store().keys[i] for i in batch.episode.tolist()]
         whole = self._log_loss("train", over_ranks([losses.terms]))
         found = {"loss": whole.total, "video": whole.video, "action": whole.action}
@@ -189,7 +213,8 @@ class WAMTraining(L.LightningModule):
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
         """Step, then average the weights at once: a checkpoint taken after this step holds both."""
         super().optimizer_step(*arguments, **options)
-        self._average().update(self._model())
+        for average, model in self._averages():
+            average.update(model)
 
     # -- validation ----------------------------------------------------------------------------------------------
 
@@ -205,6 +230,7 @@ class WAMTraining(L.LightningModule):
     def validation_step(self, batch: SegmentBatch, batch_idx: int) -> None:
         """Loss at fixed noise, and errors of actions and video sampled after each true prefix."""
         chunks = equal_chunks(batch.valid.shape[1], self.plan.chunk_frames)
+        batch = self._with_history(batch)
         self._held_out.append(self._loss(batch, chunks, (self.seed, 2**31, batch_idx)).terms)
         if self._model().config.joint_actions:
             return  # a rollout plans action tokens, of which this stage has none
@@ -227,13 +253,15 @@ class WAMTraining(L.LightningModule):
                 self._swap_in_average()
 
     def _swap_in_average(self) -> None:
-        self._average().to(self.device).swap_in(self._model())
+        for average, model in self._averages():
+            average.to(self.device).swap_in(model)
         gather_for_sampling(self._model(), gathered=True)
 
     def _swap_in_live(self) -> None:
         if self._average().live is not None:
             gather_for_sampling(self._model(), gathered=False)
-            self._average().swap_out(self._model())
+            for average, model in self._averages():
+                average.swap_out(model)
 
     def on_validation_epoch_end(self) -> None:
         """Log the loss over all ranks' held-out numbers, and what was sampled, of each data set by itself."""
@@ -262,6 +290,7 @@ class WAMTraining(L.LightningModule):
         if self._model().config.joint_actions:
             raise UserError("joint prediction has no action tokens to plan; predict with the adapted model")
         store, generator = self._mixture().stores[batch.data_set], torch.Generator().manual_seed(batch_idx)
+        batch = self._with_history(batch)
         actions, latents = sample_segments(
             self._model(), batch, self.plan, space=self.space, grid=store.meta.grid, generator=generator
         )
@@ -288,6 +317,8 @@ class WAMTraining(L.LightningModule):
             del average["average"]  # the strategy writes it, each rank its part
         else:  # during a validation the model holds averages
             live = {f"wam.{name}": weight for name, weight in (self._average().live or {}).items()}
+            if self.tuned is not None:
+                live |= {f"tuned.tokenizer.{n}": weight for n, weight in (self.tuned.average.live or {}).items()}
             checkpoint["state_dict"] = checkpoint["state_dict"] | live
         described = {
             "config": self._model().config.to_dict(),
@@ -302,6 +333,8 @@ class WAMTraining(L.LightningModule):
             "state_channels": list(store.state_channels),
         }
         checkpoint[CHECKPOINT_KEY] = {"ema": average, "json": json.dumps(described)}
+        if self.tuned is not None:
+            checkpoint[CHECKPOINT_KEY]["tokenizer"] = self.tuned.average.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the averaged weights over, and the scaling that the run began with; the data must be the same.
@@ -326,6 +359,12 @@ class WAMTraining(L.LightningModule):
                 store.scale_by(began)
         if not isinstance(self.trainer.strategy, ShardedStrategy):
             self._average().load_state_dict(checkpoint[CHECKPOINT_KEY]["ema"])
+        tuned = checkpoint[CHECKPOINT_KEY].get("tokenizer")
+        if (tuned is None) != (self.tuned is None):
+            told = "without it" if tuned is None else "with it"
+            raise UserError(f"model.tune_tokenizer: the run that goes on was begun {told}; resume it so")
+        if self.tuned is not None:
+            self.tuned.average.load_state_dict(tuned)
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
@@ -405,6 +444,14 @@ class WAMTraining(L.LightningModule):
         if self.wam is None:
             raise RuntimeError("the model is built in setup, which has not run")
         return self.wam
+
+    def _with_history(self, batch: SegmentBatch) -> SegmentBatch:
+        return batch if self.tuned is None else self.tuned.with_history(batch)
+
+    def _averages(self) -> list[tuple[ExponentialMovingAverage, torch.nn.Module]]:
+        """Every average with the module that it is of."""
+        found: list[tuple[ExponentialMovingAverage, torch.nn.Module]] = [(self._average(), self._model())]
+        return found if self.tuned is None else [*found, (self.tuned.average, self.tuned.tokenizer)]
 
     def _average(self) -> ExponentialMovingAverage:
         if self.ema is None:

@@ -179,8 +179,8 @@ class TokenLayout:
 
     @cached_property
     def documents(self) -> int:
-        """How many documents are packed."""
-        return int(self.document.max()) + 1 if len(self) else 0
+        """How many documents are packed, also where only some of their tokens were taken."""
+        return int(self.levels.document.max()) + 1 if len(self.levels) else 0
 
     @cached_property
     def streams(self) -> TokenLayout:
@@ -393,6 +393,71 @@ def concat(layouts: Sequence[TokenLayout]) -> TokenLayout:
     return TokenLayout(**whole, levels=NoiseLevels(**table), group=math.gcd(*(layout.group for layout in layouts)))
 
 
+@dataclass(frozen=True, eq=False)
+class AheadTokens:
+    """What one look-ahead layer predicts: noisy tokens that have a token at their place in the chunk before.
+
+    Attributes:
+        layout: these tokens, in `streams` order.
+        video, actions: which of the noisy video and action tokens of the whole layout they are.
+        video_before, actions_before: for each of them the token at its place in the chunk before, counted among the
+            tokens of the layer before: the first layer's are all noisy tokens.
+        asked: whether anything is to be learned. A layer that has nothing to predict gets some frame with itself
+            before it, so that all ranks run all layers.
+    """
+
+    layout: TokenLayout
+    video: Int[Tensor, " m_video"]
+    actions: Int[Tensor, " m_action"]
+    video_before: Int[Tensor, " m_video"]
+    actions_before: Int[Tensor, " m_action"]
+    asked: bool
+
+
+def look_ahead_tokens(layout: TokenLayout, layers: int) -> tuple[AheadTokens, ...]:
+    """The tokens of look-ahead layers 1, 2, ...: layer k predicts chunk c + k from what was made of chunk c.
+
+    With chunks 1 2 3 of one document layer 1 has the tokens of 2 3, layer 2 those of 3. Nothing is asked beyond the
+    last chunk of a document, nor at places that one of the chunks before does not have.
+    """
+    streams, videos = layout.streams, len(layout.noisy_video)
+    here = streams.take(streams.noisy.nonzero()[:, 0])  # what the layer before has: all video, then all actions
+    number = torch.arange(len(here))  # of each of its tokens, among all noisy ones
+    steps = []
+    for _ in range(layers):
+        place, before = _chunk_before(here)
+        if not (asked := len(place) > 0):
+            place = before = ((here.document == here.document[0]) & (here.frame == here.frame[0])).nonzero()[:, 0]
+        is_video, videos_before = here.modality[place] == Modality.VIDEO, len(here.video)
+        here, number = here.take(place), number[place]
+        steps.append(
+            AheadTokens(
+                layout=here,
+                video=number[is_video],
+                actions=number[~is_video] - videos,
+                video_before=before[is_video],
+                actions_before=before[~is_video] - videos_before,
+                asked=asked,
+            )
+        )
+    return tuple(steps)
+
+
+def _chunk_before(noisy: TokenLayout) -> tuple[Int[Tensor, " m"], Int[Tensor, " m"]]:
+    """Those of some noisy tokens that have one at their place in the chunk before, and these."""
+    names = ("modality", "document", "chunk", "offset", "view", "row", "col", "vector")
+    fields_of = {name: getattr(noisy, name) for name in names if name != "offset"}
+    fields_of["offset"] = noisy.frame - noisy.chunk_start
+    columns = np.stack([fields_of[name].numpy() for name in names])
+    sizes = columns.max(1, initial=0) + 1
+    key = np.ravel_multi_index(tuple(columns), tuple(sizes))  # one number for each token's place
+    wanted = key - math.prod(sizes[3:].tolist())  # the same place with the number of its chunk one less
+    order = key.argsort()
+    found = np.searchsorted(key, wanted, sorter=order).clip(max=max(len(key) - 1, 0))
+    matches = np.flatnonzero(key[order[found]] == wanted)
+    return torch.from_numpy(matches), torch.from_numpy(order[found[matches]])
+
+
 def _check_sizes(grid: tuple[int, int, int], vectors: int, chunk_sizes: tuple[int, ...]) -> None:
     if len(grid) != 3 or min(grid) < 1:
         raise UserError(f"grid: expected (views, rows, columns), each at least 1, got {grid}.")
@@ -595,10 +660,12 @@ class Velocities:
     Attributes:
         video: in the order of `layout.noisy_video`.
         actions: in the order of `layout.noisy_actions`.
+        ahead: of the tokens of each look-ahead layer that ran, in the order of its `AheadTokens`.
     """
 
     video: Float[Tensor, "b n_noisy_video d"]
     actions: Float[Tensor, "b n_noisy_action c"]
+    ahead: tuple[Velocities, ...] = ()
 
 
 def document_inputs(

@@ -100,6 +100,8 @@ class WAMTraining(L.LightningModule):
         check_arguments(WAMTraining.__init__, locals())
         if init_from is not None and wam:
             raise UserError(f"init_from keeps the config of {init_from}; remove these fields of wam: {sorted(wam)}")
+        if "look_ahead" in (wam or {}):
+            raise UserError("wam.look_ahead: layers that look ahead are training's; give loss.look_ahead in its place")
         self.preset, self.wam_fields, self.init_from = preset, dict(wam or {}), init_from
         self.space, self.use_state = space, use_state
         self.chunks = ChunkSpec(smallest=chunk_sizes[0], largest=chunk_sizes[1])
@@ -172,6 +174,7 @@ class WAMTraining(L.LightningModule):
             keys = [self._store().keys[i] for i in batch.episode.tolist()]
         whole = self._log_loss("train", over_ranks([losses.terms]))
         found = {"loss": whole.total, "video": whole.video, "action": whole.action}
+        found |= {} if whole.look_ahead is None else {"look_ahead": whole.look_ahead}
         self._finite.note(found, lambda: f"episodes {keys}")
         return losses.total
 
@@ -350,8 +353,11 @@ class WAMTraining(L.LightningModule):
         noise = self.with_noise(batch).noise
         assert noise is not None
         chunk_sizes = [equal_chunks(piece.transitions, self.chunk_size(batch)) for piece in batch.pieces]
-        weight, noise = self.loss_settings.action_weight, noise.to(batch.documents.latents.device)
-        return documents_loss(self._model(), batch.documents, chunk_sizes, noise, self.space, weight, self._attention)
+        weights = self.loss_settings.action_weight, self.loss_settings.look_ahead_weight
+        documents, noise = batch.documents, noise.to(batch.documents.latents.device)
+        return documents_loss(
+            self._model(), documents, chunk_sizes, noise, self.space, *weights, attention=self._attention
+        )
 
     def with_noise(self, batch: PackedBatch) -> PackedBatch:
         """The same sequence with its noise, drawn episode by episode: by their pieces, whatever they are packed with.
@@ -385,8 +391,10 @@ class WAMTraining(L.LightningModule):
 
     def _log_loss(self, split: str, terms: LossTerms) -> WAMLoss:
         """Log Eq. 7 over all ranks' numbers, and return it."""
-        losses = combined([terms], self.loss_settings.action_weight)
+        losses = combined([terms], self.loss_settings.action_weight, self.loss_settings.look_ahead_weight)
         rows = {"loss": losses.total, "video": losses.video, "action": losses.action}
+        if losses.look_ahead is not None:
+            rows["look_ahead"] = losses.look_ahead
         synced = split != "train" and self.trainer.world_size > 1
         self.log_dict({f"{split}/{name}": value for name, value in rows.items()}, sync_dist=synced)
         return losses

@@ -292,6 +292,7 @@ def training_layout(
     *,
     state: bool = False,
     action_history: bool = True,
+    vector_levels: bool = False,
 ) -> TokenLayout:
     """One document, clean and noisy, for teacher forcing in one pass.
 
@@ -302,6 +303,7 @@ def training_layout(
         vectors: action vectors a per transition; 0 where the video expert predicts the actions and they have no tokens.
         state: whether a state token stands with each clean frame.
         action_history: whether clean action tokens are part of the sequence.
+        vector_levels: whether every noisy action vector has a noise level of its own, in place of one for each chunk.
     """
     _check_sizes(grid, vectors, chunk_sizes)
     if frames < 2 or sum(chunk_sizes) != frames - 1:
@@ -315,11 +317,15 @@ def training_layout(
     every = np.stack([np.arange(frames), chunk, np.repeat(np.cumsum(sizes) - sizes, sizes)])
     # Levels: clean video of chunks 0 .. N, clean actions and states, noisy video and noisy actions of chunks 1 .. N.
     levels = [(c, Modality.VIDEO, False) for c in range(chunks + 1)] + [(0, Modality.ACTION, False)]
-    levels += [(c, modality, True) for modality in (Modality.VIDEO, Modality.ACTION) for c in range(1, chunks + 1)]
+    levels += [(c, Modality.VIDEO, True) for c in range(1, chunks + 1)]
+    of_actions = chunk[1:].repeat(vectors) if vector_levels else range(1, chunks + 1)
+    levels += [(int(c), Modality.ACTION, True) for c in of_actions]
     # With N chunks: clean video of chunk c is level c, the clean side N + 1, noisy video N + 1 + c, noisy actions
-    # 2 N + 1 + c.
+    # 2 N + 1 + c, or from 2 N + 2 on one vector after the other.
     clean = _clean(every, chunk, chunks + 1, grid, vectors, state, action_history)
     noisy = _noisy(every[:, 1:], chunk[1:] + chunks + 1, chunk[1:] + 2 * chunks + 1, grid, vectors)
+    if vector_levels:
+        noisy[1]["level"] = 2 * chunks + 2 + np.arange((frames - 1) * vectors)
     return _layout([*clean, *noisy], levels, grid)
 
 
@@ -353,15 +359,18 @@ def chunk_layout(
     *,
     video: bool = True,
     actions: bool = True,
+    committed: int = 0,
 ) -> TokenLayout:
     """One noisy chunk: what is to be predicted, `frames` frames from `first_frame` on, or one modality of it.
 
-    Its levels are noisy video (0) and noisy actions (1).
+    Its levels are noisy video (0), noisy actions (1) and, where so many first vectors are `committed`, these (2).
     """
     every = _one_chunk(first_frame, frames, chunk, grid, vectors)
     of_video, of_actions = _noisy(every, np.zeros(frames, int), np.ones(frames, int), grid, vectors)
+    of_actions["level"][:committed] = 2
     tokens = [of_video] * video + [of_actions] * actions
-    return _layout(tokens, [(chunk, Modality.VIDEO, True), (chunk, Modality.ACTION, True)], grid)
+    levels = [(chunk, Modality.VIDEO, True), (chunk, Modality.ACTION, True), (chunk, Modality.ACTION, True)]
+    return _layout(tokens, levels if committed else levels[:2], grid)
 
 
 def _one_chunk(

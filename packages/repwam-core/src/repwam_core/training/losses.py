@@ -31,6 +31,7 @@ from repwam_core.model.sequence import (
     training_layout,
 )
 from repwam_core.model.wam import WorldActionModel
+from repwam_core.sampling import MOST_STEPS
 
 Batch = TypeVar("Batch", SegmentBatch, Documents)
 
@@ -47,6 +48,9 @@ class LossSettings:
             loss: what actions meet at inference when the video is left unsolved.
         history_noise: clean video is noised by a level uniform in [0, this], one per chunk, which the model is told.
         text_drop_prob: share of samples trained without their instruction, for "no instruction" and for guidance.
+        delay: most action vectors at the beginning of a chunk that are given as committed, without noise, and not
+            learned; how many is drawn for each sample and chunk, 0 .. this. What a robot carries out while it plans, in
+            control steps (docs/decisions/082).
         look_ahead: chunks after the predicted one that further layers predict, in training alone; 0 for none, and no
             such layers (docs/decisions/081).
         look_ahead_weight: weight of their loss, Eq. 7 again, its means over what all of them predict.
@@ -58,6 +62,7 @@ class LossSettings:
     video_noise_prob: Share = 0.0
     history_noise: Share = 0.0
     text_drop_prob: Share = 0.0
+    delay: Annotated[int, msgspec.Meta(ge=0, le=MOST_STEPS)] = 0
     look_ahead: Annotated[int, msgspec.Meta(ge=0, le=MOST_LOOK_AHEAD)] = 0
     look_ahead_weight: Above0 = 0.3
 
@@ -149,7 +154,8 @@ def documents_loss(
     joint = wam.config.joint_actions
     documents = from_chunk_starts(documents, [size for sizes in chunk_sizes for size in sizes])
     documents = with_joint_actions(documents) if joint else documents
-    layout = documents_layout(wam, documents, chunk_sizes, space)
+    layout = documents_layout(wam, documents, chunk_sizes, space, vector_levels=noise.committed is not None)
+    noise = with_committed(noise, layout)
     inputs = noised_inputs(documents, layout, noise, space)
     if attention is None:
         attention = partial(_blocked_attention, wam, documents.latents.device)
@@ -186,14 +192,17 @@ def _learned(step: AheadTokens, documents: Documents) -> Bool[Tensor, " transiti
 
 
 def documents_layout(
-    wam: WorldActionModel, documents: Documents, chunk_sizes: Sequence[tuple[int, ...]], space: str
-) -> TokenLayout:
+    wam: WorldActionModel, documents: Documents, chunk_sizes: Sequence[tuple[int, ...]], space: str,
+    *, vector_levels: bool = False,
+) -> TokenLayout:  # fmt: skip
     """The tokens of documents in one sequence of `wam`, on the CPU."""
     state = wam.config.has_state(space) and documents.state is not None
     vectors, history = documents.actions.shape[2], wam.config.action_history
     return concat(
         [
-            training_layout(sum(sizes) + 1, sizes, grid, vectors, state=state, action_history=history)
+            training_layout(
+                sum(sizes) + 1, sizes, grid, vectors, state=state, action_history=history, vector_levels=vector_levels
+            )
             for sizes, grid in zip(chunk_sizes, documents.grids, strict=True)
         ]
     )
@@ -269,7 +278,28 @@ def draw_noise(
         history_t=1 - level,
         video_off=video_off[:, None],
         text_off=text_off[:, None],
+        committed=torch.randint(settings.delay + 1, (b, chunks), generator=generator, device=device)
+        if settings.delay
+        else None,
     )
+
+
+def with_committed(noise: Noise, layout: TokenLayout) -> Noise:
+    """The same draws for each action vector of a layout with `vector_levels`: those committed are at time 1.
+
+    Example: of a chunk of four vectors at time 0.3, two committed, the times are 1, 1, 0.3, 0.3.
+    """
+    if noise.committed is None:
+        return noise
+    levels, of_actions = layout.levels, layout.levels.noisy_actions
+    of_vector = torch.stack([levels.document[of_actions], levels.chunk[of_actions]])
+    begins = pad((of_vector[:, 1:] != of_vector[:, :-1]).any(0), (1, 0), value=True)
+    chunk = begins.long().cumsum(0) - 1  # of each vector, counted over all documents
+    place = torch.arange(len(chunk)) - begins.nonzero()[:, 0][chunk]  # in its chunk
+    device = noise.committed.device
+    known = place.to(device) < noise.committed.index_select(1, chunk.to(device))
+    action_t = noise.action_t.index_select(1, chunk.to(device)).masked_fill(known, 1.0)
+    return replace(noise, action_t=action_t, known=known)
 
 
 def noised_inputs(documents: Documents, layout: TokenLayout, noise: Noise, space: str) -> WAMInputs:
@@ -329,7 +359,7 @@ def loss_terms(
         valid, video_on = valid & learned.to(device), video_on & learned.to(device)
     video_mask = valid & video_on
     data = documents.latents.index_select(1, documents.predicted.to(device))
-    error = velocities.video.float() - velocity_target(noise.video, data)
+    error, action_count = velocities.video.float() - velocity_target(noise.video, data), None
     if joint:
         of_frame = error.new_zeros(*valid.shape, joint)
         action_values = of_frame.index_add(1, transition, error[..., -joint:] * share[:, None]).square()
@@ -342,8 +372,13 @@ def loss_terms(
         of_actions = actions.float() - velocity_target(noise.actions, documents.actions)
         action_values = reduce(of_actions.square(), "b frames a c -> b frames c", "mean")
         action_mask = valid[..., None] & documents.channel_mask.index_select(1, of_transition)
+        if noise.known is not None:  # what is left of a transition counts by how many of its vectors are left
+            left = (~noise.known).float().unflatten(1, of_actions.shape[1:3])
+            action_values = reduce(of_actions.square() * left[..., None], "b frames a c -> b frames c", "mean")
+            action_count = (action_mask * left.mean(2)[..., None]).sum()
     video = error.square().mean(-1) * (share * video_mask.index_select(1, transition))
-    return LossTerms(video.sum(), video_mask.sum(), (action_values * action_mask).sum(), action_mask.sum())
+    counts = video_mask.sum(), action_mask.sum() if action_count is None else action_count
+    return LossTerms(video.sum(), counts[0], (action_values * action_mask).sum(), counts[1])
 
 
 def combined(

@@ -104,8 +104,8 @@ class WAMTraining(L.LightningModule):
             raise UserError("wam.look_ahead: layers that look ahead are training's; give loss.look_ahead in its place")
         self.preset, self.wam_fields, self.init_from = preset, dict(wam or {}), init_from
         self.space, self.use_state = space, use_state
-        self.chunks = ChunkSpec(smallest=chunk_sizes[0], largest=chunk_sizes[1])
         self.loss_settings = loss or LossSettings()
+        self.chunks = ChunkSpec(smallest=chunk_sizes[0], largest=chunk_sizes[1], delay=self.loss_settings.delay)
         self.optimizer_settings = optimizer or OptimizerSettings()
         self.plan = plan or SamplingConfig()
         self.chunks.require(self.plan.chunk_frames)
@@ -139,6 +139,7 @@ class WAMTraining(L.LightningModule):
             if self.scale.residual == "bfloat16" and self.trainer.precision != "bf16-mixed":
                 told = f"which computes norms in float32; got {self.trainer.precision}"
                 raise UserError(f"scale.residual: bfloat16 needs trainer.precision bf16-mixed, {told}")
+            self._check_delay()
             prepare_layers(self.wam, self.scale)
             self.ema = ExponentialMovingAverage(self.wam, self.ema_decay)
 
@@ -297,7 +298,7 @@ class WAMTraining(L.LightningModule):
             "space": self.space,
             "text_encoder": store.text_encoder,
             "plan": asdict(self.plan),
-            "chunks": asdict(self.chunks),
+            "chunks": self.chunks.to_dict(),
             "split_of_0_1": self.trainer.datamodule.split_of_0_1,  # type: ignore[attr-defined]
             **_described(store),
             "data_sets": [_described(store) for store in self._mixture().stores],
@@ -314,6 +315,12 @@ class WAMTraining(L.LightningModule):
         if CHECKPOINT_KEY not in checkpoint:
             raise UserError("this checkpoint was not written by `repwam fit`: it holds no averaged weights")
         stored = json.loads(checkpoint[CHECKPOINT_KEY]["json"])
+        before, now = stored["config"].get("look_ahead", 0), self._model().config.look_ahead
+        if before != now:
+            raise UserError(
+                f"the checkpoint was trained with loss.look_ahead {before}, this run has {now}; resume "
+                f"with {before}, or start from its exported weights"
+            )
         if stored.get("split_of_0_1", "chunks" not in stored):
             self.trainer.datamodule.keep_split_of_0_1()  # type: ignore[attr-defined]
         expected = [Statistics.from_dict(entry["statistics"]) for entry in stored["data_sets"]]
@@ -331,6 +338,18 @@ class WAMTraining(L.LightningModule):
             self._average().load_state_dict(checkpoint[CHECKPOINT_KEY]["ema"])
 
     # -- parts ---------------------------------------------------------------------------------------------------
+
+    def _check_delay(self) -> None:
+        """Some action of every chunk must be left to learn."""
+        config, delay = self._model().config, self.chunks.delay
+        vectors = self.chunks.smallest * config.space(self.space).vectors_per_transition
+        if delay and config.joint_actions:
+            raise UserError("loss.delay: joint prediction has no action tokens that could be committed; leave it at 0")
+        if delay >= vectors:
+            raise UserError(
+                f"loss.delay: expected less than the {vectors} action vectors of the smallest chunk "
+                f"(model.chunk_sizes), got {delay}"
+            )
 
     def _split(self) -> str:
         """What its held-out numbers are logged under."""

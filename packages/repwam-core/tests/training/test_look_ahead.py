@@ -185,6 +185,28 @@ def _mean(whole: WAMLoss) -> torch.Tensor:
     return ahead.video / ahead.video_count + 0.7 * ahead.action / ahead.action_count
 
 
+def test_committed_actions_of_later_chunks_are_not_learned_again():
+    wam, sizes = model(), (1, 1, 1)
+    documents, noise = drawn(sizes, settings=LossSettings(delay=1))
+    noise = replace(noise, committed=torch.tensor([[1, 0, 1]]))
+    terms = documents_loss(wam, documents, [sizes], noise, "robot", 1.0).terms
+    assert terms.action_count == 3 * (0.5 + 1 + 0.5)  # of three channels the mean over each transition's vectors
+    assert terms.ahead.action_count == 3 * (1 + 0.5) + 3 * 0.5
+
+
+def test_packed_documents_with_committed_actions_learn_as_each_alone():
+    chunks, settings = [(2, 1), (1, 1, 1)], LossSettings(delay=1)
+    wam = model(0)
+    terms = []
+    for sizes in ((chunks[0],), (chunks[1],), chunks):
+        documents, noise = drawn(*sizes, settings=settings)
+        counts = torch.cat([torch.arange(len(one)) % 2 for one in sizes])[None]
+        noise = replace(noise, committed=counts)
+        terms.append(documents_loss(wam, documents, list(sizes), noise, "robot", 1.0).terms)
+    torch.testing.assert_close(terms[0].action + terms[1].action, terms[2].action, atol=1e-5, rtol=1e-5)
+    assert terms[0].action_count + terms[1].action_count == terms[2].action_count
+
+
 def test_nothing_is_learned_beyond_an_episodes_end():
     wam, sizes = model(1), (1, 1, 1)
     documents, noise = drawn(sizes)

@@ -116,6 +116,7 @@ class TokenLayout:
         level: index into `levels`.
         levels: the noise levels.
         group: a number of tokens such that the video tokens of any frame are a whole number of such groups.
+        room: tokens that attention makes room for at least: layouts of many lengths then need one compiled kernel.
     """
 
     document: Int[Tensor, " n"]
@@ -132,6 +133,7 @@ class TokenLayout:
     level: Int[Tensor, " n"]
     levels: NoiseLevels
     group: int
+    room: int = 0
 
     def __len__(self) -> int:
         return len(self.document)
@@ -206,7 +208,7 @@ class TokenLayout:
         return {}
 
 
-_TOKEN_FIELDS = tuple(item.name for item in fields(TokenLayout) if item.name not in ("levels", "group"))
+_TOKEN_FIELDS = tuple(item.name for item in fields(TokenLayout) if item.name not in ("levels", "group", "room"))
 
 Columns = dict[str, np.ndarray]
 """The fields of some tokens, and `order`, which sorts them among others."""
@@ -431,6 +433,7 @@ def look_ahead_tokens(layout: TokenLayout, layers: int) -> tuple[AheadTokens, ..
     """
     streams, videos = layout.streams, len(layout.noisy_video)
     here = streams.take(streams.noisy.nonzero()[:, 0])  # what the layer before has: all video, then all actions
+    here = replace(here, room=len(here))
     number = torch.arange(len(here))  # of each of its tokens, among all noisy ones
     steps = []
     for _ in range(layers):

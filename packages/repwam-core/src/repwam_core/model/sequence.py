@@ -462,7 +462,7 @@ def _chunk_before(noisy: TokenLayout) -> tuple[Int[Tensor, " m"], Int[Tensor, " 
     fields_of["offset"] = noisy.frame - noisy.chunk_start
     columns = np.stack([fields_of[name].numpy() for name in names])
     sizes = columns.max(1, initial=0) + 1
-    key = np.ravel_multi_index(tuple(columns), tuple(sizes))  # one number for each token's place
+    key = np.asarray(np.ravel_multi_index(tuple(columns), tuple(sizes)))  # one number for each token's place
     wanted = key - math.prod(sizes[3:].tolist())  # the same place with the number of its chunk one less
     order = key.argsort()
     found = np.searchsorted(key, wanted, sorter=order).clip(max=max(len(key) - 1, 0))

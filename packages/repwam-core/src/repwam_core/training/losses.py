@@ -179,7 +179,7 @@ def _ahead_terms(
     """`loss_terms` of what one look-ahead layer predicts, at its places among all that `whole` predicts."""
     pairs = (whole.video, ahead.video, step.video), (whole.actions, ahead.actions, step.actions)
     placed = [torch.zeros_like(x).index_copy(1, to_device(at, x.device), y) for x, y, at in pairs]
-    return loss_terms(Velocities(*placed), documents, noise, joint, learned=_learned(step, documents))
+    return loss_terms(Velocities(placed[0], placed[1]), documents, noise, joint, learned=_learned(step, documents))
 
 
 def _learned(step: AheadTokens, documents: Documents) -> Bool[Tensor, " transitions"]:
@@ -407,12 +407,13 @@ def over_ranks(terms: Sequence[LossTerms]) -> LossTerms:
     values = torch.stack([value for part in parts for value in _numbers(part)]).detach().double()
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(values)
-    of_parts = [LossTerms(*part) for part in values.float().unflatten(0, (-1, 4))]
+    of_parts = [LossTerms(a, b, c, d) for a, b, c, d in values.float().unflatten(0, (-1, 4))]
     return replace(of_parts[0], ahead=of_parts[1]) if of_parts[1:] else of_parts[0]
 
 
 def _summed(terms: Sequence[LossTerms]) -> LossTerms:
-    summed = LossTerms(*(torch.stack(part).sum() for part in zip(*map(_numbers, terms), strict=True)))
+    numbers = [torch.stack(part).sum() for part in zip(*map(_numbers, terms), strict=True)]
+    summed = LossTerms(numbers[0], numbers[1], numbers[2], numbers[3])
     ahead = [term.ahead for term in terms if term.ahead is not None]
     return replace(summed, ahead=_summed(ahead)) if ahead else summed
 

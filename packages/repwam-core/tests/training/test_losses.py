@@ -168,7 +168,7 @@ def test_a_drawn_delay_changes_no_other_draw_and_is_drawn_for_every_chunk():
 def test_committed_actions_are_given_without_noise_and_not_learned():
     """Chunks of two transitions and one, two vectors each: three committed, and in the second sample none; then one."""
     batch = _batch(b=2)
-    noise = draw_noise(batch, 2, LossSettings(delay=3), _generator())
+    noise = draw_noise(batch, 2, LossSettings(delay=3), _generator(1))
     noise = replace(noise, committed=torch.tensor([[3, 1], [0, 1]]))
     layout = training_layout(4, (2, 1), GRID, 2, state=True, vector_levels=True)
     placed = with_committed(noise, layout)

@@ -281,6 +281,7 @@ def _layout(
         position=torch.from_numpy(position),
         levels=NoiseLevels(torch.zeros_like(chunk), chunk, modality, is_noisy.bool()),
         group=math.prod(grid),
+        room=0,
         **{name: torch.from_numpy(values) for name, values in columns.items()},
     )
 
@@ -401,7 +402,8 @@ def concat(layouts: Sequence[TokenLayout]) -> TokenLayout:
     names = [item.name for item in fields(NoiseLevels)]
     table = {name: torch.cat([getattr(layout.levels, name) for layout in layouts]) for name in names}
     table["document"] += first_document.repeat_interleave(levels)
-    return TokenLayout(**whole, levels=NoiseLevels(**table), group=math.gcd(*(layout.group for layout in layouts)))
+    group = math.gcd(*(layout.group for layout in layouts))
+    return TokenLayout(**whole, levels=NoiseLevels(**table), group=group, room=0)
 
 
 @dataclass(frozen=True, eq=False)

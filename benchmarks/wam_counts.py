@@ -139,7 +139,7 @@ def step_work(config: WAMConfig, count: int, transitions: int, *, packed: bool, 
         return make_attention(layout, config.coupling, config.window, attention, "meta")
 
     with FusedAttention(), DeviceWork("meta") as work:
-        documents_loss(wam, documents, sizes, noise, "robot", 1.0, attend).total.backward()
+        documents_loss(wam, documents, sizes, noise, "robot", 1.0, attention=attend).total.backward()
     return work
 
 

@@ -7,6 +7,8 @@ the same number of world-model steps, and drives the same unseen layouts:
 - `stages`: two stages | robot actions from the start, without latent actions | joint prediction (the paper's
   Table 4, docs/decisions/033)
 - `optimizer`: the paper's Muon at its 1e-2, as the quickstart | AdamW at 1e-3
+- `ahead`: nothing | layers that predict the next one and three chunks in training (docs/decisions/081)
+- `delay`: nothing | up to half a latent frame of actions given as committed in training (docs/decisions/082)
 - `aim`: what lets the same budget hit small objects: noisier or weightier actions, demonstrations pushed aside all the
   way, half the batch for twice the steps
 - `tasks`: why drawer-open, door-lock and push fail more often: 64 pixels and one camera, against 128 pixels, a second
@@ -113,6 +115,12 @@ QUESTIONS: dict[str, dict[str, Arm]] = {
         "history of 4 frames": Arm(wam=(("window", "4"),)),
         "chunks of 2 frames": Arm(fit=("--model.chunk_sizes=[2,2]", "--model.plan.chunk_frames=2")),
     },
+    "ahead": {
+        "nothing": Arm(),
+        "one chunk ahead": Arm(fit=("--model.loss.look_ahead=1",)),
+        "three chunks ahead": Arm(fit=("--model.loss.look_ahead=3",)),
+    },
+    "delay": {"no delay": Arm(), "up to two steps of delay": Arm(fit=("--model.loss.delay=2",))},
     "aim": {
         "as the quickstart": Arm(),
         "noisier actions": Arm(fit=("--model.loss.action_shift=5.0",)),

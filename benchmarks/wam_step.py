@@ -5,7 +5,10 @@ window 1; loss, backward, gradient clip, AdamW and the average of the weights. R
 process of its own; they take turns, so that other load on the machine falls on all alike. Losses are printed too: they
 must agree.
 
-    uv run python benchmarks/wam_step.py [--against OTHER_CHECKOUT] [--threads 1] [--rounds 5] [--steps 4]
+    uv run python benchmarks/wam_step.py [--against OTHER_CHECKOUT] [--look-ahead 1 3] [--threads 1] [--rounds 5]
+        [--steps 4]
+
+`--look-ahead` measures this checkout with so many look-ahead layers, too (docs/decisions/081).
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -22,8 +26,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parents[1]
 
 
-def step_forever(threads: int) -> None:
-    """Answer each line N on standard input with N steps: their process and wall seconds, and the last loss."""
+def step_forever(threads: int, look_ahead: int) -> None:
+    """Answer each line N on standard input with N steps: their process and wall seconds, the last loss, and memory."""
     import torch
     from repvitok.runtime.training import ExponentialMovingAverage, build_optimizer
     from repwam_core.data.batches import SegmentBatch
@@ -37,6 +41,8 @@ def step_forever(threads: int) -> None:
     space = ActionSpace(channels=4, vectors_per_transition=4, state_channels=4)
     config = WAMConfig.preset("tiny", window=1, action_history=False, state_token=True, spaces={"robot": space})
     wam = WorldActionModel(config).train()
+    if look_ahead:
+        wam.set_look_ahead(look_ahead)
     batch = SegmentBatch(
         latents=torch.randn(b, transitions + 1, tokens, 96),
         actions=torch.randn(b, transitions, 4, 4),
@@ -64,17 +70,19 @@ def step_forever(threads: int) -> None:
             optimizer.step()
             average.update(wam)
             spent.append((time.process_time() - before[0], time.perf_counter() - before[1]))
-        print(json.dumps({"spent_s": spent, "loss": loss.item()}), flush=True)
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps({"spent_s": spent, "loss": loss.item(), "most_mib": most}), flush=True)
 
 
 class Worker:
     """A process that steps on demand with the packages of one checkout."""
 
-    def __init__(self, checkout: Path, threads: int) -> None:
+    def __init__(self, checkout: Path, threads: int, look_ahead: int = 0) -> None:
         sources = [str(checkout / "packages" / name / "src") for name in ("repvitok", "latent-action", "repwam-core")]
-        command = [sys.executable, __file__, "--worker", "--threads", str(threads)]
+        command = [sys.executable, __file__, "--worker", "--threads", str(threads), "--look-ahead", str(look_ahead)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sources)}
-        self.checkout, self.spent_s, self.loss = checkout, [], float("nan")
+        self.name = ("this" if checkout == HERE else "the other") + (f", {look_ahead} ahead" if look_ahead else "")
+        self.spent_s, self.loss, self.most_mib = [], float("nan"), 0.0
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -89,7 +97,7 @@ class Worker:
         self._process.stdin.flush()
         told = json.loads(self._process.stdout.readline())
         self.spent_s += told["spent_s"]
-        self.loss = told["loss"]
+        self.loss, self.most_mib = told["loss"], told["most_mib"]
 
     def close(self) -> None:
         """End the process."""
@@ -100,24 +108,27 @@ def main() -> None:
     """Print a table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", type=Path, help="another checkout of this repository")
+    parser.add_argument("--look-ahead", type=int, nargs="*", default=[], help="numbers of look-ahead layers")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="per round and checkout")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        step_forever(options.threads)
+        step_forever(options.threads, *options.look_ahead)
         return
     workers = [Worker(path, options.threads) for path in (HERE, options.against) if path is not None]
+    workers += [Worker(HERE, options.threads, layers) for layers in options.look_ahead]
     for _ in range(options.rounds):
         for worker in workers:
             worker.step(options.steps)
-    print("| checkout | process ms, least | median | wall ms, least | median | loss |\n|---|---|---|---|---|---|")
+    print("| checkout | process ms, least | median | wall ms, least | median | most memory, MiB | loss |")
+    print("|---|---|---|---|---|---|---|")
     for worker in workers:
         process, wall = ([1e3 * pair[kind] for pair in worker.spent_s] for kind in (0, 1))
         numbers = [min(process), statistics.median(process), min(wall), statistics.median(wall)]
-        name = "this" if worker.checkout == HERE else "the other"
-        print("| " + " | ".join([name, *(f"{number:.0f}" for number in numbers), f"{worker.loss:.6f}"]) + " |")
+        cells = [worker.name, *(f"{number:.0f}" for number in [*numbers, worker.most_mib]), f"{worker.loss:.6f}"]
+        print("| " + " | ".join(cells) + " |")
         worker.close()
 
 

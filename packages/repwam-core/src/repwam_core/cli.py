@@ -27,7 +27,7 @@ from repvitok.runtime.documents import MAX_SIDE, parse, parse_json
 from repvitok.runtime.errors import MOST_PROCESSES, UserError, run_cli, say_next
 
 from repwam_core.estimate import DEVICES, RunRequest, estimate_run, format_estimate
-from repwam_core.model.config import Recompute
+from repwam_core.model.config import MOST_LOOK_AHEAD, Recompute
 from repwam_core.policy.serving.command import add_serve_arguments, serve
 from repwam_core.quickstart.config import add_quickstart_arguments
 from repwam_core.sampling import add_sampling_arguments, given_sampling
@@ -537,6 +537,12 @@ def _estimate_arguments(parser: argparse.ArgumentParser) -> None:
     default = RunRequest()
     count, above_0 = whole_number(1, 10**6), number(0, 10**6, above=True)
     add("--preset", choices=["tiny", "1.3b", "5b"], default=default.preset, help="model size")
+    add(
+        "--look-ahead",
+        type=whole_number(0, MOST_LOOK_AHEAD),
+        default=default.look_ahead,
+        help="layers of it (%(default)s)",
+    )
     add("--gpus", type=count, default=default.gpus, help="devices (default: %(default)s)")
     add("--tokens", type=tokens_of, default="160k", help="of a packed sequence, such as 160k")
     add("--gpu", choices=sorted(DEVICES), default=default.gpu, help="device (default: %(default)s)")

@@ -69,7 +69,8 @@ class SequenceCost:
         text: text tokens over all documents, the null token of each included.
         groups: groups of video tokens of one noise level, a latent frame each.
         pairs: pairs of tokens of which one attends to the other.
-        flops: of the forward pass.
+        flops: of the forward pass, look-ahead layers included.
+        ahead_video, ahead_side: tokens of all look-ahead layers together.
     """
 
     documents: int = 0
@@ -80,6 +81,8 @@ class SequenceCost:
     groups: int = 0
     pairs: int = 0
     flops: int = 0
+    ahead_video: int = 0
+    ahead_side: int = 0
 
     def __add__(self, other: SequenceCost) -> SequenceCost:
         return SequenceCost(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
@@ -138,6 +141,10 @@ class DocumentCosts:
         shortest, long_chunk, two_chunks = (self._pass(twin, model, sizes) for sizes in ((1,), (2,), (1, 1)))
         self._shortest, self._per_transition = shortest, long_chunk + shortest * -1
         self._per_chunk = two_chunks + long_chunk * -1
+        if config.look_ahead:  # of one layer, where it predicts one transition, and two; more take as much again each
+            one, two = (self._pass(twin, model, (size, size), ahead=1).flops for size in (1, 2))
+            self._ahead_first = one - two_chunks.flops
+            self._ahead_more = two - self._pass(twin, model, (2, 2)).flops - self._ahead_first
 
     def without_attention(self, chunk_sizes: Sequence[int]) -> SequenceCost:
         """The cost of a document, but for the pairs of self-attention."""
@@ -150,15 +157,37 @@ class DocumentCosts:
         history = config.action_history, config.coupling, config.window
         pairs = visible_pairs(tuple(chunk_sizes), self.tokens, self.vectors, self.state, *history)
         # Per pair and layer a product with the query and one with the value: no counter sees into FlexAttention.
-        return replace(cost, pairs=pairs, flops=cost.flops + 4 * config.width * config.depth * pairs)
+        cost = replace(cost, pairs=pairs, flops=cost.flops + 4 * config.width * config.depth * pairs)
+        return cost + self._look_ahead(chunk_sizes)
 
-    def _pass(self, twin: WorldActionModel, model: WorldActionModel, chunk_sizes: tuple[int, ...]) -> SequenceCost:
-        """What a short document holds, and the FLOPs that its pass through the twin would take in the model."""
+    def _look_ahead(self, chunk_sizes: Sequence[int]) -> SequenceCost:
+        """What the look-ahead layers take; those that have nothing to predict are not counted."""
+        cost, sizes = SequenceCost(), list(chunk_sizes)
+        for _ in range(self.config.look_ahead):
+            sizes = [min(size, other) for size, other in zip(sizes[1:], sizes, strict=False)]
+            if not sizes:
+                break
+            video, side = ([size * of_frame for size in sizes] for of_frame in (self.tokens, self.vectors))
+            if self.config.coupling == "joint":
+                pairs = sum((n + m) ** 2 for n, m in zip(video, side, strict=True))
+            else:
+                pairs = sum(n * n + m * m for n, m in zip(video, side, strict=True))
+            flops = self._ahead_first + (sum(sizes) - 1) * self._ahead_more + 4 * self.config.width * pairs
+            cost += SequenceCost(flops=flops, ahead_video=sum(video), ahead_side=sum(side))
+        return cost
+
+    def _pass(
+        self, twin: WorldActionModel, model: WorldActionModel, chunk_sizes: tuple[int, ...], ahead: int = 0
+    ) -> SequenceCost:
+        """What a short document holds, and the FLOPs that its pass through the twin would take in the model.
+
+        `ahead` of the look-ahead layers run.
+        """
         import torch
         from torch import nn
 
         from repwam_core.model.blocks import CrossAttention
-        from repwam_core.model.sequence import Modality, WAMInputs
+        from repwam_core.model.sequence import Modality, WAMInputs, look_ahead_tokens
 
         layout = _layout(chunk_sizes, self.tokens, self.vectors, self.state, self.config.action_history)
         space, narrow = self.config.space(self.space), twin.config
@@ -188,8 +217,12 @@ class DocumentCosts:
             elif isinstance(wide, CrossAttention):  # a product with each text token's key, one with its value
                 of_token = 4 * wide.projections.query.out_features * (self.text + 1)
                 hooks.append(module.register_forward_hook(count(of_token)))
+
+        def unattended(_layer: int, _queries: torch.Tensor, _keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+            return values
+
         with torch.no_grad():
-            twin(inputs, lambda _layer, _queries, _keys, values: values)
+            twin(inputs, unattended, ahead=[(step, unattended) for step in look_ahead_tokens(layout, ahead)])
         for hook in hooks:
             hook.remove()
         clean_video = int((~layout.noisy & (layout.modality == Modality.VIDEO)).sum())
@@ -261,13 +294,29 @@ def activation_bytes(config: WAMConfig, cost: SequenceCost, recompute: Recompute
         recompute: "none", "selective", "full" or "offload".
         bf16: under bf16 autocast; else everything in float32.
     """
-    layer = _layer_bytes(config, cost, bf16)
+    layer, ahead = _layer_bytes(config, cost, bf16), _ahead_bytes(config, cost, recompute, bf16)
     if recompute == "none":
-        return config.depth * layer
+        return config.depth * layer + ahead
     kept = offloaded_bytes(config, cost) // config.depth
     if recompute == "selective":
         kept += cost.tokens * (4 * config.width * (2 if bf16 else 4) + 4 * config.heads)
-    return (1 if recompute == "offload" else config.depth) * kept + layer
+    return (1 if recompute == "offload" else config.depth) * kept + layer + ahead
+
+
+def _ahead_bytes(config: WAMConfig, cost: SequenceCost, recompute: Recompute, bf16: bool) -> int:
+    """What all look-ahead layers keep: a layer's numbers for their tokens, with their narrow feed-forwards.
+
+    With recomputation what enters them; around the layer, always, what came before and was carried, and with what head.
+    """
+    if not cost.ahead_video:
+        return 0
+    low, w, a = 2 if bf16 else 4, config.width, config.action_width
+    around = (2 * low + 3 * 4) * (w * cost.ahead_video + a * cost.ahead_side)
+    if recompute != "none":
+        return around + 4 * (w * cost.ahead_video + a * cost.ahead_side)
+    groups = cost.groups * cost.ahead_video // cost.video
+    own = SequenceCost(video=cost.ahead_video, side=cost.ahead_side, text=config.look_ahead * cost.text, groups=groups)
+    return around + _layer_bytes(replace(config, ffn=w, action_ffn=a), own, bf16)
 
 
 def offloaded_bytes(config: WAMConfig, cost: SequenceCost) -> int:
@@ -299,6 +348,7 @@ class RunRequest:
 
     Attributes:
         preset: of `WAMConfig`.
+        look_ahead: look-ahead layers, of training alone.
         gpus: devices; one packed sequence each per step.
         tokens: of a packed sequence.
         gpu: a name of `DEVICES`.
@@ -314,6 +364,7 @@ class RunRequest:
     """
 
     preset: str = "5b"
+    look_ahead: int = 0
     gpus: int = 128
     tokens: int = 160_000
     gpu: str = "h20"
@@ -347,7 +398,7 @@ class RunEstimate:
 
     Attributes:
         sequence: a packed one.
-        parameters: of the video and of the action expert.
+        parameters: of the video and of the action expert, and of look-ahead layers.
         state: bytes of parameters, gradients, moments and averages on one device.
         activations: bytes kept for the backward pass, by `recompute`.
         offloaded: bytes of the host's memory that recompute "offload" takes.
@@ -374,7 +425,8 @@ class RunEstimate:
 
 def estimate_run(request: RunRequest, config: WAMConfig | None = None) -> RunEstimate:
     """Answer a request, for another model than its preset if `config` is one."""
-    config, device = config or WAMConfig.preset(request.preset), DEVICES[request.gpu]
+    config = config or WAMConfig.preset(request.preset, look_ahead=request.look_ahead)
+    device = DEVICES[request.gpu]
     name, space = next(iter(config.spaces.items()))
     config = replace(config, spaces={name: replace(space, vectors_per_transition=request.vectors)})
     sequence, model = packed_sequence(config, request), meta_model(config)
@@ -431,10 +483,13 @@ def format_estimate(request: RunRequest, run: RunEstimate) -> list[str]:
         memory += f", does not fit; with recompute offload {needed['offload'] / GIB:.0f} GiB and {host} would"
     else:
         memory += ", does not fit; take fewer tokens or more devices per copy"
+    ahead = run.parameters.get("look_ahead", 0)
+    ahead = f", and {ahead / 1e6:.0f} M that look ahead in training alone" if ahead else ""
     return [
         f"{request.preset} on {request.gpus} x {request.gpu}, {request.shard_size} to a copy, recompute "
         f"{request.recompute}, {request.mfu:.0%} of the peak assumed",
-        f"parameters: video {run.parameters['video'] / 1e9:.3f} B, action {run.parameters['action'] / 1e6:.0f} M",
+        f"parameters: video {run.parameters['video'] / 1e9:.3f} B, action {run.parameters['action'] / 1e6:.0f} M"
+        + ahead,
         f"sequence: {sequence.tokens:,} tokens in {sequence.documents} episodes ({sequence.video:,} video, "
         f"{sequence.side:,} action), {sequence.pairs / sequence.tokens:,.0f} visible keys per token",
         f"state per device: {run.state / GIB:.1f} GiB (float32 parameters, gradients, moments, average)",

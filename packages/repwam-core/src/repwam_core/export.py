@@ -106,6 +106,7 @@ def read_trained(checkpoint: str | Path, data_set: int | None = None) -> Trained
             raise UserError(f"{where} is damaged: its layout lacks the channels {sorted(lacking)}")
         actions = [stored.channels.index(name) for name in statistics.actions.channels]
         wam = narrowed(wam, stored.space, actions, [stored.state_channels.index(name) for name in own_states])
+    wam.set_look_ahead(0)  # training's alone
     return TrainedModel(
         wam=wam.eval(),
         space=stored.space,

@@ -21,15 +21,22 @@ class ChunkSpec:
 
     Attributes:
         smallest, largest: latent frames of a chunk; every size between them was drawn, too.
+        delay: most action vectors at the beginning of a chunk that were given as committed (`LossSettings.delay`).
     """
 
     smallest: Steps
     largest: Steps
+    delay: Annotated[int, msgspec.Meta(ge=0, le=MOST_STEPS)] = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.smallest > self.largest:
             raise UserError(f"chunk_sizes: expected 1 <= smallest <= largest, got {(self.smallest, self.largest)}")
+
+    def to_dict(self) -> dict[str, int]:
+        """As files have it: `delay` only where there is one."""
+        values = {"smallest": self.smallest, "largest": self.largest}
+        return {**values, "delay": self.delay} if self.delay else values
 
     def require(self, frames: int) -> None:
         """Raises UserError where chunks of so many latent frames were not trained."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -245,6 +246,49 @@ def test_a_chunk_begins_with_what_is_committed_and_goes_on_from_there(coupling: 
         assert (frozen - free).flatten(1, 2)[:, m:].abs().max() > 1e-4
     with pytest.raises(ValueError, match="committed: expected"):
         plan(observed(model), committed=committed[..., :1])
+
+
+@pytest.mark.parametrize("coupling", ["joint", "sequential"])
+def test_what_was_trained_as_committed_is_seen_as_in_training(coupling: str) -> None:
+    """Three first vectors of a chunk of four at time 1: the teacher-forced pass and the cached one agree."""
+    model, chunks = small_model(coupling=coupling), (1, 2)
+    whole = episode(model, chunks)
+    layout = training_layout(
+        4, chunks, GRID, VECTORS, state=True, action_history=model.config.action_history, vector_levels=True
+    )
+    times = torch.ones(2, len(layout.levels))
+    times[:, layout.levels.noisy_video] = torch.tensor([0.2, 0.6])
+    times[:, layout.levels.noisy_actions] = torch.tensor([0.3, 0.3, 1.0, 1.0, 1.0, 0.4])
+    inputs = replace(whole, layout=layout, times=times)
+    expected = model(inputs)
+    latents, noisy_latents, actions, noisy_actions = parts(inputs, 4)
+    rollout = start(model, inputs, 2, delay=3)
+    rollout.observe(latents[:, :1], inputs.states[:, :1])
+    rollout.observe(latents[:, 1:2], inputs.states[:, 1:2], actions[:, :1])
+    if coupling == "joint":
+        video, action = rollout.velocities(noisy_latents[:, 1:], noisy_actions[:, 1:], 0.6, 0.4, committed=3)
+        torch.testing.assert_close(video.flatten(1, 2), expected.video[:, -2 * TOKENS :], atol=1e-5, rtol=1e-4)
+    else:
+        rollout.imagine(latents[:, 2:])
+        _, action = rollout.velocities(None, noisy_actions[:, 1:], action_time=0.4, committed=3)
+    torch.testing.assert_close(action.flatten(1, 2), expected.actions[:, -2 * VECTORS :], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("coupling", ["joint", "sequential"])
+def test_a_model_trained_with_delay_is_given_no_more_without_noise_than_it_was(coupling: str) -> None:
+    model = small_model(coupling=coupling)
+    inputs = episode(model, (1, 2))
+
+    def planned(delay: int, m: int) -> Tensor:
+        rollout = start(model, inputs, 2, delay=delay)
+        rollout.observe(inputs.video[:, :TOKENS].unflatten(1, (1, TOKENS)), inputs.states[:, :1])
+        committed = torch.linspace(-1, 1, m)[None, :, None].expand(2, m, 3)
+        return plan(rollout, committed=committed)[0].flatten(1, 2)
+
+    for m in (0, 3):  # nothing committed, and more than was trained: as a model without
+        assert torch.equal(planned(2, m), planned(0, m))
+    assert torch.equal(planned(2, 2)[:, :2], torch.tensor([-1.0, 1.0])[None, :, None].expand(2, 2, 3))
+    assert (planned(2, 2) - planned(0, 2)).abs().max() > 1e-5
 
 
 @pytest.mark.parametrize("coupling", ["joint", "sequential"])

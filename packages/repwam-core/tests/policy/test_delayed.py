@@ -3,6 +3,7 @@
 import importlib
 import json
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,11 @@ from repwam_core.cli import EXECUTIONS, main
 from repwam_core.interface import Observation
 from repwam_core.policy import BatchedPolicy, Policy
 from repwam_core.policy import execution as executions
+from repwam_core.policy.folder import LoadedPolicy
 from repwam_core.policy.runner import Runner
 from repwam_core.policy.serving import PolicyClient, PolicyServer, ServeSettings
 from repwam_core.policy.serving.command import metadata_of
+from repwam_core.sampling import ChunkSpec
 
 ROOT = Path(__file__).parents[4]
 
@@ -64,6 +67,26 @@ def test_a_chunk_begins_with_the_committed_actions_alone_and_in_a_batch(world):
     ):
         with pytest.raises(UserError, match=message):
             batched.commit(wrong)
+
+
+def test_a_policy_gives_without_noise_what_its_training_gave_so(world):
+    committed = np.array([[0.5, -0.2, 0.1], [0.4, -0.1, 0.2], [0.3, 0.0, 0.3]], np.float32)
+    plain = LoadedPolicy.load(world.policy)
+    chunks = ChunkSpec(smallest=1, largest=2, delay=2)
+    trained = replace(plain, manifest=replace(plain.manifest, chunks=chunks))
+    assert ChunkSpec(**chunks.to_dict()) == chunks
+    assert set(ChunkSpec(smallest=1, largest=2).to_dict()) == {"smallest", "largest"}
+
+    def second(parts, m):
+        policy = Policy(parts, execute_frames=2, clip=False)
+        policy.reset("go left", 0)
+        policy.act(observe(world, 0, 1))
+        policy.commit(committed[:m])
+        return policy.act(observe(world, 1, 5)).actions
+
+    np.testing.assert_allclose(second(trained, 2)[:2], committed[:2], atol=1e-5)
+    assert np.abs(second(trained, 2)[2:] - second(plain, 2)[2:]).max() > 1e-5
+    np.testing.assert_array_equal(second(trained, 3), second(plain, 3))  # more than its training gave
 
 
 def drive(policy, task, steps):

@@ -1,5 +1,7 @@
 """Eq. 6-7 against hand computations: paths, times per chunk and modality, masks, weights."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from repwam_core.data.batches import Documents, Noise, SegmentBatch
@@ -17,6 +19,7 @@ from repwam_core.training.losses import (
     noised_inputs,
     over_ranks,
     wam_loss,
+    with_committed,
 )
 
 GRID = (1, 2, 1)
@@ -149,6 +152,45 @@ def test_a_withheld_instruction_is_masked_out_entirely():
     assert not _inputs(batch, layout, noise).text_mask.any()
 
 
+def test_a_drawn_delay_changes_no_other_draw_and_is_drawn_for_every_chunk():
+    batch = _batch(b=200)
+    plain, delayed = (draw_noise(batch, 3, LossSettings(delay=delay), _generator()) for delay in (0, 3))
+    assert plain.committed is None
+    for name, value in vars(plain).items():
+        assert value is None or torch.equal(value, getattr(delayed, name)), name
+    counts = delayed.committed
+    assert counts.unique().tolist() == [0, 1, 2, 3]
+    assert (counts[:, 0] != counts[:, 1]).any()
+    with pytest.raises(ValueError, match="delay"):
+        LossSettings(delay=-1)
+
+
+def test_committed_actions_are_given_without_noise_and_not_learned():
+    """Chunks of two transitions and one, two vectors each: three committed, and in the second sample none; then one."""
+    batch = _batch(b=2)
+    noise = draw_noise(batch, 2, LossSettings(delay=3), _generator(1))
+    noise = replace(noise, committed=torch.tensor([[3, 1], [0, 1]]))
+    layout = training_layout(4, (2, 1), GRID, 2, state=True, vector_levels=True)
+    placed = with_committed(noise, layout)
+    known = torch.tensor([[1, 1, 1, 0, 1, 0], [0, 0, 0, 0, 1, 0]]).bool()
+    assert torch.equal(placed.known, known)
+    chunk = torch.tensor([0, 0, 0, 0, 1, 1])
+    assert torch.equal(placed.action_t, torch.where(known, 1.0, noise.action_t[:, chunk]))
+    inputs = _inputs(batch, layout, placed)
+    given = inputs.actions[:, layout.noisy[layout.actions]]
+    assert torch.equal(given[known], batch.actions.flatten(1, 2)[known])
+    assert not (given == batch.actions.flatten(1, 2))[~known].any()
+    levels = inputs.times[:, layout.level[layout.noisy_actions]]
+    assert torch.equal(levels, placed.action_t)
+    target = (batch.actions - noise.actions).flatten(1, 2)
+    error = torch.arange(1.0, 7.0)[None, :, None].expand(2, 6, 3)
+    velocities = Velocities(torch.zeros(2, 6, 4), target + error)
+    learned = error.square()[~known]  # numbers of vectors that are left, of three channels each
+    loss = flow_matching_loss(velocities, batch, placed, 1.0)
+    torch.testing.assert_close(loss.action, learned.mean())
+    assert loss.terms.action_count == len(learned) * 3 / 2  # means over a transition's two vectors
+
+
 def test_the_loss_is_a_function_of_the_generator_and_flows_to_every_part():
     space = ActionSpace(channels=3, vectors_per_transition=2, state_channels=5)
     config = WAMConfig.preset(
@@ -190,7 +232,7 @@ def test_means_over_ranks_weigh_every_number_alike(monkeypatch):
     terms = []
     for rows in ranks:
         part = SegmentBatch(**{k: v[rows] if isinstance(v, torch.Tensor) else v for k, v in vars(whole).items()})
-        drawn = type(noise)(**{name: value[rows] for name, value in vars(noise).items()})
+        drawn = type(noise)(**{name: value[rows] for name, value in vars(noise).items() if value is not None})
         terms.append(flow_matching_loss(Velocities(velocities.video[rows], velocities.actions[rows]), part, drawn, 0.5))
     others = iter([terms[1].terms, terms[0].terms])
 

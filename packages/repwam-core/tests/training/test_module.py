@@ -120,6 +120,8 @@ def test_a_loss_that_is_no_number_stops_the_run(fit, tmp_path, capsys):
         (["--data.latents=/no/such/folder"], "/no/such/folder"),
         (["--model.init_from=/no/such/folder"], "remove these fields of wam"),
         (["--model.wam.width=33"], "width"),
+        (["--model.loss.delay=2"], "expected less than the 2 action vectors of the smallest chunk"),
+        (["--model.wam.look_ahead=1"], "give loss.look_ahead in its place"),
     ],
 )
 def test_what_a_user_can_get_wrong_is_one_line(fit, tmp_path, capsys, overrides, message):

@@ -21,6 +21,7 @@ PACKED = (
     "--data.packing.token_budget=300", "--data.packing.open_sequences=4", "--model.wam.depth=2",
     "--model.optimizer.name=muon", "--model.optimizer.lr=0.02", "--model.optimizer.adamw_lr=0.005",
     "--model.optimizer.newton_schulz_dtype=float64", "--model.scale.init=per_parameter", "--trainer.max_steps=5",
+    "--model.loss.look_ahead=2", "--model.loss.delay=1",
 )  # fmt: skip
 
 

@@ -198,25 +198,29 @@ class Noise:
     Attributes:
         video, actions: standard normal noise of the frames 1 .. F, and of their actions.
         history: standard normal noise for the clean video of the frames 0 .. F.
-        video_t, action_t: noise time of each chunk 1 .. N, drawn independently.
+        video_t, action_t: noise time of each chunk 1 .. N, drawn independently; with `known`, actions' of each vector.
         history_t: noise time of the clean video of each chunk 0 .. N; 1 without history noise.
         video_off: documents whose video is pure noise and not learned.
         text_off: documents whose instruction is withheld.
+        committed: how many action vectors at the beginning of each chunk 1 .. N are given as committed; None for none.
+        known: which of all action vectors these are, where their layout has told (`losses.with_committed`).
     """
 
     video: Float[Tensor, "b noisy_tokens d"]
     actions: Float[Tensor, "b transitions a c"]
     history: Float[Tensor, "b tokens d"]
     video_t: Float[Tensor, "b chunks"]
-    action_t: Float[Tensor, "b chunks"]
+    action_t: Float[Tensor, "b _"]
     history_t: Float[Tensor, "b chunks_with_prefix"]
     video_off: Bool[Tensor, "b documents"]
     text_off: Bool[Tensor, "b documents"]
+    committed: Int[Tensor, "b chunks"] | None = None
+    known: Bool[Tensor, "b vectors"] | None = None
 
     @classmethod
     def packed(cls, draws: Sequence[Noise]) -> Noise:
         """The draws of documents that are packed one after the other."""
-        names = [item.name for item in fields(cls)]
+        names = [item.name for item in fields(cls) if getattr(draws[0], item.name) is not None]
         return cls(**{name: torch.cat([getattr(draw, name) for draw in draws], dim=1) for name in names})
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Noise:

@@ -302,7 +302,7 @@ def _counted(sizes: Int[np.ndarray, " n"]) -> Int[np.ndarray, " total"]:
 
 def flex_block_mask(layout: TokenLayout, coupling: str, window: int, device: torch.device | str = "cpu") -> BlockMask:
     """The block mask of a layout, padded to its `bucket`; made on the CPU from the plan, never from the matrix."""
-    tokens = bucket(len(layout))
+    tokens = bucket(max(len(layout), layout.room))
     counts = visible_pairs(block_plan(layout, coupling, window), tokens // TILE)
     full = counts == TILE * TILE  # FlexAttention asks for no mask there; in partial tiles it does, pair by pair
     partial = (counts > 0) & ~full

@@ -12,6 +12,9 @@ from repvitok.runtime.errors import UserError
 
 COUPLINGS = ("joint", "sequential")
 ATTENTIONS = ("shared", "per_modality")
+MOST_LOOK_AHEAD = 8
+OPTIONAL = ("joint_actions", "look_ahead")
+"""Fields that files have only where they are not 0."""
 LATENT_SPACE = "latent"
 """Name of the action space of stage one: the latent actions of the paper's Eq. 3."""
 Recompute = Literal["none", "selective", "full", "offload"]
@@ -77,6 +80,8 @@ class WAMConfig:
         state_token: whether the robot state enters with each observed frame (docs/decisions/000, entry 11).
         joint_actions: channels of the actions that the video expert predicts beside each latent frame, by a head of its
             own, in place of action tokens; 0 for none. The paper's ablation "Joint Pred" (docs/decisions/033).
+        look_ahead: layers that in training alone predict chunks 1 .. this after the one that is predicted; 0 for none.
+            Training sets it (`LossSettings.look_ahead`), and an export leaves them out (docs/decisions/081).
         max_views: cameras for which a view embedding exists.
         rope_base: base of the rotary frequencies.
         spaces: the action spaces by name.
@@ -96,6 +101,7 @@ class WAMConfig:
     action_history: bool = True
     state_token: bool = False
     joint_actions: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 0
+    look_ahead: Annotated[int, msgspec.Meta(ge=0, le=MOST_LOOK_AHEAD)] = 0
     max_views: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 4
     rope_base: Annotated[float, msgspec.Meta(gt=1)] = 10_000.0
     spaces: Mapping[str, ActionSpace] = field(default_factory=lambda: {LATENT_SPACE: ActionSpace(channels=4)})
@@ -166,14 +172,14 @@ class WAMConfig:
         return cls(**{**_PRESETS[name], **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field as JSON can hold it; `joint_actions` only where there are some, as files have it."""
+        """Every field as JSON can hold it; those of `OPTIONAL` only where they are not 0, as files have it."""
         values = asdict(replace(self, spaces=dict(self.spaces)))
-        return values if self.joint_actions else {k: v for k, v in values.items() if k != "joint_actions"}
+        return {name: value for name, value in values.items() if value or name not in OPTIONAL}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> WAMConfig:
         """The inverse of `to_dict`."""
-        values = {"joint_actions": 0, **values}
+        values = {**dict.fromkeys(OPTIONAL, 0), **values}
         parse(values, cls, cls.__name__, required=[item.name for item in fields(cls)])
         for name, space in values["spaces"].items():
             parse(space, ActionSpace, f"spaces.{name}", required=[item.name for item in fields(ActionSpace)])

@@ -56,6 +56,7 @@ class Rollout:
             chunks.
         graphs: whether passes are captured as CUDA graphs and replayed; or what has captured those of earlier rollouts,
             which end when this one begins.
+        delay: most committed action vectors that the model was trained to be given without noise (`ChunkSpec.delay`).
 
     Attributes:
         frame: number of the next latent frame.
@@ -75,11 +76,12 @@ class Rollout:
         static_shapes: bool | None = None,
         run: Run | None = None,
         graphs: CapturedPasses | bool = False,
+        delay: int = 0,
     ) -> None:
         if chunk_frames < 1:
             raise UserError(f"chunk_frames: expected at least 1, got {chunk_frames}.")
         self.wam, self.space, self.grid, self.guidance = wam, space, grid, guidance
-        self.sizes = wam.config.space(space)
+        self.sizes, self.delay = wam.config.space(space), delay
         self.chunk_frames, self.batch, self.frame, self.chunk = chunk_frames, text.shape[0], 0, 0
         weight = wam.video_in.weight
         self.device, self.dtype = weight.device, weight.dtype
@@ -103,7 +105,7 @@ class Rollout:
             static = by_default if static_shapes is None else static_shapes
             self.cache = KeyValueCache(wam.config, static_shapes=static, **shape)
         self._cache_episodes = self.cache.episodes
-        self._passes: dict[tuple[str, int], Pass] = {}
+        self._passes: dict[tuple[str, int, int], Pass] = {}
 
     @classmethod
     def from_settings(
@@ -117,6 +119,7 @@ class Rollout:
         text_mask: Bool[Tensor, "b s"],
         run: Run | None = None,
         graphs: CapturedPasses | bool = False,
+        delay: int = 0,
     ) -> Rollout:
         """A rollout whose chunks are to be planned by `plan_chunk` with these settings."""
         return cls(
@@ -129,6 +132,7 @@ class Rollout:
             guidance=settings.guidance,
             run=run,
             graphs=graphs,
+            delay=delay,
         )
 
     def warm_up(self, settings: SamplingConfig) -> None:
@@ -145,11 +149,13 @@ class Rollout:
             states = zeros(frames, self.sizes.state_channels) if config.has_state(self.space) else None
             latents = zeros(frames, self.cache.tokens, config.latent_dim)
             self.observe(latents, states, zeros(frames, vectors, channels) if self.frame else None)
-        self.plan_chunk(
-            replace(settings, video_steps=1, action_steps=2),  # with and without a video that is held
-            video_noise=zeros(settings.chunk_frames, self.cache.tokens, config.latent_dim),
-            action_noise=zeros(settings.chunk_frames, vectors, channels),
-        )
+        for committed in (0, 1) if self.delay else (0,):
+            self.plan_chunk(
+                replace(settings, video_steps=1, action_steps=2),  # with and without a video that is held
+                video_noise=zeros(settings.chunk_frames, self.cache.tokens, config.latent_dim),
+                action_noise=zeros(settings.chunk_frames, vectors, channels),
+                committed=zeros(committed, channels),
+            )
         self.cache.reset()
         self._cache_episodes, self.frame, self.chunk = self.cache.episodes, 0, 0
         self._clear()
@@ -248,7 +254,8 @@ class Rollout:
             generator: source of the noise.
             video_noise, action_noise: the noise itself, e.g. drawn episode by episode.
             committed: normalised action vectors that will be carried out first, whatever is planned: the chunk begins
-                with them, and the others are drawn to follow them, see `_frozen`.
+                with them, and the others are drawn to follow them, see `_frozen`. Up to `delay` of them the model sees
+                without noise, as in training (docs/decisions/082).
         """
         frames = self.chunk_frames if frames is None else frames
         self._check_frames(frames)
@@ -263,16 +270,22 @@ class Rollout:
         x_action = self._noise(shape, generator, action_noise)
         video_times = time_grid(video_steps, video_shift).tolist()
         action_times = time_grid(action_steps, action_shift).tolist()
-        frozen = self._frozen(x_action, committed)
+        frozen, clean = self._frozen(x_action, committed)
+        if clean:
+            x_action = frozen(x_action, 0.0)
         if self.wam.config.coupling == "sequential":
             # First the video, drawn without the committed actions; then the actions that lead to it.
             x_video = euler(lambda x, t: self.velocities(x, None, video_time=t)[0], x_video, video_times)
             self.imagine(x_video)
-            x_action = euler(lambda x, t: self.velocities(None, frozen(x, t), action_time=t)[1], x_action, action_times)
+            x_action = euler(
+                lambda x, t: self.velocities(None, frozen(x, t), action_time=t, committed=clean)[1],
+                x_action,
+                action_times,
+            )
             x_action = frozen(x_action, 1.0)
         else:
             held = [0.0] if video == "skip" else video_times
-            x_video, x_action = self._solve_joint(x_video, x_action, held, action_times, hold_video, frozen)
+            x_video, x_action = self._solve_joint(x_video, x_action, held, action_times, hold_video, frozen, clean)
         return PlannedChunk(x_action, x_video if video == "imagine" else None)
 
     @torch.no_grad()
@@ -282,19 +295,23 @@ class Rollout:
         actions: Float[Tensor, "b frames a c"] | None,
         video_time: float = 0.0,
         action_time: float = 0.0,
+        committed: int = 0,
     ) -> tuple[Float[Tensor, "b video_frames tokens d"], Float[Tensor, "b action_frames a c"]]:
         """One pass over the noisy next chunk, or one modality of it; the other then comes back empty.
 
         Args:
             video, actions: the chunk on its path; None leaves the modality out (`sequential` only makes sense of it).
             video_time, action_time: their noise times.
+            committed: how many first action vectors are at time 1 in place of `action_time`.
         """
         given = video if video is not None else actions
         if given is None:
             raise UserError("expected the video or the actions of the chunk, got neither.")
         kind = "both" if video is not None and actions is not None else "actions" if video is None else "video"
-        layout, attention = self._scratch_pass(kind, given.shape[1])
-        inputs = self._inputs(layout, _flat(video), _flat(actions), None, (video_time, action_time))
+        committed = committed if actions is not None else 0
+        layout, attention = self._scratch_pass(kind, given.shape[1], committed)
+        times = (video_time, action_time, 1.0) if committed else (video_time, action_time)
+        inputs = self._inputs(layout, _flat(video), _flat(actions), None, times)
         output = self._pass(inputs, attention)
         video, actions = output.video, output.actions
         if self.guidance != 1.0:  # the batch was there twice, see `_double`; actions are those with the instruction
@@ -311,7 +328,7 @@ class Rollout:
     def imagine(self, latents: Float[Tensor, "b frames tokens d"]) -> None:
         """Let the planned chunk's actions see this as the clean video of their chunk (`sequential`)."""
         layout, attention = self._scratch_pass("imagined", latents.shape[1])
-        self._passes.pop(("actions", latents.shape[1]), None)
+        self._passes = {key: value for key, value in self._passes.items() if key[0] != "actions"}
         self._pass(self._inputs(layout, _flat(latents), None, None, (1.0, 1.0)), attention)
 
     def _clear(self) -> None:
@@ -332,26 +349,29 @@ class Rollout:
             return self._captured(inputs, attention, self._texts)
         return self._run(inputs, self.wam.tensors(inputs.layout, self.device), attention, self._texts)
 
-    def _scratch_pass(self, kind: str, frames: int) -> Pass:
+    def _scratch_pass(self, kind: str, frames: int, committed: int = 0) -> Pass:
         """What a pass over the next chunk needs, made once for all its steps."""
-        if any(length != frames for _, length in self._passes):
+        if any(length != frames for _, length, _ in self._passes):
             self._clear()
-        if (kind, frames) not in self._passes:
+        key = kind, frames, committed
+        if key not in self._passes:
             if kind == "imagined":
                 layout = history_layout(*self._place(frames), action_history=False)
             else:
-                layout = chunk_layout(*self._place(frames), video=kind != "actions", actions=kind != "video")
-            self._passes[kind, frames] = layout, self.cache.attend_scratch(layout.streams)
-        return self._passes[kind, frames]
+                parts = {"video": kind != "actions", "actions": kind != "video"}
+                layout = chunk_layout(*self._place(frames), **parts, committed=committed)
+            self._passes[key] = layout, self.cache.attend_scratch(layout.streams)
+        return self._passes[key]
 
-    def _frozen(self, noise: Tensor, committed: Tensor | None) -> Callable[[Tensor, float], Tensor]:
-        """What puts the committed actions into a chunk (b, frames, a, c) that is at noise time t.
+    def _frozen(self, noise: Tensor, committed: Tensor | None) -> tuple[Callable[[Tensor, float], Tensor], int]:
+        """What puts the committed actions into a chunk (b, frames, a, c) that is at noise time t; how many are clean.
 
         Of the first m vectors the end is known: at time t they are at `(1 - t) noise + t committed` (Eq. 6), whatever
-        the velocities said, so that the other tokens see them at the noise level that all actions of a chunk share.
+        the velocities said, so that the other tokens see them at the noise level that all actions of a chunk share. Of
+        up to `delay` vectors the model was told in training: they are what they end in at all times.
         """
         if committed is None or not committed.shape[1]:
-            return lambda action, _: action
+            return lambda action, _: action, 0
         _, frames, vectors, channels = noise.shape
         m = committed.shape[1]
         if committed.shape != (self.batch, m, channels) or m > frames * vectors:
@@ -361,15 +381,17 @@ class Rollout:
             )
         first, end = _flat(noise)[:, :m], to_device(committed.float(), self.device)
 
+        clean = m if m <= self.delay else 0
+
         def freeze(action: Tensor, t: float) -> Tensor:
-            kept = torch.cat([(1 - t) * first + t * end, _flat(action)[:, m:]], dim=1)
+            kept = torch.cat([end if clean else (1 - t) * first + t * end, _flat(action)[:, m:]], dim=1)
             return rearrange(kept, "b (frames a) c -> b frames a c", a=vectors)
 
-        return freeze
+        return freeze, clean
 
     def _solve_joint(
         self, video: Tensor, action: Tensor, video_times: list[float], action_times: list[float], hold_video: bool,
-        frozen: Callable[[Tensor, float], Tensor],
+        frozen: Callable[[Tensor, float], Tensor], committed: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Refine both together; in pass p of n a modality with s steps is in its step p * s // n.
 
@@ -382,7 +404,8 @@ class Rollout:
             first = number == 0 or i > (number - 1) * video_steps // passes
             last = (number + 1) * video_steps // passes > i
             runs = first or not hold_video
-            to_video, to_action = self.velocities(video if runs else None, action, video_times[i], action_times[j])
+            shown, times = video if runs else None, (video_times[i], action_times[j])
+            to_video, to_action = self.velocities(shown, action, *times, committed)
             if video_steps and (first if hold_video else last):
                 video = video + (video_times[i + 1] - video_times[i]) * to_video
             if (number + 1) * action_steps // passes > j:
@@ -392,7 +415,7 @@ class Rollout:
 
     def _inputs(
         self, layout: TokenLayout, video: Tensor | None, actions: Tensor | None, states: Tensor | None,
-        times: tuple[float, float],
+        times: tuple[float, ...],
     ) -> WAMInputs:  # fmt: skip
         """One pass's inputs, for both copies of the batch where the video is guided."""
         config = self.wam.config

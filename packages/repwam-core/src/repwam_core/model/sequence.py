@@ -116,6 +116,7 @@ class TokenLayout:
         level: index into `levels`.
         levels: the noise levels.
         group: a number of tokens such that the video tokens of any frame are a whole number of such groups.
+        room: tokens that attention makes room for at least: layouts of many lengths then need one compiled kernel.
     """
 
     document: Int[Tensor, " n"]
@@ -132,6 +133,7 @@ class TokenLayout:
     level: Int[Tensor, " n"]
     levels: NoiseLevels
     group: int
+    room: int = 0
 
     def __len__(self) -> int:
         return len(self.document)
@@ -179,8 +181,8 @@ class TokenLayout:
 
     @cached_property
     def documents(self) -> int:
-        """How many documents are packed."""
-        return int(self.document.max()) + 1 if len(self) else 0
+        """How many documents are packed, also where only some of their tokens were taken."""
+        return int(self.levels.document.max()) + 1 if len(self.levels) else 0
 
     @cached_property
     def streams(self) -> TokenLayout:
@@ -206,7 +208,7 @@ class TokenLayout:
         return {}
 
 
-_TOKEN_FIELDS = tuple(item.name for item in fields(TokenLayout) if item.name not in ("levels", "group"))
+_TOKEN_FIELDS = tuple(item.name for item in fields(TokenLayout) if item.name not in ("levels", "group", "room"))
 
 Columns = dict[str, np.ndarray]
 """The fields of some tokens, and `order`, which sorts them among others."""
@@ -279,6 +281,7 @@ def _layout(
         position=torch.from_numpy(position),
         levels=NoiseLevels(torch.zeros_like(chunk), chunk, modality, is_noisy.bool()),
         group=math.prod(grid),
+        room=0,
         **{name: torch.from_numpy(values) for name, values in columns.items()},
     )
 
@@ -292,6 +295,7 @@ def training_layout(
     *,
     state: bool = False,
     action_history: bool = True,
+    vector_levels: bool = False,
 ) -> TokenLayout:
     """One document, clean and noisy, for teacher forcing in one pass.
 
@@ -302,6 +306,7 @@ def training_layout(
         vectors: action vectors a per transition; 0 where the video expert predicts the actions and they have no tokens.
         state: whether a state token stands with each clean frame.
         action_history: whether clean action tokens are part of the sequence.
+        vector_levels: whether every noisy action vector has a noise level of its own, in place of one for each chunk.
     """
     _check_sizes(grid, vectors, chunk_sizes)
     if frames < 2 or sum(chunk_sizes) != frames - 1:
@@ -315,11 +320,15 @@ def training_layout(
     every = np.stack([np.arange(frames), chunk, np.repeat(np.cumsum(sizes) - sizes, sizes)])
     # Levels: clean video of chunks 0 .. N, clean actions and states, noisy video and noisy actions of chunks 1 .. N.
     levels = [(c, Modality.VIDEO, False) for c in range(chunks + 1)] + [(0, Modality.ACTION, False)]
-    levels += [(c, modality, True) for modality in (Modality.VIDEO, Modality.ACTION) for c in range(1, chunks + 1)]
+    levels += [(c, Modality.VIDEO, True) for c in range(1, chunks + 1)]
+    of_actions = chunk[1:].repeat(vectors) if vector_levels else range(1, chunks + 1)
+    levels += [(int(c), Modality.ACTION, True) for c in of_actions]
     # With N chunks: clean video of chunk c is level c, the clean side N + 1, noisy video N + 1 + c, noisy actions
-    # 2 N + 1 + c.
+    # 2 N + 1 + c, or from 2 N + 2 on one vector after the other.
     clean = _clean(every, chunk, chunks + 1, grid, vectors, state, action_history)
     noisy = _noisy(every[:, 1:], chunk[1:] + chunks + 1, chunk[1:] + 2 * chunks + 1, grid, vectors)
+    if vector_levels:
+        noisy[1]["level"] = 2 * chunks + 2 + np.arange((frames - 1) * vectors)
     return _layout([*clean, *noisy], levels, grid)
 
 
@@ -353,15 +362,18 @@ def chunk_layout(
     *,
     video: bool = True,
     actions: bool = True,
+    committed: int = 0,
 ) -> TokenLayout:
     """One noisy chunk: what is to be predicted, `frames` frames from `first_frame` on, or one modality of it.
 
-    Its levels are noisy video (0) and noisy actions (1).
+    Its levels are noisy video (0), noisy actions (1) and, where so many first vectors are `committed`, these (2).
     """
     every = _one_chunk(first_frame, frames, chunk, grid, vectors)
     of_video, of_actions = _noisy(every, np.zeros(frames, int), np.ones(frames, int), grid, vectors)
+    of_actions["level"][:committed] = 2
     tokens = [of_video] * video + [of_actions] * actions
-    return _layout(tokens, [(chunk, Modality.VIDEO, True), (chunk, Modality.ACTION, True)], grid)
+    levels = [(chunk, Modality.VIDEO, True), (chunk, Modality.ACTION, True), (chunk, Modality.ACTION, True)]
+    return _layout(tokens, levels if committed else levels[:2], grid)
 
 
 def _one_chunk(
@@ -390,7 +402,74 @@ def concat(layouts: Sequence[TokenLayout]) -> TokenLayout:
     names = [item.name for item in fields(NoiseLevels)]
     table = {name: torch.cat([getattr(layout.levels, name) for layout in layouts]) for name in names}
     table["document"] += first_document.repeat_interleave(levels)
-    return TokenLayout(**whole, levels=NoiseLevels(**table), group=math.gcd(*(layout.group for layout in layouts)))
+    group = math.gcd(*(layout.group for layout in layouts))
+    return TokenLayout(**whole, levels=NoiseLevels(**table), group=group, room=0)
+
+
+@dataclass(frozen=True, eq=False)
+class AheadTokens:
+    """What one look-ahead layer predicts: noisy tokens that have a token at their place in the chunk before.
+
+    Attributes:
+        layout: these tokens, in `streams` order.
+        video, actions: which of the noisy video and action tokens of the whole layout they are.
+        video_before, actions_before: for each of them the token at its place in the chunk before, counted among the
+            tokens of the layer before: the first layer's are all noisy tokens.
+        asked: whether anything is to be learned. A layer that has nothing to predict gets some frame with itself
+            before it, so that all ranks run all layers.
+    """
+
+    layout: TokenLayout
+    video: Int[Tensor, " m_video"]
+    actions: Int[Tensor, " m_action"]
+    video_before: Int[Tensor, " m_video"]
+    actions_before: Int[Tensor, " m_action"]
+    asked: bool
+
+
+def look_ahead_tokens(layout: TokenLayout, layers: int) -> tuple[AheadTokens, ...]:
+    """The tokens of look-ahead layers 1, 2, ...: layer k predicts chunk c + k from what was made of chunk c.
+
+    With chunks 1 2 3 of one document layer 1 has the tokens of 2 3, layer 2 those of 3. Nothing is asked beyond the
+    last chunk of a document, nor at places that one of the chunks before does not have.
+    """
+    streams, videos = layout.streams, len(layout.noisy_video)
+    here = streams.take(streams.noisy.nonzero()[:, 0])  # what the layer before has: all video, then all actions
+    here = replace(here, room=len(here))
+    number = torch.arange(len(here))  # of each of its tokens, among all noisy ones
+    steps = []
+    for _ in range(layers):
+        place, before = _chunk_before(here)
+        if not (asked := len(place) > 0):
+            place = before = ((here.document == here.document[0]) & (here.frame == here.frame[0])).nonzero()[:, 0]
+        is_video, videos_before = here.modality[place] == Modality.VIDEO, len(here.video)
+        here, number = here.take(place), number[place]
+        steps.append(
+            AheadTokens(
+                layout=here,
+                video=number[is_video],
+                actions=number[~is_video] - videos,
+                video_before=before[is_video],
+                actions_before=before[~is_video] - videos_before,
+                asked=asked,
+            )
+        )
+    return tuple(steps)
+
+
+def _chunk_before(noisy: TokenLayout) -> tuple[Int[Tensor, " m"], Int[Tensor, " m"]]:
+    """Those of some noisy tokens that have one at their place in the chunk before, and these."""
+    names = ("modality", "document", "chunk", "offset", "view", "row", "col", "vector")
+    fields_of = {name: getattr(noisy, name) for name in names if name != "offset"}
+    fields_of["offset"] = noisy.frame - noisy.chunk_start
+    columns = np.stack([fields_of[name].numpy() for name in names])
+    sizes = columns.max(1, initial=0) + 1
+    key = np.asarray(np.ravel_multi_index(tuple(columns), tuple(sizes)))  # one number for each token's place
+    wanted = key - math.prod(sizes[3:].tolist())  # the same place with the number of its chunk one less
+    order = key.argsort()
+    found = np.searchsorted(key, wanted, sorter=order).clip(max=max(len(key) - 1, 0))
+    matches = np.flatnonzero(key[order[found]] == wanted)
+    return torch.from_numpy(matches), torch.from_numpy(order[found[matches]])
 
 
 def _check_sizes(grid: tuple[int, int, int], vectors: int, chunk_sizes: tuple[int, ...]) -> None:
@@ -595,10 +674,12 @@ class Velocities:
     Attributes:
         video: in the order of `layout.noisy_video`.
         actions: in the order of `layout.noisy_actions`.
+        ahead: of the tokens of each look-ahead layer that ran, in the order of its `AheadTokens`.
     """
 
     video: Float[Tensor, "b n_noisy_video d"]
     actions: Float[Tensor, "b n_noisy_action c"]
+    ahead: tuple[Velocities, ...] = ()
 
 
 def document_inputs(

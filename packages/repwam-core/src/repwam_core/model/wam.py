@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -25,19 +26,31 @@ from repwam_core.model.attention import AttentionFn, make_attention
 from repwam_core.model.blocks import (
     EmbeddedText,
     ExpertLayer,
+    Modulation,
     NoiseLevelEmbedding,
     OutputHead,
     Projections,
     TextEmbedding,
     WAMLayer,
+    normalise,
     with_lengths,
 )
 from repwam_core.model.config import ActionSpace, WAMConfig
-from repwam_core.model.sequence import LayoutTensors, TokenLayout, Velocities, WAMInputs, layout_tensors
+from repwam_core.model.sequence import (
+    AheadTokens,
+    LayoutTensors,
+    TokenLayout,
+    Velocities,
+    WAMInputs,
+    layout_tensors,
+    to_device,
+)
 
 if TYPE_CHECKING:
     from repwam_core.model.cache import Run
 
+Levels = tuple[Float[Tensor, "b levels _"], Float[Tensor, "b levels 6 _"]]
+"""The embedding of each noise level, and its modulation."""
 Draw = Callable[[tuple[int, ...], torch.Generator | None], Float[Tensor, "..."]]
 
 EMBEDDING_STD = 0.02
@@ -49,9 +62,14 @@ def initial_draws(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn
     """Every parameter of a model, or of a part called `prefix`, with its name and how its initial value is drawn.
 
     Xavier weights and zero biases, as in DiT; what enters and leaves an action space as torch has it; open gates, no
-    modulation by the noise level and zero velocities at first: a plain pre-norm transformer. Linear layers come first.
+    modulation by the noise level and zero velocities at first: a plain pre-norm transformer. Linear layers come first,
+    and what looks ahead last: the others are the same without it.
     """
-    modules = sorted(module.named_modules(prefix=prefix), key=lambda item: not isinstance(item[1], nn.Linear))
+
+    def turn(item: tuple[str, nn.Module]) -> tuple[bool, bool]:
+        return item[0].startswith("look_ahead"), not isinstance(item[1], nn.Linear)
+
+    modules = sorted(module.named_modules(prefix=prefix), key=turn)
     for path, part in modules:
         for leaf, parameter in part.named_parameters(recurse=False):
             yield (f"{path}.{leaf}" if path else leaf), parameter, _draw(path, part, leaf)
@@ -119,6 +137,44 @@ class SpaceProjections(nn.Module):
         draw_in_turn(self, "spaces")
 
 
+class LookAhead(nn.Module):
+    """A thin layer that predicts the chunk after the one that the layer before predicts, in training alone.
+
+    Its tokens enter as the model's own do; what the layer before made of the token at the same place in the chunk
+    before, normalised and through a matrix, is added. They see the noisy tokens of their chunk (`attention.visible`),
+    and no token of the model sees them. Embeddings and heads are the model's (docs/decisions/081).
+    """
+
+    @drawn_once
+    def __init__(self, config: WAMConfig) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):  # as in `SpaceProjections`
+            self.layer = WAMLayer(replace(config, ffn=config.width, action_ffn=config.action_width))
+            self.video_carry = nn.Linear(config.width, config.width)
+            self.action_carry = nn.Linear(config.action_width, config.action_width)
+        self.draw()
+
+    def draw(self) -> None:
+        """Give every parameter its initial value."""
+        draw_in_turn(self, "look_ahead")
+
+    def forward(
+        self, tokens: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor], modulations: tuple[Modulation, Modulation],
+        texts: tuple[EmbeddedText, EmbeddedText], tensors: LayoutTensors, attention: AttentionFn,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Both streams after the layer; see `WAMLayer.forward`.
+
+        Args:
+            tokens: video (b, m_video, width) and actions (b, m_action, action_width) as they enter the model.
+            before: of each of them what was made of the token before it.
+            modulations, texts, tensors, attention: of these tokens.
+        """
+        carries = self.video_carry, self.action_carry
+        carried = [carry(normalise(x)) for carry, x in zip(carries, before, strict=True)]
+        video, side = ((x + y).to(x.dtype) for x, y in zip(tokens, carried, strict=True))
+        return self.layer(0, video, side, modulations, texts, tensors, attention)
+
+
 class Expert(nn.Module):
     """What one expert holds outside the layers: noise level and text embeddings, the last norm."""
 
@@ -171,6 +227,7 @@ class WorldActionModel(PretrainedModel):
         draw_in_turn(self)
         for name, space in config.spaces.items():
             self.spaces[name] = SpaceProjections(space, config.action_width, config.state_token)
+        self.look_ahead = nn.ModuleList(LookAhead(config) for _ in range(config.look_ahead))
 
     def draw(self) -> None:
         """Give every parameter its initial value."""
@@ -187,12 +244,25 @@ class WorldActionModel(PretrainedModel):
             self.spaces[name] = projections.to(self.video_in.weight.device, self.video_in.weight.dtype)
         self.config = config
 
+    def set_look_ahead(self, layers: int) -> None:
+        """Give the model so many look-ahead layers: the first ones it has are kept, others drawn, or all left out.
+
+        What it predicts without them is the same, whatever their number. `self.config` becomes a new object.
+        """
+        kept, self.config = list(self.look_ahead)[:layers], replace(self.config, look_ahead=layers)
+        drawn = [LookAhead(self.config).to(self.video_in.weight) for _ in range(layers - len(kept))]
+        self.look_ahead = nn.ModuleList([*kept, *drawn])
+
     def parameter_counts(self) -> dict[str, int]:
-        """How many parameters the video expert ("video", with the shared attention) and the action expert hold."""
-        counts = {"video": 0, "action": 0}
+        """How many parameters the video expert ("video", with the shared attention) and the action expert hold.
+
+        Layers that look ahead, which training alone has, are counted as "look_ahead" where there are some.
+        """
+        counts = {"video": 0, "action": 0} | ({"look_ahead": 0} if self.config.look_ahead else {})
         for name, parameter in self.named_parameters():
             of_action = any(part.startswith("action") or part == "spaces" for part in name.split("."))
-            counts["action" if of_action else "video"] += parameter.numel()
+            ahead = name.startswith("look_ahead.")
+            counts["look_ahead" if ahead else "action" if of_action else "video"] += parameter.numel()
         return counts
 
     def embed_text(
@@ -219,6 +289,7 @@ class WorldActionModel(PretrainedModel):
         inputs: WAMInputs,
         attention: AttentionFn | None = None,
         texts: tuple[EmbeddedText, EmbeddedText] | None = None,
+        ahead: Sequence[tuple[AheadTokens, AttentionFn]] = (),
     ) -> Velocities:
         """Velocities of the noisy tokens.
 
@@ -227,6 +298,8 @@ class WorldActionModel(PretrainedModel):
             attention: self-attention over the tokens in `layout.streams` order; None is the teacher-forced pass, in
                 which the tokens of `inputs` see each other as `attention.visible` says.
             texts: from `embed_text`, if they were computed before; None computes them from `inputs`.
+            ahead: the tokens of the first look-ahead layers (`sequence.look_ahead_tokens`) and their attention, in
+                training; without them these layers do not run.
         """
         inputs.check(self.config)
         device = inputs.video.device
@@ -234,7 +307,7 @@ class WorldActionModel(PretrainedModel):
             coupling, window = self.config.coupling, self.config.window
             attention = inputs.layout.once(make_attention, coupling, window, "blocked", device)
         texts = self.embed_text(inputs.text, inputs.text_mask) if texts is None else texts
-        return self.run(inputs, self.tensors(inputs.layout, device), attention, texts)
+        return self.run(inputs, self.tensors(inputs.layout, device), attention, texts, ahead)
 
     def tensors(self, layout: TokenLayout, device: torch.device) -> LayoutTensors:
         """What `run` needs to know of a layout; kept with the layout."""
@@ -249,6 +322,7 @@ class WorldActionModel(PretrainedModel):
         tensors: LayoutTensors,
         attention: AttentionFn,
         texts: tuple[EmbeddedText, EmbeddedText],
+        ahead: Sequence[tuple[AheadTokens, AttentionFn]] = (),
     ) -> Velocities:
         """`forward` without its preparations: nothing here depends on the numbers in a layout, only on its shapes.
 
@@ -257,23 +331,26 @@ class WorldActionModel(PretrainedModel):
         video, side = self._embed(inputs, tensors)
         if self.residual_dtype is not None:
             video, side = video.to(self.residual_dtype), side.to(self.residual_dtype)
-        texts = with_lengths(texts[0], tensors.video, video), with_lengths(texts[1], tensors.side, side)
+        entered = video, side
         with _full_precision(inputs.times.device.type):
-            video_levels, video_modulation = self.video.levels(inputs.times)
-            side_levels, side_modulation = self.action.levels(inputs.times)
-        # Of each level once, then of each group of tokens: (b, levels, 6, width) -> (b, groups, 6, width).
-        modulations = (
-            video_modulation.index_select(1, tensors.video.level),
-            side_modulation.index_select(1, tensors.side.level),
-        )
+            levels = self.video.levels(inputs.times), self.action.levels(inputs.times)
+        modulations, readable = _of_tokens(levels, tensors), _readable(texts, tensors, entered)
         for number, layer in enumerate(self.layers):
-            of_layer = texts[0].of_layer(number), texts[1].of_layer(number)
+            of_layer = readable[0].of_layer(number), readable[1].of_layer(number)
             video, side = layer(number, video, side, modulations, of_layer, tensors, attention)
-        video, side = video.index_select(1, tensors.video.noisy), side.index_select(1, tensors.side.noisy)
-        video_levels = video_levels.index_select(1, tensors.video.noisy_level)
-        return self._velocities(
-            inputs.space, video, side, video_levels, side_levels.index_select(1, tensors.side.noisy_level)
-        )
+        made = _noisy((video, side), tensors)
+        velocities = self._velocities(inputs.space, made, levels, tensors)
+        if not ahead:
+            return velocities
+        entered, of_steps = _noisy(entered, tensors), []
+        for layer, (step, attend) in zip(self.look_ahead, ahead, strict=False):
+            of_step = self.tensors(step.layout, video.device)
+            tokens = _picked(entered, (step.video, step.actions))
+            before = _picked(made, (step.video_before, step.actions_before))
+            modulations, readable = _of_tokens(levels, of_step), _readable(texts, of_step, tokens)
+            made = layer(tokens, before, modulations, readable, of_step, attend)
+            of_steps.append(self._velocities(inputs.space, made, levels, of_step))
+        return replace(velocities, ahead=tuple(of_steps))
 
     def _space(self, name: str) -> SpaceProjections:
         return cast(SpaceProjections, self.spaces[name])
@@ -295,12 +372,14 @@ class WorldActionModel(PretrainedModel):
         return video, side if tensors.side_order is None else side.index_select(1, tensors.side_order)
 
     def _velocities(
-        self, space: str, video: Tensor, side: Tensor, video_levels: Tensor, side_levels: Tensor
+        self, space: str, noisy: tuple[Tensor, Tensor], levels: tuple[Levels, Levels], tensors: LayoutTensors
     ) -> Velocities:
         """Velocities of the noisy tokens in float32, whatever the precision of the layers."""
-        with _full_precision(video.device.type):
-            video = self.video.head(video.float(), video_levels.float())
-            side = self.action.head(side.float(), side_levels.float())
+        video_levels = levels[0][0].index_select(1, tensors.video.noisy_level)
+        side_levels = levels[1][0].index_select(1, tensors.side.noisy_level)
+        with _full_precision(noisy[0].device.type):
+            video = self.video.head(noisy[0].float(), video_levels.float())
+            side = self.action.head(noisy[1].float(), side_levels.float())
             heads = (self.video_out, video), (self._space(space).action_out, side)
             latents, actions = (head(x.to(head.weight.dtype)).float() for head, x in heads)
             if self.joint_out is not None:
@@ -308,12 +387,35 @@ class WorldActionModel(PretrainedModel):
             return Velocities(latents, actions)
 
 
+def _noisy(streams: tuple[Tensor, Tensor], tensors: LayoutTensors) -> tuple[Tensor, Tensor]:
+    """The noisy tokens of both streams."""
+    return streams[0].index_select(1, tensors.video.noisy), streams[1].index_select(1, tensors.side.noisy)
+
+
+def _picked(streams: tuple[Tensor, Tensor], places: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Some tokens of both streams, by their places on the CPU."""
+    video, side = (x.index_select(1, to_device(index, x.device)) for x, index in zip(streams, places, strict=True))
+    return video, side
+
+
+def _of_tokens(levels: tuple[Levels, Levels], tensors: LayoutTensors) -> tuple[Modulation, Modulation]:
+    """The modulation of each level as that of each group of tokens: (b, levels, 6, width) -> (b, groups, 6, width)."""
+    return levels[0][1].index_select(1, tensors.video.level), levels[1][1].index_select(1, tensors.side.level)
+
+
+def _readable(
+    texts: tuple[EmbeddedText, EmbeddedText], tensors: LayoutTensors, streams: tuple[Tensor, Tensor]
+) -> tuple[EmbeddedText, EmbeddedText]:
+    """The instructions as the tokens of both streams attend to them."""
+    return with_lengths(texts[0], tensors.video, streams[0]), with_lengths(texts[1], tensors.side, streams[1])
+
+
 def compile_layers(wam: WorldActionModel, **options: Any) -> None:
     """Compile what surrounds attention in every layer, when it first runs.
 
     Attention itself depends on the packing and has kernels of its own, so that no new packing compiles anything again.
     """
-    for layer in wam.layers:
+    for layer in [part for part in wam.modules() if isinstance(part, WAMLayer)]:
         for name in ("before", "after"):
             setattr(layer, name, torch.compile(getattr(layer, name), fullgraph=True, **options))
 
@@ -328,6 +430,6 @@ def compiled_run(wam: WorldActionModel, **options: Any) -> Run:
         rearrange(values, "one -> one")
     other = copy.copy(wam)
     layers = nn.ModuleList(copy.copy(layer) for layer in wam.layers)
-    other.__dict__["_modules"] = {**wam._modules, "layers": layers}
+    other.__dict__["_modules"] = {**wam._modules, "layers": layers, "look_ahead": nn.ModuleList()}
     compile_layers(other, dynamic=False, **options)
     return other.run

@@ -86,7 +86,7 @@ class PolicyManifest:
             "text_encoder": self.text_encoder,
             "plan": asdict(self.plan),
             "digests": self.digests,
-            "chunks": None if self.chunks is None else asdict(self.chunks),
+            "chunks": None if self.chunks is None else self.chunks.to_dict(),
         }
         (folder / "policy.json").write_text(json.dumps(values, indent=2) + "\n")
 

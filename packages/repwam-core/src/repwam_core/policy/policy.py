@@ -353,6 +353,7 @@ class BatchedPolicy(BatchedBasePolicy):
             text_mask=(mask & told).to(self.device),
             run=self._run,
             graphs=self._captured or False,
+            delay=0 if manifest.chunks is None else manifest.chunks.delay,
         )
         rollout.warm_up(self.plan)
         return rollout

@@ -104,10 +104,12 @@ class WAMTraining(L.LightningModule):
         check_arguments(WAMTraining.__init__, locals())
         if init_from is not None and wam:
             raise UserError(f"init_from keeps the config of {init_from}; remove these fields of wam: {sorted(wam)}")
+        if "look_ahead" in (wam or {}):
+            raise UserError("wam.look_ahead: layers that look ahead are training's; give loss.look_ahead in its place")
         self.preset, self.wam_fields, self.init_from = preset, dict(wam or {}), init_from
         self.space, self.use_state = space, use_state
-        self.chunks = ChunkSpec(smallest=chunk_sizes[0], largest=chunk_sizes[1])
         self.loss_settings = loss or LossSettings()
+        self.chunks = ChunkSpec(smallest=chunk_sizes[0], largest=chunk_sizes[1], delay=self.loss_settings.delay)
         self.optimizer_settings = optimizer or OptimizerSettings()
         self.plan = plan or SamplingConfig()
         self.chunks.require(self.plan.chunk_frames)
@@ -145,6 +147,7 @@ class WAMTraining(L.LightningModule):
             if self.scale.residual == "bfloat16" and self.trainer.precision != "bf16-mixed":
                 told = f"which computes norms in float32; got {self.trainer.precision}"
                 raise UserError(f"scale.residual: bfloat16 needs trainer.precision bf16-mixed, {told}")
+            self._check_delay()
             prepare_layers(self.wam, self.scale)
             self.ema = ExponentialMovingAverage(self.wam, self.ema_decay)
             if self.tune_settings is not None:
@@ -196,6 +199,7 @@ class WAMTraining(L.LightningModule):
             keys = [self._store().keys[i] for i in batch.episode.tolist()]
         whole = self._log_loss("train", over_ranks([losses.terms]))
         found = {"loss": whole.total, "video": whole.video, "action": whole.action}
+        found |= {} if whole.look_ahead is None else {"look_ahead": whole.look_ahead}
         self._finite.note(found, lambda: f"episodes {keys}")
         return losses.total
 
@@ -325,7 +329,7 @@ class WAMTraining(L.LightningModule):
             "space": self.space,
             "text_encoder": store.text_encoder,
             "plan": asdict(self.plan),
-            "chunks": asdict(self.chunks),
+            "chunks": self.chunks.to_dict(),
             "split_of_0_1": self.trainer.datamodule.split_of_0_1,  # type: ignore[attr-defined]
             **_described(store),
             "data_sets": [_described(store) for store in self._mixture().stores],
@@ -344,6 +348,12 @@ class WAMTraining(L.LightningModule):
         if CHECKPOINT_KEY not in checkpoint:
             raise UserError("this checkpoint was not written by `repwam fit`: it holds no averaged weights")
         stored = json.loads(checkpoint[CHECKPOINT_KEY]["json"])
+        before, now = stored["config"].get("look_ahead", 0), self._model().config.look_ahead
+        if before != now:
+            raise UserError(
+                f"the checkpoint was trained with loss.look_ahead {before}, this run has {now}; resume "
+                f"with {before}, or start from its exported weights"
+            )
         if stored.get("split_of_0_1", "chunks" not in stored):
             self.trainer.datamodule.keep_split_of_0_1()  # type: ignore[attr-defined]
         expected = [Statistics.from_dict(entry["statistics"]) for entry in stored["data_sets"]]
@@ -368,6 +378,18 @@ class WAMTraining(L.LightningModule):
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
+    def _check_delay(self) -> None:
+        """Some action of every chunk must be left to learn."""
+        config, delay = self._model().config, self.chunks.delay
+        vectors = self.chunks.smallest * config.space(self.space).vectors_per_transition
+        if delay and config.joint_actions:
+            raise UserError("loss.delay: joint prediction has no action tokens that could be committed; leave it at 0")
+        if delay >= vectors:
+            raise UserError(
+                f"loss.delay: expected less than the {vectors} action vectors of the smallest chunk "
+                f"(model.chunk_sizes), got {delay}"
+            )
+
     def _split(self) -> str:
         """What its held-out numbers are logged under."""
         return "test" if self.trainer.testing else "val"
@@ -389,8 +411,11 @@ class WAMTraining(L.LightningModule):
         noise = self.with_noise(batch).noise
         assert noise is not None
         chunk_sizes = [equal_chunks(piece.transitions, self.chunk_size(batch)) for piece in batch.pieces]
-        weight, noise = self.loss_settings.action_weight, noise.to(batch.documents.latents.device)
-        return documents_loss(self._model(), batch.documents, chunk_sizes, noise, self.space, weight, self._attention)
+        weights = self.loss_settings.action_weight, self.loss_settings.look_ahead_weight
+        documents, noise = batch.documents, noise.to(batch.documents.latents.device)
+        return documents_loss(
+            self._model(), documents, chunk_sizes, noise, self.space, *weights, attention=self._attention
+        )
 
     def with_noise(self, batch: PackedBatch) -> PackedBatch:
         """The same sequence with its noise, drawn episode by episode: by their pieces, whatever they are packed with.
@@ -424,8 +449,10 @@ class WAMTraining(L.LightningModule):
 
     def _log_loss(self, split: str, terms: LossTerms) -> WAMLoss:
         """Log Eq. 7 over all ranks' numbers, and return it."""
-        losses = combined([terms], self.loss_settings.action_weight)
+        losses = combined([terms], self.loss_settings.action_weight, self.loss_settings.look_ahead_weight)
         rows = {"loss": losses.total, "video": losses.video, "action": losses.action}
+        if losses.look_ahead is not None:
+            rows["look_ahead"] = losses.look_ahead
         synced = split != "train" and self.trainer.world_size > 1
         self.log_dict({f"{split}/{name}": value for name, value in rows.items()}, sync_dist=synced)
         return losses

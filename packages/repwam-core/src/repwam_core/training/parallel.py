@@ -90,6 +90,7 @@ def build_wam(training: WAMTraining, mixture: Mixture) -> WorldActionModel:
             wam = _pretrained(training, device)
             if training.space not in wam.config.spaces:
                 wam.add_action_space(training.space, space)
+            wam.set_look_ahead(training.loss_settings.look_ahead)
     _check_fit(wam.config, mixture, training.space, space)
     return wam.train()
 
@@ -105,6 +106,7 @@ def build_sharded_wam(
     space = _space(training, mixture)
     pretrained = None if training.init_from is None else _pretrained(training, torch.device("cpu"))
     config = _config(training, mixture, space) if pretrained is None else pretrained.config
+    config = replace(config, look_ahead=training.loss_settings.look_ahead)
     if training.space not in config.spaces:
         config = config.with_space(training.space, space)
     _check_fit(config, mixture, training.space, space)
@@ -161,7 +163,8 @@ def _space(training: WAMTraining, mixture: Mixture) -> ActionSpace:
 
 def _config(training: WAMTraining, mixture: Mixture, space: ActionSpace) -> WAMConfig:
     sizes = {"latent_dim": mixture.latent_dim, "text_dim": mixture.text_dim}
-    return WAMConfig.preset(training.preset, **{**sizes, **training.wam_fields, "spaces": {training.space: space}})
+    by_training = {"look_ahead": training.loss_settings.look_ahead, "spaces": {training.space: space}}
+    return WAMConfig.preset(training.preset, **{**sizes, **training.wam_fields, **by_training})
 
 
 def _check_fit(config: WAMConfig, mixture: Mixture, name: str, space: ActionSpace) -> None:
@@ -463,7 +466,7 @@ def shard(wam: WorldActionModel, mesh: DeviceMesh, layer_dtype: torch.dtype | No
     policy = MixedPrecisionPolicy(
         param_dtype=layer_dtype, reduce_dtype=torch.float32 if layer_dtype else None, cast_forward_inputs=False
     )
-    for layer in wam.layers:
+    for layer in (*wam.layers, *wam.look_ahead):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(wam, mesh=mesh)
     unsharded_method(wam, "embed_text")
@@ -475,7 +478,7 @@ def gather_for_sampling(wam: WorldActionModel, gathered: bool) -> None:
         return
     # The root stays whole from its forward to its backward pass, as FSDP2 has it by default: its outputs are no plain
     # tensors, so that nothing would gather it again.
-    for layer in wam.layers:
+    for layer in (*wam.layers, *wam.look_ahead):
         if isinstance(layer, FSDPModule):
             layer.set_reshard_after_forward(not gathered, recurse=False)
     for module in wam.modules():
@@ -486,7 +489,7 @@ def gather_for_sampling(wam: WorldActionModel, gathered: bool) -> None:
 def prepare_layers(wam: WorldActionModel, scale: ScaleSettings) -> None:
     """Let all layers recompute, and be compiled, as the settings say for the device that the model is on."""
     wam.residual_dtype = torch.bfloat16 if scale.residual == "bfloat16" else None
-    for layer in wam.layers:
+    for layer in wam.modules():
         if isinstance(layer, WAMLayer):
             layer.recompute = scale.recompute
     if wam.video_in.weight.is_cuda if scale.compile is None else scale.compile:

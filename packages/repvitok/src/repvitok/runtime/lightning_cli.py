@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import traceback
@@ -175,6 +176,8 @@ class StageCLI(LightningCLI):
 
     def __init__(self, argv: list[str]) -> None:
         """Parses `argv` (without the verb), builds everything and runs the verb."""
+        told = shlex.join([self.stage.name.replace("_", "-"), self.verb, *argv])
+        self.command = re.sub(r"(?<![\w.~:/])/[^\s'\",\[\]]*/(?=[^\s/])", "", told)  # folders of this machine by their names
         trainer_defaults = TRAINER_DEFAULTS | {"default_root_dir": str(Path("runs") / self.stage.name)}
         options = {"parser_mode": _YAML, "exit_on_error": False}
         super().__init__(
@@ -291,7 +294,7 @@ class StageCLI(LightningCLI):
         _check_precision(trainer.precision)  # a plugin may have brought another
         for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
             if isinstance(callback, SaveLast) and self.verb == "fit":
-                callback.damaged = dict(self.damaged)
+                callback.damaged, callback.command = dict(self.damaged), self.command
         if self.verb == "predict":
             trainer.callbacks.append(PredictionFiles())  # pyright: ignore[reportAttributeAccessIssue]
         return trainer

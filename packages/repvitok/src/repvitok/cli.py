@@ -11,9 +11,11 @@ from repvitok.runtime.commands import (
     EPISODES,
     Command,
     TrainingStage,
+    add_license,
     parse_share,
     parse_size,
     path_argument,
+    push_command,
     run_commands,
     text_argument,
     training_commands,
@@ -41,7 +43,7 @@ def _encode_arguments(parser: argparse.ArgumentParser) -> None:
         type=text_argument,
         required=True,
         metavar="FOLDER",
-        help="exported tokenizer, or hf://owner/name (Wan2.2's VAE too)",
+        help="exported tokenizer, an installed one's name, or hf://owner/name (Wan2.2's VAE too)",
     )
     add(
         "--dataset",
@@ -185,6 +187,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=path_argument, required=True, metavar="FOLDER", help="where config, weights and model card go"
     )
     parser.add_argument("--raw", action="store_true", help="the last step's weights, not their moving average")
+    add_license(parser)
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -192,7 +195,7 @@ def _export(options: argparse.Namespace) -> None:
     from repvitok.training.export import export_checkpoint, trained_size
 
     checkpoint = resolve_checkpoint(options.ckpt)
-    tokenizer = export_checkpoint(checkpoint, options.out, averaged=not options.raw)
+    tokenizer = export_checkpoint(checkpoint, options.out, averaged=not options.raw, license=options.license)
     height, width = trained_size(Path(checkpoint).parent) or (256, 256)
     print(f"{options.out}: RepViTok {tokenizer.digest()[:16]}")
     command = ("repvitok", "encode", "--tokenizer", options.out, "--dataset", "DATASET", "--size", f"{height}x{width}")
@@ -206,6 +209,7 @@ COMMANDS = (
     Command("relabel", "a data set's corrected instructions to its latents", _relabel, _relabel_arguments),
     Command("decode", "latent shards back to video files", _decode, _decode_arguments),
     Command("export", "a checkpoint to the folder that from_pretrained loads", _export, _export_arguments),
+    push_command("repvitok.runtime.pretrained:MODEL_FILES"),
 )
 
 

@@ -14,9 +14,11 @@ from repvitok.runtime.commands import (
     SEEDS,
     Command,
     TrainingStage,
+    add_license,
     number,
     parse_held_out,
     path_argument,
+    push_command,
     run_commands,
     say_loading,
     text_argument,
@@ -180,7 +182,9 @@ def _collect(options: argparse.Namespace) -> None:
 def _rollout_arguments(parser: argparse.ArgumentParser) -> None:
     _simulator_arguments(parser)
     driver = parser.add_mutually_exclusive_group(required=True)
-    driver.add_argument("--policy", type=path_argument, help="policy folder, from `repwam export`")
+    driver.add_argument(
+        "--policy", type=text_argument, help="policy folder, an installed one's name, or hf://owner/name"
+    )
     driver.add_argument("--baseline", choices=BASELINES, help="who drives instead of a policy")
     parser.add_argument(
         "--demonstrations", type=path_argument, help="data set of `repwam collect`, for --baseline replay"
@@ -446,8 +450,10 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=path_argument, required=True, help="folder to write")
     parser.add_argument("--wam-only", action="store_true", help="the model alone, for model.init_from")
-    parser.add_argument("--tokenizer", type=path_argument, help="tokenizer folder that made the latents")
-    parser.add_argument("--lat", type=path_argument, help="latent action tokenizer folder, copied along")
+    parser.add_argument(
+        "--tokenizer", type=text_argument, help="tokenizer that made the latents: folder, name, or hf://owner/name"
+    )
+    parser.add_argument("--lat", type=text_argument, help="latent action tokenizer folder or name, copied along")
     parser.add_argument(
         "--latents", type=path_argument, help="latent shards trained on; their embedded instructions are kept"
     )
@@ -458,6 +464,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="which of the run's data sets the robot is from, from 0",
     )
+    add_license(parser)
     add_sampling_arguments(parser, "as the run was validated")
 
 
@@ -471,7 +478,7 @@ def _export(options: argparse.Namespace) -> None:
         raise UserError(f"{_option_names(plan)}: how a policy plans; --wam-only exports the model alone")
     checkpoint = resolve_checkpoint(options.ckpt)
     if options.wam_only:
-        print(f"{export_wam(checkpoint, options.out)}: world action model")
+        print(f"{export_wam(checkpoint, options.out, options.license)}: world action model")
         say_next("repwam", "fit", "-c", "RECIPE", "--data.latents", "LATENTS", "--model.init_from", options.out)
         return
     if options.tokenizer is None:
@@ -485,13 +492,14 @@ def _export(options: argparse.Namespace) -> None:
         name=options.name,
         plan=plan,
         data_set=options.data_set,
+        license=options.license,
     )
     print(f"{out}: policy")
     say_next("repwam", "openloop", "--policy", out, "--dataset", "DATASET", "--out", "FILE")
 
 
 def _openloop_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--policy", type=path_argument, required=True, help="policy folder, from `repwam export`")
+    parser.add_argument("--policy", type=text_argument, required=True, help="policy folder, a name, or hf://owner/name")
     parser.add_argument("--dataset", type=path_argument, required=True, help="LeRobot data set of the same robot")
     parser.add_argument("--episodes", **EPISODES)
     parser.add_argument(
@@ -631,6 +639,7 @@ COMMANDS = (
     *training_commands(STAGE),
     Command("stats", "action and state statistics of latent shards", _stats, _stats_arguments),
     Command("export", "a checkpoint to a policy folder, or a model folder", _export, _export_arguments),
+    push_command("repvitok.runtime.pretrained:MODEL_FILES", "repwam_core.policy.folder:POLICY_FILES"),
     Command("rollout", "a policy in closed loop on unseen seeds", _rollout, _rollout_arguments),
     Command("robotwin", "RoboTwin's filed results as the paper's table", _robotwin, _robotwin_arguments),
     Command("estimate", "what training on so many devices would take", _estimate, _estimate_arguments),

@@ -99,6 +99,35 @@ def training_commands(stage: TrainingStage) -> list[RawCommand]:
     return [command(verb, text) for verb, text in LIGHTNING_VERBS.items()]
 
 
+def add_license(parser: argparse.ArgumentParser) -> None:
+    """The option `--license` of a verb that writes a model card."""
+    told = "of the weights, for the model card: apache-2.0, other, ..."
+    parser.add_argument("--license", type=text_argument, metavar="NAME", help=told)
+
+
+def push_command(*files: str) -> Command:
+    """The verb that puts an exported folder on the hub.
+
+    Args:
+        files: tuples of the names that may go, each as "module:NAME", imported when the verb runs.
+    """
+
+    def arguments(parser: argparse.ArgumentParser) -> None:
+        add = parser.add_argument
+        add("--folder", type=path_argument, required=True, help="exported folder, with its model card README.md")
+        add("--to", type=text_argument, required=True, metavar="OWNER/NAME", help="on the hub; made if it is not there")
+        add("--private", action="store_true", help="of a new one: only its owner sees it")
+        add("--revision", type=text_argument, metavar="BRANCH", help="a branch, made if it is not there")
+
+    def run(options: argparse.Namespace) -> None:
+        from repvitok.runtime.pretrained import push_to_hub
+
+        names = tuple(name for path in files for name in import_object(path))
+        print(push_to_hub(options.folder, options.to, names, private=options.private, revision=options.revision))
+
+    return Command("push", "an exported folder to the Hugging Face hub", run, arguments)
+
+
 def run_commands(
     program: str,
     distribution: str,

@@ -177,7 +177,8 @@ class StageCLI(LightningCLI):
     def __init__(self, argv: list[str]) -> None:
         """Parses `argv` (without the verb), builds everything and runs the verb."""
         told = shlex.join([self.stage.name.replace("_", "-"), self.verb, *argv])
-        self.command = re.sub(r"(?<![\w.~:/])/[^\s'\",\[\]]*/(?=[^\s/])", "", told)  # folders of this machine by their names
+        # A model card tells it: what lies elsewhere on this machine by its name alone.
+        self.command = re.sub(r"(?<![\w.~:/])/[^\s'\",\[\]]*/(?=[^\s/])", "", told)
         trainer_defaults = TRAINER_DEFAULTS | {"default_root_dir": str(Path("runs") / self.stage.name)}
         options = {"parser_mode": _YAML, "exit_on_error": False}
         super().__init__(

@@ -25,7 +25,7 @@ MEBIBYTE = 2**20
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `repwam serve`."""
-    parser.add_argument("--policy", type=path_argument, required=True, help="policy folder, from `repwam export`")
+    parser.add_argument("--policy", type=text_argument, required=True, help="policy folder, a name, or hf://owner/name")
     parser.add_argument(
         "--host", type=text_argument, default="127.0.0.1", help="address to listen on (default: this machine only)"
     )

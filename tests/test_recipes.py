@@ -48,6 +48,7 @@ def _bases(path: Path) -> list[Path]:
     """What an overlay is laid over: as its first comment says, base.yaml unless another recipe is named there."""
     names = {
         "1_repvitok/mt50.yaml": ["tiny.yaml"],
+        "1_repvitok/small.yaml": ["tiny.yaml"],
         "3_repwam/finetune.yaml": ["base.yaml", "adapt.yaml"],
         "3_repwam/mt50.yaml": ["mt50_pretrain.yaml"],
     }

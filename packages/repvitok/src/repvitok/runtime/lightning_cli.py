@@ -176,7 +176,8 @@ class StageCLI(LightningCLI):
 
     def __init__(self, argv: list[str]) -> None:
         """Parses `argv` (without the verb), builds everything and runs the verb."""
-        told = shlex.join([self.stage.name.replace("_", "-"), self.verb, *argv])
+        self.program = self.stage.name.replace("_", "-")
+        told = shlex.join([self.program, self.verb, *argv])
         # A model card tells it: what lies elsewhere on this machine by its name alone.
         self.command = re.sub(r"(?<![\w.~:/])/[^\s'\",\[\]]*/(?=[^\s/])", "", told)
         trainer_defaults = TRAINER_DEFAULTS | {"default_root_dir": str(Path("runs") / self.stage.name)}
@@ -195,7 +196,13 @@ class StageCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses without looking at `sys.argv`; a name that is not there is answered with the nearest that is."""
+        """Parses without looking at `sys.argv`; a name that is not there is answered with the nearest that is.
+
+        The help begins with the stage's own options; Lightning's trainer, three quarters of them, comes last.
+        """
+        verb = self._subcommand_parsers[self.verb]
+        verb._action_groups.sort(key=lambda group: any(a.dest.startswith("trainer") for a in group._group_actions))
+        verb.usage = f"{self.program} {self.verb} -c RECIPE [-c OVERLAY ...] [--OPTION VALUE ...]"
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:

@@ -33,7 +33,8 @@ def _overlays(folder):
 
 
 def _parse(stage, folder, overlay, data):
-    files = [RECIPES / folder / ("tiny.yaml" if overlay in ("mt50.yaml", "small.yaml") and folder == "1_repvitok" else "base.yaml")]
+    over_tiny = folder == "1_repvitok" and overlay in ("mt50.yaml", "small.yaml")
+    files = [RECIPES / folder / ("tiny.yaml" if over_tiny else "base.yaml")]
     if overlay:
         path = RECIPES / folder / overlay
         files = [path] if "seed_everything" in yaml.safe_load(path.read_text()) else [*files, path]
@@ -57,7 +58,8 @@ def test_tokenizers(overlay):
     with torch.device("meta"):
         tokenizer = RepViTok(RepViTokConfig(**_given(config.model.tokenizer)))
     count = _count(tokenizer)
-    least, most = {"tiny.yaml": (1e6, 3e6), "small.yaml": (1e6, 3e6), "mt50.yaml": (5e6, 20e6)}.get(overlay or "", (176e6, 178e6))
+    small = {"tiny.yaml": (1e6, 3e6), "small.yaml": (1e6, 3e6), "mt50.yaml": (5e6, 20e6)}
+    least, most = small.get(overlay or "", (176e6, 178e6))
     assert least < count < most
 
 

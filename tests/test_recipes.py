@@ -51,6 +51,7 @@ def _bases(path: Path) -> list[Path]:
         "1_repvitok/small.yaml": ["tiny.yaml"],
         "3_repwam/finetune.yaml": ["base.yaml", "adapt.yaml"],
         "3_repwam/mt50.yaml": ["mt50_pretrain.yaml"],
+        "3_repwam/one_gpu_adapt.yaml": ["one_gpu.yaml"],
     }
     return [path.parent / name for name in names.get(f"{path.parent.name}/{path.name}", ["base.yaml"])]
 

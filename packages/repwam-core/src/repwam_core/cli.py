@@ -28,7 +28,7 @@ from repvitok.runtime.commands import (
 from repvitok.runtime.documents import MAX_SIDE, parse, parse_json
 from repvitok.runtime.errors import MOST_PROCESSES, UserError, run_cli, say_next
 
-from repwam_core.estimate import DEVICES, RunRequest, estimate_run, format_estimate
+from repwam_core.estimate import DEVICES, RunRequest, estimate_run, format_estimate, model_of_recipes
 from repwam_core.model.config import Recompute
 from repwam_core.policy.serving.command import add_serve_arguments, serve
 from repwam_core.quickstart.config import add_quickstart_arguments
@@ -586,8 +586,12 @@ def _estimate_arguments(parser: argparse.ArgumentParser) -> None:
     default = RunRequest()
     count, above_0 = whole_number(1, 10**6), number(0, 10**6, above=True)
     parser.add_argument("--preset", choices=["tiny", "1.3b", "5b"], default=default.preset, help="model size")
+    told = "of `repwam fit`, in place of --preset: the model and the tokens of a sequence; several are overlays"
+    parser.add_argument("--recipe", type=path_argument, nargs="+", metavar="FILE", help=told)
     parser.add_argument("--gpus", type=count, default=default.gpus, help="devices (default: %(default)s)")
-    parser.add_argument("--tokens", type=tokens_of, default="160k", help="of a packed sequence, such as 160k")
+    parser.add_argument(
+        "--tokens", type=tokens_of, help="of a packed sequence, such as 160k (default: 160k, or the recipe's)"
+    )
     parser.add_argument("--gpu", choices=sorted(DEVICES), default=default.gpu, help="device (default: %(default)s)")
     parser.add_argument("--total-tokens", type=tokens_of, default="100g", help="of the run (100g)")
     parser.add_argument(
@@ -617,8 +621,12 @@ def _estimate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _estimate(options: argparse.Namespace) -> None:
     values = {name: getattr(options, name) for name in RunRequest.__dataclass_fields__}
-    request = RunRequest(**{**values, "grid": tuple(options.grid)})
-    print("\n".join(format_estimate(request, estimate_run(request))))
+    config, tokens = (None, None) if options.recipe is None else model_of_recipes(options.recipe)
+    values |= {"tokens": options.tokens or tokens or RunRequest().tokens, "grid": tuple(options.grid)}
+    if options.recipe is not None:
+        values["preset"] = " + ".join(path.stem for path in options.recipe)
+    request = RunRequest(**values)
+    print("\n".join(format_estimate(request, estimate_run(request, config))))
 
 
 def _plan(options: argparse.Namespace) -> None:

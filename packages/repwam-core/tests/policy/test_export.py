@@ -8,6 +8,7 @@ import pytest
 import torch
 from repvitok import RepViTok, RepViTokConfig
 from repvitok.data import LeRobotReader
+from repvitok.runtime.curves import append_curves
 from repvitok.runtime.errors import UserError
 from repwam_core.cli import main
 from repwam_core.export import read_trained
@@ -125,6 +126,7 @@ def test_openloop_writes_errors_and_scores(world, tmp_path, capsys):
 
 
 def test_the_card_of_a_policy_and_of_a_model_comes_from_the_run(checkpoint, world, tmp_path):
+    append_curves(checkpoint.parent, [(1, "val/video", 0.25)])  # a run of one step has no validation
     assert _export(checkpoint, world, tmp_path / "policy", "--license", "apache-2.0") == 0
     assert main(["export", "--ckpt", str(checkpoint), "--wam-only", "--out", str(tmp_path / "wam")]) == 0
     of_policy, of_wam = ((tmp_path / part / "README.md").read_text() for part in ("policy", "wam"))
@@ -137,7 +139,7 @@ def test_the_card_of_a_policy_and_of_a_model_comes_from_the_run(checkpoint, worl
         assert "| steps | 1 |" in card
         assert "| command | `repwam fit -c " in card
         assert str(tmp_path) not in card, "no folder of this machine"
-        assert "val/" in card
+        assert "| val/video | 0.25 |" in card
     assert "README.md" not in {path.name for path in (tmp_path / "policy" / "wam").iterdir()}
 
 

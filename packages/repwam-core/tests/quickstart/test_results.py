@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
-from repwam_core.quickstart.results import NOT_SHOWN, findings
-from repwam_core.quickstart.stages import CONTROLS
+from repvitok import RepViTok, RepViTokConfig
+from repvitok.model import load_tokenizer
+from repwam_core.quickstart.results import NOT_SHOWN, TEACHER, _curves, closing, findings
+from repwam_core.quickstart.runner import StageRunner
+from repwam_core.quickstart.stages import CONTROLS, Run, given_tokenizer
 from repwam_core.report import Count, LanguageRow, ReportData, RunInfo, SuccessRow
 
 RUN = RunInfo(title="run", command="repwam quickstart", stages=[])
@@ -38,3 +43,36 @@ def test_following_the_instruction_is_claimed_only_where_it_shows(other, follows
     row = LanguageRow("faucet-open", Count(17, 20), Count(other, 20), Count(8, 20))
     told = " ".join(findings(_data(54, language=(row,))))
     assert ("so it follows the instruction" in told) == follows
+
+
+def test_the_terminal_ends_with_a_table_and_two_findings_in_eighty_columns():
+    rows = [
+        SuccessRow("policy", {"reach": Count(9, 10), "button-press-topdown-wall": Count(3, 10)}),
+        SuccessRow("replay", {"reach": Count(2, 10)}),
+        SuccessRow(next(iter(CONTROLS)), {"reach": Count(1, 10)}),
+    ]
+    told = closing(ReportData(run=RUN, success=rows, findings=["It works " * 20, "second", "third"]))
+    lines = told.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0].split() == ["episodes", "solved", "policy", "replay"]
+    assert lines[1].split() == ["reach", "9/10", "2/10"]
+    assert lines[2].split() == ["button-press-topdown-wall", "3/10"]
+    assert lines[3].split() == ["all", "tasks", "12/20", "2/10"]
+    assert "second" in told
+    assert "third" not in told
+
+
+def test_a_given_tokenizer_takes_the_place_of_the_trained_one(tmp_path):
+    source = RepViTok(RepViTokConfig(width=32, depth=1, heads=2)).save_pretrained(tmp_path / "given")
+    runner = StageRunner(tmp_path / "run", stages=6)
+    this = Run(None, 0, None, runner, "repwam quickstart", 0.0, None, "code", str(source))  # type: ignore[arg-type]
+    for again in (False, True):
+        stage = given_tokenizer(this, str(source))
+        assert (stage.cached, stage.summary["given"]) == (again, str(source))
+        assert load_tokenizer(stage.folder / "tokenizer").digest() == load_tokenizer(source).digest()
+    trained = SimpleNamespace(
+        prepared=SimpleNamespace(tokenizer=stage, lat=stage, data=None), pretrained=stage, adapted=stage
+    )
+    assert _curves(trained) == {}
+    assert TEACHER not in findings(ReportData(run=RUN, curves={"adaptation": {}}))
+    assert TEACHER in findings(ReportData(run=RUN, curves={"visual tokenizer": {}}))

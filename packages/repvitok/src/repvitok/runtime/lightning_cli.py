@@ -200,7 +200,7 @@ class StageCLI(LightningCLI):
 
         The help begins with the stage's own options; Lightning's trainer, three quarters of them, comes last.
         """
-        verb = self._subcommand_parsers[self.verb]
+        verb: Any = self._subcommand_parsers[self.verb]
         verb._action_groups.sort(key=lambda group: any(a.dest.startswith("trainer") for a in group._group_actions))
         verb.usage = f"{self.program} {self.verb} -c RECIPE [-c OVERLAY ...] [--OPTION VALUE ...]"
         try:

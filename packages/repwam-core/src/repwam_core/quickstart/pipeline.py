@@ -19,16 +19,27 @@ from repwam_core.quickstart.stages import DataSet, Run, Trained, run_controls, t
 
 def run(arguments: argparse.Namespace, repwam: training.Main) -> int:
     """Run the quickstart; returns the exit code. `repwam` is the command that trains its later stages."""
-    from repwam_core.quickstart.results import report_data, summary
+    from repwam_core.quickstart.results import closing, report_data, summary
     from repwam_core.report import write_report
 
     started_s = time.monotonic()
     config = _checked(arguments, load_config(arguments))
     data = None if arguments.dataset is None else _chosen(arguments)
     out = arguments.out or Path("runs") / (arguments.preset or "quickstart")
-    runner = StageRunner(out, fresh=arguments.fresh)
+    stages = 6 if data is not None else 9 + bool(config.same_scene)
+    runner = StageRunner(out, fresh=arguments.fresh, stages=None if arguments.controls else stages)
     command = "repwam " + " ".join(sys.argv[1:])
-    this = Run(config, arguments.seed, arguments.workers, runner, command, started_s, repwam, code_digest())
+    this = Run(
+        config,
+        arguments.seed,
+        arguments.workers,
+        runner,
+        command,
+        started_s,
+        repwam,
+        code_digest(),
+        arguments.tokenizer,
+    )
     with runner.lock():
         trained, outcome = (train(this, data), {}) if data is not None else _from_simulator(this)
         if arguments.controls:
@@ -38,7 +49,8 @@ def run(arguments: argparse.Namespace, repwam: training.Main) -> int:
         write_report(told, report)
         if outcome:
             write_json_atomic(out / "results.json", summary(this, told))
-    print(f"report: {report.resolve()}")
+    print(closing(told))
+    print(f"\nreport, for a browser: {report.resolve()}")
     return 0
 
 

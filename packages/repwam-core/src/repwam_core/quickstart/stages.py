@@ -28,7 +28,12 @@ CONTROLS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One invocation of the quickstart; `code` is the `code_digest` of the packages it runs."""
+    """One invocation of the quickstart.
+
+    Attributes:
+        code: the `code_digest` of the packages it runs.
+        tokenizer: a trained one, as `from_pretrained` takes it; None where the quickstart trains its own.
+    """
 
     config: QuickstartConfig
     seed: int
@@ -38,6 +43,7 @@ class Run:
     started_s: float
     repwam: training.Main
     code: str
+    tokenizer: str | None = None
 
     def stage(self, name: str, work: Any, *, inputs: dict[str, StageResult | str], **settings: Any) -> StageResult:
         """Run a stage whose inputs are earlier stages (or digests); the code that makes it counts as a setting."""
@@ -114,6 +120,8 @@ class Trained:
 def train(this: Run, data: DataSet) -> Trained:
     """All training stages, the same for simulated and recorded data."""
     config = this.config
+    if this.tokenizer is not None:
+        return train_on_latents(this, data, given_tokenizer(this, this.tokenizer))
     tokenizer = this.stage(
         "tokenizer",
         partial(training.train_tokenizer, config=config, seed=this.seed, **data.read()),
@@ -126,6 +134,19 @@ def train(this: Run, data: DataSet) -> Trained:
         **data.chosen(),
     )
     return train_on_latents(this, data, tokenizer)
+
+
+def given_tokenizer(this: Run, source: str) -> StageResult:
+    """A trained tokenizer in the place of the one that the quickstart would train, copied into its stage's folder."""
+    from repvitok import RepViTok
+
+    tokenizer = RepViTok.from_pretrained(source)
+
+    def keep(folder: Path) -> dict[str, Any]:
+        tokenizer.save_pretrained(folder / "tokenizer")
+        return {"given": source, "digest": tokenizer.digest()[:16]}
+
+    return this.stage("tokenizer", keep, inputs={"tokenizer": tokenizer.digest()})
 
 
 def train_on_latents(

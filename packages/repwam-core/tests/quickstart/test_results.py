@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import argparse
 
 import pytest
 from repvitok import RepViTok, RepViTokConfig
 from repvitok.model import load_tokenizer
+from repwam_core.cli import main
+from repwam_core.quickstart.config import add_quickstart_arguments, load_config
 from repwam_core.quickstart.results import NOT_SHOWN, TEACHER, _curves, closing, findings
 from repwam_core.quickstart.runner import StageRunner
-from repwam_core.quickstart.stages import CONTROLS, Run, given_tokenizer
+from repwam_core.quickstart.stages import CONTROLS, DataSet, Prepared, Run, Trained, given_tokenizer
 from repwam_core.report import Count, LanguageRow, ReportData, RunInfo, SuccessRow
 
 RUN = RunInfo(title="run", command="repwam quickstart", stages=[])
@@ -65,14 +67,16 @@ def test_the_terminal_ends_with_a_table_and_two_findings_in_eighty_columns():
 def test_a_given_tokenizer_takes_the_place_of_the_trained_one(tmp_path):
     source = RepViTok(RepViTokConfig(width=32, depth=1, heads=2)).save_pretrained(tmp_path / "given")
     runner = StageRunner(tmp_path / "run", stages=6)
-    this = Run(None, 0, None, runner, "repwam quickstart", 0.0, None, "code", str(source))  # type: ignore[arg-type]
+    parser = argparse.ArgumentParser()
+    add_quickstart_arguments(parser)
+    arguments = parser.parse_args(["--tokenizer", str(source)])
+    config = load_config(arguments)
+    this = Run(config, 0, None, runner, "repwam quickstart", 0.0, main, "code", arguments.tokenizer)
     for again in (False, True):
-        stage = given_tokenizer(this, str(source))
+        stage = given_tokenizer(this, arguments.tokenizer)
         assert (stage.cached, stage.summary["given"]) == (again, str(source))
         assert load_tokenizer(stage.folder / "tokenizer").digest() == load_tokenizer(source).digest()
-    trained = SimpleNamespace(
-        prepared=SimpleNamespace(tokenizer=stage, lat=stage, data=None), pretrained=stage, adapted=stage
-    )
-    assert _curves(trained) == {}
+    prepared = Prepared(DataSet(tmp_path, "digest"), stage, stage, stage, stage)
+    assert _curves(Trained(prepared, stage, stage)) == {}
     assert TEACHER not in findings(ReportData(run=RUN, curves={"adaptation": {}}))
     assert TEACHER in findings(ReportData(run=RUN, curves={"visual tokenizer": {}}))

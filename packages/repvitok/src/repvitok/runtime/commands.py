@@ -166,8 +166,7 @@ def push_command(*files: str) -> Command:
         add("--revision", type=text_argument, metavar="BRANCH", help="a branch, made if it is not there")
 
     def run(options: argparse.Namespace) -> None:
-        from repvitok.runtime.pretrained import push_to_hub
-
+        push_to_hub = import_object("repvitok.runtime.pretrained:push_to_hub")  # with torch
         names = tuple(name for path in files for name in import_object(path))
         print(push_to_hub(options.folder, options.to, names, private=options.private, revision=options.revision))
 

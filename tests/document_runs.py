@@ -49,6 +49,7 @@ NOT_RUN = {
     "--dataset prepared/task_327": "likewise",
     "--execute 4 --delay 2": "for a policy of Meta-World's; tests/policy/test_delayed.py of repwam-core runs it",
     "--format robotwin": "needs RoboTwin's recordings; tests/data/test_robotwin.py of repwam-core makes such files",
+    "repwam push": "needs the hub; tests/runtime/test_pretrained.py of repvitok pushes to a stand-in",
     "repwam robotwin": "needs RoboTwin's results; tests/sim/test_robotwin_results.py of repwam-core has some",
     "--preset aloha": "an hour; the quickstart's test runs its stages",
     "from openpi_client": "openpi's client is not installed; tests/policy/serving of repwam-core speaks its protocol",

@@ -33,7 +33,8 @@ def _overlays(folder):
 
 
 def _parse(stage, folder, overlay, data):
-    files = [RECIPES / folder / ("tiny.yaml" if folder == "1_repvitok" and overlay == "mt50.yaml" else "base.yaml")]
+    over_tiny = folder == "1_repvitok" and overlay in ("mt50.yaml", "small.yaml")
+    files = [RECIPES / folder / ("tiny.yaml" if over_tiny else "base.yaml")]
     if overlay:
         path = RECIPES / folder / overlay
         files = [path] if "seed_everything" in yaml.safe_load(path.read_text()) else [*files, path]
@@ -57,7 +58,8 @@ def test_tokenizers(overlay):
     with torch.device("meta"):
         tokenizer = RepViTok(RepViTokConfig(**_given(config.model.tokenizer)))
     count = _count(tokenizer)
-    least, most = {"tiny.yaml": (1e6, 3e6), "mt50.yaml": (5e6, 20e6)}.get(overlay or "", (176e6, 178e6))
+    small = {"tiny.yaml": (1e6, 3e6), "small.yaml": (1e6, 3e6), "mt50.yaml": (5e6, 20e6)}
+    least, most = small.get(overlay or "", (176e6, 178e6))
     assert least < count < most
 
 
@@ -79,7 +81,8 @@ def _wam(config, space):
 def test_world_action_models(overlay):
     config = _parse(REPWAM, "3_repwam", overlay, "--data.latents=x")
     wam = _wam(config, ActionSpace(channels=4, vectors_per_transition=1, state_channels=0))
-    tiny = (50e6, 60e6) if (overlay or "").startswith("mt50") else (0.3e6, 5e6)  # MT50 widens the preset
+    widened = {"mt50": (50e6, 60e6), "one_": (75e6, 90e6)}
+    tiny = widened.get((overlay or "")[:4], (0.3e6, 5e6))
     expected = {"1.3b": (1.27e9, 1.33e9), "5b": (4.9e9, 5.1e9), "tiny": tiny}[config.model.preset]
     counts = wam.parameter_counts()
     assert expected[0] < counts["video"] < expected[1], counts

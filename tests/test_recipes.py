@@ -50,9 +50,11 @@ def _bases(path: Path) -> list[Path]:
     """What an overlay is laid over: as its first comment says, base.yaml unless another recipe is named there."""
     names = {
         "1_repvitok/mt50.yaml": ["tiny.yaml"],
+        "1_repvitok/small.yaml": ["tiny.yaml"],
         "3_repwam/finetune.yaml": ["base.yaml", "adapt.yaml"],
         "3_repwam/tune_tokenizer.yaml": ["base.yaml", "adapt.yaml"],
         "3_repwam/mt50.yaml": ["mt50_pretrain.yaml"],
+        "3_repwam/one_gpu_adapt.yaml": ["one_gpu.yaml"],
     }
     return [path.parent / name for name in names.get(f"{path.parent.name}/{path.name}", ["base.yaml"])]
 

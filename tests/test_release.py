@@ -125,3 +125,12 @@ def test_what_is_published_names_the_repository(tmp_path):
         f"]({address}/raw/repvitok-v0.2.0/packages/repvitok/docs/reconstructions.png)"
         in (tmp_path / "packages/repvitok/README.md").read_text()
     )
+
+
+def test_the_docker_image_copies_what_is_there_and_what_may_be_sent():
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    names = {name for line in copied for name in line.split()}
+    assert {"pyproject.toml", "uv.lock", "packages"} <= names
+    assert all((ROOT / name).exists() for name in names)
+    sent = (ROOT / ".dockerignore").read_text().splitlines()
+    assert names == {line.removeprefix("!") for line in sent if line.startswith("!")}

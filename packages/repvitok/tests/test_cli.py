@@ -300,6 +300,40 @@ def test_help_and_version_load_no_torch(argument):
     assert os.times().children_user - started[1] < 2.0
 
 
+def test_the_help_of_a_training_verb_is_made_once(monkeypatch, tmp_path, capsys):
+    made = []
+
+    def slow(verb, argv, stage):
+        made.append((verb, argv, stage.name))
+        print(f"usage: {verb}, made {len(made)} times")
+        raise SystemExit(0)
+
+    monkeypatch.setattr("repvitok.runtime.lightning_cli.run_lightning", slow)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for verb, option, times in (("fit", "--help", 1), ("fit", "-h", 1), ("test", "--help", 2), ("fit", "--help", 2)):
+        assert main([verb, option]) == 0
+        assert len(made) == times
+        assert capsys.readouterr().out == f"usage: {verb}, made {2 if verb == 'test' else 1} times\n"
+    monkeypatch.setattr("repvitok.runtime.commands.version", lambda name: "another version")
+    assert main(["fit", "--help"]) == 0
+    assert capsys.readouterr().out == "usage: fit, made 3 times\n"
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert main(["fit", "--help"]) == 0
+    assert capsys.readouterr().out == "usage: fit, made 4 times\n"
+
+
+def test_our_options_come_before_lightnings(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert main(["fit", "--help"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("usage: repvitok fit -c RECIPE")
+    places = [
+        told.index(f"--{name}") for name in ("model.tokenizer", "data.folders", "checkpoint", "trainer.max_steps")
+    ]
+    assert places[-1] == max(places)
+
+
 @pytest.mark.parametrize(
     ("gpus", "devices", "several"),
     [

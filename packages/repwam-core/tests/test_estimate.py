@@ -15,6 +15,7 @@ from repwam_core.estimate import (
     activation_bytes,
     estimate_run,
     meta_model,
+    model_of_recipes,
     offloaded_bytes,
     peak_flops,
     state_bytes,
@@ -208,6 +209,23 @@ def test_the_command_prints_the_estimate_under_its_old_name_too(capsys):
     assert "per device, fits" in capsys.readouterr().out
 
 
+def test_a_recipe_says_the_model_and_its_tokens(tmp_path, capsys):
+    base, over = tmp_path / "small.yaml", tmp_path / "over.yaml"
+    base.write_text("model: {preset: tiny, wam: {width: 64, heads: 2}}\ndata: {packing: {token_budget: 5000}}\n")
+    over.write_text("model: {wam: null}\n")
+    config, tokens = model_of_recipes([base, over])
+    assert config == WAMConfig.preset("tiny", width=64, heads=2)
+    assert tokens == 5000
+    assert main(["estimate", "--recipe", str(base), str(over), "--gpu", "rtx4090", "--total-tokens", "1m"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("small + over on 128 x rtx4090")
+    assert "0.001 G tokens" in told
+    assert "hours" in told
+    over.write_text("model: {wam: {widht: 64}}\n")
+    assert main(["estimate", "--recipe", str(over)]) == 2
+    assert "--recipe: expected settings of the model under model.wam, got widht" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -227,4 +245,5 @@ def test_impossible_runs_are_refused(arguments, message, capsys):
 def test_numbers_of_tokens():
     assert [tokens_of(text) for text in ("160000", "160k", "0.2m", "100g")] == [160_000, 160_000, 200_000, 10**11]
     assert math.isclose(peak_flops("NVIDIA H200") or 0, 989e12)
+    assert peak_flops("NVIDIA GeForce RTX 4090") == 165e12
     assert peak_flops("Quadro") is None

@@ -11,9 +11,11 @@ from repvitok.runtime.commands import (
     Command,
     RawCommand,
     TrainingStage,
+    add_license,
     parse_held_out,
     parse_share,
     path_argument,
+    push_command,
     run_commands,
     text_argument,
     training_commands,
@@ -39,7 +41,7 @@ DESCRIPTION = "Learn latent actions from video latents, label data with them, an
 
 
 def _label_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--lat", type=path_argument, required=True, help="folder of the latent action tokenizer")
+    parser.add_argument("--lat", type=text_argument, required=True, help="latent action tokenizer: folder or name")
     parser.add_argument(
         "--latents", type=path_argument, required=True, help="folder of latent shards (repvitok encode)"
     )
@@ -73,7 +75,7 @@ def _label(arguments: argparse.Namespace) -> int:
 
 
 def _probe_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--lat", type=path_argument, required=True, help="folder of the latent action tokenizer")
+    parser.add_argument("--lat", type=text_argument, required=True, help="latent action tokenizer: folder or name")
     parser.add_argument(
         "--latents", type=path_argument, required=True, help="folder of latent shards with robot actions"
     )
@@ -146,7 +148,7 @@ def _lapa_rows(arguments: argparse.Namespace, transition_frames: int) -> dict[st
 
 
 def _visualize_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--lat", type=path_argument, required=True, help="folder of the latent action tokenizer")
+    parser.add_argument("--lat", type=text_argument, required=True, help="latent action tokenizer: folder or name")
     parser.add_argument("--latents", type=path_argument, required=True, help="folder of latent shards")
     parser.add_argument("--dataset", type=path_argument, required=True, help="the LeRobot data set they were made from")
     parser.add_argument("--out", type=path_argument, required=True, help="file to write: .png, or .mp4 for a film")
@@ -186,12 +188,17 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=path_argument, required=True, help="folder for config.json and model.safetensors")
 
 
+def _export_lat_arguments(parser: argparse.ArgumentParser) -> None:
+    _export_arguments(parser)
+    add_license(parser)
+
+
 def _export(arguments: argparse.Namespace) -> int:
     from repvitok.runtime.checkpointing import resolve_checkpoint
 
     from latent_action.training import export_checkpoint
 
-    lat = export_checkpoint(resolve_checkpoint(arguments.ckpt), arguments.out)
+    lat = export_checkpoint(resolve_checkpoint(arguments.ckpt), arguments.out, arguments.license)
     print(f"{arguments.out}: LAT {lat.digest()[:16]}")
     say_next("latent-action", "label", "--lat", arguments.out, "--latents", "LATENTS")
     return 0
@@ -226,7 +233,8 @@ COMMANDS = (
     Command("label", "latent shards in, latent actions beside them out", _label, _label_arguments),
     Command("probe", "how well latent actions predict robot actions", _probe, _probe_arguments),
     Command("visualize", "a picture of where latent actions act", _visualize, _visualize_arguments),
-    Command("export", "from a training checkpoint to a model folder", _export, _export_arguments),
+    Command("export", "from a training checkpoint to a model folder", _export, _export_lat_arguments),
+    push_command("repvitok.runtime.pretrained:MODEL_FILES"),
     RawCommand("lapa", "a baseline: fit, validate and export LAPA's quantiser on the same transitions", _lapa),
 )
 

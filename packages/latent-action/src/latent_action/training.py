@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import lightning as L
 import torch
 from jaxtyping import Float
 from repvitok.data.latents import LatentMeta
+from repvitok.data.shards import LatentShards
 from repvitok.runtime.checkpointing import read_checkpoint, read_section, stored_by, with_weights
 from repvitok.runtime.documents import Decay, From0, check_arguments
 from repvitok.runtime.errors import UserError
-from repvitok.runtime.progress import run_record
+from repvitok.runtime.progress import card_head, run_record, training_table
 from repvitok.runtime.training import (
     ExponentialMovingAverage,
     FiniteCheck,
@@ -232,8 +234,10 @@ def _triplets(batch: TransitionBatch) -> tuple[Tensor, Tensor, Tensor] | None:
     return batch.z_t[batch.continued], batch.z_next[batch.continued], batch.z_after[batch.continued]
 
 
-def export_checkpoint(checkpoint: str | Path, out: str | Path) -> LatentActionTokenizer:
+def export_checkpoint(checkpoint: str | Path, out: str | Path, license: str | None = None) -> LatentActionTokenizer:
     """Write the LAT of a checkpoint of `latent-action fit`, its averaged weights where the run kept an average.
+
+    `license` is that of the weights, for the model card.
 
     Returns:
         The tokenizer that was written, in evaluation mode.
@@ -246,22 +250,19 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path) -> LatentActionTo
     stored = stored_by("latent-action fit", CHECKPOINT_KEY, loaded, where)
     lat = LatentActionTokenizer(LatentActionConfig.from_dict(read_section(stored, where, "config")))
     lat = with_weights(lat, "lat.", loaded, stored, where)
-    lat.save_pretrained(out, readme=model_card(lat, int(loaded.get("global_step") or 0), Path(checkpoint).parent))
+    lat.save_pretrained(out, readme=model_card(lat, loaded, Path(checkpoint).parent, license))
     return lat
 
 
-def model_card(lat: LatentActionTokenizer, steps: int, run: Path) -> str:
+def model_card(lat: LatentActionTokenizer, checkpoint: Mapping[str, Any], run: Path, license: str | None = None) -> str:
     """The README.md of an exported LAT: what it is, how to use it, which latents it is for, what its `run` reached."""
     config = lat.config
     plain = {name: value for name, value in config.to_dict().items() if not name.startswith("latent_")}
     fields = "\n".join(f"| {name} | {value} |" for name, value in plain.items())
-    return f"""---
-library_name: latent-action
-tags: [robotics, latent actions]
----
-# Latent action tokenizer
-
-{sum(p.numel() for p in lat.parameters()):,} parameters, trained for {steps:,} steps on latents of the visual tokenizer
+    recorded, reached = run_record(run)
+    table = training_table(checkpoint, _trained_on(recorded), reached, license)
+    return f"""{card_head("Latent action tokenizer", "latent-action", "robotics, latent actions", license)}
+{sum(p.numel() for p in lat.parameters()):,} parameters, trained on latents of the visual tokenizer
 `{str(config.tokenizer_digest)[:16]}`; it is of no use on latents of another. Digest `{lat.digest()[:16]}`.
 
 ```python
@@ -277,22 +278,32 @@ z_hat = lat.decode(z[:, 0], l[:, 0])  # the next latent frame
 |---|---|
 {fields}
 
-{_reached(run)}
+## Training
+
+{table}
+
+{_MEASURED if reached else "Its run's metrics.csv was not beside the checkpoint."} Check it on your data with
+`latent-action probe`.
 """
 
 
-def _reached(run: Path) -> str:
-    """The run's last validation, its data's name, and what to make of them."""
-    recorded, reached = run_record(run)
-    if not reached:
-        return "Its run's metrics.csv was not beside the checkpoint. Check it on your data with `latent-action probe`."
-    rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in reached.items())
-    latents = Path(str(recorded.get("data", {}).get("latents", "unknown"))).name
-    return f"""Trained on the latents `{latents}`. On held-out episodes of theirs:
+_MEASURED = (
+    "Numbers are of held-out episodes of these latents. Only the gain of forward_loss over zero_action_loss is the "
+    "latent action's."
+)
 
-| | |
-|---|---|
-{rows}
 
-Only the gain of forward_loss over zero_action_loss is the latent action's. Check it on your data with
-`latent-action probe`."""
+def _trained_on(recorded: Mapping[str, Any]) -> dict[str, object]:
+    """What a run's configuration says of its latents, and these of themselves where they still are."""
+    folder = recorded.get("data", {}).get("latents")
+    if folder is None:
+        return {}
+    with suppress(UserError, OSError):
+        meta = LatentShards(folder).meta
+        return {
+            "latents": f"{Path(folder).name}, of {meta.source}",
+            "cameras": ", ".join(meta.cameras),
+            "tokens of a frame, rows x columns": f"{meta.grid[1]} x {meta.grid[2]}",
+            "rate of the frames, Hz": f"{meta.frame_rate_hz:g}, every {meta.stride}. taken",
+        }
+    return {"latents": Path(folder).name}

@@ -11,9 +11,11 @@ from repvitok.runtime.commands import (
     EPISODES,
     Command,
     TrainingStage,
+    add_license,
     parse_share,
     parse_size,
     path_argument,
+    push_command,
     run_commands,
     text_argument,
     training_commands,
@@ -41,7 +43,7 @@ def _encode_arguments(parser: argparse.ArgumentParser) -> None:
         type=text_argument,
         required=True,
         metavar="FOLDER",
-        help="exported tokenizer, or hf://owner/name (Wan2.2's VAE too)",
+        help="exported tokenizer, an installed one's name, or hf://owner/name (Wan2.2's VAE too)",
     )
     add(
         "--dataset",
@@ -181,6 +183,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--out", type=path_argument, required=True, metavar="FOLDER", help="where config, weights and model card go")
     add("--raw", action="store_true", help="the last step's weights, not their moving average")
+    add_license(parser)
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -188,7 +191,7 @@ def _export(options: argparse.Namespace) -> None:
     from repvitok.training.export import export_checkpoint, trained_size
 
     checkpoint = resolve_checkpoint(options.ckpt)
-    tokenizer = export_checkpoint(checkpoint, options.out, averaged=not options.raw)
+    tokenizer = export_checkpoint(checkpoint, options.out, averaged=not options.raw, license=options.license)
     height, width = trained_size(Path(checkpoint).parent) or (256, 256)
     print(f"{options.out}: {type(tokenizer).__name__} {tokenizer.digest()[:16]}")
     command = ("repvitok", "encode", "--tokenizer", options.out, "--dataset", "DATASET", "--size", f"{height}x{width}")
@@ -235,6 +238,7 @@ COMMANDS = (
     Command("decode", "latent shards back to video files", _decode, _decode_arguments),
     Command("doctor", "what a recipe needs: weights, where they are, what is missing", _doctor, _doctor_arguments),
     Command("export", "a checkpoint to the folder that from_pretrained loads", _export, _export_arguments),
+    push_command("repvitok.runtime.pretrained:MODEL_FILES"),
 )
 
 

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import repvitok
@@ -19,6 +19,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from hypothesis import given
 from hypothesis import strategies as st
 from repvitok import PretrainedModel, RepViTok
+from repvitok.cli import main
+from repvitok.model import load_tokenizer
 from repvitok.runtime.errors import UserError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -288,6 +290,8 @@ def test_the_hub_is_asked_for_names_and_its_failure_is_clear(
     with pytest.raises(FileNotFoundError, match=r"gave no model someone/offline \(cannot reach the hub\)"):
         RepViTok.from_pretrained("hf://someone/offline")
     asked.clear()
+    assert RepViTok.from_pretrained("hf://someone/tokenizer", local_files_only=True).config.width == 32
+    assert asked.pop()[1]["local_files_only"]
     assert RepViTok.from_pretrained("someone/tokenizer").config.width == 32
     with pytest.raises(FileNotFoundError, match=r"^someone/offline does not exist; .* hf://someone/offline asks"):
         RepViTok.from_pretrained("someone/offline")
@@ -299,6 +303,99 @@ def test_the_hub_is_asked_for_names_and_its_failure_is_clear(
         with pytest.raises(FileNotFoundError, match="does not exist"):
             RepViTok.from_pretrained(local)
     assert asked == []
+
+
+@pytest.fixture
+def installed(tok: RepViTok, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A distribution with weights, as pip leaves it: a package with a model's folder, and its entry points."""
+    site = tmp_path / "site"
+    tok.save_pretrained(site / "some_weights" / "tok-small")
+    (site / "some_weights" / "__init__.py").write_text("raise RuntimeError('no code of a weights package is run')\n")
+    info = site / "some_weights-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: some-weights\nVersion: 1.0\n")
+    points = "tok-small = some_weights\ntok-lost = some_weights\ntok-gone = no_such_package\n"
+    (info / "entry_points.txt").write_text(f"[repvitok.weights]\n{points}")
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.chdir(tmp_path)
+    return site / "some_weights" / "tok-small"
+
+
+def test_an_installed_model_is_found_by_its_name_without_the_hub(
+    tok: RepViTok, installed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(pretrained, "snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    assert RepViTok.from_pretrained("tok-small").digest() == tok.digest()
+    assert load_tokenizer("tok-small").digest() == tok.digest()
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        RepViTok.from_pretrained(Path("tok-small"))  # a path is a path
+    with pytest.raises(
+        FileNotFoundError, match=r"tok-smal does not exist; .*installed one: tok-gone, tok-lost, tok-sm"
+    ):
+        RepViTok.from_pretrained("tok-smal")
+    for name in ("tok-lost", "tok-gone"):
+        with pytest.raises(UserError, match=f"is to carry the model {name} and does not; install it again"):
+            RepViTok.from_pretrained(name)
+    with pytest.raises(UserError, match="revision 'v1' is of a model of the hub"):
+        RepViTok.from_pretrained("tok-small", revision="v1")
+    (tmp_path / "tok-small").mkdir()  # what lies here comes first
+    with pytest.raises(FileNotFoundError, match=r"tok-small holds no config.json"):
+        RepViTok.from_pretrained("tok-small")
+
+
+def test_weights_are_converted_where_that_is_asked_for(tok: RepViTok, folder: Path) -> None:
+    assert RepViTok.from_pretrained(folder, dtype=torch.float32).digest() == tok.digest()
+    half = RepViTok.from_pretrained(folder, dtype=torch.bfloat16)
+    assert {value.dtype for value in half.state_dict().values()} == {torch.bfloat16}
+    assert half.digest() != tok.digest()
+    with pytest.raises(UserError, match="dtype: expected a floating type"):
+        RepViTok.from_pretrained(folder, dtype=torch.int8)
+
+
+class Hub:
+    """Stands in for the hub: notes what it is asked for."""
+
+    asked: ClassVar[list[tuple[str, Any]]] = []
+    refuses: ClassVar[bool] = False
+
+    def create_repo(self, name: str, **options: Any) -> None:
+        if self.refuses:
+            raise OSError("401: nobody is logged in\nmore")
+        self.asked.append(("create_repo", (name, options)))
+
+    def create_branch(self, name: str, **options: Any) -> None:
+        self.asked.append(("create_branch", (name, options)))
+
+    def upload_folder(self, **options: Any) -> str:
+        self.asked.append(("upload_folder", options))
+        return "https://hub/somebody/tok"
+
+
+def test_an_exported_folder_goes_to_the_hub(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pretrained, "HfApi", Hub)
+    monkeypatch.setattr(Hub, "asked", [])
+    push = ["push", "--folder", str(folder), "--to", "hf://somebody/tok"]
+    assert main(push) == 2
+    assert "expected an exported folder with its model card, README.md" in capsys.readouterr().err
+    (folder / "README.md").write_text("# A card\n")
+    (folder / "last.ckpt").write_text("stays here")
+    assert main([*push, "--private", "--revision", "v1"]) == 0
+    assert capsys.readouterr().out == "https://hub/somebody/tok\n"
+    names = [name for name, _ in Hub.asked]
+    assert names == ["create_repo", "create_branch", "upload_folder"]
+    assert Hub.asked[0][1] == ("somebody/tok", {"private": True, "exist_ok": True})
+    sent = Hub.asked[2][1]
+    assert sent["allow_patterns"] == ["config.json", "model.safetensors", "README.md"]
+    assert (sent["folder_path"], sent["revision"]) == (folder, "v1")
+    assert main(["push", "--folder", str(folder.parent), "--to", "somebody/tok"]) == 2
+    assert main(["push", "--folder", str(folder), "--to", "tok"]) == 2
+    assert "expected owner/name, got 'tok'" in capsys.readouterr().err
+    monkeypatch.setattr(Hub, "refuses", True)
+    assert main(push) == 2
+    assert "did not take" in (told := capsys.readouterr().err)
+    assert "(401: nobody is logged in); log in with `hf auth login`" in told
 
 
 def test_importing_the_package_imports_no_torch() -> None:

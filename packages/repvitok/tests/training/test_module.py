@@ -113,7 +113,7 @@ def test_it_learns_and_exports_its_average(videos, tmp_path):
     assert RepViTok.from_pretrained(tmp_path / "export").digest() == tokenizer.digest()
     card = (tmp_path / "export" / "README.md").read_text()
     assert tokenizer.digest()[:16] in card
-    assert "60 steps" in card
+    assert "| steps | 60 |" in card
     raw = export_checkpoint(tmp_path / "last.ckpt", tmp_path / "raw", averaged=False)
     assert raw.digest() != tokenizer.digest()
     assert run.test(module(), data(videos), ckpt_path=str(tmp_path / "last.ckpt"), verbose=False, weights_only=True)[0][

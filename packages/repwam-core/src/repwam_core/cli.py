@@ -14,9 +14,11 @@ from repvitok.runtime.commands import (
     SEEDS,
     Command,
     TrainingStage,
+    add_license,
     number,
     parse_held_out,
     path_argument,
+    push_command,
     run_commands,
     say_loading,
     text_argument,
@@ -26,7 +28,7 @@ from repvitok.runtime.commands import (
 from repvitok.runtime.documents import MAX_SIDE, parse, parse_json
 from repvitok.runtime.errors import MOST_PROCESSES, UserError, run_cli, say_next
 
-from repwam_core.estimate import DEVICES, RunRequest, estimate_run, format_estimate
+from repwam_core.estimate import DEVICES, RunRequest, estimate_run, format_estimate, model_of_recipes
 from repwam_core.model.config import MOST_LOOK_AHEAD, Recompute
 from repwam_core.policy.serving.command import add_serve_arguments, serve
 from repwam_core.quickstart.config import add_quickstart_arguments
@@ -160,7 +162,9 @@ def _rollout_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     _simulator_arguments(parser)
     driver = parser.add_mutually_exclusive_group(required=True)
-    driver.add_argument("--policy", type=path_argument, help="policy folder, from `repwam export`")
+    driver.add_argument(
+        "--policy", type=text_argument, help="policy folder, an installed one's name, or hf://owner/name"
+    )
     driver.add_argument("--baseline", choices=BASELINES, help="who drives instead of a policy")
     add("--demonstrations", type=path_argument, help="data set of `repwam collect`, for --baseline replay")
     add("--episodes", type=whole_number(1, 100_000), default=20, help="unseen seeds per task (default: %(default)s)")
@@ -407,8 +411,8 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ckpt", type=path_argument, required=True, help="checkpoint written by fit, or a run's folder")
     add("--out", type=path_argument, required=True, help="folder to write")
     add("--wam-only", action="store_true", help="the model alone, for model.init_from")
-    add("--tokenizer", type=path_argument, help="tokenizer folder that made the latents")
-    add("--lat", type=path_argument, help="latent action tokenizer folder, copied along")
+    add("--tokenizer", type=text_argument, help="tokenizer that made the latents: folder, name, or hf://owner/name")
+    add("--lat", type=text_argument, help="latent action tokenizer folder or name, copied along")
     add("--latents", type=path_argument, help="latent shards trained on; their embedded instructions are kept")
     add("--name", type=text_argument, help="the robot's name (default: the data set's)")
     add(
@@ -417,6 +421,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="which of the run's data sets the robot is from, from 0",
     )
+    add_license(parser)
     add_sampling_arguments(parser, "as the run was validated")
 
 
@@ -430,7 +435,7 @@ def _export(options: argparse.Namespace) -> None:
         raise UserError(f"{_option_names(plan)}: how a policy plans; --wam-only exports the model alone")
     checkpoint = resolve_checkpoint(options.ckpt)
     if options.wam_only:
-        print(f"{export_wam(checkpoint, options.out)}: world action model")
+        print(f"{export_wam(checkpoint, options.out, options.license)}: world action model")
         say_next("repwam", "fit", "-c", "RECIPE", "--data.latents", "LATENTS", "--model.init_from", options.out)
         return
     if options.tokenizer is None:
@@ -444,6 +449,7 @@ def _export(options: argparse.Namespace) -> None:
         name=options.name,
         plan=plan,
         data_set=options.data_set,
+        license=options.license,
     )
     print(f"{out}: policy")
     say_next("repwam", "openloop", "--policy", out, "--dataset", "DATASET", "--out", "FILE")
@@ -451,7 +457,7 @@ def _export(options: argparse.Namespace) -> None:
 
 def _openloop_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--policy", type=path_argument, required=True, help="policy folder, from `repwam export`")
+    add("--policy", type=text_argument, required=True, help="policy folder, a name, or hf://owner/name")
     add("--dataset", type=path_argument, required=True, help="LeRobot data set of the same robot")
     add("--episodes", **EPISODES)
     add(
@@ -537,14 +543,16 @@ def _estimate_arguments(parser: argparse.ArgumentParser) -> None:
     default = RunRequest()
     count, above_0 = whole_number(1, 10**6), number(0, 10**6, above=True)
     add("--preset", choices=["tiny", "1.3b", "5b"], default=default.preset, help="model size")
+    told = "of `repwam fit`, in place of --preset: the model and the tokens of a sequence; several are overlays"
+    add("--recipe", type=path_argument, nargs="+", metavar="FILE", help=told)
     add(
         "--look-ahead",
         type=whole_number(0, MOST_LOOK_AHEAD),
         default=default.look_ahead,
-        help="layers of it (%(default)s)",
+        help="look-ahead layers, which training alone has (%(default)s)",
     )
     add("--gpus", type=count, default=default.gpus, help="devices (default: %(default)s)")
-    add("--tokens", type=tokens_of, default="160k", help="of a packed sequence, such as 160k")
+    add("--tokens", type=tokens_of, help="of a packed sequence, such as 160k (default: 160k, or the recipe's)")
     add("--gpu", choices=sorted(DEVICES), default=default.gpu, help="device (default: %(default)s)")
     add("--total-tokens", type=tokens_of, default="100g", help="of the run (100g)")
     add("--mfu", type=number(0, 1, above=True), default=default.mfu, help="assumed share of the peak (%(default)s)")
@@ -566,8 +574,12 @@ def _estimate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _estimate(options: argparse.Namespace) -> None:
     values = {name: getattr(options, name) for name in RunRequest.__dataclass_fields__}
-    request = RunRequest(**{**values, "grid": tuple(options.grid)})
-    print("\n".join(format_estimate(request, estimate_run(request))))
+    config, tokens = (None, None) if options.recipe is None else model_of_recipes(options.recipe)
+    values |= {"tokens": options.tokens or tokens or RunRequest().tokens, "grid": tuple(options.grid)}
+    if options.recipe is not None:
+        values["preset"] = " + ".join(path.stem for path in options.recipe)
+    request = RunRequest(**values)
+    print("\n".join(format_estimate(request, estimate_run(request, config))))
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -588,6 +600,7 @@ COMMANDS = (
     *training_commands(STAGE),
     Command("stats", "action and state statistics of latent shards", _stats, _stats_arguments),
     Command("export", "a checkpoint to a policy folder, or a model folder", _export, _export_arguments),
+    push_command("repvitok.runtime.pretrained:MODEL_FILES", "repwam_core.policy.folder:POLICY_FILES"),
     Command("rollout", "a policy in closed loop on unseen seeds", _rollout, _rollout_arguments),
     Command("robotwin", "RoboTwin's filed results as the paper's table", _robotwin, _robotwin_arguments),
     Command("estimate", "what training on so many devices would take", _estimate, _estimate_arguments),

@@ -13,9 +13,12 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from repvitok.config import RepViTokConfig
+from repvitok.runtime.documents import load_yaml
 from repvitok.runtime.errors import UserError
 
 from repwam_core.model.config import Recompute, WAMConfig
@@ -49,12 +52,14 @@ DEVICES = {
     "h20": Device(148e12, 96e9),
     "h100": Device(989e12, 80e9),
     "h200": Device(989e12, 141e9),
+    "rtx4090": Device(165e12, 24e9),
 }
 
 
 def peak_flops(name: str) -> float | None:
     """Peak FLOPs per second of a device by the name it reports, such as "NVIDIA H200"; None where it is not known."""
     words = name.lower().replace("-", " ").split()
+    words += map("".join, pairwise(words))  # "RTX 4090"
     return next((device.peak_flops for key, device in DEVICES.items() if key in words), None)
 
 
@@ -423,6 +428,20 @@ class RunEstimate:
     decode_core_hours: float
 
 
+def model_of_recipes(recipes: Sequence[str | Path]) -> tuple[WAMConfig, int | None]:
+    """The model that recipes laid over each other train, and the tokens of its packed sequences, where they say."""
+    preset, sizes, tokens = "1.3b", {}, None
+    for path in recipes:
+        recipe = load_yaml(path)
+        model, data = ((recipe.get(name) if isinstance(recipe, dict) else None) or {} for name in ("model", "data"))
+        preset = model.get("preset") or preset
+        sizes |= model.get("wam") or {}
+        tokens = (data.get("packing") or {}).get("token_budget") or tokens
+    if unknown := sorted(sizes.keys() - {item.name for item in fields(WAMConfig)}):
+        raise UserError(f"--recipe: expected settings of the model under model.wam, got {', '.join(unknown)}")
+    return WAMConfig.preset(preset, **sizes), tokens
+
+
 def estimate_run(request: RunRequest, config: WAMConfig | None = None) -> RunEstimate:
     """Answer a request, for another model than its preset if `config` is one."""
     config = config or WAMConfig.preset(request.preset, look_ahead=request.look_ahead)
@@ -495,9 +514,10 @@ def format_estimate(request: RunRequest, run: RunEstimate) -> list[str]:
         f"state per device: {run.state / GIB:.1f} GiB (float32 parameters, gradients, moments, average)",
         f"activations per device, by recompute: {each}",
         memory,
-        f"step: {run.flops / 1e15:.1f} PFLOP per device, {run.step_s:.1f} s, "
+        f"step: {run.flops / 1e15:.3g} PFLOP per device, {run.step_s:.1f} s, "
         f"{sequence.tokens * request.gpus / run.step_s:,.0f} tokens/s over all",
-        f"run: {request.total_tokens / 1e9:,.0f} G tokens, {run.steps:,.0f} steps, {run.days:.1f} days",
+        f"run: {request.total_tokens / 1e9:,.3g} G tokens, {run.steps:,.0f} steps, "
+        + (f"{run.days:.1f} days" if run.days >= 2 else f"{24 * run.days:.1f} hours"),
         f"data: {run.latents_bytes / 1e12:.2f} TB of float16 latents, {run.encode_gpu_hours:,.0f} GPU hours to "
         f"encode, {run.decode_core_hours:,.0f} core hours to decode",
     ]

@@ -7,7 +7,7 @@ openloop` does it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from repvitok.runtime.checkpointing import is_sharded, read_checkpoint, read_sec
 from repvitok.runtime.documents import parse, parse_json
 from repvitok.runtime.errors import UserError, require_disk_space
 from repvitok.runtime.files import write_json_atomic
-from repvitok.runtime.pretrained import find_device, fitted_weights
+from repvitok.runtime.pretrained import CONFIG_FILE, WEIGHTS_FILE, find_device, find_folder, fitted_weights
+from repvitok.runtime.progress import card_head, run_record, training_table
 
 from repwam_core.data.datamodule import WAMDataModule
 from repwam_core.data.episodes import EpisodeStore, text_cache
@@ -64,7 +65,12 @@ class _StoredRun:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What a checkpoint of `repwam fit` holds, ready to export: averaged weights, and the data they were trained on."""
+    """What a checkpoint of `repwam fit` holds, ready to export: averaged weights, and the data they were trained on.
+
+    Attributes:
+        run: its step, and what it says of its run's command and hours.
+        sources: names of all data sets of the run.
+    """
 
     wam: WorldActionModel
     space: str
@@ -74,6 +80,8 @@ class TrainedModel:
     plan: SamplingConfig
     chunks: ChunkSpec | None = None
     tuned: dict[str, torch.Tensor] | None = None  # the tokenizer's weights that were trained with it
+    run: Mapping[str, Any] = field(default_factory=dict)
+    sources: tuple[str, ...] = ()
 
 
 def read_trained(checkpoint: str | Path, data_set: int | None = None) -> TrainedModel:
@@ -116,6 +124,8 @@ def read_trained(checkpoint: str | Path, data_set: int | None = None) -> Trained
         plan=stored.plan,
         chunks=stored.chunks,
         tuned=dict(read_section(section, where, "tokenizer", "average")) if "tokenizer" in section else None,
+        run={name: content.get(name) for name in ("global_step", "run")},
+        sources=tuple(str(data["latents"].get("source")) for data in stored.data_sets),
     )
 
 
@@ -146,13 +156,47 @@ def narrowed(wam: WorldActionModel, space: str, actions: list[int], states: list
     return model
 
 
-def export_wam(checkpoint: str | Path, out: str | Path) -> Path:
+def export_wam(checkpoint: str | Path, out: str | Path, license: str | None = None) -> Path:
     """Write the averaged weights of a checkpoint as a model folder, for `init_from` of the next stage."""
     trained = read_trained(checkpoint)
     out = Path(out)
     require_disk_space(out, model_bytes(trained.wam), "export")
-    trained.wam.save_pretrained(out)
+    use = """from repwam_core import WorldActionModel
+
+wam = WorldActionModel.from_pretrained("this/folder")  # or the start of a training: --model.init_from this/folder"""
+    head = card_head("World action model", "repwam-core", "robotics, world model", license)
+    trained.wam.save_pretrained(out, readme=_card(head, use, trained, Path(checkpoint).parent, {}, license))
     return out
+
+
+def _card(
+    head: str, use: str, trained: TrainedModel, run: Path, rows: Mapping[str, object], license: str | None
+) -> str:
+    """The README.md of a model or a policy: what it is, how it is used, on what it was trained, what it reached."""
+    latents, reached = trained.latents, run_record(run)[1]
+    data = {
+        **rows,
+        "data sets": ", ".join(trained.sources),
+        "cameras": ", ".join(latents.cameras),
+        "tokens of a frame and camera, rows x columns": f"{latents.grid[1]} x {latents.grid[2]}",
+        "rate of the frames, Hz": f"{latents.frame_rate_hz:g}, every {latents.stride}. taken",
+        "actions": trained.space,
+        "text encoder": trained.text_encoder,
+        "visual tokenizer": f"`{latents.tokenizer_digest[:16]}`",
+    }
+    return f"""{head}
+{sum(p.numel() for p in trained.wam.parameters()):,} parameters. Digest `{trained.wam.digest()[:16]}`.
+
+```python
+{use}
+```
+
+## Training
+
+{training_table(trained.run, data, reached, license)}
+
+Losses are of held-out episodes of these data. They say little of success: try it in closed loop, or against recordings.
+"""
 
 
 def export_policy(
@@ -165,6 +209,7 @@ def export_policy(
     name: str | None = None,
     plan: Mapping[str, Any] | None = None,
     data_set: int = 0,
+    license: str | None = None,
 ) -> Path:
     """Write one folder from which `Policy.from_pretrained` drives the robot.
 
@@ -177,12 +222,14 @@ def export_policy(
         name: the embodiment's name; the data set's when None.
         plan: how to plan where not as in validation: values of `SamplingConfig` by name.
         data_set: of a run on several data sets, the number of the one whose robot is to be driven.
+        license: of the weights, for the model card.
     """
     refuse_other_than_policy(Path(out))  # before the work
     trained, out = read_policy(checkpoint, data_set), Path(out)
     model = read_tokenizer(tokenizer, trained)
     manifest = make_manifest(trained, model, name, plan)
     if lat is not None:
+        lat = find_folder(lat, (CONFIG_FILE, WEIGHTS_FILE))
         from latent_action import LatentActionTokenizer  # of those alone who have one
 
         labelled, found = trained.latents.lat_digest, LatentActionTokenizer.from_pretrained(lat).digest()
@@ -196,7 +243,22 @@ def export_policy(
         LatentShards(shards, expect_digest=trained.latents.tokenizer_digest)
     sources = {"lat": Path(lat)} if lat is not None else {}
     cache = None if shards is None else text_cache(Path(shards), trained.text_encoder)
-    write_policy(out, trained.wam, model, trained.statistics, manifest, sources, cache)
+    robot = manifest.embodiment
+    use = """from repwam_core import Policy
+
+policy = Policy.from_pretrained("this/folder", device="cuda")
+policy.reset("what to do")
+chunk = policy.act(observation)  # repwam_core.Observation, every frame since the last call"""
+    rows = {
+        "robot": robot.name,
+        "size, pixels": f"{manifest.size[0]} x {manifest.size[1]}",
+        "channels": ", ".join(
+            f"{name} ({unit})" for name, unit in zip(robot.action_names, robot.action_units, strict=True)
+        ),
+    }
+    head = card_head(f"Policy for {robot.name}", "repwam-core", "robotics", license)
+    readme = _card(head, use, trained, Path(checkpoint).parent, rows, license)
+    write_policy(out, trained.wam, model, trained.statistics, manifest, sources, cache, readme)
     return out
 
 

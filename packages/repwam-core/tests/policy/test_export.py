@@ -9,6 +9,7 @@ import torch
 from repvitok import RepViTok, RepViTokConfig
 from repvitok.data import LeRobotReader
 from repvitok.runtime.errors import UserError
+from repvitok.runtime.progress import append_curves
 from repwam_core.cli import main
 from repwam_core.export import read_trained
 from repwam_core.interface import Observation
@@ -122,3 +123,51 @@ def test_openloop_writes_errors_and_scores(world, tmp_path, capsys):
     assert written["imagined_video"]["frechet_hog_distance"] >= 0
     assert "open-loop score (max norm, per step, scaled)" in capsys.readouterr().out
     assert main([*command, "--clip-features", "i3d"]) == 2
+
+
+def test_the_card_of_a_policy_and_of_a_model_comes_from_the_run(checkpoint, world, tmp_path):
+    append_curves(checkpoint.parent, [(1, "val/video", 0.25)])  # a run of one step has no validation
+    assert _export(checkpoint, world, tmp_path / "policy", "--license", "apache-2.0") == 0
+    assert main(["export", "--ckpt", str(checkpoint), "--wam-only", "--out", str(tmp_path / "wam")]) == 0
+    of_policy, of_wam = ((tmp_path / part / "README.md").read_text() for part in ("policy", "wam"))
+    assert "\nlicense: apache-2.0\n" in of_policy
+    assert "license:" not in of_wam
+    assert "| licence | not stated by who exported it |" in of_wam
+    assert "| size, pixels | 32 x 16 |" in of_policy
+    for card in (of_policy, of_wam):
+        assert "| rate of the frames, Hz | 20, every 1. taken |" in card
+        assert "| steps | 1 |" in card
+        assert "| command | `repwam fit -c " in card
+        assert str(tmp_path) not in card, "no folder of this machine"
+        assert "| val/video | 0.25 |" in card
+    assert "README.md" not in {path.name for path in (tmp_path / "policy" / "wam").iterdir()}
+
+
+def test_a_policy_is_loaded_by_its_hub_id(checkpoint, world, tmp_path, monkeypatch):
+    assert _export(checkpoint, world, tmp_path / "policy", "--latents", str(world.shards)) == 0
+    asked = []
+
+    def snapshot(name, **options):
+        asked.append((name, options["revision"], options["local_files_only"], set(options["allow_patterns"])))
+        return str(tmp_path / "policy")
+
+    monkeypatch.setattr("repvitok.runtime.pretrained.snapshot_download", snapshot)
+    policy = Policy.from_pretrained("hf://somebody/policy", revision="v1", execute_frames=1)
+    assert policy.plan.executed == 1
+    BatchedPolicy.from_pretrained("hf://somebody/policy", local_files_only=True)
+    assert [row[:3] for row in asked] == [("somebody/policy", "v1", False), ("somebody/policy", None, True)]
+    assert {"policy.json", "wam/model.safetensors", "tokenizer/config.json", "README.md"} <= asked[0][3]
+
+
+def test_a_policy_of_another_floating_type_acts_and_is_nearly_the_same(checkpoint, world, tmp_path):
+    assert _export(checkpoint, world, tmp_path / "policy", "--latents", str(world.shards)) == 0
+    reader, chunks = LeRobotReader(world.dataset), []
+    images = {camera: reader.frames(0, camera, [0])[0] for camera in reader.camera_keys}
+    for dtype in (None, torch.float32, torch.bfloat16):
+        policy = Policy.from_pretrained(tmp_path / "policy", dtype=dtype)
+        policy.reset("go left")
+        chunks.append(policy.act(Observation(images=images, state=np.zeros(2, np.float32))).actions)
+    np.testing.assert_array_equal(chunks[0], chunks[1])
+    assert 0 < np.abs(chunks[2] - chunks[0]).max() < 0.1 * np.abs(chunks[0]).max()
+    with pytest.raises(UserError, match="expected a floating type"):
+        Policy.from_pretrained(tmp_path / "policy", dtype=torch.int8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import subprocess
@@ -13,14 +14,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from repvitok import RepViTok, RepViTokConfig
+from repvitok.model import load_tokenizer
 from repvitok.runtime.documents import load_yaml, parse
 from repvitok.runtime.errors import UserError
+from repwam_core.cli import main
 from repwam_core.quickstart import runner as stages
 from repwam_core.quickstart import work
-from repwam_core.quickstart.config import RECIPES, QuickstartConfig
-from repwam_core.quickstart.results import NOT_SHOWN, findings
+from repwam_core.quickstart.config import RECIPES, QuickstartConfig, add_quickstart_arguments, load_config
+from repwam_core.quickstart.results import NOT_SHOWN, TEACHER, _curves, closing, findings
 from repwam_core.quickstart.runner import StageRunner, code_commit, code_digest, folder_digest, stage_digest
-from repwam_core.quickstart.stages import CONTROLS
+from repwam_core.quickstart.stages import CONTROLS, DataSet, Prepared, Run, Trained, given_tokenizer
 from repwam_core.report import Count, LanguageRow, ReportData, RunInfo, SuccessRow
 
 
@@ -231,3 +235,38 @@ def test_following_the_instruction_is_claimed_only_where_it_shows(other, follows
     row = LanguageRow("faucet-open", Count(17, 20), Count(other, 20), Count(8, 20))
     told = " ".join(findings(_data(54, language=(row,))))
     assert ("so it follows the instruction" in told) == follows
+
+
+def test_the_terminal_ends_with_a_table_and_two_findings_in_eighty_columns():
+    rows = [
+        SuccessRow("policy", {"reach": Count(9, 10), "button-press-topdown-wall": Count(3, 10)}),
+        SuccessRow("replay", {"reach": Count(2, 10)}),
+        SuccessRow(next(iter(CONTROLS)), {"reach": Count(1, 10)}),
+    ]
+    told = closing(ReportData(run=RUN, success=rows, findings=["It works " * 20, "second", "third"]))
+    lines = told.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0].split() == ["episodes", "solved", "policy", "replay"]
+    assert lines[1].split() == ["reach", "9/10", "2/10"]
+    assert lines[2].split() == ["button-press-topdown-wall", "3/10"]
+    assert lines[3].split() == ["all", "tasks", "12/20", "2/10"]
+    assert "second" in told
+    assert "third" not in told
+
+
+def test_a_given_tokenizer_takes_the_place_of_the_trained_one(tmp_path):
+    source = RepViTok(RepViTokConfig(width=32, depth=1, heads=2)).save_pretrained(tmp_path / "given")
+    runner = StageRunner(tmp_path / "run", stages=6)
+    parser = argparse.ArgumentParser()
+    add_quickstart_arguments(parser)
+    arguments = parser.parse_args(["--tokenizer", str(source)])
+    config = load_config(arguments)
+    this = Run(config, 0, None, runner, "repwam quickstart", 0.0, main, "code", arguments.tokenizer)
+    for again in (False, True):
+        stage = given_tokenizer(this, arguments.tokenizer)
+        assert (stage.cached, stage.summary["given"]) == (again, str(source))
+        assert load_tokenizer(stage.folder / "tokenizer").digest() == load_tokenizer(source).digest()
+    prepared = Prepared(DataSet(tmp_path, "digest"), stage, stage, stage, stage)
+    assert _curves(Trained(prepared, stage, stage)) == {}
+    assert TEACHER not in findings(ReportData(run=RUN, curves={"adaptation": {}}))
+    assert TEACHER in findings(ReportData(run=RUN, curves={"visual tokenizer": {}}))

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from repvitok.runtime.checkpointing import read_checkpoint
-from repvitok.runtime.curves import read_curves
 from repvitok.runtime.errors import UserError
+from repvitok.runtime.progress import read_curves
 from repwam_core.data.batches import Documents, Noise, SegmentBatch
 from repwam_core.estimate import DocumentCosts, SequenceCost, meta_model
 from repwam_core.export import read_trained

@@ -142,6 +142,7 @@ class ClipDataModule(L.LightningDataModule):
         self._first_batch = 0
         self._train: list[ClipDataset] = []
         self._val: ClipDataset | None = None
+        self._rates_hz: list[float] = []
 
     def setup(self, stage: str) -> None:
         """Opens the folders and splits them; with `cache: memory`, decodes what the stage needs."""
@@ -168,6 +169,8 @@ class ClipDataModule(L.LightningDataModule):
                 )
                 for clip in kinds
             ]
+        sources = [source for split in splits for source in split.train]
+        self._rates_hz = sorted({source.frame_rate_hz(0) or 0.0 for source in sources} - {0.0})
         held_out = [source for split in splits if split.serves(self._clip["frames"]) for source in split.held_out]
         if held_out and self._val is None:
             settings = self._clip | self._reading
@@ -214,10 +217,12 @@ class ClipDataModule(L.LightningDataModule):
         return self.test_dataloader()
 
     def state_dict(self) -> dict[str, Any]:
-        """The settings that decide what batch k holds; the loader's own state is the place."""
+        """The settings that decide what batch k holds, and for the model card the videos' frames per second; the
+        loader's own state is the place."""
         mixture = [asdict(kind) for kind in self.mixture]
         _, world_size = self._rank()
-        return {"batch_size": self.batch_size, "seed": self.seed, "mixture": mixture, "world_size": world_size}
+        given = {"batch_size": self.batch_size, "seed": self.seed, "mixture": mixture, "world_size": world_size}
+        return given | {"rates_hz": self._rates_hz}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues after the last batch trained on; batch size, seed, mixture and processes must be the same."""

@@ -152,6 +152,9 @@ class SaveLast(Callback):
         self.filename = filename
         self.generations = generations
         self.damaged: dict[Path, str] = {}  # checkpoints to set aside before anything is written
+        self.command = ""  # what a model card says of how the run was started
+        self._hours = 0.0  # of training before this start
+        self._started_at_s = 0.0
         self.validation_due = False  # at the step the run was resumed from
         self._saved_at_s = 0.0
         self._saved_step = -1
@@ -189,7 +192,7 @@ class SaveLast(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Starts the clock, takes over the signals, and makes up for a validation that was not finished."""
-        self._saved_at_s = time.monotonic()
+        self._saved_at_s = self._started_at_s = time.monotonic()
         self._saved_step = trainer.global_step
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
@@ -262,6 +265,8 @@ class SaveLast(Callback):
             "ranks": trainer.world_size,
             "validation_due": self._due,
             "curves": next((logger.mark(row) for logger in _curve_loggers(trainer)), None),
+            "hours": self._hours + (time.monotonic() - self._started_at_s) / 3600,
+            "command": self.command,
         }
         self._saved_due = self._due
 
@@ -276,7 +281,7 @@ class SaveLast(Callback):
                 f"the checkpoint was trained by {run['ranks']} processes, this run has {trainer.world_size}: its data "
                 "would come twice or not at all. Use as many, or start a new run from the exported weights"
             )
-        self.validation_due = run["validation_due"]
+        self.validation_due, self._hours = run["validation_due"], run.get("hours", 0.0)  # version 0.1 did not say
         mine, theirs = os.path.realpath(self.path(trainer).parent), os.path.realpath(str(trainer.ckpt_path))
         if os.path.dirname(theirs) == mine and run["curves"] is not None:
             for logger in _curve_loggers(trainer):

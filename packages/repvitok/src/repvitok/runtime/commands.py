@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+import hashlib
+import io
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import Any
 
 from repvitok.runtime.documents import MAX_SIDE, parse_episodes
 from repvitok.runtime.errors import UserError
+from repvitok.runtime.files import write_text_atomic
 
 LIGHTNING_VERBS = {
     "fit": "train from a recipe: -c recipe.yaml, dotted overrides, --ckpt_path last to resume",
@@ -89,6 +94,8 @@ def training_commands(stage: TrainingStage) -> list[RawCommand]:
 
     def command(verb: str, text: str) -> RawCommand:
         def run(argv: list[str]) -> int:
+            if argv in (["-h"], ["--help"]):
+                return _show_help(verb, stage)
             say_loading()
             from repvitok.runtime.lightning_cli import run_lightning
 
@@ -97,6 +104,73 @@ def training_commands(stage: TrainingStage) -> list[RawCommand]:
         return RawCommand(verb, text, run)
 
     return [command(verb, text) for verb, text in LIGHTNING_VERBS.items()]
+
+
+def _show_help(verb: str, stage: TrainingStage) -> int:
+    """Prints a training verb's help: what it was the last time, kept in the user's cache while no code has changed.
+
+    To make it all components are imported and their options built, which takes many seconds; a full or read-only cache
+    is passed over.
+    """
+    kept = _help_file(verb, stage)
+    with suppress(OSError, UnicodeDecodeError):
+        print(kept.read_text(encoding="utf-8"), end="")
+        return 0
+    say_loading()
+    from repvitok.runtime.lightning_cli import run_lightning
+
+    said = io.StringIO()
+    try:
+        with redirect_stdout(said):
+            code = run_lightning(verb, ["--help"], stage)
+    except SystemExit as ended:  # how argparse ends after its help
+        code = int(ended.code or 0)
+    print(said.getvalue(), end="")
+    with suppress(OSError):
+        if code == 0 and said.getvalue():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_text_atomic(kept, said.getvalue())
+    return code
+
+
+def _help_file(verb: str, stage: TrainingStage) -> Path:
+    """Where a verb's help is kept, by what it depends on: our files, the libraries' versions, the screen's width."""
+    packages = {"repvitok", stage.module.partition(".")[0]}
+    folders = [Path(place) for name in sorted(packages) for place in import_module(name).__path__]
+    files = sorted(path for folder in folders for path in folder.rglob("*.py"))
+    stamps = [(str(path), path.stat().st_mtime_ns) for path in files]
+    versions = [sys.version, *(version(name) for name in ("torch", "lightning", "jsonargparse"))]
+    known = repr((stamps, versions, get_terminal_size().columns, verb, stage.name))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "repvitok" / f"help-{hashlib.sha256(known.encode()).hexdigest()[:24]}.txt"
+
+
+def add_license(parser: argparse.ArgumentParser) -> None:
+    """The option `--license` of a verb that writes a model card."""
+    told = "of the weights, for the model card: apache-2.0, other, ..."
+    parser.add_argument("--license", type=text_argument, metavar="NAME", help=told)
+
+
+def push_command(*files: str) -> Command:
+    """The verb that puts an exported folder on the hub.
+
+    Args:
+        files: tuples of the names that may go, each as "module:NAME", imported when the verb runs.
+    """
+
+    def arguments(parser: argparse.ArgumentParser) -> None:
+        add = parser.add_argument
+        add("--folder", type=path_argument, required=True, help="exported folder, with its model card README.md")
+        add("--to", type=text_argument, required=True, metavar="OWNER/NAME", help="on the hub; made if it is not there")
+        add("--private", action="store_true", help="of a new one: only its owner sees it")
+        add("--revision", type=text_argument, metavar="BRANCH", help="a branch, made if it is not there")
+
+    def run(options: argparse.Namespace) -> None:
+        push_to_hub = import_object("repvitok.runtime.pretrained:push_to_hub")  # with torch
+        names = tuple(name for path in files for name in import_object(path))
+        print(push_to_hub(options.folder, options.to, names, private=options.private, revision=options.revision))
+
+    return Command("push", "an exported folder to the Hugging Face hub", run, arguments)
 
 
 def run_commands(
@@ -257,4 +331,4 @@ DEPTH_RANGE: dict[str, Any] = {
 def import_object(path: str) -> Any:
     """Imports "module:name"."""
     module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)
+    return getattr(import_module(module), name)

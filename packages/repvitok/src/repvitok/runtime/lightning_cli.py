@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import traceback
@@ -175,6 +176,10 @@ class StageCLI(LightningCLI):
 
     def __init__(self, argv: list[str]) -> None:
         """Parses `argv` (without the verb), builds everything and runs the verb."""
+        self.program = self.stage.name.replace("_", "-")
+        told = shlex.join([self.program, self.verb, *argv])
+        # A model card tells it: what lies elsewhere on this machine by its name alone.
+        self.command = re.sub(r"(?<![\w.~:/])/[^\s'\",\[\]]*/(?=[^\s/])", "", told)
         trainer_defaults = TRAINER_DEFAULTS | {"default_root_dir": str(Path("runs") / self.stage.name)}
         options = {"parser_mode": _YAML, "exit_on_error": False}
         super().__init__(
@@ -191,7 +196,13 @@ class StageCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses without looking at `sys.argv`; a name that is not there is answered with the nearest that is."""
+        """Parses without looking at `sys.argv`; a name that is not there is answered with the nearest that is.
+
+        The help begins with the stage's own options; Lightning's trainer, three quarters of them, comes last.
+        """
+        verb: Any = self._subcommand_parsers[self.verb]
+        verb._action_groups.sort(key=lambda group: any(a.dest.startswith("trainer") for a in group._group_actions))
+        verb.usage = f"{self.program} {self.verb} -c RECIPE [-c OVERLAY ...] [--OPTION VALUE ...]"
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:
@@ -291,7 +302,7 @@ class StageCLI(LightningCLI):
         _check_precision(trainer.precision)  # a plugin may have brought another
         for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
             if isinstance(callback, SaveLast) and self.verb == "fit":
-                callback.damaged = dict(self.damaged)
+                callback.damaged, callback.command = dict(self.damaged), self.command
         if self.verb == "predict":
             trainer.callbacks.append(PredictionFiles())  # pyright: ignore[reportAttributeAccessIssue]
         return trainer

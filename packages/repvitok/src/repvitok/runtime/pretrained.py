@@ -13,11 +13,13 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from functools import wraps
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -37,7 +39,10 @@ DIFFUSERS_WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, README_FILE)
 """All that a model folder holds."""
 HUB = "hf://"
+INSTALLED = "repvitok.weights"
+"""Entry points of an installed distribution that carries weights: a model's name, and the package with its folder."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 Model = TypeVar("Model", bound="PretrainedModel")  # beartype cannot check typing.Self on a lone method
 
@@ -121,16 +126,18 @@ class PretrainedModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls: type[Model], source: str | Path, *, revision: str | None = None, device: str | torch.device = "cpu",
-        verify: bool = True,
+        cls: type[Model], source: str | Path, *, revision: str | None = None, local_files_only: bool = False,
+        device: str | torch.device = "cpu", dtype: torch.dtype | None = None, verify: bool = True,
     ) -> Model:  # fmt: skip
-        """The model stored in a folder, or under a Hugging Face hub id, in evaluation mode.
+        """The model stored in a folder, installed under a name, or of a Hugging Face hub id, in evaluation mode.
 
         Args:
-            source: a folder, or a string that names a model on the hub, see `hub_id`. A `Path` never asks
-                the hub.
+            source: a folder, or a string: the name of an installed model, see `installed_folder`, or of one on the
+                hub, see `hub_id`. A `Path` is a folder and nothing else.
             revision: branch, tag or commit on the hub.
+            local_files_only: take from the hub's cache on this machine what the hub has given before.
             device: where the weights go, each straight from the file.
+            dtype: a floating type to convert the weights to; they are then another model by `digest`.
             verify: compare the weights with the hash in their file; who compares `digest` reads them once instead.
 
         Raises:
@@ -138,7 +145,7 @@ class PretrainedModel(nn.Module):
                 them.
             ValueError: the folder holds another kind of model, or the files do not fit each other.
         """
-        folder = find_folder(source, (CONFIG_FILE, WEIGHTS_FILE), revision)
+        folder = find_folder(source, (CONFIG_FILE, WEIGHTS_FILE), revision, local_files_only=local_files_only)
         stored = read_config(folder, cls.format, cls.format_version)
         try:
             config = cls.config_class.from_dict(stored["config"])
@@ -148,7 +155,7 @@ class PretrainedModel(nn.Module):
             model = cls(config)
         tensors = read_weights(folder / WEIGHTS_FILE, model.state_dict(), config_sha256(stored), device, verify)
         model.load_state_dict(tensors, strict=True, assign=True)
-        return model.to(device).eval()  # with what it has and its file has not
+        return converted(model.to(device), dtype).eval()  # with what it has and its file has not
 
     def describe(self) -> dict[str, Any]:
         """What config.json holds: the format, its version, and the config."""
@@ -220,25 +227,106 @@ def asks_hub(source: str | Path) -> bool:
     return isinstance(source, str) and source.startswith(HUB)
 
 
-def find_folder(source: str | Path, files: tuple[str, ...], revision: str | None = None) -> Path:
-    """The local folder of a stored model; what `hub_id` takes for a name on the hub is fetched, or found in its cache.
+def installed_folder(source: str | Path) -> Path | None:
+    """The folder of a model that an installed distribution carries under a name, "repvitok-small"; None without one.
+
+    Such a distribution has an entry point of the group `INSTALLED`: the model's name, and the package in which a folder
+    of that name lies. No code of it is run. A file or folder here that is called so comes first.
+    """
+    if not isinstance(source, str) or not _NAME.fullmatch(source) or Path(source).exists():
+        return None
+    for point in entry_points(group=INSTALLED, name=source):
+        spec = find_spec(point.value.partition(".")[0])  # of a package inside another one, the outer one would be run
+        for place in (spec and spec.submodule_search_locations) or ():
+            if (folder := Path(place) / source).is_dir():
+                return folder
+        raise UserError(f"the package {point.value} is to carry the model {source} and does not; install it again")
+    return None
+
+
+def find_folder(
+    source: str | Path, files: tuple[str, ...], revision: str | None = None, *, local_files_only: bool = False,
+    more: tuple[str, ...] = (),
+) -> Path:  # fmt: skip
+    """The local folder of a stored model: of this machine, installed under a name, or of the hub's, see `hub_id`.
+
+    Args:
+        source, revision, local_files_only: as of `PretrainedModel.from_pretrained`.
+        files: what must be in it.
+        more: what else is fetched from the hub where it is there.
 
     Raises:
         FileNotFoundError: neither a folder nor obtainable from the hub, or a file is missing in it.
     """
-    folder = Path(source)
-    if (name := hub_id(source)) is not None:
-        folder = _hub_folder(name, files, revision, ask=asks_hub(source))
+    name, installed = hub_id(source), installed_folder(source)
+    if revision is not None and name is None:
+        raise UserError(f"revision {revision!r} is of a model of the hub, {HUB}owner/name; {source} is none")
+    folder = installed or Path(source)
+    if name is not None:
+        folder = _hub_folder(name, files + more, revision, ask=asks_hub(source) and not local_files_only)
     if not folder.is_dir():
         kind = "is a file" if folder.exists() else "does not exist"
+        known = ", ".join(sorted(entry_points(group=INSTALLED).names)) or "none is, pip install repwam-weights"
         raise FileNotFoundError(
-            f"{source} {kind}; expected a folder with {' and '.join(files)}, or a model of the hub, {HUB}owner/name"
+            f"{source} {kind}; expected a folder with {' and '.join(files)}, a model of the hub, {HUB}owner/name, or "
+            f"an installed one: {known}"
         )
     folder = readable(folder)
     for name in files:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no {name}; expected a folder written by save_pretrained")
     return folder
+
+
+def converted(model: Any, dtype: torch.dtype | None) -> Any:
+    """The model with weights of a floating type; as it is for None."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise UserError(f"dtype: expected a floating type such as torch.bfloat16, got {dtype}")
+    return model if dtype is None else model.to(dtype)
+
+
+def push_to_hub(
+    folder: str | Path,
+    name: str,
+    files: tuple[str, ...] = MODEL_FILES,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+) -> str:
+    """Put an exported folder on the Hugging Face hub, whence `from_pretrained("hf://owner/name")` loads it.
+
+    Its owner must be logged in on this machine (`hf auth login`). What else lies in the folder stays here.
+
+    Args:
+        folder: of a model, or with `files` of a policy; it must hold a model card, README.md.
+        name: "owner/name", with or without "hf://"; made where it is not there.
+        files: those that go.
+        private: of a new one, whether others see it.
+        revision: a branch, made where it is not there.
+
+    Returns:
+        The address of what was put there.
+    """
+    if not _HUB_ID.fullmatch(name := name.removeprefix(HUB)):
+        raise UserError(f"expected owner/name, got {name!r}")
+    folder = readable(folder)
+    kind = kind_of(folder)
+    if kind is None or not (folder / README_FILE).is_file():
+        raise UserError(f"{folder}: expected an exported folder with its model card, {README_FILE}; export it again")
+    try:
+        hub = HfApi()
+        hub.create_repo(name, private=private, exist_ok=True)
+        if revision is not None:
+            hub.create_branch(name, branch=revision, exist_ok=True)
+        done = hub.upload_folder(
+            repo_id=name, folder_path=folder, allow_patterns=list(files), revision=revision, commit_message=kind
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise UserError(
+            f"the Hugging Face hub did not take {folder} as {name} ({_first_line(error)}); log in with `hf auth "
+            "login`, check the network and whose the name is"
+        ) from error
+    return str(done)
 
 
 def read_config(folder: Path, expected_format: str, expected_version: int) -> dict[str, Any]:
@@ -403,12 +491,15 @@ def _hub_folder(name: str, files: tuple[str, ...], revision: str | None, *, ask:
     try:
         folder = snapshot_download(name, revision=revision, allow_patterns=list(files), local_files_only=not ask)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(
-            f"the Hugging Face hub gave no model {name} ({reason}); check the spelling and the network, or give the "
-            "path of a folder"
+            f"the Hugging Face hub gave no model {name} ({_first_line(error)}); check the spelling and the network, or "
+            "give the path of a folder"
             if ask
             else f"{name} does not exist; expected a folder, or a model that the Hugging Face hub has given before; "
             f"{HUB}{name} asks the hub"
         ) from error
     return Path(folder)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

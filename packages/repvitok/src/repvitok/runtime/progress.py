@@ -135,6 +135,36 @@ def run_record(folder: str | Path) -> tuple[dict[str, Any], dict[str, float]]:
     return config if isinstance(config, dict) else {}, found
 
 
+def card_head(title: str, library: str, tags: str, license: str | None) -> str:
+    """The first lines of a model card: what the hub reads of it, and the title."""
+    told = f"license: {license}\n" if license else ""
+    return f"---\nlibrary_name: {library}\ntags: [{tags}]\n{told}---\n# {title}\n"
+
+
+def training_table(
+    checkpoint: Mapping[str, Any], rows: Mapping[str, object], reached: Mapping[str, float], license: str | None
+) -> str:
+    """A model card's table of a training: its data, its length and command, what it reached, the licence.
+
+    Args:
+        checkpoint: as `fit` wrote it; version 0.1 noted neither hours nor command.
+        rows: what the stage says of its data, by name; None is left out.
+        reached: the last validation, by name.
+        license: as it was given.
+    """
+    run = checkpoint.get("run") or {}
+    told: dict[str, object] = {
+        **rows,
+        "steps": f"{int(checkpoint.get('global_step') or 0):,}",
+        "hours": f"{run['hours']:.2f}" if run.get("hours") else None,
+        "command": f"`{run['command']}`" if run.get("command") else None,
+        **{name: f"{value:.4g}" for name, value in reached.items()},
+        "licence": license or "not stated by who exported it",
+    }
+    lines = [f"| {name} | {value} |" for name, value in told.items() if value is not None]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
 def read_curves(folder: str | Path) -> Mapping[str, np.ndarray]:
     """Reads a run's curves.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,17 @@ import torch
 from repvitok.baselines.features import FeatureTokenizer
 from repvitok.model import RepViTok
 from repvitok.runtime.checkpointing import read_checkpoint, read_section, stored_by, with_weights
-from repvitok.runtime.progress import run_record
+from repvitok.runtime.progress import card_head, run_record, training_table
 
 
-def export_checkpoint(path: str | Path, out: str | Path, averaged: bool = True) -> RepViTok:
+def export_checkpoint(path: str | Path, out: str | Path, averaged: bool = True, license: str | None = None) -> RepViTok:
     """Writes config.json, model.safetensors and a model card README.md into `out`; returns the tokenizer.
 
     Args:
         path: a checkpoint written by `repvitok fit`.
         out: the folder.
         averaged: take the moving average of the weights, what validation measured; else the last step's weights.
+        license: of the weights, for the model card: "apache-2.0".
     """
     checkpoint, where = read_checkpoint(path), str(path)
     kind = FeatureTokenizer if FeatureTokenizer.format in checkpoint else RepViTok
@@ -27,8 +30,7 @@ def export_checkpoint(path: str | Path, out: str | Path, averaged: bool = True) 
     with torch.device("meta"):
         tokenizer = kind(kind.config_class.from_dict(dict(read_section(stored, where, "config"))))
     tokenizer = with_weights(tokenizer, "tokenizer.", checkpoint, stored, where, averaged=averaged)
-    steps = int(checkpoint.get("global_step") or 0)
-    tokenizer.save_pretrained(out, readme=model_card(tokenizer, steps, averaged, Path(path).parent))
+    tokenizer.save_pretrained(out, readme=model_card(tokenizer, checkpoint, averaged, Path(path).parent, license))
     return tokenizer
 
 
@@ -38,14 +40,17 @@ def trained_size(run: str | Path) -> tuple[int, int] | None:
     return (int(size[0]), int(size[1])) if size else None
 
 
-def model_card(tokenizer: RepViTok, steps: int, averaged: bool, run: str | Path) -> str:
+def model_card(
+    tokenizer: RepViTok, checkpoint: Mapping[str, Any], averaged: bool, run: str | Path, license: str | None = None
+) -> str:
     """The README.md of an exported tokenizer: what it is, how to use it, on what it was trained, what it reaches.
 
     Args:
         tokenizer: the model.
-        steps: how long it was trained.
+        checkpoint: what it was exported from.
         averaged: whether the weights are the moving average.
         run: the run's folder, whose config.yaml and metrics.csv say the rest.
+        license: of the weights.
     """
     config = tokenizer.config
     fields = "\n".join(f"| {name} | {value} |" for name, value in config.to_dict().items())
@@ -55,13 +60,8 @@ def model_card(tokenizer: RepViTok, steps: int, averaged: bool, run: str | Path)
     frames = data.get("frames") or 1 + 4 * config.tubelet_frames
     height, width = trained_size(run) or (256, 256)
     kind, home = ("RepViTok", "repvitok") if type(tokenizer) is RepViTok else ("FeatureTokenizer", "repvitok.baselines")
-    return f"""---
-library_name: repvitok
-tags: [video, tokenizer]
----
-# {kind}
-
-A video tokenizer of {parameters:,} parameters, trained for {steps:,} steps
+    return f"""{card_head(kind, "repvitok", "video, tokenizer", license)}
+A video tokenizer of {parameters:,} parameters
 ({"moving average of the weights" if averaged else "weights of the last step"}).
 Digest `{tokenizer.digest()[:16]}`: latents carry it, and other packages refuse latents of another tokenizer.
 
@@ -77,7 +77,9 @@ video_hat = tokenizer.decode(z, ({height}, {width}))
 
 ## Training
 
-{_training(data, reached)}
+{training_table(checkpoint, _trained_on(data, checkpoint), reached, license)}
+
+{_MEASURED if data else _UNKNOWN}
 
 ## Settings
 
@@ -87,20 +89,25 @@ video_hat = tokenizer.decode(z, ({height}, {width}))
 """
 
 
-def _training(data: dict[str, Any], reached: dict[str, float]) -> str:
-    """What a run's configuration and curves say of its data and of what it reached on the held-out part of them."""
+_MEASURED = (
+    "Numbers are of held-out clips of these data alone: measure it on yours with `repvitok test`. Other sizes and "
+    "longer clips than these were never seen."
+)
+_UNKNOWN = "Its run's config.yaml was not beside the checkpoint: data, size and length of the clips are not known."
+
+
+def _trained_on(data: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> dict[str, object]:
+    """What a run's configuration and checkpoint say of its clips."""
     if not data:
-        return "Its run's config.yaml was not beside the checkpoint: data, size and length of the clips are not known."
+        return {}
     height, width = data["size"]
-    lines = [
-        f"| data sets | {', '.join(Path(folder).name for folder in data['folders'])} |",
-        f"| size, pixels | {height} x {width} |",
-        f"| length of a clip, frames | {data['frames']} |",
-        f"| frames taken | every {data['stride']}. |" if data["stride"] > 1 else "| frames taken | all |",
-        *(f"| {name} | {value:.4g} |" for name, value in reached.items()),
-    ]
-    told = "\n".join(["| | |", "|---|---|", *lines])
-    return (
-        f"{told}\n\nNumbers are of held-out clips of these data alone: measure it on yours with `repvitok test`. Other "
-        "sizes and longer clips than these were never seen."
-    )
+    names = Counter(Path(folder).name for folder in data["folders"])
+    rates = (checkpoint.get("ClipDataModule") or {}).get("rates_hz")
+    return {
+        "data sets": ", ".join(name if times == 1 else f"{name} ({times} times)" for name, times in names.items()),
+        "size, pixels": f"{height} x {width}",
+        "length of a clip, frames": data["frames"],
+        "rate of the videos, Hz": ", ".join(f"{rate:g}" for rate in rates) if rates else None,
+        "rate of the clips": f"{data['rate_hz']} Hz" if data.get("rate_hz") else f"every {data['stride']}. frame"
+        if data["stride"] != 1 else "all frames",
+    }  # fmt: skip

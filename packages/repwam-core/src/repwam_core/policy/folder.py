@@ -26,7 +26,15 @@ from repvitok.model import load_tokenizer
 from repvitok.runtime.documents import Digest, Size, load_json, parse, require_format
 from repvitok.runtime.errors import UserError, require_disk_space
 from repvitok.runtime.files import atomic_folder, readable, refuse_foreign
-from repvitok.runtime.pretrained import DIFFUSERS_WEIGHTS_FILE, MODEL_FILES, copy_model, find_device
+from repvitok.runtime.pretrained import (
+    DIFFUSERS_WEIGHTS_FILE,
+    MODEL_FILES,
+    README_FILE,
+    converted,
+    copy_model,
+    find_device,
+    find_folder,
+)
 
 from repwam_core.interface import Embodiment
 from repwam_core.model.cache import Run
@@ -42,6 +50,7 @@ POLICY_FILES = (
     f"tokenizer/{DIFFUSERS_WEIGHTS_FILE}",
     "statistics.json",
     "text.safetensors",
+    README_FILE,
     "policy.json",
 )
 """All that a policy folder may hold."""
@@ -156,19 +165,35 @@ class LoadedPolicy:
         return compiled_run(self.wam)
 
     @classmethod
-    def load(cls, folder: str | Path, device: str = "cpu", dtype: str = "float32") -> LoadedPolicy:
+    def load(
+        cls,
+        source: str | Path,
+        device: str = "cpu",
+        *,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+    ) -> LoadedPolicy:
         """Load a folder written by `repwam export`.
 
         Args:
-            folder: the folder.
-            device: where the models run.
-            dtype: of the world action model's weights, a name of torch's; the tokenizer's stay as they are.
+            source: the folder; or, as of `repvitok.runtime.pretrained.PretrainedModel.from_pretrained`, the name of an
+                installed policy, or a hub id.
+            device: where the models go.
+            dtype: a floating type for the weights of the world action model; the tokenizer keeps its own, in which the
+                latents that were trained on were made.
+            revision, local_files_only: as there.
 
         Raises:
             FileNotFoundError: when it is no policy folder.
             ValueError: when a part is not the one that policy.json names.
         """
-        folder, device = readable(folder), str(find_device(device))
+        device = str(find_device(device))
+        if Path(source).is_dir():
+            folder = readable(source)
+        else:
+            hub = {"revision": revision, "local_files_only": local_files_only}
+            folder = find_folder(source, ("policy.json",), more=POLICY_FILES, **hub)
         manifest = PolicyManifest.load(folder)
         wam = WorldActionModel.from_pretrained(folder / "wam", verify=False)  # by its digest, below
         tokenizer = load_tokenizer(folder / "tokenizer")
@@ -184,7 +209,8 @@ class LoadedPolicy:
         if (folder / "text.safetensors").exists():
             text.load_cache(folder / "text.safetensors")
         told = frozenset(text.known)
-        return cls(manifest, wam.to(device, getattr(torch, dtype)), tokenizer.to(device), statistics, text, told)
+        wam = converted(wam, dtype)
+        return cls(manifest, wam.to(device), tokenizer.to(device), statistics, text, told)
 
 
 def write_policy(
@@ -195,6 +221,7 @@ def write_policy(
     manifest: PolicyManifest,
     sources: dict[str, Path],
     text: Path | None = None,
+    readme: str | None = None,
 ) -> None:
     """Write a policy folder, whole or not at all (`repvitok.runtime.files.atomic_folder`).
 
@@ -203,6 +230,7 @@ def write_policy(
         wam, tokenizer, statistics, manifest: what to write.
         sources: model folders copied along, by the name of their part.
         text: file of embedded instructions to copy, if it is there.
+        readme: the model card.
     """
     refuse_other_than_policy(out)
     if text is not None and text.exists():
@@ -216,6 +244,8 @@ def write_policy(
         for part, source in sources.items():
             copy_model(source, fresh / part)
         statistics.save(fresh / "statistics.json")
+        if readme is not None:
+            (fresh / README_FILE).write_text(readme, encoding="utf-8")
         if text is not None and text.exists():
             shutil.copyfile(text, fresh / "text.safetensors")
         manifest.save(fresh)

@@ -95,9 +95,19 @@ class BatchedPolicy(BatchedBasePolicy):
         self._now: _Episodes | None = None
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str = "cpu", **plan: Any) -> BatchedPolicy:
-        """Load a policy folder; `plan` overrides how it plans, for example `execute_frames=1`."""
-        return cls(LoadedPolicy.load(folder, device), **plan)
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        device: str = "cpu",
+        *,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        **plan: Any,
+    ) -> BatchedPolicy:
+        """`LoadedPolicy.load` a policy; `plan` overrides how it plans, for example `execute_frames=1`."""
+        hub = {"revision": revision, "local_files_only": local_files_only}
+        return cls(LoadedPolicy.load(source, device, dtype=dtype, **hub), **plan)
 
     @property
     def embodiment(self) -> Embodiment:
@@ -371,9 +381,19 @@ class Policy(BasePolicy):
         self.batched = BatchedPolicy(parts, **plan)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str = "cpu", **plan: Any) -> Policy:
-        """Load a policy folder; `plan` overrides how it plans, for example `execute_frames=1`."""
-        return cls(LoadedPolicy.load(folder, device), **plan)
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        device: str = "cpu",
+        *,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        **plan: Any,
+    ) -> Policy:
+        """`LoadedPolicy.load` a policy; `plan` overrides how it plans, for example `execute_frames=1`."""
+        hub = {"revision": revision, "local_files_only": local_files_only}
+        return cls(LoadedPolicy.load(source, device, dtype=dtype, **hub), **plan)
 
     @property
     def embodiment(self) -> Embodiment:

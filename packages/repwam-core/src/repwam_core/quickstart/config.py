@@ -207,6 +207,13 @@ def add_quickstart_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"what to run in the simulator: {DEFAULT_PRESET} (default), five tasks in a quarter of an hour; mt50, one "
         "policy for all 50 tasks of Meta-World (docs/mt50.md); aloha, two arms and three cameras (docs/aloha.md)",
     )
+    add(
+        "--tokenizer",
+        type=text_argument,
+        metavar="FOLDER",
+        help="a trained visual tokenizer in place of one's own training: a folder, an installed one's name, or "
+        "hf://owner/name",
+    )
     add("--suite", type=text_argument, help="the simulator of --tasks (default: metaworld)")
     add(
         "--tasks",

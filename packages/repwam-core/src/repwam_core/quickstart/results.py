@@ -6,6 +6,7 @@ import json
 import platform
 import resource
 import sys
+import textwrap
 import time
 from collections import Counter
 from contextlib import suppress
@@ -70,8 +71,30 @@ def findings(data: ReportData) -> list[str]:
     controls = [_compared(name, rows["policy"], rows[name]) for name in CONTROLS if name in rows]
     told = [_closed_loop(data), *(controls or [NOT_SHOWN]), *_language_findings(data)]
     told += [MEASURED_IN_TRAINING if data.measured == "training" else "", _open_loop(data), _tokenizer(data)]
-    told += [*_latent_actions(data), _imagination(data), TEACHER]
+    told += [*_latent_actions(data), _imagination(data)]
+    told += [TEACHER] if "visual tokenizer" in data.curves or not data.curves else []
     return [sentence for sentence in told if sentence]
+
+
+def closing(data: ReportData, width: int = 80) -> str:
+    """What the terminal says at the end of a run: successes by task, and the first two findings."""
+    shown = [row for row in data.success if row.method not in CONTROLS]
+    lines = []
+    if shown:
+        tasks = list(shown[0].counts)
+        table = [("episodes solved", [row.method for row in shown])]
+        for task in tasks if len(tasks) <= 20 else []:
+            table.append((task, [_share(row.counts.get(task)) for row in shown]))
+        table.append(("all tasks", [_share(row.total) for row in shown]))
+        left = min(max(len(name) for name, _ in table), width - 10 * len(shown))
+        lines = [f"{name[:left]:<{left}}" + "".join(f"{cell:>10}" for cell in cells) for name, cells in table]
+    for sentence in data.findings[:2]:
+        lines += ["", *textwrap.wrap(sentence, width)]
+    return "\n".join(lines)
+
+
+def _share(count: SuccessRate | None) -> str:
+    return "" if count is None else f"{count.successes}/{count.episodes}"
 
 
 def _closed_loop(data: ReportData) -> str:
@@ -250,7 +273,8 @@ def _configuration(this: Run, trained: Trained) -> str:
     config = json.loads(json.dumps({**this.config.to_dict(), "data": trained.prepared.data.read()}, default=str))
     parts = [f"# config\n{yaml.safe_dump(config, sort_keys=False)}"]
     for stage in (trained.prepared.tokenizer, trained.prepared.lat, trained.pretrained, trained.adapted):
-        parts.append(f"# {stage.name}\n{(stage.folder / FIT / 'config.yaml').read_text()}")
+        if (stage.folder / FIT).exists():  # a tokenizer may be given
+            parts.append(f"# {stage.name}\n{(stage.folder / FIT / 'config.yaml').read_text()}")
     return "\n".join(parts)
 
 
@@ -263,6 +287,8 @@ def _curves(trained: Trained) -> dict[str, dict[str, Curve]]:
     }
     shown = {}
     for name, stage in stages.items():
+        if not (stage.folder / FIT).exists():  # a tokenizer may be given
+            continue
         curves = read_curves(stage.folder / FIT)
         kept = {key: rows for key, rows in curves.items() if key.startswith("train/") and len(rows) > 1}
         kept = {key: rows for key, rows in kept.items() if not key.endswith(("/lr", "/gradient_norm"))}

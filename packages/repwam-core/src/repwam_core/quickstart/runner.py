@@ -113,10 +113,11 @@ class StageRunner:
     Args:
         root: the run's folder; created if missing. An existing folder must be an earlier run's or empty.
         fresh: remove the earlier run's stages first.
+        stages: how many there will be, to be told beside a stage's number; None where that is open.
     """
 
-    def __init__(self, root: Path, *, fresh: bool = False) -> None:
-        self.root = root
+    def __init__(self, root: Path, *, fresh: bool = False, stages: int | None = None) -> None:
+        self.root, self._of = root, "" if stages is None else f"/{stages}"
         self.results: list[StageResult] = []
         if not (root / _MARKER).exists():
             refuse_foreign(root, (), "run of repwam quickstart")
@@ -152,7 +153,7 @@ class StageRunner:
         """
         digest = stage_digest(name, settings, inputs)
         folder = self.root / f"{name}-{digest[:10]}"
-        number = len(self.results) + 1
+        number = f"{len(self.results) + 1}{self._of}"
         record = _record(folder / _DONE)
         if record is not None:
             result = StageResult(name, digest, folder, record.seconds, True, record.commit, record.summary)
@@ -164,7 +165,7 @@ class StageRunner:
 
     def _work(
         self,
-        number: int,
+        number: str,
         name: str,
         digest: str,
         folder: Path,

@@ -33,7 +33,12 @@ CONTROLS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One invocation of the quickstart; `code` is the `code_digest` of the packages it runs."""
+    """One invocation of the quickstart.
+
+    Attributes:
+        code: the `code_digest` of the packages it runs.
+        tokenizer: a trained one, as `from_pretrained` takes it; None where the quickstart trains its own.
+    """
 
     config: QuickstartConfig
     seed: int
@@ -43,6 +48,7 @@ class Run:
     started_s: float
     repwam: work.Main
     code: str
+    tokenizer: str | None = None
 
     def stage(self, name: str, work: Any, *, inputs: dict[str, StageResult | str], **settings: Any) -> StageResult:
         """Run a stage whose inputs are earlier stages (or digests); the code that makes it counts as a setting."""
@@ -119,6 +125,8 @@ class Trained:
 def train(this: Run, data: DataSet) -> Trained:
     """All training stages, the same for simulated and recorded data."""
     config = this.config
+    if this.tokenizer is not None:
+        return train_on_latents(this, data, given_tokenizer(this, this.tokenizer))
     tokenizer = this.stage(
         "tokenizer",
         partial(work.train_tokenizer, config=config, seed=this.seed, **data.read()),
@@ -131,6 +139,19 @@ def train(this: Run, data: DataSet) -> Trained:
         **data.chosen(),
     )
     return train_on_latents(this, data, tokenizer)
+
+
+def given_tokenizer(this: Run, source: str) -> StageResult:
+    """A trained tokenizer in the place of the one that the quickstart would train, copied into its stage's folder."""
+    from repvitok import RepViTok
+
+    tokenizer = RepViTok.from_pretrained(source)
+
+    def keep(folder: Path) -> dict[str, Any]:
+        tokenizer.save_pretrained(folder / "tokenizer")
+        return {"given": source, "digest": tokenizer.digest()[:16]}
+
+    return this.stage("tokenizer", keep, inputs={"tokenizer": tokenizer.digest()})
 
 
 def train_on_latents(
@@ -294,16 +315,27 @@ def _driven(this: Run, name: str, adapted: StageResult) -> StageResult:
 
 def run(arguments: argparse.Namespace, repwam: work.Main) -> int:
     """Run the quickstart; returns the exit code. `repwam` is the command that trains its later stages."""
-    from repwam_core.quickstart.results import report_data, summary
+    from repwam_core.quickstart.results import closing, report_data, summary
     from repwam_core.report import write_report
 
     started_s = time.monotonic()
     config = _checked(arguments, load_config(arguments))
     data = None if arguments.dataset is None else _chosen(arguments)
     out = arguments.out or Path("runs") / (arguments.preset or "quickstart")
-    runner = StageRunner(out, fresh=arguments.fresh)
+    stages = 6 if data is not None else 9 + bool(config.same_scene)
+    runner = StageRunner(out, fresh=arguments.fresh, stages=None if arguments.controls else stages)
     command = "repwam " + " ".join(sys.argv[1:])
-    this = Run(config, arguments.seed, arguments.workers, runner, command, started_s, repwam, code_digest())
+    this = Run(
+        config,
+        arguments.seed,
+        arguments.workers,
+        runner,
+        command,
+        started_s,
+        repwam,
+        code_digest(),
+        arguments.tokenizer,
+    )
     with runner.lock():
         trained, outcome = (train(this, data), {}) if data is not None else _from_simulator(this)
         if arguments.controls:
@@ -313,7 +345,8 @@ def run(arguments: argparse.Namespace, repwam: work.Main) -> int:
         write_report(told, report)
         if outcome:
             write_json_atomic(out / "results.json", summary(this, told))
-    print(f"report: {report.resolve()}")
+    print(closing(told))
+    print(f"\nreport, for a browser: {report.resolve()}")
     return 0
 
 

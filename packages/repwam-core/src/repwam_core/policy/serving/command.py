@@ -25,7 +25,7 @@ MEBIBYTE = 2**20
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `repwam serve`."""
-    parser.add_argument("--policy", type=path_argument, required=True, help="policy folder, from `repwam export`")
+    parser.add_argument("--policy", type=text_argument, required=True, help="policy folder, a name, or hf://owner/name")
     parser.add_argument(
         "--host", type=text_argument, default="127.0.0.1", help="address to listen on (default: this machine only)"
     )
@@ -69,6 +69,8 @@ def serve(options: argparse.Namespace) -> int:
         from repwam_core.policy.serving.server import PolicyServer, ServeSettings
     except ModuleNotFoundError as error:
         raise UserError(f"serving needs {error.name}: install repwam-core[serve]") from error
+    import torch
+
     from repwam_core.policy.folder import LoadedPolicy
     from repwam_core.policy.policy import Policy
 
@@ -81,7 +83,7 @@ def serve(options: argparse.Namespace) -> int:
         idle_timeout_s=options.idle_timeout,
         hold_frames=options.hold_frames,
     )
-    parts = LoadedPolicy.load(options.policy, options.device, dtype=options.dtype)
+    parts = LoadedPolicy.load(options.policy, options.device, dtype=getattr(torch, options.dtype))
     plan = {**given_sampling(options), "compile_passes": options.compile}
     warm = [Policy(parts, **plan)]  # the first session's, with all that it captured
     warm_up(warm[0])

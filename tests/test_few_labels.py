@@ -92,7 +92,7 @@ def bench(
         save_results(out / "results.json", results)
         return results
 
-    monkeypatch.setattr(script.closed_loop, "collect_demonstrations", collected)
+    monkeypatch.setattr(script.work, "collect_demonstrations", collected)
     monkeypatch.setattr(script, "evaluate", drive)
     monkeypatch.setattr(script, "read_plan", lambda _: SimpleNamespace(tasks=("push",)))
     arguments = "--tasks push --watched --demonstrations 10 --labels 2 --steps 2 2 2 2 --episodes 3 --out"

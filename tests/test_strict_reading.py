@@ -179,7 +179,7 @@ def test_keys_are_all_there_and_no_others(name: str, tmp_path: Path) -> None:
     document, load = DOCUMENTS[name](tmp_path)
     optional = ("joint_actions", "recorded", "unit", "units", "select", "episodes", "crashed", "latent_action_mean")
     optional += ("latent_action_std", "execute_frames", "provenance", "statistics", "kind", "tubelet_frames")
-    optional += ("instruction_source", "traceback", "suite", "chunks", "depth_range")
+    optional += ("instruction_source", "traceback", "suite", "chunks", "depth_range", "latent_action_frames")
     for place in [(), *_places(document)]:
         section = document
         for key in place:

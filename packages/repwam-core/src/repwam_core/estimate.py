@@ -59,7 +59,7 @@ DEVICES = {
 def peak_flops(name: str) -> float | None:
     """Peak FLOPs per second of a device by the name it reports, such as "NVIDIA H200"; None where it is not known."""
     words = name.lower().replace("-", " ").split()
-    words += map("".join, pairwise(words))  # "RTX 4090"
+    words = [*words, *map("".join, pairwise(words))]  # "RTX 4090"
     return next((device.peak_flops for key, device in DEVICES.items() if key in words), None)
 
 

@@ -87,7 +87,7 @@ def test_pictures_of_the_report_do_too(made):
     shards, lat = LatentShards(made / "latents"), LatentActionTokenizer.from_pretrained(made / "lat")
     plan = SimpleNamespace(size=SIZE, stride=STRIDE, held_out=0.5)
     this, reader = SimpleNamespace(config=plan), LeRobotReader(made / "data")
-    shown = figures._transition(this, reader, lat, shards[1], shards.meta)
+    shown = figures._transition(this, reader, lat, shards[1], shards.meta, np.zeros(shards.meta.grid, np.float32))
     step = int(shown.name.split("latent frame ")[1].split(":")[0])
     assert shown.frame.mean() == pytest.approx(grey(step * PER_LATENT), abs=2)
     assert shown.next_frame.mean() == pytest.approx(grey((step + 1) * PER_LATENT), abs=2)

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -56,12 +57,11 @@ def test_eval_sh_runs_it_in_a_python_without_torch(robotwin, serve, without_torc
 @pytest.mark.skipif(shutil.which("uv") is None, reason="needs uv to make an environment")
 def test_the_client_needs_what_the_documentation_installs_and_runs_on_numpy_1(root, robotwin, serve, make_environment):
     """RoboTwin pins scipy 1.10, which wants numpy below 2."""
-    (packages,) = re.findall(r"^pip install (numpy .*)$", (root / "docs/install.md").read_text(), re.MULTILINE)
-    (again,) = re.findall(
-        r"pip install (numpy .*)$", (root / "integrations/xpolicylab/RepWAM/install.sh").read_text(), re.M
-    )
-    assert again == packages
-    _, variables = make_environment(*packages.replace("numpy", "numpy<2").split())
+    told = r"^ *(?:python -m )?pip install repwam-client ([a-z].*)$"
+    documents = "docs/install.md", "docs/robotwin.md", "integrations/xpolicylab/RepWAM/install.sh"
+    (packages,) = {found for name in documents for found in re.findall(told, (root / name).read_text(), re.MULTILINE)}
+    client = tomllib.loads((root / "packages/repwam-client/pyproject.toml").read_text())["project"]["dependencies"]
+    _, variables = make_environment("numpy<2", *client, *packages.split())
     command = ["bash", "policy/repwam/eval.sh", "stand_in", "demo_clean", "tiny", "0", "0", "--server", serve()]
     done = subprocess.run([*command, "--test_num", "2"], cwd=robotwin, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

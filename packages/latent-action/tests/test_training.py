@@ -82,7 +82,9 @@ def test_export_gives_the_averaged_weights_and_what_was_validated(run, blobs, tm
     assert again.config.latent_mean == tuple(data.meta.mean.tolist())
     held_out = data.val_dataloader()
     with torch.no_grad():
-        losses = [transition_losses(again, batch.z_t, batch.z_next, data.meta.grid).forward.item() for batch in held_out]
+        losses = [
+            transition_losses(again, batch.z_t, batch.z_next, data.meta.grid).forward.item() for batch in held_out
+        ]
     mean = np.average(losses, weights=[len(batch.z_t) for batch in held_out])
     assert mean == pytest.approx(read_curves(run)["val/forward_loss"][-1, 1], rel=1e-4)
 

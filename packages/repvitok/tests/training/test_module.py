@@ -140,7 +140,7 @@ def undisturbed(videos, tmp_path_factory) -> Path:
 
 
 def assert_same(found: object, expected: object, where: str = "") -> None:
-    """Two checkpoints hold the same, bit for bit, but for the record of when batches were handed out and of the time spent."""
+    """Two checkpoints hold the same, bit for bit, but for when batches were handed out and the hours spent."""
     if isinstance(expected, torch.Tensor):
         assert torch.equal(found, expected), where
     elif isinstance(expected, dict):

@@ -10,7 +10,7 @@ the same number of world-model steps, and drives the same unseen layouts:
 - `ahead`: nothing | layers that predict the next one and three chunks in training (docs/decisions/081)
 - `delay`: nothing | up to half a latent frame of actions given as committed in training (docs/decisions/082)
 - `aim`: what lets the same budget hit small objects: noisier or weightier actions, demonstrations pushed aside all the
-  way, half the batch for twice the steps
+  way, disturbed by noise instead, or not at all, half the batch for twice the steps
 - `tasks`: why drawer-open, door-lock and push fail more often: 64 pixels and one camera, against 128 pixels, a second
   camera on the gripper, twice the demonstrations, four latent frames of history, chunks of two latent frames
 - `tokenizers`: RepViTok aligned with a network | ViTok | that network's own features, squeezed to 48 or 96 channels or
@@ -125,6 +125,8 @@ QUESTIONS: dict[str, dict[str, Arm]] = {
         "as the quickstart": Arm(),
         "noisier actions": Arm(fit=("--model.loss.action_shift=5.0",)),
         "half the batch, twice the steps": Arm(fit=("--data.batch_size=4",), steps=2),
+        "undisturbed": Arm(noise=NOISE_MODES["none"]),
+        "gaussian noise": Arm(noise=NOISE_MODES["gaussian"]),
         "actions weigh four times": Arm(fit=("--model.loss.action_weight=4.0",)),
         "four pushes all the way, actions weigh four times": Arm(
             fit=("--model.loss.action_weight=4.0",), noise=Perturbation(pushes=4, push_within_steps=64)

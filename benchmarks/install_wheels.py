@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 IMPORTS = {
     "repvitok": ("repvitok", "repvitok.runtime.errors"),
     "latent-action": ("latent_action", "latent_action.config"),
+    "repwam-client": ("repwam_client", "repwam_client.interface"),
     "repwam-core": ("repwam_core", "repwam_core.interface"),
 }
 EXTRAS = ("repwam-core[serve]", "repwam-core[sim]", "repwam-core[aloha]")

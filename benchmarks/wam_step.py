@@ -78,7 +78,8 @@ class Worker:
     """A process that steps on demand with the packages of one checkout."""
 
     def __init__(self, checkout: Path, threads: int, look_ahead: int = 0) -> None:
-        sources = [str(checkout / "packages" / name / "src") for name in ("repvitok", "latent-action", "repwam-core")]
+        names = ("repvitok", "latent-action", "repwam-client", "repwam-core")
+        sources = [str(checkout / "packages" / name / "src") for name in names]
         command = [sys.executable, __file__, "--worker", "--threads", str(threads), "--look-ahead", str(look_ahead)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sources)}
         self.name = ("this" if checkout == HERE else "the other") + (f", {look_ahead} ahead" if look_ahead else "")

@@ -134,13 +134,8 @@ def _lapa_rows(arguments: argparse.Namespace, transition_frames: int) -> dict[st
     from latent_action.baselines.lapa import LapaQuantizer, lapa_features, load_frame_table
 
     lapa = LapaQuantizer.from_pretrained(arguments.lapa)
-    step = lapa.config.transition_frames
-    if step != transition_frames:
-        raise UserError(
-            f"--lapa: it was trained on transitions of {step} latent frames, the LAT on {transition_frames}: train "
-            "both with the same data.transition_frames"
-        )
-    table = load_frame_table(arguments.latents, arguments.dataset, lapa.config.size, step)
+    lapa.require_transition_frames(transition_frames)
+    table = load_frame_table(arguments.latents, arguments.dataset, lapa.config.size, transition_frames)
     return {
         "LAPA": lapa_features(lapa, table),
         "LAPA before quantisation": lapa_features(lapa, table, quantised=False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -121,14 +122,20 @@ def composed(
     c: Float[Tensor, "b tokens d"],
     grid: Grid | None = None,
 ) -> Float[Tensor, "3 b action"]:
-    """l(a, c) of triplets of frames, l(a, b) + l(b, c), and the same sum by way of another triplet's b.
+    """What `composed_by` makes of the LAT's latent actions of triplets of frames."""
+    return composed_by(lambda first, last: lat.encode(torch.stack([first, last], dim=1), grid)[:, 0], a, b, c)
+
+
+def composed_by(read: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor, c: Tensor) -> Float[Tensor, "3 b _"]:
+    """l(a, c) of triplets, l(a, b) + l(b, c), and the same sum by way of another triplet's b; l is `read`.
 
     For `composition_error`: the last is the control. It is as low as the second where l is the difference of two
-    readings of single frames, which add up by whatever frame.
+    readings of single frames, which add up by whatever frame. The triplets lie along the first dimension: frames, or
+    their numbers.
     """
     other = b.roll(len(b) // 2, dims=0)
     legs = [(a, c), (a, b), (b, c), (a, other), (other, c)]
-    whole, *sums = (lat.encode(torch.stack(leg, dim=1), grid)[:, 0] for leg in legs)
+    whole, *sums = (read(*leg) for leg in legs)
     return torch.stack([whole, sums[0] + sums[1], sums[2] + sums[3]])
 
 

@@ -445,11 +445,8 @@ def write_episode_picture(
     if missing := sorted(set(shards.meta.cameras) - set(reader.camera_keys)):
         raise UserError(f"{dataset} has no cameras {missing}, which {latents} were made from: give that data set.")
     step = lat.config.transition_frames
-    if lapa is not None and lapa.config.transition_frames != step:
-        raise UserError(
-            f"LAPA was trained on transitions of {lapa.config.transition_frames} latent frames, the LAT on {step}: "
-            "train both with the same data.transition_frames"
-        )
+    if lapa is not None:
+        lapa.require_transition_frames(step)
     chosen = find_episode(shards, episode)
     film, available = out.suffix.lower() == ".mp4", len(chosen.latents) - step
     if available < 2:

@@ -15,6 +15,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -34,6 +35,7 @@ from torch.nn import functional as F
 
 from latent_action.config import TransitionFrames
 from latent_action.dynamics import position_feature_size, position_features
+from latent_action.transfer import composed_by
 
 _FREQUENCIES = 4
 # A change of a patch by this much (root mean square, pixels in [-1, 1]) is drawn at full heat where nothing in the
@@ -315,6 +317,14 @@ class LapaQuantizer(PretrainedModel):
         self.decoder = _layers(config)
         self.head = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, pixels))
 
+    def require_transition_frames(self, expected: int) -> None:
+        """Refuse to be compared with a LAT of transitions of another length."""
+        if (own := self.config.transition_frames) != expected:
+            raise UserError(
+                f"LAPA was trained on transitions of {own} latent frames, the LAT on {expected}: train both with the "
+                "same data.transition_frames"
+            )
+
     def encode(
         self, x_t: Float[Tensor, "b 3 h w"], x_next: Float[Tensor, "b 3 h w"]
     ) -> Float[Tensor, "b code_tokens code_dim"]:
@@ -408,11 +418,7 @@ def lapa_composed(
     """For LAPA what `transfer.composed` is for the LAT, of all triplets of a table; values as of `lapa_features`."""
     step = table.transition_frames
     a = table.first[torch.isin(table.first + step, table.first)]
-    b, c = a + step, a + 2 * step
-    other = b.roll(len(b) // 2)
-    legs = [(a, c), (a, b), (b, c), (a, other), (other, c)]
-    whole, *sums = (_between(lapa, table.frames, *leg, quantised=quantised) for leg in legs)
-    return torch.stack([whole, sums[0] + sums[1], sums[2] + sums[3]])
+    return composed_by(partial(_between, lapa, table.frames, quantised=quantised), a, a + step, a + 2 * step)
 
 
 def _between(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from repwam_core.sim.base import EVALUATION_SEEDS_FROM, collection_seed
-from repwam_core.sim.collect import NOISE_MODES, Perturbation, _attempt, _Perturber
+from repwam_core.sim.collect import NOISE_MODES, Perturbation, Perturber, attempt
 from repwam_core.sim.metaworld import MetaWorldSettings, MetaWorldTask
 from torch import Tensor, nn
 
@@ -81,8 +81,8 @@ def demonstrated(task: MetaWorldTask, noise: Perturbation, demonstrations: int, 
     while solved < demonstrations:
         episode = collection_seed(seed, number)
         frames: list[np.ndarray] = []
-        pushed = _Perturber(task, noise, episode)._pushes
-        found = _attempt(task, episode, noise, 4, lambda frames=frames: frames.append(seen(task)))
+        pushed = Perturber(task, noise, episode).pushes
+        found = attempt(task, episode, noise, 4, lambda frames=frames: frames.append(seen(task)))
         number += 1
         if found is None:
             continue

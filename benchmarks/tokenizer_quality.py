@@ -190,10 +190,12 @@ def measure_runs(
         "HOG": HOGTeacher(),
     }
     grid = (options.size[0] // 16, options.size[1] // 16)
-    targets = {name: [_targets(t, s.clips, grid) for s in (train_split, held_out)] for name, t in teachers.items()}
+    targets = {
+        name: [later_features(t, s.clips, grid) for s in (train_split, held_out)] for name, t in teachers.items()
+    }
 
     def probes(codes: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        features = [codes(split.clips) for split in (train_split, held_out)]
+        features = [codes(split.clips) for split in splits]
         return {name: probe(*features, *both, train_split.episode) for name, both in targets.items()}
 
     for row, folder in tokenizers(options):
@@ -201,11 +203,11 @@ def measure_runs(
         size = tuple(options.size)
         found = torch.cat([tokenizer.decode(tokenizer.encode(clips), size) for clips in held_out.clips.split(8)])
         row |= {"quality": quality(found, held_out.clips), "digest": tokenizer.digest()[:16]}
-        yield row | {"probe": probes(lambda c, t=tokenizer: _codes(t, c))}
+        yield row | {"probe": probes(lambda c, t=tokenizer: later_codes(t, c))}
     if type(tokenizer) is RepViTok:
         torch.manual_seed(options.seeds[0])
         untrained = RepViTok(tokenizer.config).eval()
-        yield {"arm": "untrained tokenizer", "probe": probes(lambda clips: _codes(untrained, clips))}
+        yield {"arm": "untrained tokenizer", "probe": probes(lambda clips: later_codes(untrained, clips))}
     basis = _principal_pixels(train_split.clips)
     yield {"arm": "96 principal components of pixels", "probe": probes(lambda clips: _tubelets(clips, 4) @ basis)}
 
@@ -222,7 +224,7 @@ def tokenizers(options: argparse.Namespace) -> Iterator[tuple[dict, Path]]:
             yield known | json.loads((run / "cpu.json").read_text()), run / "tokenizer"
 
 
-def _codes(tokenizer: VideoTokenizer, clips: Tensor) -> Tensor:
+def later_codes(tokenizer: VideoTokenizer, clips: Tensor) -> Tensor:
     """Latents of later latent frames, (clips, frames, tokens, d): those that describe four raw frames."""
     return torch.cat([tokenizer.encode(part)[:, 1:] for part in clips.split(8)])
 
@@ -238,7 +240,7 @@ def _principal_pixels(clips: Tensor, count: int = 96) -> Tensor:
     return torch.pca_lowrank(values, q=count)[2]
 
 
-def _targets(teacher: Teacher, clips: Tensor, grid: tuple[int, int]) -> Tensor:
+def later_features(teacher: Teacher, clips: Tensor, grid: tuple[int, int]) -> Tensor:
     """avg(G(o)) over the four frames of each later latent frame, (clips, frames, tokens, c)."""
     parts = [
         reduce(teacher.features(part, grid)[:, 1:], "b (t f) h w c -> b t (h w) c", "mean", f=4)

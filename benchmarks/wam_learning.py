@@ -352,9 +352,9 @@ def _quality(folder: Path, *, data: Data, config: QuickstartConfig, options: arg
     with torch.no_grad():
         found = [tokenizer.decode(tokenizer.encode(clips), config.size) for clips in held_out.clips.split(8)]
         quality = tokenizer_quality.quality(torch.cat(found), held_out.clips)
-        codes = [tokenizer_quality._codes(tokenizer, split.clips) for split in (train, held_out)]
+        codes = [tokenizer_quality.later_codes(tokenizer, split.clips) for split in (train, held_out)]
         grid = tokenizer.grid(*config.size)
-        targets = [tokenizer_quality._targets(network, split.clips, grid) for split in (train, held_out)]
+        targets = [tokenizer_quality.later_features(network, split.clips, grid) for split in (train, held_out)]
         r2 = tokenizer_quality.probe(*codes, *targets, train.episode)
     path = data.latents.parent / "probe.json"
     actions = json.loads(path.read_text())["latent_action"]["pooled_r2"] if path.is_file() else float("nan")

@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from numpy.lib.stride_tricks import sliding_window_view
 from repvitok.data.latents import EpisodeInfo, LatentEpisode
 from repvitok.data.split import LatentSpan
 from repvitok.runtime.errors import UserError
@@ -127,7 +128,8 @@ def load_transitions(
         first.append(torch.arange(start, start + count - step))
         episode_of.append(torch.full((count - step,), episode.episode_index))
         place.append(torch.arange(count - step))
-        actions.append(None if episode.actions is None else _window_means(episode.actions.mean(axis=1), step))
+        told = None if episode.actions is None else sliding_window_view(episode.actions.mean(axis=1), step, axis=0)
+        actions.append(None if told is None else told.mean(axis=-1))
         motion.append(None if episode.state is None else episode.state[step:] - episode.state[:-step])
         start += count
     if not frames:
@@ -142,11 +144,6 @@ def load_transitions(
         motion=_joined(motion),
         transition_frames=step,
     )
-
-
-def _window_means(values: Float[np.ndarray, "n c"], size: int) -> Float[np.ndarray, "m c"]:
-    """Mean of every `size` rows in a row."""
-    return values if size == 1 else np.lib.stride_tricks.sliding_window_view(values, size, axis=0).mean(axis=-1)
 
 
 def _joined(values: list[np.ndarray | None]) -> Tensor | None:

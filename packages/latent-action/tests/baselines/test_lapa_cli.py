@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from latent_action.baselines.lapa import (
     LapaQuantizer,
-    lapa_action_effect_map,
+    lapa_action_effects,
     lapa_composed,
     lapa_features,
     load_frame_table,
@@ -131,13 +131,13 @@ def test_export_and_features(exported, squares):
     assert (features != before).any()
 
 
-def test_acting_map_is_nothing_for_a_still_frame_and_bounded_otherwise(exported):
+def test_action_effects_are_nothing_for_a_still_frame(exported):
     torch.manual_seed(0)
-    lapa, (x_t, x_next) = LapaQuantizer.from_pretrained(exported), torch.randn(2, 3, 16, 48)
-    assert lapa_action_effect_map(lapa, x_t, x_t).max() == 0
-    heat = lapa_action_effect_map(lapa, x_t, x_next)
-    assert heat.shape == (2, 6)
-    assert 0 <= heat.min() <= heat.max() <= 1
+    lapa, (x_t, x_next) = LapaQuantizer.from_pretrained(exported), torch.randn(2, 1, 3, 16, 48)
+    assert lapa_action_effects(lapa, x_t, x_t).max() == 0
+    effects = lapa_action_effects(lapa, x_t, x_next)
+    assert effects.shape == (1, 2, 6)
+    assert 0 <= effects.min() < effects.max()
 
 
 def test_pictures_beside_ours_as_png_and_film(exported, lat_folder, squares, tmp_path):

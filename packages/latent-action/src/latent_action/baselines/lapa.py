@@ -440,18 +440,6 @@ def _between(
 
 
 @torch.no_grad()
-def lapa_action_effect_map(
-    lapa: LapaQuantizer, x_t: Float[Tensor, "3 h w"], x_next: Float[Tensor, "3 h w"]
-) -> Float[np.ndarray, "rows columns"]:
-    """How strongly LAPA's latent action changes each patch, in [0, 1].
-
-    That of `lapa_action_effects`, divided by its maximum, or by `HEAT_FLOOR` where that is larger.
-    """
-    change = lapa_action_effects(lapa, x_t[None], x_next[None])[0]
-    return change / max(change.max(), HEAT_FLOOR)
-
-
-@torch.no_grad()
 def lapa_action_effects(
     lapa: LapaQuantizer, x_t: Float[Tensor, "b 3 h w"], x_next: Float[Tensor, "b 3 h w"]
 ) -> Float[np.ndarray, "b rows columns"]:

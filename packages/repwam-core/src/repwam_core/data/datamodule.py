@@ -286,8 +286,13 @@ class WAMDataModule(L.LightningDataModule):
     @cached_property
     def mixture(self) -> Mixture:
         """The episodes of all data sets, read on first use."""
+        made = self._on_demand
+        data_sets = [
+            entry if made is None or has_latents(entry.latents) else replace(entry, latents=made.folder(entry.latents))
+            for entry in self.data_sets
+        ]
         return Mixture(
-            [replace(entry, latents=self._latents(entry)) for entry in self.data_sets],
+            data_sets,
             space=self.space,
             text_encoder=self.text_encoder,
             held_out=self.held_out,
@@ -301,12 +306,6 @@ class WAMDataModule(L.LightningDataModule):
         """Holds out what version 0.1 did, since it began the run that goes on (docs/decisions/054)."""
         self.split_of_0_1 = True
         self.__dict__.pop("mixture", None)
-
-    def _latents(self, entry: DataSetSettings) -> str | Path:
-        """The folder of a data set's latents: the given one, or where they are made."""
-        if self._on_demand is None or has_latents(entry.latents):
-            return entry.latents
-        return self._on_demand.folder(entry.latents)
 
     @property
     def store(self) -> EpisodeStore:

@@ -119,8 +119,10 @@ def score_video(pairs: Iterable[tuple[Frames, Frames]], network: ClipFeatures | 
         sums += [float(psnr(video_hat, video).sum()), float(ssim(video_hat, video).sum())]
         frames += video.shape[0] * video.shape[2]
         if network is not None and sides is not None:
-            for statistics, whole in zip(sides, (video_hat, video), strict=True):
-                _add_clips(statistics, whole, network)
+            whole = video.shape[2] // CLIP_FRAMES * CLIP_FRAMES
+            for statistics, frames_of in zip(sides, (video_hat, video), strict=True) if whole else ():
+                clips = rearrange(frames_of[:, :, :whole], "v c (clips n) h w -> (v clips) c n h w", n=CLIP_FRAMES)
+                statistics.update(network.features(clips).float())
     if not frames:
         raise UserError("no imagined frames to compare: plan with video='imagine' on episodes of several chunks")
     mean_psnr, mean_ssim = (sums / frames).tolist()
@@ -135,13 +137,6 @@ def _as_clips(frames: Frames) -> Float[Tensor, "views 3 n H W"]:
     """Bytes to pixels in [-1, 1]."""
     pixels = torch.from_numpy(np.ascontiguousarray(frames)).float() / 127.5 - 1
     return rearrange(pixels, "views n h w c -> views c n h w")
-
-
-def _add_clips(statistics: FrechetStatistics, video: Float[Tensor, "views 3 n H W"], network: ClipFeatures) -> None:
-    whole = video.shape[2] // CLIP_FRAMES * CLIP_FRAMES
-    if whole:
-        clips = rearrange(video[:, :, :whole], "views c (clips n) h w -> (views clips) c n h w", n=CLIP_FRAMES)
-        statistics.update(network.features(clips).float())
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +21,6 @@ from repwam_core.model.cache import CapturedPasses
 from repwam_core.model.rollout import Rollout
 from repwam_core.model.sequence import to_device
 from repwam_core.policy.folder import LoadedPolicy
-from repwam_core.sampling import SamplingConfig
 
 TEXT_BUCKET = 32
 """Compiled and captured passes see instructions of a multiple of this many tokens, the null token among them, so that
@@ -57,7 +56,46 @@ class _Episodes:
     reference: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
 
-class BatchedPolicy(BatchedBasePolicy):
+Made = TypeVar("Made", bound="_OfParts")  # beartype cannot check typing.Self on a lone method
+
+
+class _OfParts:
+    """What `Policy` and `BatchedPolicy` have in common: a loaded policy folder, and what it says of the robot.
+
+    Attributes:
+        parts: the loaded policy folder.
+        plan: how it plans.
+    """
+
+    def __init__(self, parts: LoadedPolicy, **plan: Any) -> None:
+        self.parts, self.plan = parts, replace(parts.manifest.plan, **plan)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Made], source: str | Path, device: str = "cpu", *, dtype: torch.dtype | None = None,
+        revision: str | None = None, local_files_only: bool = False, **plan: Any,
+    ) -> Made:  # fmt: skip
+        """`LoadedPolicy.load` a policy; `plan` overrides how it plans, for example `execute_frames=1`."""
+        hub = {"revision": revision, "local_files_only": local_files_only}
+        return cls(LoadedPolicy.load(source, device, dtype=dtype, **hub), **plan)
+
+    @property
+    def embodiment(self) -> Embodiment:
+        """The robot that this policy drives."""
+        return self.parts.manifest.embodiment
+
+    @property
+    def frames_per_latent(self) -> int:
+        """Camera frames of a latent frame: every `act` but the first takes a multiple of them."""
+        return self.parts.tokenizer.config.tubelet_frames * self.parts.manifest.latents.stride
+
+    @property
+    def action_kind(self) -> Literal["absolute", "relative"]:
+        """Whether an action is a target or a change, as the data set's were said to be."""
+        return "relative" if self.parts.statistics.targets.kind == "relative" else "absolute"
+
+
+class BatchedPolicy(_OfParts, BatchedBasePolicy):
     """Many episodes in step, each exactly as it would run alone.
 
     The first `act` of an episode takes one frame per camera. Every later one takes all the frames since, which are
@@ -79,45 +117,18 @@ class BatchedPolicy(BatchedBasePolicy):
     def __init__(
         self, parts: LoadedPolicy, *, compile_passes: bool = False, graphs: bool | None = None, **plan: Any
     ) -> None:
-        self.parts, self.plan = parts, replace(parts.manifest.plan, **plan)
+        super().__init__(parts, **plan)
         if parts.manifest.chunks is not None:
             parts.manifest.chunks.require(self.plan.chunk_frames)
         self._run = parts.compiled if compile_passes else None
-        latents = parts.manifest.latents
         self.device = next(parts.wam.parameters()).device
         on_gpu = self.device.type == "cuda"
         if graphs and not on_gpu:
             raise UserError(f"graphs: expected a policy on a CUDA device, this one is on {self.device}")
         self._captured = CapturedPasses(parts.wam, self._run) if on_gpu and graphs is not False else None
-        self.frames_per_latent = parts.tokenizer.config.tubelet_frames * latents.stride
-        self._standardizer = latents.standardizer.like(torch.empty(0, device=self.device))
+        self._standardizer = parts.manifest.latents.standardizer.like(torch.empty(0, device=self.device))
         self.planned: Any = None
         self._now: _Episodes | None = None
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: str | Path,
-        device: str = "cpu",
-        *,
-        dtype: torch.dtype | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        **plan: Any,
-    ) -> BatchedPolicy:
-        """`LoadedPolicy.load` a policy; `plan` overrides how it plans, for example `execute_frames=1`."""
-        hub = {"revision": revision, "local_files_only": local_files_only}
-        return cls(LoadedPolicy.load(source, device, dtype=dtype, **hub), **plan)
-
-    @property
-    def embodiment(self) -> Embodiment:
-        """The robot that this policy drives."""
-        return self.parts.manifest.embodiment
-
-    @property
-    def action_kind(self) -> Literal["absolute", "relative"]:
-        """Whether an action is a target or a change, as the data set's were said to be."""
-        return "relative" if self.parts.statistics.targets.kind == "relative" else "absolute"
 
     def reset(self, instructions: Sequence[str | None], seeds: Sequence[int]) -> None:
         """Begin episodes; None or "" is no instruction."""
@@ -374,46 +385,12 @@ class BatchedPolicy(BatchedBasePolicy):
         return self._now
 
 
-class Policy(BasePolicy):
+class Policy(_OfParts, BasePolicy):
     """One robot, one episode at a time; see `BatchedPolicy` for which frames `act` takes."""
 
     def __init__(self, parts: LoadedPolicy, **plan: Any) -> None:
         self.batched = BatchedPolicy(parts, **plan)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: str | Path,
-        device: str = "cpu",
-        *,
-        dtype: torch.dtype | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        **plan: Any,
-    ) -> Policy:
-        """`LoadedPolicy.load` a policy; `plan` overrides how it plans, for example `execute_frames=1`."""
-        hub = {"revision": revision, "local_files_only": local_files_only}
-        return cls(LoadedPolicy.load(source, device, dtype=dtype, **hub), **plan)
-
-    @property
-    def embodiment(self) -> Embodiment:
-        """The robot that this policy drives."""
-        return self.batched.embodiment
-
-    @property
-    def plan(self) -> SamplingConfig:
-        """How it plans."""
-        return self.batched.plan
-
-    @property
-    def frames_per_latent(self) -> int:
-        """Camera frames of a latent frame: every `act` but the first takes a multiple of them."""
-        return self.batched.frames_per_latent
-
-    @property
-    def action_kind(self) -> Literal["absolute", "relative"]:
-        """Whether an action is a target or a change, as the data set's were said to be."""
-        return self.batched.action_kind
+        self.parts, self.plan = parts, self.batched.plan
 
     def reset(self, instruction: str | None, seed: int = 0) -> None:
         """Begin an episode; None or "" is no instruction."""

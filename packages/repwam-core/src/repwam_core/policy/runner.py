@@ -109,7 +109,12 @@ class Runner:
         self.policy, self.limits, self.recorder = policy, limits, recorder
         self.execution: Execution = execution
         self.dry_run, self.patience = dry_run, patience
-        self.embodiment = _embodiment(policy)
+        embodiment = getattr(policy, "embodiment", None)
+        if not isinstance(embodiment, Embodiment):
+            raise UserError(
+                f"expected a policy with the robot that it drives (embodiment), got {type(policy).__name__}"
+            )
+        self.embodiment = embodiment
         of_policy: CommandKind = getattr(policy, "action_kind", "absolute")
         self.kind: CommandKind = (limits and limits.kind) or of_policy
         self._per = int(getattr(policy, "frames_per_latent", 1))
@@ -395,10 +400,3 @@ class Runner:
         self._why_stopped = f"stopped after {self.steps} actions: {said}"
         log.error("%s", self._why_stopped)
         raise RunnerStopped(self._why_stopped) from error
-
-
-def _embodiment(policy: BasePolicy) -> Embodiment:
-    found = getattr(policy, "embodiment", None)
-    if not isinstance(found, Embodiment):
-        raise UserError(f"expected a policy that says which robot it drives (embodiment), got {type(policy).__name__}")
-    return found

@@ -119,10 +119,10 @@ def record_demonstration(
         extra_steps: Control steps recorded after the first success.
     """
     noise = noise or Perturbation()
-    if _attempt(task, seed, noise, extra_steps, lambda: None) is None:
+    if attempt(task, seed, noise, extra_steps, lambda: None) is None:
         return None
     observations: list[Observation] = []
-    actions = _attempt(task, seed, noise, extra_steps, lambda: observations.append(task.observe()))
+    actions = attempt(task, seed, noise, extra_steps, lambda: observations.append(task.observe()))
     if actions is None:
         raise UserError(f"task {task.name!r} went another way the second time: the seed does not fix its episodes")
     cameras = observations[0].cameras
@@ -131,11 +131,11 @@ def record_demonstration(
     return Demonstration(frames, np.concatenate(states) if states else None, np.stack(actions))
 
 
-def _attempt(
+def attempt(
     task: SimTask, seed: int, noise: Perturbation, extra_steps: int, look: Callable[[], None]
 ) -> list[np.ndarray] | None:
     """The expert's actions until `extra_steps` after its success, with a `look` before each; None if it fails."""
-    disturbance = _Perturber(task, noise, seed)
+    disturbance = Perturber(task, noise, seed)
     actions: list[np.ndarray] = []
     task.start(seed)
     left = extra_steps
@@ -152,7 +152,7 @@ def _attempt(
             return None
 
 
-class _Perturber:
+class Perturber:
     """The pushes and the noise of one episode, all drawn from its seed."""
 
     def __init__(self, task: SimTask, noise: Perturbation, seed: int) -> None:
@@ -162,7 +162,7 @@ class _Perturber:
         self._moves = np.array([unit != "1" for unit in task.embodiment.action_units])
         active = self._rng.random() < noise.share
         self._std = noise.action_std if active else 0.0
-        self._pushes: dict[int, np.ndarray] = {}
+        self.pushes: dict[int, np.ndarray] = {}
         share = noise.push_within_steps // max(1, noise.pushes)
         for push in range(noise.pushes if active else 0):
             first = push * share + int(self._rng.integers(share - noise.push_steps + 1))
@@ -170,13 +170,13 @@ class _Perturber:
             velocity = direction / np.abs(direction[self._moves]).max() * self._speed * self._moves
             for step in range(noise.push_steps):
                 # a target is pushed farther with every step, a change is the same in all of them
-                self._pushes[first + step] = velocity * (step + 1 if self._absolute else 1)
+                self.pushes[first + step] = velocity * (step + 1 if self._absolute else 1)
 
     def applied_to(self, wanted: np.ndarray, step: int) -> np.ndarray:
         """The action to carry out at control step `step` in place of `wanted`, float32 `(C,)`."""
         action = wanted
-        if step in self._pushes:
-            push = self._pushes[step]
+        if step in self.pushes:
+            push = self.pushes[step]
             action = wanted + push if self._absolute else np.where(self._moves, push, wanted)
         if self._std:
             action = action + self._std * self._rng.standard_normal(wanted.shape) * self._speed * self._moves

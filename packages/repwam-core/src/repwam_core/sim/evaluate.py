@@ -167,10 +167,10 @@ def evaluate(
     instruction_of = instruction_of or settings.instruction
     names, seeds = settings.task_names(tasks), list(seeds)
     require_evaluation_seeds(seeds)
-    if batch_size < 1 or (execute is not None and execute < 1):
-        raise UserError(f"batch_size and execute must be at least 1, got {batch_size} and {execute}")
-    if delay < 0:
-        raise UserError(f"delay must be at least 0 control steps, got {delay}")
+    least_of = {"batch_size": (batch_size, 1), "execute": (execute, 1), "workers": (workers, 1), "delay": (delay, 0)}
+    for name, (number, least) in least_of.items():
+        if number is not None and number < least:
+            raise UserError(f"{name} must be at least {least}, got {number}")
     driver = policy if isinstance(policy, BatchedBasePolicy) else OnePolicyEach(policy)
     in_order = [EpisodeResult(name, seed, instruction_of(name, seed), False, 0) for seed in seeds for name in names]
     planned = sorted(in_order, key=lambda episode: names.index(episode.task) // TASKS_AT_ONCE)
@@ -186,11 +186,10 @@ def evaluate(
         **({"traced": True} if traced else {}),
         **(about or {}),
     }
-    if (execution, delay) != ("wait", 0):
+    delayed = (execution, delay) != ("wait", 0)
+    if delayed:
         described |= {"execution": execution, "delay": delay}
     results: list[EpisodeResult] = []
-    if workers is not None and workers < 1:
-        raise UserError(f"workers must be at least 1, got {workers}")
     places = min(workers or default_workers(), batch_size, max(1, len(planned)))
     with (
         RolloutFolder(out, described) as folder,
@@ -202,10 +201,8 @@ def evaluate(
             ended = folder.ended(planned[part])
             if ended is None:
                 batch = _Batch(planned[part], filmed[part], settings, traced)
-                if (execution, delay) == ("wait", 0):
-                    ended = batch.run(driver, simulators, execute)
-                else:
-                    ended = batch.run_delayed(driver, simulators, execute, execution, delay)
+                run = partial(batch.run_delayed, execution=execution, delay=delay) if delayed else batch.run
+                ended = run(driver, simulators, execute)
                 if filmed_per_task == "outcomes":
                     ended = _first_of_each_outcome(ended, results)
                 folder.keep(ended)
@@ -494,11 +491,15 @@ def run_baseline(
         "demonstrated_sha256": _digest(actions),
     }
     planned = [EpisodeResult(name, seed, None, False, 0) for seed in seeds for name in names]
+
+    def lost(job: tuple[str, int], death: WorkerDied) -> EpisodeResult:
+        return EpisodeResult(*job, None, False, 0, str(death))
+
     with RolloutFolder(out, described) as folder, progress(planned, baseline, unit="episode") as bar:
         left = {(e.task, e.seed) for e in planned if folder.ended([e]) is None}
         jobs = sorted(left)  # a worker stays with a task while it can
         bar.update(len(planned) - len(jobs))
-        for _, result in map_jobs(make, "run", jobs, workers or default_workers(), lost=_lost):
+        for _, result in map_jobs(make, "run", jobs, workers or default_workers(), lost=lost):
             folder.keep([result])
             bar.update(1)
         results = folder.ended(planned) or []
@@ -529,10 +530,6 @@ def _digest(actions: dict[str, list[np.ndarray]]) -> str:
             sha.update(f"{name} {episode.shape} {episode.dtype}".encode())
             sha.update(np.ascontiguousarray(episode).data)
     return sha.hexdigest()
-
-
-def _lost(job: tuple[str, int], death: WorkerDied) -> EpisodeResult:
-    return EpisodeResult(*job, None, False, 0, str(death))
 
 
 class BaselineRunner:

@@ -127,7 +127,11 @@ class Worker:
     def __init__(self, make: Callable[[], Any]) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, child = context.Pipe()
-        self._process = context.Process(target=_serve, args=(child, _pickled(make)), daemon=True)
+        try:
+            pickled = pickle.dumps(make)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise UserError(_NOT_IMPORTED.format(error)) from error
+        self._process = context.Process(target=_serve, args=(child, pickled), daemon=True)
         self._process.start()
         child.close()
 
@@ -262,7 +266,10 @@ def _serve(connection: Connection, make: bytes) -> None:
                 served = _unpickled(make)() if served is None else served
                 answer = (getattr(served, method)(*arguments), None, "")
             except Exception as error:
-                answer = (None, _picklable(error), traceback.format_exc())
+                # Python's errors and ours go as they are; another's class the parent may not have
+                known = type(error).__module__ == "builtins" or isinstance(error, ValueError)
+                told = error if known else RuntimeError(f"{type(error).__name__}: {error}")
+                answer = (None, told, traceback.format_exc())
             connection.send(answer)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass
@@ -271,22 +278,9 @@ def _serve(connection: Connection, make: bytes) -> None:
             served.close()
 
 
-def _pickled(make: Callable[[], Any]) -> bytes:
-    try:
-        return pickle.dumps(make)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise UserError(_NOT_IMPORTED.format(error)) from error
-
-
 def _unpickled(make: bytes) -> Callable[[], Any]:
     """Read here and not by `multiprocessing`, where a failure would look like a simulator that died."""
     try:
         return pickle.loads(make)
     except (ImportError, AttributeError) as error:
         raise UserError(_NOT_IMPORTED.format(error)) from error
-
-
-def _picklable(error: Exception) -> Exception:
-    """The error itself where it is one of Python's or ours, else a RuntimeError that says the same."""
-    plain = type(error).__module__ == "builtins" or isinstance(error, ValueError)
-    return error if plain else RuntimeError(f"{type(error).__name__}: {error}")

@@ -101,7 +101,7 @@ def warm_up(policy: Policy) -> None:
 
     from repwam_core.interface import Observation
 
-    robot, manifest = policy.embodiment, policy.batched.parts.manifest
+    robot, manifest = policy.embodiment, policy.parts.manifest
     policy.reset(None)
     frames = 1
     for _ in range(2):
@@ -114,7 +114,7 @@ def metadata_of(policy: Policy) -> ServerMetadata:
     """What clients must know of a policy."""
     from repwam_core.policy.serving.protocol import ServerMetadata
 
-    manifest, batched = policy.batched.parts.manifest, policy.batched
+    manifest, batched = policy.parts.manifest, policy.batched
     return ServerMetadata(
         embodiment=policy.embodiment,
         image_size=manifest.size,

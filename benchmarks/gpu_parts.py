@@ -396,11 +396,14 @@ def cached(run: Run) -> None:
 
 
 def train_variants(run: Run) -> None:
-    """The 64 K sequence with other choices."""
+    """The 64 K sequence with other choices: of recomputation and compilation, and of the loss."""
     of = Sequences(2, 4, (1, 4, 4)) if run.tiny else Sequences(2, 60, (1, 16, 16))
-    for scale in ({"recompute": "full"}, {"recompute": "selective", "compile": False}):
+    selective = {"recompute": "selective"}
+    losses = ({"look_ahead": 1}, {"look_ahead": 3}, {"delay": VECTORS})
+    variants = [({"recompute": "full"}, {}), ({**selective, "compile": False}, {}), *((selective, x) for x in losses)]
+    for scale, loss in variants:
         if run.has(20 if not run.tiny else 0):
-            train(run, of, scale, steps=2)
+            train(run, of, scale, steps=2, loss=loss)
 
 
 def short_documents(run: Run) -> None:
@@ -418,7 +421,7 @@ def train(
     run: Run, of: Sequences, scale: dict[str, Any], *, steps: int = 5, profiled: bool = False, **model: Any
 ) -> None:
     """Time steps of training on sequences; `model` as in `fit`. A GPU that is too small is told of, too."""
-    clock = StepClock(run, of, scale, steps=1 if run.tiny else steps, profiled=profiled)
+    clock = StepClock(run, of, scale | (model.get("loss") or {}), steps=1 if run.tiny else steps, profiled=profiled)
     try:
         fit(run, of, scale, clock, **model)
     except torch.OutOfMemoryError as error:
@@ -437,11 +440,13 @@ def fit(
     preset: str = "1.3b",
     sizes: dict[str, Any] | None = None,
     precision: str | None = None,
+    loss: dict[str, int] | None = None,
 ) -> None:
     """`repwam fit`'s own module, data and trainer on episodes of noise, until the callback stops them."""
     from repvitok.runtime.training import OptimizerSettings
     from repwam_core.data.datamodule import WAMDataModule
     from repwam_core.data.packing import PackingSettings, token_cost
+    from repwam_core.training.losses import LossSettings
     from repwam_core.training.module import WAMTraining
     from repwam_core.training.parallel import ScaleSettings
 
@@ -457,6 +462,7 @@ def fit(
         wam=sizes,
         space="robot",
         chunk_sizes=(2, 2),
+        loss=LossSettings(**(loss or {})),
         optimizer=OptimizerSettings(adamw_lr=3e-4, newton_schulz_dtype="bfloat16" if run.cuda else "float32"),
         scale=ScaleSettings(**scale),
     )
@@ -1050,7 +1056,7 @@ PARTS: dict[str, tuple[Callable[[Run], None], float]] = {
     "short_documents": (short_documents, 55),
     "commands": (commands, 75),
     "tests": (tests, 45),
-    "train_variants": (train_variants, 60),
+    "train_variants": (train_variants, 110),
     "mt50": (mt50, 60 * MT50_MINUTES),
 }
 """What there is to run, the most valuable first, and the seconds after which each is stopped."""

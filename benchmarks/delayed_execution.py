@@ -7,7 +7,9 @@ The simulator is held to the delay: between what a policy saw and the first acti
 steps pass, in which the robot holds still ("wait"), or carries out the chunk before, and then the new one as it was
 planned ("naive"), averaged with the one before ("ensemble"), or planned to follow what was committed ("regrounded",
 docs/decisions/070). Every execution replans after the same number of actions and is driven on the same unseen seeds.
-Prints a table; each cell's episodes are in a folder of their own below --out, and a run that was cut off goes on.
+Prints a table; each cell's episodes are in a folder of their own below --out, and a run that was cut off goes on. A
+cell is a dash where a chunk is too short for its delay: one chunk is planned at a time, and the robot moves on what is
+left of the last one. So a policy needs chunks of two latent frames to move while it plans (--model.chunk_sizes).
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--episodes", type=int, default=50, help="per task")
     parser.add_argument("--delays", type=int, nargs="+", default=[0, 1, 2, 4], help="control steps")
     parser.add_argument("--executions", nargs="+", choices=EXECUTIONS, default=list(EXECUTIONS))
-    parser.add_argument("--execute", type=int, help="actions between two requests (default: one latent frame)")
+    parser.add_argument(
+        "--execute", type=int, help="actions between two requests (default: half a chunk, in whole latent frames)"
+    )
     parser.add_argument("--workers", type=int)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, required=True)
@@ -44,17 +48,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = find_suite(options.suite).from_dict(options.settings, complete=False)
     policy = BatchedPolicy.from_pretrained(options.policy, options.device, execute_frames=None)
     rate_hz = settings.embodiment.rate_hz
+    chunk = policy.plan.chunk_frames * policy.frames_per_latent
+    execute = options.execute or policy.frames_per_latent * max(1, policy.plan.chunk_frames // 2)
     print("| execution | " + " | ".join(f"{n} steps ({1e3 * n / rate_hz:.0f} ms)" for n in options.delays) + " |")
     print("|---" * (len(options.delays) + 1) + "|")
     for execution in options.executions:
         cells = []
         for delay in options.delays:
+            if delay > (execute if execution == "wait" else min(execute, chunk - execute)):
+                cells.append("-")
+                continue
             results = evaluate(
                 policy,
                 options.tasks,
                 evaluation_seeds(options.episodes),
                 settings=settings,
-                execute=options.execute or policy.frames_per_latent,
+                execute=execute,
                 execution=execution,
                 delay=delay,
                 workers=options.workers,

@@ -142,7 +142,8 @@ def test_the_table_of_delays(world, blind, tmp_path, capsys):
         pytest.skip("the repository's script, which no package holds")
     given = {"policy": world.policy, "suite": "blind", "tasks": "go", "episodes": 1, "workers": 1, "out": tmp_path}
     arguments = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-    runpy.run_path(str(path))["main"]([*arguments, "--delays", "0", "4"])
+    runpy.run_path(str(path))["main"]([*arguments, "--delays", "0", "4", "6"])
     table = capsys.readouterr().out
-    assert "| execution | 0 steps (0 ms) | 4 steps (200 ms) |" in table
-    assert "| regrounded | 0/1 (0.00 to 0.79) |" in table
+    assert "| execution | 0 steps (0 ms) | 4 steps (200 ms) | 6 steps (300 ms) |" in table
+    driven = "0/1 (0.00 to 0.79)"
+    assert f"| regrounded | {driven} | {driven} | - |" in table  # 4 of 8 actions lie between two requests

@@ -257,7 +257,7 @@ def _robotwin(options: argparse.Namespace) -> None:
 def _drive_without_policy(options: argparse.Namespace, seeds: list[int]):
     from repwam_core.sim.evaluate import run_baseline
 
-    given = {"instruction": options.instruction, "execute": options.execute, "film": options.film or None}
+    given = {"instruction": options.instruction, "execute": options.execute}
     given |= {"delay": options.delay or None, "execution": None if options.execution == "wait" else options.execution}
     given = given_sampling(options) | {name: value for name, value in given.items() if value is not None}
     if given:
@@ -269,6 +269,7 @@ def _drive_without_policy(options: argparse.Namespace, seeds: list[int]):
         settings=_settings(options),
         demonstrations=options.demonstrations,
         workers=options.workers,
+        filmed_per_task=options.film,
         out=options.out,
     )
 

@@ -7,7 +7,7 @@ import json
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -324,8 +324,7 @@ class _Batch:
             if now.observation is not None:
                 seen[slot] = _without_first(now.observation, unseen)
                 if slot in self._films:
-                    views = [now.observation.frames(camera) for camera in now.observation.cameras]
-                    self._films[slot].append(np.concatenate(views, axis=2))  # side by side
+                    self._films[slot].append(_all_views(now.observation))
                 if self._traces is not None:
                     _extend_trace(self._traces[slot], now, self._robot.embodiment.state_channels)
             if now.done:
@@ -401,6 +400,11 @@ def _first_of_each_outcome(ended: Sequence[EpisodeResult], before: Sequence[Epis
     return kept
 
 
+def _all_views(observation: Observation) -> np.ndarray:
+    """Frames `(n, H, W, 3)` of all cameras, side by side."""
+    return np.concatenate([observation.frames(camera) for camera in observation.cameras], axis=2)
+
+
 def _without_first(observation: Observation, count: int) -> Observation:
     """Without the first `count` frames, or its last one alone if there are no more."""
     left = max(1, observation.num_frames - count)
@@ -455,6 +459,7 @@ def run_baseline(
     settings: SimSettings | None = None,
     demonstrations: str | Path | None = None,
     workers: int | None = None,
+    filmed_per_task: int = 0,
     out: str | Path | None = None,
 ) -> list[EpisodeResult]:
     """Drive every task at every seed without a policy. A crash of a simulator is a failed episode, recorded as crashed.
@@ -466,10 +471,12 @@ def run_baseline(
         baseline: Who drives.
         tasks: Names of the suite's tasks.
         seeds: The simulator's seeds.
-        settings: As for the policy it is compared with (None is Meta-World); cameras and size do not matter.
+        settings: As for the policy it is compared with (None is Meta-World); cameras and size matter to films alone.
         demonstrations: A data set made by `collect`, for `replay`.
         workers: Processes; None as many as there are cores, 1 this one.
-        out: The folder for `results.json`, in which episodes that have ended are kept meanwhile, as by `evaluate`.
+        filmed_per_task: Episodes of each task, the first ones, of which all frames are kept.
+        out: The folder for `results.json` and `films.npz`, in which episodes that have ended are kept meanwhile, as by
+            `evaluate`.
 
     Returns:
         One result per episode, all tasks of the first seed, then of the next.
@@ -483,7 +490,9 @@ def run_baseline(
         if demonstrations is None:
             raise UserError("replaying needs a data set of demonstrations, got none")
         actions = demonstrated(demonstrations, names, "action")
-    make = partial(BaselineRunner, baseline, settings, actions)
+    planned = [EpisodeResult(name, seed, None, False, 0) for seed in seeds for name in names]
+    filmed = {(e.task, e.seed) for e, film in zip(planned, _filmed(planned, filmed_per_task), strict=True) if film}
+    make = partial(BaselineRunner, baseline, settings, actions, filmed)
     described = {
         "baseline": baseline,
         "suite": settings.suite,
@@ -492,8 +501,8 @@ def run_baseline(
         "seeds": list(seeds),
         "demonstrations": None if demonstrations is None else str(demonstrations),
         "demonstrated_sha256": _digest(actions),
+        **({"filmed_per_task": filmed_per_task} if filmed_per_task else {}),
     }
-    planned = [EpisodeResult(name, seed, None, False, 0) for seed in seeds for name in names]
     with RolloutFolder(out, described) as folder, progress(planned, baseline, unit="episode") as bar:
         left = {(e.task, e.seed) for e in planned if folder.ended([e]) is None}
         jobs = sorted(left)  # a worker stays with a task while it can
@@ -538,9 +547,15 @@ def _lost(job: tuple[str, int], death: WorkerDied) -> EpisodeResult:
 class BaselineRunner:
     """Runs single episodes; lives in a worker process."""
 
-    def __init__(self, baseline: Baseline, settings: SimSettings, actions: dict[str, list[np.ndarray]]) -> None:
-        self._baseline = baseline
-        self._actions = actions
+    def __init__(
+        self,
+        baseline: Baseline,
+        settings: SimSettings,
+        actions: dict[str, list[np.ndarray]],
+        filmed: Collection[tuple[str, int]] = (),
+    ) -> None:
+        """`filmed`: task and seed of each episode whose frames are kept."""
+        self._baseline, self._actions, self._filmed = baseline, actions, filmed
         self._action_kind: CommandKind = settings.action_kind
         self._tasks = TaskPool(settings, keep=4)
 
@@ -551,18 +566,23 @@ class BaselineRunner:
         if self._baseline == "replay":
             replayed = self._actions[name][int(rng.integers(len(self._actions[name])))]
         task: SimTask | None = None
+        frames: list[np.ndarray] = []
+        film = (name, seed) in self._filmed
         try:
             task = self._tasks.take(name)
             task.start(seed)
             while not task.done:
+                frames += [_all_views(task.observe())] if film else []
                 task.advance(self._action(task, rng, replayed))
+            frames += [_all_views(task.observe())] if film else []
         except UserError:
             raise  # the user's to mend, such as demonstrations of another robot
         except Exception as error:
             steps = 0 if task is None else task.steps
             return EpisodeResult(name, seed, None, False, steps, **crash(task, error))
         self._tasks.give_back(task)
-        return EpisodeResult(name, seed, None, task.success, task.steps)
+        film_of = np.concatenate(frames) if frames else None
+        return EpisodeResult(name, seed, None, task.success, task.steps, frames=film_of)
 
     def close(self) -> None:
         """Close every simulator."""

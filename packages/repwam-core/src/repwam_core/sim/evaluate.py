@@ -21,7 +21,7 @@ from repvitok.runtime.errors import UserError
 from repvitok.runtime.files import kind_of, sole_writer
 from repvitok.runtime.progress import progress
 
-from repwam_core.interface import ActionChunk, BasePolicy, BatchedBasePolicy, CommandKind, Observation
+from repwam_core.interface import ActionChunk, BasePolicy, BatchedBasePolicy, CommandKind, Embodiment, Observation
 from repwam_core.policy.execution import Execution, Handover, actions_to_execute
 from repwam_core.sim.base import DEFAULT_SUITE, SimSettings, SimTask, TaskPool, find_suite, require_evaluation_seeds
 from repwam_core.sim.results import EpisodeResult, film_key, load_films, load_results, save_films, save_results
@@ -263,7 +263,7 @@ class _Batch:
             chunks = policy.act([self._seen[slot] for slot in range(len(self.episodes))])
             actions = {slot: actions_to_execute(chunks[slot], execute) for slot in sorted(self._live)}
             count = max(len(rows) for rows in actions.values())
-            self._take(simulators.execute(actions), count)
+            self._take(simulators.execute(actions), count, actions)
         return self._filmed()
 
     def run_delayed(
@@ -289,7 +289,7 @@ class _Batch:
                 held = [np.repeat(still(done[-1], self._robot.action_kind)[None], delay, axis=0) for done in rows]
             rows = [handover.take(chunk, delay) for handover, chunk in zip(handovers, chunks, strict=True)]
             actions = {slot: np.concatenate([held[slot], rows[slot]]) for slot in sorted(self._live)}
-            self._take(simulators.execute(actions), len(rows[0]), unseen=len(held[0]))
+            self._take(simulators.execute(actions), len(rows[0]), actions, unseen=len(held[0]))
         return self._filmed()
 
     def _begin(self, policy: BatchedBasePolicy, simulators: _Simulators) -> None:
@@ -312,8 +312,16 @@ class _Batch:
             for slot, result in enumerate(self.episodes)
         ]
 
-    def _take(self, progress: dict[int, Progress], count: int, unseen: int = 0) -> None:
+    def _take(
+        self,
+        progress: dict[int, Progress],
+        count: int,
+        actions: Mapping[int, np.ndarray] | None = None,
+        unseen: int = 0,
+    ) -> None:
         """Note where every live episode stands; all show `count` frames, with their last one repeated if need be.
+
+        `actions` of a slot led to its frames, one to each; those that an episode's end left over led to none.
 
         The first `unseen` frames, in which the robot waited for its policy, are not shown.
         """
@@ -326,7 +334,7 @@ class _Batch:
                 if slot in self._films:
                     self._films[slot].append(_all_views(now.observation))
                 if self._traces is not None:
-                    _extend_trace(self._traces[slot], now, self._robot.embodiment.state_channels)
+                    _extend_trace(self._traces[slot], now, self._robot.embodiment, (actions or {}).get(slot))
             if now.done:
                 self._live.discard(slot)
         self._seen = {slot: _with_frames(observation, count) for slot, observation in seen.items()}
@@ -378,13 +386,16 @@ class _Simulators:
         return {slot: Progress(None, done=True, crashed=str(death)) for slot in share}
 
 
-def _extend_trace(trace: dict[str, list[float]], now: Progress, state_channels: Sequence[str]) -> None:
-    """Append what was seen since the last request, channel by channel."""
+def _extend_trace(trace: dict[str, list[float]], now: Progress, robot: Embodiment, actions: np.ndarray | None) -> None:
+    """Append what was seen since the last request, and the actions that led to it, channel by channel."""
     states = None if now.observation is None else now.observation.states()
     columns = [] if states is None else states.T.tolist()
-    channels: dict[str, list[float]] = dict(zip(state_channels, columns, strict=False))
+    channels: dict[str, list[float]] = dict(zip(robot.state_channels, columns, strict=False))
     for name in now.distances[0] if now.distances else ():
         channels[name] = [distances[name] for distances in now.distances]
+    if actions is not None and now.observation is not None:
+        carried_out = actions[: now.observation.num_frames].T.tolist()
+        channels |= {f"action/{name}": rows for name, rows in zip(robot.action_names, carried_out, strict=True)}
     for name, values in channels.items():
         trace.setdefault(name, []).extend(round(value, 4) for value in values)
 

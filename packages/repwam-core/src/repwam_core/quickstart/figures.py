@@ -174,9 +174,10 @@ def open_loop(this: Run, trained: Trained, episodes: Sequence[int], measured: st
 
 
 def _traces(result: OpenLoopResult) -> list[ActionTrace]:
-    """Recorded and predicted actions of one episode, the channels that move most."""
+    """Recorded and predicted actions of one episode, the channels that move most, none that stands still."""
     episode = result.episodes[0]
-    moving = np.argsort(-episode.real.std(axis=0), kind="stable")[:TRACED_CHANNELS]
+    deviation = episode.real.std(axis=0)
+    moving = [c for c in np.argsort(-deviation, kind="stable")[:TRACED_CHANNELS] if deviation[c] > 0]
     time_s = np.arange(len(episode.real)) / episode.rate_hz
     return [
         ActionTrace(

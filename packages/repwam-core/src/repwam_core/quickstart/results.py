@@ -292,13 +292,10 @@ def _curves(trained: Trained) -> dict[str, dict[str, Curve]]:
         if not (stage.folder / FIT).exists():  # a tokenizer may be given
             continue
         curves = read_curves(stage.folder / FIT)
-        also = {key.replace("train/", "val/", 1) for key in curves} | {
-            "val/psnr",
-            "val/ssim",
-        }  # validated beside trained
-        kept = {
-            key: rows for key, rows in curves.items() if key in also or (key.startswith("train/") and len(rows) > 1)
-        }
+        beside = {f"val/{key.removeprefix('train/')}" for key in curves if key.startswith("train/")}
+        beside |= {"val/psnr", "val/ssim"}
+        kept = {key: rows for key, rows in curves.items() if key.startswith("train/") and len(rows) > 1}
+        kept |= {key: rows for key, rows in curves.items() if key in beside}
         kept = {key: rows for key, rows in kept.items() if not key.endswith(("/lr", "/gradient_norm"))}
         shown[name] = {key: Curve(rows[:, 0], rows[:, 1]) for key, rows in kept.items()}
     return shown

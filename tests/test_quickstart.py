@@ -47,6 +47,10 @@ def test_controls_train_every_arm_and_stand_in_the_report(tmp_path):
     tiny = ["--budget", "0.004", "--episodes", "2", "--eval-episodes", "2", "--size", "32", "32"]
     assert main(["quickstart", "--out", str(out), "--tasks", "reach", *tiny, "--controls"]) == 0
     page = (out / "report.html").read_text()
+    numbers = json.loads((out / "report.json").read_text())
+    assert json.loads((out / "results.json").read_text()) == numbers["closed_loop"]
+    assert set(CONTROLS) < set(numbers["closed_loop"]["methods"])
+    assert [rollout["method"] for rollout in numbers["rollouts"]] == ["expert", "policy", "replay"]
     for control in CONTROLS:
         assert f"Trained {control.replace('untrained', 'on the latents of an untrained')}" in page
     steps = {
@@ -68,6 +72,12 @@ def test_data_set_run_ends_in_a_report_and_a_second_run_reuses_it(tmp_path, gapp
     for said in ("grip", "move the square", "Open loop", "episode 40: move the square", "1 held-out episodes"):
         assert said in page
     assert "observation.images.side" not in page
+    numbers = json.loads((out / "report.json").read_text())
+    assert (numbers["format"], numbers["measured"], numbers["closed_loop"]) == ("repwam-report", "held-out", None)
+    assert numbers["command"].startswith("repwam ")
+    assert [stage["name"] for stage in numbers["stages"]][-2:] == ["pretrain", "adapt"]
+    assert numbers["imagination"]["reconstructed_psnr_db"] > 0
+    assert "val/psnr" in numbers["curves"]["visual tokenizer"]
     chosen = {"cameras": ["observation.images.top"], "episodes": ["2", "5,40"], "depth_range": None}
     for stage in ("tokenizer", "encode"):
         settings = json.loads(next(out.glob(f"{stage}-*/stage.json")).read_text())["settings"]

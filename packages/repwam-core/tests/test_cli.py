@@ -21,6 +21,7 @@ VERBS = (
     "predict",
     "stats",
     "export",
+    "show",
     "rollout",
     "plan",
     "openloop",
@@ -61,7 +62,6 @@ def test_every_own_verb_has_help(verb, capsys):
         (["openloop", "--policy", "/no/such/folder", "--dataset", "d", "--out", "o.json"], "policy.json"),
         (["rollout", "--tasks", "push-v3", "--out", "o"], "--policy"),
         (["rollout", "--tasks", "push", "--out", "o", "--baseline", "expert", "--guidance", "2"], "--guidance: how a"),
-        (["rollout", "--tasks", "push", "--out", "o", "--baseline", "expert", "--film", "1"], "--film: how a"),
         (["export", "--ckpt", "/no/such/folder", "--out", "o", "--wam-only", "--no-clip"], "--clip: how a policy"),
     ],
 )

@@ -7,9 +7,11 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from repvitok.runtime.commands import (
+    DEPTH_RANGE,
     EPISODES,
     SEEDS,
     Command,
@@ -36,6 +38,7 @@ from repwam_core.sampling import add_sampling_arguments, given_sampling
 
 if TYPE_CHECKING:
     from repwam_core.policy.policy import BatchedPolicy
+    from repwam_core.rrd import ViewedEpisode
     from repwam_core.sim.base import SimSettings
 
 
@@ -70,6 +73,12 @@ STAGE = TrainingStage(
 MOST_TOKENS = 10**18
 NOISE_MODES = ("none", "pushes", "gaussian", "pushes+gaussian")
 BASELINES = ("expert", "random", "replay")
+RERUN: dict[str, Any] = {
+    "type": path_argument,
+    "metavar": "FILE",
+    "help": "an .rrd file for the Rerun viewer (extra rerun)",
+}
+"""Keyword arguments of `add_argument("--rerun", ...)`."""
 EXECUTIONS = ("wait", "naive", "ensemble", "regrounded")
 
 
@@ -158,6 +167,40 @@ def _collect(options: argparse.Namespace) -> None:
     say_next("repvitok", "fit", "-c", "RECIPE", "--data.folders", f"[{options.out}]")
 
 
+def _show_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--dataset", type=path_argument, required=True, help="LeRobot data set")
+    add("--episodes", **EPISODES)
+    add("--cameras", type=text_argument, nargs="+", help="camera keys (default: all)")
+    add("--depth-range", **DEPTH_RANGE)
+    add("--rerun", **RERUN)
+
+
+def _show(options: argparse.Namespace) -> None:
+    from repvitok.data import LeRobotReader
+    from repvitok.data.contents import describe_contents
+    from repvitok.encoding_plan import choose_cameras, infos_of
+    from repvitok.runtime.progress import progress
+
+    from repwam_core.rrd import import_rerun, recorded
+
+    if options.rerun is not None:
+        import_rerun()
+    reader = LeRobotReader(options.dataset, depth_range=options.depth_range)
+    cameras, infos = choose_cameras(reader, options.cameras), infos_of(reader, options.episodes)
+    print(*describe_contents(reader, cameras, infos).lines(), sep="\n")
+    if options.rerun is not None:
+        shown = progress(infos, desc="rerun", unit="episode")
+        _write_rrd(options.rerun, (recorded(reader, cameras, info) for info in shown), str(options.dataset))
+
+
+def _write_rrd(path: Path, episodes: Iterable[ViewedEpisode], title: str) -> None:
+    from repwam_core.rrd import write_rrd
+
+    count = write_rrd(path, episodes, title)
+    print(f"{path}: {count} episode{'' if count == 1 else 's'} for the Rerun viewer, `rerun {path}`")
+
+
 def _rollout_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     _simulator_arguments(parser)
@@ -196,6 +239,7 @@ def _rollout_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="folder for results.json and films (mp4; films.npz for programs); an interrupted run resumes",
     )
+    add("--rerun", **{**RERUN, "help": f"{RERUN['help']} of the filmed episodes (default: one per task)"})
     add_sampling_arguments(parser)
 
 
@@ -203,6 +247,11 @@ def _rollout(options: argparse.Namespace) -> None:
     from repwam_core.sim.base import evaluation_seeds
     from repwam_core.sim.results import mean_rate, mean_rates, success_rates, write_films
 
+    if options.rerun is not None:
+        from repwam_core.rrd import driven, import_rerun
+
+        import_rerun()
+        options.film = options.film or 1
     seeds, settings = evaluation_seeds(options.episodes), _settings(options)
     results = _drive_without_policy(options, seeds) if options.baseline else _drive(options, seeds)
     rates = success_rates(results)
@@ -214,6 +263,9 @@ def _rollout(options: argparse.Namespace) -> None:
         print("means over tasks: " + ", ".join(f"{group} {mean:.3f}" for group, mean in means.items()))
     if films := write_films(options.out / "films", results, settings.embodiment.rate_hz):
         print(f"{options.out / 'films'}: {len(films)} films")
+    if options.rerun is not None:
+        filmed = [result for result in results if result.frames is not None]
+        _write_rrd(options.rerun, (driven(result, settings.embodiment) for result in filmed), str(options.out))
     if options.policy is not None:
         say_next("repwam", "serve", "--policy", options.policy)
 
@@ -257,7 +309,7 @@ def _robotwin(options: argparse.Namespace) -> None:
 def _drive_without_policy(options: argparse.Namespace, seeds: list[int]):
     from repwam_core.sim.evaluate import run_baseline
 
-    given = {"instruction": options.instruction, "execute": options.execute, "film": options.film or None}
+    given = {"instruction": options.instruction, "execute": options.execute}
     given |= {"delay": options.delay or None, "execution": None if options.execution == "wait" else options.execution}
     given = given_sampling(options) | {name: value for name, value in given.items() if value is not None}
     if given:
@@ -269,6 +321,7 @@ def _drive_without_policy(options: argparse.Namespace, seeds: list[int]):
         settings=_settings(options),
         demonstrations=options.demonstrations,
         workers=options.workers,
+        filmed_per_task=options.film,
         out=options.out,
     )
 
@@ -293,6 +346,7 @@ def _drive(options: argparse.Namespace, seeds: list[int]):
         delay=options.delay,
         workers=options.workers,
         filmed_per_task=options.film,
+        traced=options.rerun is not None,
         out=options.out,
         about=_about(policy, options),
     )
@@ -477,6 +531,7 @@ def _openloop_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--device", type=text_argument, default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
     add("--out", type=path_argument, required=True, help="JSON file to write")
+    add("--rerun", **RERUN)
     add_sampling_arguments(parser)
 
 
@@ -488,6 +543,10 @@ def _openloop(options: argparse.Namespace) -> None:
     from repwam_core.policy.openloop import evaluate_open_loop, named_clip_features
     from repwam_core.policy.policy import BatchedPolicy
 
+    if options.rerun is not None:
+        from repwam_core.rrd import compared, import_rerun
+
+        import_rerun()
     network = named_clip_features(options.clip_features)
     policy = BatchedPolicy.from_pretrained(options.policy, options.device, **given_sampling(options))
     chosen = {"episodes": options.episodes, "cameras": options.cameras, "seed": options.seed}
@@ -509,6 +568,10 @@ def _openloop(options: argparse.Namespace) -> None:
         if video := numbers["imagined_video"]:
             print("  imagined video: " + ", ".join(f"{name} {_short(value)}" for name, value in video.items()))
         print(f"  {_verdict(numbers['mean_absolute_error'])}")
+    if options.rerun is not None:
+        cameras = options.cameras or policy.embodiment.cameras
+        viewed = compared(reader, cameras, result.episodes, result.channels)
+        _write_rrd(options.rerun, viewed, f"{options.policy} on {options.dataset}")
     say_next("repwam", "serve", "--policy", options.policy)
 
 
@@ -601,6 +664,7 @@ COMMANDS = (
     Command("stats", "action and state statistics of latent shards", _stats, _stats_arguments),
     Command("export", "a checkpoint to a policy folder, or a model folder", _export, _export_arguments),
     push_command("repvitok.runtime.pretrained:MODEL_FILES", "repwam_core.policy.folder:POLICY_FILES"),
+    Command("show", "what a data set holds, and its episodes for the Rerun viewer", _show, _show_arguments),
     Command("rollout", "a policy in closed loop on unseen seeds", _rollout, _rollout_arguments),
     Command("robotwin", "RoboTwin's filed results as the paper's table", _robotwin, _robotwin_arguments),
     Command("estimate", "what training on so many devices would take", _estimate, _estimate_arguments),

@@ -202,6 +202,10 @@ def test_demonstrations_and_baselines_of_another_suite(tmp_path, monkeypatch):
     told = work.run_baselines(tmp_path, config=config, dataset=tmp_path / "dataset", workers=1)
     assert told["expert"] == "go-left 2/2, go-right 2/2"
     assert len(work.read_results(tmp_path, "replay")) == 4
+    filmed = {who: sorted(work.read_films(tmp_path, who)) for who in ("random", "replay", "expert")}
+    assert filmed["random"] == []
+    for who in ("expert", "replay"):
+        assert [key.split("/")[0] for key in filmed[who]] == list(TASKS)
 
 
 RUN = RunInfo(title="run", command="repwam quickstart", stages=[])

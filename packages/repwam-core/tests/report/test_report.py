@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import json
 import os
 import re
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from repwam_core.report import (
     ActionTrace,
     ChannelError,
@@ -29,17 +33,21 @@ from repwam_core.report import (
     SuccessRow,
     TransitionPicture,
     render_report,
+    report_numbers,
     write_report,
 )
 from repwam_core.report.data import Curve
 from repwam_core.report.page import (
+    FORESEEN,
     HEIGHT,
     MAX_POINTS,
+    SEEN,
     WIDTH,
     bars,
     binned,
     duration,
     evenly,
+    film,
     interval_bar,
     line_chart,
     log_ticks,
@@ -148,11 +156,12 @@ def full_report(instruction: str = "open the window") -> ReportData:
             {"x": 0.81, "gripper": -0.05},
         ),
         imagination=Imagination(
-            [ImaginedClip("episode 3", video(8), video(8, 2), 22.0, 19.0, 1)],
+            [ImaginedClip("episode 3", video(9), video(9, 2), 22.0, 19.0, 1, video(9, 1), 24.0, chunk=4)],
             22.4,
             19.5,
             4,
-            {"imagined": ([4, 8], [23.0, 21.0])},
+            {"imagined": ([4, 8], [23.0, 21.0]), "ceiling": ([4, 8], [24.0, 24.1])},
+            24.1,
         ),
         curves={
             "RepViTok": {"train/loss": (steps, np.exp(-steps / 300) + 0.01), "val/psnr_db": ([0, 500], [12.0, 24.0])}
@@ -251,10 +260,85 @@ def test_size_is_bounded_for_many_rollouts_and_large_frames() -> None:
     assert len(render_report(data)) < 6_000_000
 
 
-def test_failures_are_shown_beside_successes() -> None:
-    text = Page(render_report(full_report())).sections["rollouts"]
-    assert "4 shown: 3 successes, 1 failure" in text
-    assert text.count("seed ") == 4
+def _cards(html: str) -> list[str]:
+    """What each film's card says first: who drove, and how it ended."""
+    cards = re.findall(r'<figure class="card[^>]*>(.*?)</figure>', html, re.DOTALL)
+    texts = [re.sub(r"<[^>]*>", " ", card) for card in cards]
+    return [" ".join(text.split()) for text in texts]
+
+
+def test_a_task_is_a_row_of_expert_policy_success_policy_failure_and_replay() -> None:
+    def shown(method: str, success: bool, seed: int = 7) -> Rollout:
+        return Rollout("window-open", seed, success, video(4), "", 10, method)
+
+    rollouts = [shown("replay", False), shown("policy", False), shown("policy", True), shown("expert", True)]
+    data = ReportData(run=full_report().run, rollouts=rollouts)
+    wanted = ["expert success", "policy success", "policy failure", "replay failure"]
+    assert [" ".join(card.split()[:2]) for card in _cards(render_report(data))] == wanted
+
+
+def test_an_outcome_that_never_came_is_said() -> None:
+    rollouts = [Rollout("window-open", 7, True, video(4), "", 10)]
+    rows = [SuccessRow("policy", {"window-open": Count(20, 20)})]
+    data = ReportData(run=full_report().run, rollouts=rollouts, success=rows)
+    assert [card.split(" seed")[0] for card in _cards(render_report(data))] == [
+        "policy success",
+        "policy no failure in 20 episodes",
+    ]
+    assert _cards(render_report(replace(data, success=())))[1] == "policy no failure filmed"
+
+
+def test_imagined_films_play_in_step_and_show_where_imagining_begins() -> None:
+    clip = full_report().imagination.clips[0]  # type: ignore[union-attr]
+    assert [clip.ahead(frame) for frame in range(9)] == [0, 1, 2, 3, 4, 1, 2, 3, 4]
+    shown = film(clip, "alt")
+    assert list(shown.panes) == ["real", "reconstructed", "imagined"]
+    moving = Image.open(io.BytesIO(base64.b64decode(shown.picture.src.split(",")[1])))
+    assert moving.n_frames == 9
+    last = np.asarray(Image.open(io.BytesIO(base64.b64decode(shown.last.split(",")[1]))).convert("RGBA"))
+    assert np.array_equal(last[:64, :64, :3], clip.real[-1])
+    assert np.array_equal(last[:64, -64:, :3], clip.imagined[-1])
+    timeline = last[-1]
+    assert tuple(timeline[2][:3]) == SEEN
+    assert tuple(timeline[-2][:3]) == FORESEEN
+    gaps = np.flatnonzero(timeline[:, 3] == 0)  # one where each of the two chunks begins
+    assert len(gaps) == 2
+    text = Page(render_report(full_report())).sections["imagination"]
+    assert "reconstructed 24.0" in text.replace("\u00a0", " ")
+    assert "then 4 imagined at a time" in text
+
+
+def test_numbers_are_strict_json_beside_the_page(tmp_path) -> None:
+    data = full_report()
+    broken = replace(data.latent_actions, forward_loss=float("nan"), probe_r2={"x": float("inf")})
+    path = write_report(replace(data, latent_actions=broken, protocol={"seeds": [7]}), tmp_path / "report.html")
+    text = path.with_suffix(".json").read_text()
+    told = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert (told["format"], told["format_version"]) == ("repwam-report", 1)
+    assert told["command"] == "repwam quickstart"
+    assert told["stages"][0] | {"name": "collect", "seconds": 61.0, "cached": True} == told["stages"][0]
+    policy = told["closed_loop"]["methods"]["policy"]
+    assert policy["tasks"]["window-open"] == [18, 20]
+    assert policy["intervals"]["window-open"] == pytest.approx(Count(18, 20).interval)
+    assert policy["all episodes"]["successes"] == 35
+    assert told["closed_loop"]["protocol"] == {"seeds": [7]}
+    assert told["language"][0]["none"] is None
+    assert told["open_loop"]["channels"][0]["baselines"] == {"hold the state": 0.05}
+    assert told["reconstruction"]["psnr_db"] == 24.6
+    assert told["latent_actions"]["forward_loss"] is None
+    assert told["latent_actions"]["probe_r2"] == {"x": None}
+    assert told["imagination"]["reconstructed_psnr_db"] == 24.1
+    assert told["imagination"]["by_horizon"]["ceiling"] == {"steps": [4, 8], "values": [24.0, 24.1], "unit": ""}
+    assert set(told["imagination"]["clips"][0]) == {
+        *("name", "psnr_db", "copy_psnr_db", "observed", "reconstructed_psnr_db", "chunk", "frame_rate_hz")
+    }
+    assert told["curves"]["RepViTok"]["val/psnr_db"]["values"] == [12.0, 24.0]
+
+
+def test_a_report_of_nothing_has_the_same_fields() -> None:
+    empty, full = (report_numbers(data) for data in (ReportData(run=RunInfo("t", "c")), full_report()))
+    assert set(empty) == set(full)
+    assert empty["closed_loop"] is None
 
 
 def test_rendering_is_deterministic() -> None:
@@ -268,7 +352,7 @@ def test_write_replaces_the_whole_file(tmp_path: os.PathLike) -> None:
     assert first.startswith("<!doctype html>")
     write_report(ReportData(run=RunInfo(title="Second", command="c")), path)
     assert "Second" in path.read_text(encoding="utf-8")
-    assert os.listdir(path.parent) == ["report.html"]
+    assert sorted(os.listdir(path.parent)) == ["report.html", "report.json"]
 
 
 def test_a_failed_write_keeps_the_old_report(tmp_path: os.PathLike, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +366,7 @@ def test_a_failed_write_keeps_the_old_report(tmp_path: os.PathLike, monkeypatch:
     with pytest.raises(OSError, match="No space left"):
         write_report(ReportData(run=RunInfo(title="Second", command="c")), path)
     assert "First" in path.read_text(encoding="utf-8")
-    assert os.listdir(tmp_path) == ["report.html"]
+    assert sorted(os.listdir(tmp_path)) == ["report.html", "report.json"]
 
 
 @pytest.mark.parametrize(

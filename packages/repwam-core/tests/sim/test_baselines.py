@@ -6,8 +6,8 @@ from repvitok.data import LeRobotWriter
 from repvitok.runtime.errors import UserError
 from repwam_core.sim.base import evaluation_seeds
 from repwam_core.sim.evaluate import demonstrated, run_baseline
-from repwam_core.sim.metaworld import MetaWorldTask
-from repwam_core.sim.results import load_results, success_rates
+from repwam_core.sim.metaworld import MetaWorldSettings, MetaWorldTask
+from repwam_core.sim.results import film_key, load_films, load_results, success_rates
 
 TASK = "handle-press-side"
 CRASHES = {
@@ -43,6 +43,17 @@ def test_expert_and_chance():
     assert [(r.task, r.seed) for r in expert] == [(task, seed) for seed in SEEDS for task in (TASK, "window-open")]
     assert all(result.success for result in expert)
     assert success_rates(chance)["window-open"].successes == 0
+
+
+def test_a_filmed_expert_acts_as_an_unfilmed_one(tmp_path):
+    settings = MetaWorldSettings(size=(32, 32))
+    given = {"settings": settings, "workers": 1}
+    plain = run_baseline("expert", [TASK], SEEDS, **given)
+    filmed = run_baseline("expert", [TASK], SEEDS, **given, filmed_per_task=1, out=tmp_path)
+    assert [r.to_dict() for r in filmed] == [r.to_dict() for r in plain]
+    assert [r.frames is not None for r in filmed] == [True, False, False]
+    film = load_films(tmp_path / "films.npz")[film_key(filmed[0])]
+    assert film.shape == (filmed[0].steps + 1, 32, 32 * len(settings.cameras), 3)
 
 
 def test_workers_do_not_matter():

@@ -88,8 +88,10 @@ def test_the_first_success_and_the_first_failure_of_a_task_are_filmed_and_all_ar
     results = evaluate(policy, policy.tasks, SEEDS, **options, out=tmp_path)
     assert [r.frames is not None for r in results] == [True, True, False, False]
     for result in results:
-        assert set(result.trace) == {*SMALL.embodiment.state_channels, HAND_TO_OBJECT, OBJECT_TO_GOAL, "hand to goal"}
-        assert all(len(values) == result.steps + 1 for values in result.trace.values())
+        actions = {f"action/{name}" for name in SMALL.embodiment.action_names}
+        distances = {HAND_TO_OBJECT, OBJECT_TO_GOAL, "hand to goal"}
+        assert set(result.trace) == {*SMALL.embodiment.state_channels, *distances, *actions}
+        assert all(len(rows) == result.steps + (name not in actions) for name, rows in result.trace.items())
     with MetaWorldTask("assembly", SMALL) as task:
         task.start(SEEDS[0])
         first = task.distances()

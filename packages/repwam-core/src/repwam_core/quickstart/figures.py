@@ -18,11 +18,12 @@ from repvitok.runtime.documents import read_json
 from repvitok.training.metrics import psnr, ssim
 from torch import Tensor
 
-from repwam_core.policy.openloop import OpenLoopEpisode, OpenLoopResult, evaluate_open_loop
+from repwam_core.policy.openloop import OpenLoopEpisode, OpenLoopResult, evaluate_open_loop, frames_psnr
 from repwam_core.policy.policy import BatchedPolicy
 from repwam_core.report import (
     ActionTrace,
     ChannelError,
+    Curve,
     Imagination,
     ImaginedClip,
     LatentActions,
@@ -173,9 +174,10 @@ def open_loop(this: Run, trained: Trained, episodes: Sequence[int], measured: st
 
 
 def _traces(result: OpenLoopResult) -> list[ActionTrace]:
-    """Recorded and predicted actions of one episode, the channels that move most."""
+    """Recorded and predicted actions of one episode, the channels that move most, none that stands still."""
     episode = result.episodes[0]
-    moving = np.argsort(-episode.real.std(axis=0), kind="stable")[:TRACED_CHANNELS]
+    deviation = episode.real.std(axis=0)
+    moving = [c for c in np.argsort(-deviation, kind="stable")[:TRACED_CHANNELS] if deviation[c] > 0]
     time_s = np.arange(len(episode.real)) / episode.rate_hz
     return [
         ActionTrace(
@@ -193,17 +195,58 @@ def _imagination(result: OpenLoopResult) -> Imagination | None:
     measured = result.psnr()
     if not measured:
         return None
-    clips = [_imagined(episode) for episode in result.episodes[:SHOWN]]
-    return Imagination(clips, measured["imagined"], measured["copied"], len(result.episodes))
+    return Imagination(
+        [_imagined(episode) for episode in result.episodes[:SHOWN]],
+        measured["imagined"],
+        measured["copied"],
+        len(result.episodes),
+        _by_horizon(result.episodes),
+        measured["reconstructed"],
+    )
+
+
+def _by_horizon(episodes: Sequence[OpenLoopEpisode]) -> dict[str, Curve]:
+    """PSNR by how many frames after the last observed one a frame was imagined, over all cameras and episodes."""
+    names = {
+        "imagined": "imagined",
+        "reconstructed": "reconstructed (ceiling)",
+        "copied": "last observed frame repeated",
+    }
+    lines = {}
+    for name, told in names.items():
+        found: dict[int, list[float]] = {}
+        for episode in episodes:
+            if episode.frames is not None:
+                for frame, values in enumerate(frames_psnr(getattr(episode, name), episode.frames).T):
+                    found.setdefault(1 + frame % _chunk_frames(episode), []).extend(values.tolist())
+        lines[told] = Curve(sorted(found), [float(np.mean(found[ahead])) for ahead in sorted(found)], "dB")
+    return lines
+
+
+def _chunk_frames(episode: OpenLoopEpisode) -> int:
+    """Frames that are imagined at a time."""
+    assert episode.frames is not None
+    return max(1, round(episode.chunk * episode.frames.shape[1] / len(episode.real)))
 
 
 def _imagined(episode: OpenLoopEpisode) -> ImaginedClip:
-    assert episode.frames is not None
-    assert episode.imagined is not None
-    psnr_db = episode.psnr()
-    real, imagined = (_thinned(video[0]) for video in (episode.frames, episode.imagined))
-    name = f"episode {episode.index}: {episode.instruction}"
-    return ImaginedClip(name, real, imagined, psnr_db["imagined"], psnr_db["copied"])
+    """One episode of the first camera, beginning with the one frame that was seen before anything was imagined."""
+    assert episode.copied is not None
+    psnr_db, first = episode.psnr(), episode.copied[0, :1]
+    videos = {name: getattr(episode, name) for name in ("frames", "imagined", "reconstructed")}
+    frames = {name: np.concatenate([first, video[0]]) for name, video in videos.items()}
+    return ImaginedClip(
+        f"episode {episode.index}: {episode.instruction}",
+        frames["frames"],
+        frames["imagined"],
+        psnr_db["imagined"],
+        psnr_db["copied"],
+        observed=1,
+        reconstructed=frames["reconstructed"],
+        reconstructed_psnr_db=psnr_db["reconstructed"],
+        chunk=_chunk_frames(episode),
+        frame_rate_hz=episode.rate_hz * videos["frames"].shape[1] / len(episode.real),
+    )
 
 
 def _thinned(frames: np.ndarray, count: int = 10) -> np.ndarray:

@@ -62,7 +62,6 @@ _PHRASES = {
     "untrained visual tokenizer": "on the latents of an untrained visual tokenizer",
 }
 PACKAGES = ("repvitok", "latent-action", "repwam-core", "torch", "lightning", "numpy")
-SHOWN_PER_TASK = 3
 
 
 def findings(data: ReportData) -> list[str]:
@@ -193,9 +192,11 @@ def _imagination(data: ReportData) -> str:
         return ""
     difference = found.psnr_db - found.copy_psnr_db
     verdict = "better than" if difference > 0.2 else "no better than" if difference > -0.2 else "worse than"
+    ceiling = found.reconstructed_psnr_db
+    most = "" if ceiling is None else f" The same frames through the tokenizer alone, the ceiling: {ceiling:.1f} dB."
     return (
         f"Imagined video has {found.psnr_db:.1f} dB PSNR against what really followed, {verdict} repeating the last "
-        f"observed frame ({found.copy_psnr_db:.1f} dB)."
+        f"observed frame ({found.copy_psnr_db:.1f} dB).{most}"
     )
 
 
@@ -230,6 +231,7 @@ def report_data(this: Run, trained: Trained, outcome: dict[str, StageResult]) ->
         latent_actions=figures.latent_actions(this, trained, episodes),
         imagination=open_loop.imagination,
         curves=_curves(trained),
+        protocol=_protocol(this) if outcome else {},
         measured=measured,
     )
     return ReportData(**{**vars(data), "findings": findings(data)})
@@ -290,7 +292,10 @@ def _curves(trained: Trained) -> dict[str, dict[str, Curve]]:
         if not (stage.folder / FIT).exists():  # a tokenizer may be given
             continue
         curves = read_curves(stage.folder / FIT)
+        beside = {f"val/{key.removeprefix('train/')}" for key in curves if key.startswith("train/")}
+        beside |= {"val/psnr", "val/ssim"}
         kept = {key: rows for key, rows in curves.items() if key.startswith("train/") and len(rows) > 1}
+        kept |= {key: rows for key, rows in curves.items() if key in beside}
         kept = {key: rows for key, rows in kept.items() if not key.endswith(("/lr", "/gradient_norm"))}
         shown[name] = {key: Curve(rows[:, 0], rows[:, 1]) for key, rows in kept.items()}
     return shown
@@ -332,33 +337,16 @@ def _failures(this: Run, trained: Trained, outcome: dict[str, StageResult]) -> d
     }
 
 
-def summary(this: Run, data: ReportData) -> dict[str, Any]:
-    """The success tables as JSON values, with the protocol under which they were measured."""
+def _protocol(this: Run) -> dict[str, Any]:
+    """Under which success was counted."""
     settings = work.settings_of(this.config)
-    methods = {}
-    for row in data.success:
-        means = {name: pooled.rate for name, tasks in data.groups.items() if (pooled := row.over(tasks))}
-        counts = {task: [count.successes, count.episodes] for task, count in row.counts.items()}
-        total = {name: getattr(row.total, name) for name in ("successes", "episodes", "rate", "interval")}
-        methods[row.method] = {
-            "all episodes": total,
-            "groups": means,
-            "mean of the groups": row.mean_of(data.groups),
-        } | {"tasks": counts}
     return {
-        "protocol": {
-            "suite": settings.suite,
-            "settings": settings.to_dict(),
-            "seeds": evaluation_seeds(this.config.eval_episodes),
-            "execute": this.config.execute,
-            "success": "at any step of an episode",
-            "pretrained": "the text encoder alone (model.text_encoder in the policy)",
-        },
-        "commit": data.run.commit,
-        "seed": this.seed,
-        "methods": methods,
-        "endings of failed episodes": data.endings,
-        "mixed up": [vars(pair) for pair in data.likeness.mix_ups] if data.likeness else [],
+        "suite": settings.suite,
+        "settings": settings.to_dict(),
+        "seeds": evaluation_seeds(this.config.eval_episodes),
+        "execute": this.config.execute,
+        "success": "at any step of an episode",
+        "pretrained": "the text encoder alone (model.text_encoder in the policy)",
     }
 
 
@@ -371,22 +359,22 @@ def _language(outcome: dict[str, StageResult]) -> list[LanguageRow]:
 
 
 def _rollouts(this: Run, outcome: dict[str, StageResult]) -> list[Rollout]:
-    """A few filmed episodes of each task, a failure among them wherever there was one."""
-    folder = outcome["rollouts"].folder
-    results = work.read_results(folder, "policy")
-    films = work.read_films(folder, "policy")
-    shown: list[Rollout] = []
+    """What was filmed of each task: the expert, the policy's first success and first failure, and a replay."""
+    places = {name: (outcome["baselines"].folder, name) for name in ("expert", "replay")}
+    places["policy"] = (outcome["rollouts"].folder, "policy")
+    results = {method: work.read_results(*place) for method, place in places.items()}
+    films = {method: work.read_films(*place) for method, place in places.items()}
     rate_hz = work.settings_of(this.config).embodiment.rate_hz
-    for task in dict.fromkeys(result.task for result in results):
-        filmed = [r for r in results if r.task == task and film_key(r) in films]
-        failures = [r for r in filmed if not r.success][:1]
-        successes = [r for r in filmed if r.success][: SHOWN_PER_TASK - len(failures)]
-        for r in successes + failures:
-            frames = films[film_key(r)][::2]
-            distances = {} if r.success else _distances(r, rate_hz)
-            shown.append(
-                Rollout(task, r.seed, r.success, frames, r.instruction or "", rate_hz / 2, distances=distances)
-            )
+    shown: list[Rollout] = []
+    for task in dict.fromkeys(result.task for result in results["policy"]):
+        for method, succeeded in (("expert", None), ("policy", True), ("policy", False), ("replay", None)):
+            filmed = (r for r in results[method] if r.task == task and film_key(r) in films[method])
+            r = next((r for r in filmed if succeeded in (None, r.success)), None)
+            if r is not None:
+                frames = films[method][film_key(r)][::2]
+                distances = {} if r.success else _distances(r, rate_hz)
+                told = r.instruction or ""
+                shown.append(Rollout(task, r.seed, r.success, frames, told, rate_hz / 2, method, distances))
     return shown
 
 

@@ -119,6 +119,7 @@ class StageRunner:
     def __init__(self, root: Path, *, fresh: bool = False, stages: int | None = None) -> None:
         self.root, self._of = root, "" if stages is None else f"/{stages}"
         self.results: list[StageResult] = []
+        self._began_s = time.monotonic()
         if not (root / _MARKER).exists():
             refuse_foreign(root, (), "run of repwam quickstart")
         with self.lock():
@@ -177,7 +178,8 @@ class StageRunner:
         folder.mkdir(exist_ok=True)
         require_disk_space(folder, needs_bytes, f"stage {name}")
         (folder / ".stage").touch()
-        print(f"[{number}] {name}: {'resuming' if resumed else 'starting'} in {folder}", file=sys.stderr)
+        so_far = f", {time.monotonic() - self._began_s:.0f} s into the run" if self.results else ""
+        print(f"[{number}] {name}: {'resuming' if resumed else 'starting'} in {folder}{so_far}", file=sys.stderr)
         spent = _Stopwatch(folder / ".seconds")
         with spent:
             summary = work(folder)

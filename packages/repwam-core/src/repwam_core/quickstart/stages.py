@@ -315,8 +315,8 @@ def _driven(this: Run, name: str, adapted: StageResult) -> StageResult:
 
 def run(arguments: argparse.Namespace, repwam: work.Main) -> int:
     """Run the quickstart; returns the exit code. `repwam` is the command that trains its later stages."""
-    from repwam_core.quickstart.results import closing, report_data, summary
-    from repwam_core.report import write_report
+    from repwam_core.quickstart.results import closing, report_data
+    from repwam_core.report import closed_loop, write_report
 
     started_s = time.monotonic()
     config = _checked(arguments, load_config(arguments))
@@ -343,10 +343,11 @@ def run(arguments: argparse.Namespace, repwam: work.Main) -> int:
         report = out / "report.html"
         told = report_data(this, trained, outcome)
         write_report(told, report)
-        if outcome:
-            write_json_atomic(out / "results.json", summary(this, told))
+        if outcome:  # that section of report.json under the name it had before
+            write_json_atomic(out / "results.json", closed_loop(told))
     print(closing(told))
     print(f"\nreport, for a browser: {report.resolve()}")
+    print(f"its numbers, for programs: {report.with_suffix('.json').resolve()}")
     return 0
 
 

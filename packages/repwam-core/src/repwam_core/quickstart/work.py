@@ -225,6 +225,7 @@ def _fit(
     main: Main, config: QuickstartConfig, stage: str, folder: Path, steps: int, seed: int, *overrides: str
 ) -> None:
     """Train by a stage's recipes, going on from its last checkpoint if it was interrupted."""
+    validations = next(count for count in range(MOST_VALIDATIONS, 0, -1) if steps % count == 0)
     call(
         main,
         "fit",
@@ -233,7 +234,7 @@ def _fit(
         f"--seed_everything={seed}",
         f"--data.seed={seed}",
         f"--trainer.max_steps={steps}",
-        f"--trainer.val_check_interval={steps}",
+        f"--trainer.val_check_interval={steps // validations}",
         f"--trainer.default_root_dir={folder / FIT}",
         "--ckpt_path=last",
         *overrides,
@@ -243,7 +244,9 @@ def _fit(
 BASELINES: tuple[Baseline, ...] = ("random", "replay", "expert")
 LANGUAGE = ("right", "other", "none")
 MOST_TASKS_TOLD = 8
-"""Tasks whose successes fit a line of the terminal."""
+"""Tasks whose successes fit a line of the terminal, and whose baselines are filmed."""
+MOST_VALIDATIONS = 5
+"""Points of a validation curve, the last of them at the last step."""
 
 
 def settings_of(config: QuickstartConfig) -> SimSettings:
@@ -267,8 +270,9 @@ def collect_demonstrations(folder: Path, *, config: QuickstartConfig, seed: int,
 
 
 def run_baselines(folder: Path, *, config: QuickstartConfig, dataset: Path, workers: int | None) -> dict[str, Any]:
-    """Random actions, a replayed demonstration and the expert on the evaluation seeds."""
+    """Random actions, a replayed demonstration and the expert on the evaluation seeds; films the latter two's first."""
     counts: dict[str, Any] = {}
+    few = len(config.all_tasks) <= MOST_TASKS_TOLD
     for baseline in BASELINES:
         results = run_baseline(
             baseline,
@@ -277,6 +281,7 @@ def run_baselines(folder: Path, *, config: QuickstartConfig, dataset: Path, work
             settings=settings_of(config),
             demonstrations=dataset if baseline == "replay" else None,
             workers=workers,
+            filmed_per_task=int(few and baseline != "random"),
             out=folder / baseline,
         )
         counts[baseline] = told(results)

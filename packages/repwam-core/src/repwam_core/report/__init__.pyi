@@ -15,5 +15,7 @@ from .data import RunInfo as RunInfo
 from .data import Stage as Stage
 from .data import SuccessRow as SuccessRow
 from .data import TransitionPicture as TransitionPicture
+from .numbers import closed_loop as closed_loop
+from .numbers import report_numbers as report_numbers
 from .page import render_report as render_report
 from .page import write_report as write_report

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from repvitok.runtime.errors import UserError
@@ -133,18 +133,38 @@ class LatentActions:
 
 @dataclass(frozen=True)
 class ImaginedClip:
-    """Real future frames beside the imagined ones."""
+    """Real frames of an episode, what the tokenizer makes of them, and the imagined ones, in step."""
 
     name: str
     real: np.ndarray
     imagined: np.ndarray
     psnr_db: Number
     copy_psnr_db: Number | None = None  #: of the last observed frame repeated
-    observed: int = 0  #: how many leading frames of both arrays were given, not imagined
+    observed: int = 0  #: how many leading frames of all arrays were given, not imagined
+    reconstructed: np.ndarray | None = None
+    reconstructed_psnr_db: Number | None = None  #: the most that imagined frames can be expected to reach
+    #: frames imagined at a time, after which the real ones up to there are observed; 0: all that were not given
+    chunk: int = 0
+    frame_rate_hz: Number = 20.0  #: at which the frames play in real time
 
     def __post_init__(self) -> None:
         require_frames(self.real, f"real frames of {self.name!r}")
         require_same_shape(self.real, self.imagined, f"imagined frames of {self.name!r}")
+        if self.reconstructed is not None:
+            require_same_shape(self.real, self.reconstructed, f"reconstructed frames of {self.name!r}")
+        if self.frame_rate_hz <= 0:
+            raise UserError(f"expected frame_rate_hz > 0, got {self.frame_rate_hz} ({self.name!r})")
+
+    @property
+    def rows(self) -> list[tuple[str, np.ndarray]]:
+        """The arrays by name, in the order in which they are shown."""
+        made = [] if self.reconstructed is None else [("reconstructed", self.reconstructed)]
+        return [("real", self.real), *made, ("imagined", self.imagined)]
+
+    def ahead(self, frame: int) -> int:
+        """How many frames after the last observed one a frame was imagined; 0 if it was observed."""
+        after = frame - self.observed
+        return 0 if after < 0 else 1 + (after % self.chunk if self.chunk else after)
 
 
 @dataclass(frozen=True)
@@ -157,6 +177,7 @@ class Imagination:
     num_clips: int | None = None
     #: line -> PSNR against the number of frames ahead, such as {"imagined": ([4, 8], [23.1, 21.9]), "copy": ...}
     by_horizon: Curves = field(default_factory=dict)
+    reconstructed_psnr_db: Number | None = None  #: of the same frames through the tokenizer and back
 
 
 @dataclass(frozen=True)
@@ -278,6 +299,8 @@ class ReportData:
     #: stage -> metric -> curve. "train/loss" and "val/loss" share a chart named "loss"; names that end in "_db" or
     #: "psnr" are in dB
     curves: Mapping[str, Curves] = field(default_factory=dict)
+    #: under which success was counted, as JSON values: suite, settings, seeds
+    protocol: Mapping[str, Any] = field(default_factory=dict)
     #: which episodes were reconstructed, planned along and imagined: training ones where none could be held out
     measured: Literal["held-out", "training"] = "held-out"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ from PIL import Image
 from repvitok.runtime.errors import UserError
 from repvitok.runtime.files import write_text_atomic
 
-from repwam_core.report.data import Curve, Curves, Number, ReportData, Rollout, as_curve
+from repwam_core.report.data import Curve, Curves, ImaginedClip, Number, ReportData, Rollout, as_curve
+from repwam_core.report.numbers import report_numbers
 from repwam_core.sim.results import SuccessRate
 
 MAX_HEIGHT = 144  #: pixels stored per frame; larger frames are reduced with a box filter
@@ -24,6 +26,8 @@ STRIP_WIDTH = 1060  #: CSS pixels a strip may take on a desktop screen
 GAP = 4  #: CSS pixels between the frames of a strip
 MAX_ANIMATION_FRAMES = 60
 HOLD_S = 1.2  #: how long an animation rests on its last frame
+SLOWED_HZ = 8  #: films of imagined frames play no faster, so that one sees where they begin anew
+TIMELINE, SEEN, FORESEEN = 3, (128, 128, 128), (214, 122, 38)  #: pixels high; colours of observed and imagined frames
 
 
 class Picture(NamedTuple):
@@ -45,10 +49,13 @@ class Strips(NamedTuple):
 
 
 class Animation(NamedTuple):
-    """A looping picture, and its last frame for readers who ask their system for less motion."""
+    """A looping picture, its last frame for readers who ask their system for less motion, and what plays in it."""
 
     picture: Picture
     last: str
+    panes: Sequence[str] = ()
+    pane_width: int = 0
+    frames: int = 0
 
 
 def reduce(frames: np.ndarray) -> np.ndarray:
@@ -122,19 +129,47 @@ def animation(rollout: Rollout, alt: str, target: int = 192) -> Animation:
     frames = reduce(rollout.frames)
     shown = evenly(len(frames), MAX_ANIMATION_FRAMES)
     images = [Image.fromarray(frames[i]) for i in shown]
-    step_ms = 1000 * len(frames) / len(shown) / rollout.frame_rate_hz
-    moving = data_uri(
+    moving = _moving(images, 1000 * len(frames) / len(shown) / rollout.frame_rate_hz)
+    height, width = frames.shape[1:3]
+    scale = zoom(height, target)
+    return Animation(Picture(moving, alt, width * scale, height * scale), data_uri(images[-1]))
+
+
+def film(clip: ImaginedClip, alt: str, target: int = 192) -> Animation:
+    """A clip's rows of frames side by side in one looping picture, in step, over a timeline.
+
+    The timeline is grey where frames were given and coloured where they were imagined, with a gap wherever imagining
+    began anew; what has been played is opaque. A long clip is shown from its beginning, its frames all there.
+    """
+    rows = [(label, reduce(frames[:MAX_ANIMATION_FRAMES])) for label, frames in clip.rows]
+    n, height, width = rows[0][1].shape[:3]
+    scale = zoom(height, target)
+    gap = max(1, GAP // scale)
+    images = []
+    for i in range(n):
+        panes = side_by_side(np.stack([frames[i] for _, frames in rows]), gap)
+        below = np.zeros((1 + TIMELINE, panes.shape[1], 4), dtype=np.uint8)
+        edges = np.linspace(0, panes.shape[1], n + 1).round().astype(int)
+        for k in range(n):
+            begins = edges[k] + (clip.ahead(k) == 1)  # one column left free
+            below[1:, begins : edges[k + 1]] = (*(FORESEEN if clip.ahead(k) else SEEN), 255 if k <= i else 80)
+        images.append(Image.fromarray(np.concatenate([panes, below])))
+    moving = _moving(images, 1000 / min(clip.frame_rate_hz, SLOWED_HZ))
+    size = (images[0].width * scale, images[0].height * scale)
+    return Animation(Picture(moving, alt, *size), data_uri(images[-1]), [label for label, _ in rows], width * scale, n)
+
+
+def _moving(images: Sequence[Image.Image], step_ms: float) -> str:
+    """Images in turn, for ever, as a data URI."""
+    return data_uri(
         images[0],
         lossless=False,
         quality=82,
         save_all=True,
         append_images=images[1:],
-        duration=[max(20, round(step_ms))] * (len(shown) - 1) + [round(1000 * HOLD_S)],
+        duration=[max(20, round(step_ms))] * (len(images) - 1) + [round(1000 * HOLD_S)],
         loop=0,
     )
-    height, width = frames.shape[1:3]
-    scale = zoom(height, target)
-    return Animation(Picture(moving, alt, width * scale, height * scale), data_uri(images[-1]))
 
 
 def duration(seconds: Number) -> str:
@@ -203,17 +238,19 @@ def render_report(data: ReportData) -> str:
     )
     measures = (duration, memory, decibel, percent, interval, vector, keys, by_rate, number)
     page.filters |= {measure.__name__: measure for measure in measures} | {"charts": by_chart}
-    drawings = (line_chart, interval_bar, bars, still, strips, animation)
+    drawings = (line_chart, interval_bar, bars, still, strips, animation, film)
     page.globals |= {drawing.__name__: drawing for drawing in drawings} | {"data": data}
     return page.get_template("template.html").render().lstrip()
 
 
 def write_report(data: ReportData, path: str | Path) -> Path:
-    """Write the report to `path` and return it.
+    """Write the report to `path`, its numbers beside it as JSON (report.html: report.json), and return `path`.
 
-    The file appears whole or not at all.
+    Each file appears whole or not at all.
     """
     write_text_atomic(path, render_report(data))
+    numbers = json.dumps(report_numbers(data), indent=1, allow_nan=False)
+    write_text_atomic(Path(path).with_suffix(".json"), numbers)
     return Path(path)
 
 

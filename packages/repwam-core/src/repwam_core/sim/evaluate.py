@@ -7,7 +7,7 @@ import json
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -21,7 +21,7 @@ from repvitok.runtime.errors import UserError
 from repvitok.runtime.files import kind_of, sole_writer
 from repvitok.runtime.progress import progress
 
-from repwam_core.interface import ActionChunk, BasePolicy, BatchedBasePolicy, CommandKind, Observation
+from repwam_core.interface import ActionChunk, BasePolicy, BatchedBasePolicy, CommandKind, Embodiment, Observation
 from repwam_core.policy.execution import Execution, Handover, actions_to_execute
 from repwam_core.sim.base import DEFAULT_SUITE, SimSettings, SimTask, TaskPool, find_suite, require_evaluation_seeds
 from repwam_core.sim.results import EpisodeResult, film_key, load_films, load_results, save_films, save_results
@@ -260,7 +260,7 @@ class _Batch:
             chunks = policy.act([self._seen[slot] for slot in range(len(self.episodes))])
             actions = {slot: actions_to_execute(chunks[slot], execute) for slot in sorted(self._live)}
             count = max(len(rows) for rows in actions.values())
-            self._take(simulators.execute(actions), count)
+            self._take(simulators.execute(actions), count, actions)
         return self._filmed()
 
     def run_delayed(
@@ -286,7 +286,7 @@ class _Batch:
                 held = [np.repeat(still(done[-1], self._robot.action_kind)[None], delay, axis=0) for done in rows]
             rows = [handover.take(chunk, delay) for handover, chunk in zip(handovers, chunks, strict=True)]
             actions = {slot: np.concatenate([held[slot], rows[slot]]) for slot in sorted(self._live)}
-            self._take(simulators.execute(actions), len(rows[0]), unseen=len(held[0]))
+            self._take(simulators.execute(actions), len(rows[0]), actions, unseen=len(held[0]))
         return self._filmed()
 
     def _begin(self, policy: BatchedBasePolicy, simulators: _Simulators) -> None:
@@ -309,8 +309,16 @@ class _Batch:
             for slot, result in enumerate(self.episodes)
         ]
 
-    def _take(self, progress: dict[int, Progress], count: int, unseen: int = 0) -> None:
+    def _take(
+        self,
+        progress: dict[int, Progress],
+        count: int,
+        actions: Mapping[int, np.ndarray] | None = None,
+        unseen: int = 0,
+    ) -> None:
         """Note where every live episode stands; all show `count` frames, with their last one repeated if need be.
+
+        `actions` of a slot led to its frames, one to each; those that an episode's end left over led to none.
 
         The first `unseen` frames, in which the robot waited for its policy, are not shown.
         """
@@ -321,10 +329,9 @@ class _Batch:
             if now.observation is not None:
                 seen[slot] = _without_first(now.observation, unseen)
                 if slot in self._films:
-                    views = [now.observation.frames(camera) for camera in now.observation.cameras]
-                    self._films[slot].append(np.concatenate(views, axis=2))  # side by side
+                    self._films[slot].append(_all_views(now.observation))
                 if self._traces is not None:
-                    _extend_trace(self._traces[slot], now, self._robot.embodiment.state_channels)
+                    _extend_trace(self._traces[slot], now, self._robot.embodiment, (actions or {}).get(slot))
             if now.done:
                 self._live.discard(slot)
         self._seen = {slot: _with_frames(observation, count) for slot, observation in seen.items()}
@@ -376,13 +383,16 @@ class _Simulators:
         return {slot: Progress(None, done=True, crashed=str(death)) for slot in share}
 
 
-def _extend_trace(trace: dict[str, list[float]], now: Progress, state_channels: Sequence[str]) -> None:
-    """Append what was seen since the last request, channel by channel."""
+def _extend_trace(trace: dict[str, list[float]], now: Progress, robot: Embodiment, actions: np.ndarray | None) -> None:
+    """Append what was seen since the last request, and the actions that led to it, channel by channel."""
     states = None if now.observation is None else now.observation.states()
     columns = [] if states is None else states.T.tolist()
-    channels: dict[str, list[float]] = dict(zip(state_channels, columns, strict=False))
+    channels: dict[str, list[float]] = dict(zip(robot.state_channels, columns, strict=False))
     for name in now.distances[0] if now.distances else ():
         channels[name] = [distances[name] for distances in now.distances]
+    if actions is not None and now.observation is not None:
+        carried_out = actions[: now.observation.num_frames].T.tolist()
+        channels |= {f"action/{name}": rows for name, rows in zip(robot.action_names, carried_out, strict=True)}
     for name, values in channels.items():
         trace.setdefault(name, []).extend(round(value, 4) for value in values)
 
@@ -396,6 +406,11 @@ def _first_of_each_outcome(ended: Sequence[EpisodeResult], before: Sequence[Epis
         seen.add((result.task, result.success))
         kept.append(result if first else replace(result, frames=None))
     return kept
+
+
+def _all_views(observation: Observation) -> np.ndarray:
+    """Frames `(n, H, W, 3)` of all cameras, side by side."""
+    return np.concatenate([observation.frames(camera) for camera in observation.cameras], axis=2)
 
 
 def _without_first(observation: Observation, count: int) -> Observation:
@@ -452,6 +467,7 @@ def run_baseline(
     settings: SimSettings | None = None,
     demonstrations: str | Path | None = None,
     workers: int | None = None,
+    filmed_per_task: int = 0,
     out: str | Path | None = None,
 ) -> list[EpisodeResult]:
     """Drive every task at every seed without a policy. A crash of a simulator is a failed episode, recorded as crashed.
@@ -463,10 +479,12 @@ def run_baseline(
         baseline: Who drives.
         tasks: Names of the suite's tasks.
         seeds: The simulator's seeds.
-        settings: As for the policy it is compared with (None is Meta-World); cameras and size do not matter.
+        settings: As for the policy it is compared with (None is Meta-World); cameras and size matter to films alone.
         demonstrations: A data set made by `collect`, for `replay`.
         workers: Processes; None as many as there are cores, 1 this one.
-        out: The folder for `results.json`, in which episodes that have ended are kept meanwhile, as by `evaluate`.
+        filmed_per_task: Episodes of each task, the first ones, of which all frames are kept.
+        out: The folder for `results.json` and `films.npz`, in which episodes that have ended are kept meanwhile, as by
+            `evaluate`.
 
     Returns:
         One result per episode, all tasks of the first seed, then of the next.
@@ -480,7 +498,9 @@ def run_baseline(
         if demonstrations is None:
             raise UserError("replaying needs a data set of demonstrations, got none")
         actions = demonstrated(demonstrations, names, "action")
-    make = partial(BaselineRunner, baseline, settings, actions)
+    planned = [EpisodeResult(name, seed, None, False, 0) for seed in seeds for name in names]
+    filmed = {(e.task, e.seed) for e, film in zip(planned, _filmed(planned, filmed_per_task), strict=True) if film}
+    make = partial(BaselineRunner, baseline, settings, actions, filmed)
     described = {
         "baseline": baseline,
         "suite": settings.suite,
@@ -489,8 +509,8 @@ def run_baseline(
         "seeds": list(seeds),
         "demonstrations": None if demonstrations is None else str(demonstrations),
         "demonstrated_sha256": _digest(actions),
+        **({"filmed_per_task": filmed_per_task} if filmed_per_task else {}),
     }
-    planned = [EpisodeResult(name, seed, None, False, 0) for seed in seeds for name in names]
 
     def lost(job: tuple[str, int], death: WorkerDied) -> EpisodeResult:
         return EpisodeResult(*job, None, False, 0, str(death))
@@ -535,9 +555,15 @@ def _digest(actions: dict[str, list[np.ndarray]]) -> str:
 class BaselineRunner:
     """Runs single episodes; lives in a worker process."""
 
-    def __init__(self, baseline: Baseline, settings: SimSettings, actions: dict[str, list[np.ndarray]]) -> None:
-        self._baseline = baseline
-        self._actions = actions
+    def __init__(
+        self,
+        baseline: Baseline,
+        settings: SimSettings,
+        actions: dict[str, list[np.ndarray]],
+        filmed: Collection[tuple[str, int]] = (),
+    ) -> None:
+        """`filmed`: task and seed of each episode whose frames are kept."""
+        self._baseline, self._actions, self._filmed = baseline, actions, filmed
         self._action_kind: CommandKind = settings.action_kind
         self._tasks = TaskPool(settings, keep=4)
 
@@ -548,18 +574,23 @@ class BaselineRunner:
         if self._baseline == "replay":
             replayed = self._actions[name][int(rng.integers(len(self._actions[name])))]
         task: SimTask | None = None
+        frames: list[np.ndarray] = []
+        film = (name, seed) in self._filmed
         try:
             task = self._tasks.take(name)
             task.start(seed)
             while not task.done:
+                frames += [_all_views(task.observe())] if film else []
                 task.advance(self._action(task, rng, replayed))
+            frames += [_all_views(task.observe())] if film else []
         except UserError:
             raise  # the user's to mend, such as demonstrations of another robot
         except Exception as error:
             steps = 0 if task is None else task.steps
             return EpisodeResult(name, seed, None, False, steps, **crash(task, error))
         self._tasks.give_back(task)
-        return EpisodeResult(name, seed, None, task.success, task.steps)
+        film_of = np.concatenate(frames) if frames else None
+        return EpisodeResult(name, seed, None, task.success, task.steps, frames=film_of)
 
     def close(self) -> None:
         """Close every simulator."""

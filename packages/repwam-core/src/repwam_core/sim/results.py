@@ -87,8 +87,9 @@ class EpisodeResult:
         crashed: What went wrong in the simulator, or None.
         traceback: Where it went wrong, where the simulator raised an exception; None also where its process died.
         frames: What the cameras saw, side by side, uint8 `(n, H, W, 3)`, where the episode was filmed.
-        trace: The robot's state by channel and the task's distances in metres by name, one number per frame, to four
-            decimals, where the episode was traced.
+        trace: The robot's state by channel and the task's distances in metres by name, one number per frame, and the
+            actions as "action/<channel>", one number fewer: each led from its frame to the next. To four decimals,
+            where the episode was traced.
     """
 
     task: str

@@ -125,9 +125,8 @@ def encode_dataset(
     for name, value in (("workers", workers), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(f"{name} must be 1 or more, got {value}")
-    if isinstance(augment, int):
-        augment = Augmentation(copies=augment) if augment else None
-    config = make_config(tok, reader, size, stride, offsets, cameras, dtype, episodes, precision, augment)
+    changes = augment if isinstance(augment, Augmentation) else Augmentation(copies=augment) if augment else None
+    config = make_config(tok, reader, size, stride, offsets, cameras, dtype, episodes, precision, changes)
     asked = infos_of(reader, episodes)
     everything = long_enough(asked, config.offsets)
     infos = episodes_of_slice(everything, shard)

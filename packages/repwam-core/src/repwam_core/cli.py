@@ -28,7 +28,14 @@ from repvitok.runtime.commands import (
 from repvitok.runtime.documents import MAX_SIDE, parse, parse_json
 from repvitok.runtime.errors import MOST_PROCESSES, UserError, run_cli, say_next
 
-from repwam_core.estimate import DEVICES, RunRequest, estimate_run, format_estimate, model_of_recipes, training_of_recipes
+from repwam_core.estimate import (
+    DEVICES,
+    RunRequest,
+    estimate_run,
+    format_estimate,
+    model_of_recipes,
+    training_of_recipes,
+)
 from repwam_core.model.config import MOST_LOOK_AHEAD, Recompute
 from repwam_core.policy.serving.command import add_serve_arguments, serve
 from repwam_core.quickstart.config import add_quickstart_arguments

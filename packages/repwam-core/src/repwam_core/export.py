@@ -62,7 +62,7 @@ class _StoredRun:
     channels: list[str]
     state_channels: list[str]
     chunks: ChunkSpec | None = None  # version 0.1 did not say
-    finetuning: dict[str, Any] | None = None  # of runs that train parts of their model
+    finetuning: FineTuning | None = None  # of runs that train parts of their model
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def read_trained(checkpoint: str | Path, data_set: int | None = None) -> Trained
     with torch.device("meta"):
         wam = WorldActionModel(WAMConfig.from_dict(stored.config))
     if stored.finetuning is not None:
-        FineTuning.from_dict(stored.finetuning).apply(wam)
+        stored.finetuning.apply(wam)
     wam = with_weights(wam, "wam.", content, section, where)
     merge_lora(wam)
     number = data_set or 0

@@ -9,6 +9,7 @@ from repvitok.runtime.checkpointing import read_checkpoint
 from repvitok.runtime.training import build_optimizer, parameter_groups
 from repwam_core.data.batches import Documents, SegmentBatch
 from repwam_core.export import export_wam, read_trained
+from repwam_core.model.blocks import WAMLayer
 from repwam_core.model.config import ActionSpace, WAMConfig
 from repwam_core.model.sequence import Velocities
 from repwam_core.model.wam import WorldActionModel, compile_layers
@@ -84,12 +85,12 @@ def _trained(part: WorldActionModel) -> list[str]:
 def test_lora_starts_from_the_pretrained_function_and_merges_into_an_ordinary_model():
     plain = wam()
     updated = copy.deepcopy(plain)
-    FineTuning(lora=LoRASettings(rank=3, alpha=6)).apply(updated)
+    FineTuning(lora=LoRASettings(rank=3, alpha=6.0)).apply(updated)
     initialise(updated, 0, LORA)
     layers = [layer for layer in updated.modules() if isinstance(layer, LoRALinear)]
     assert all(layer.lora_a.abs().sum() > 0 and layer.scale == 2 for layer in layers)
     before, start = (run(part) for part in (plain, updated))
-    assert torch.equal(before.latents, start.latents)
+    assert torch.equal(before.video, start.video)
     assert torch.equal(before.actions, start.actions)
     with torch.no_grad():
         for layer in layers:
@@ -99,7 +100,7 @@ def test_lora_starts_from_the_pretrained_function_and_merges_into_an_ordinary_mo
     merge_lora(updated)
     assert updated.state_dict().keys() == plain.state_dict().keys()
     merged = run(updated)
-    torch.testing.assert_close(merged.latents, moved.latents, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(merged.video, moved.video, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(merged.actions, moved.actions, atol=1e-5, rtol=1e-5)
 
 
@@ -110,12 +111,13 @@ def test_compiled_and_recomputed_layers_train_their_updates():
     gradients = []
     for how in ("none", "full", "compiled"):
         for layer in updated.layers:
+            assert isinstance(layer, WAMLayer)
             layer.recompute = "none" if how == "compiled" else how
         if how == "compiled":
             compile_layers(updated, backend="aot_eager", dynamic=True)
         updated.zero_grad()
         velocities = run(updated)
-        (velocities.latents.square().sum() + velocities.actions.square().sum()).backward()
+        (velocities.video.square().sum() + velocities.actions.square().sum()).backward()
         gradients.append([layer.lora_b.grad for layer in updated.modules() if isinstance(layer, LoRALinear)])
         assert all(parameter.grad is None for parameter in updated.parameters() if not parameter.requires_grad)
     for other in gradients[1:]:

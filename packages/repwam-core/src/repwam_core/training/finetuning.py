@@ -141,12 +141,6 @@ class FineTuning:
         lora = None if self.lora is None else asdict(self.lora)
         return {"freeze": list(self.freeze), "lora": lora, "anew": list(self.anew)}
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> FineTuning:
-        """The inverse of `to_dict`."""
-        lora = None if values["lora"] is None else LoRASettings(**values["lora"])
-        return cls(tuple(values["freeze"]), lora, tuple(values["anew"]))
-
 
 def merge_lora(wam: WorldActionModel) -> None:
     """Put every update into its layer's weights: an ordinary model, all of which may be trained again."""

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from repvitok.runtime.documents import Above0, Positive, check_arguments
+from repvitok.runtime.documents import Above0, Positive, check_fields
 from repvitok.runtime.errors import UserError
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -59,7 +59,7 @@ class LoRASettings:
     also_train: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        check_arguments(LoRASettings, vars(self))
+        check_fields(self)
         require_words("model.lora.targets", self.targets, TARGETS)
         require_words("model.lora.also_train", self.also_train, PARTS)
         if not self.targets:

@@ -52,6 +52,8 @@ def _bases(path: Path) -> list[Path]:
         "1_repvitok/mt50.yaml": ["tiny.yaml"],
         "1_repvitok/small.yaml": ["tiny.yaml"],
         "3_repwam/finetune.yaml": ["base.yaml", "adapt.yaml"],
+        "3_repwam/frozen.yaml": ["base.yaml", "adapt.yaml", "finetune.yaml"],
+        "3_repwam/lora.yaml": ["base.yaml", "adapt.yaml", "finetune.yaml"],
         "3_repwam/tune_tokenizer.yaml": ["base.yaml", "adapt.yaml"],
         "3_repwam/mt50.yaml": ["mt50_pretrain.yaml"],
         "3_repwam/one_gpu_adapt.yaml": ["one_gpu.yaml"],

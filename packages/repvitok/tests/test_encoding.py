@@ -15,7 +15,8 @@ from repvitok.data.contents import without_actions
 from repvitok.data.folders import open_episodes
 from repvitok.data.lerobot.format import EpisodeInfo
 from repvitok.data.shards import LatentShards
-from repvitok.data.transforms import prepare_frames
+from repvitok.data.split import split_latents
+from repvitok.data.transforms import Augmentation, prepare_frames, resize_frames
 from repvitok.data.video import write_video
 from repvitok.encoding import decode_shards, encode_dataset
 from repvitok.encoding_plan import episodes_of_slice, make_config, merge_latents
@@ -368,3 +369,63 @@ def test_numbers_that_float32_cannot_hold_are_named_when_they_are_read(tmp_path,
 def test_a_camera_is_taken_once(tok):
     with pytest.raises(UserError, match="expected different cameras, got 'camera_0' twice"):
         make_config(tok, Recording(), (32, 32), 1, (0,), ["camera_0", "camera_1", "camera_0"], "float32")
+
+
+def test_augmented_encodings_are_further_ones_of_training_episodes_alone(tmp_path, tok):
+    shards = encode(tok, tmp_path / "one", augment=2, offsets=(0, 1), batch_size=32)
+    assert [(info.episode_index, info.offset, info.augmentation) for info in shards.infos[:6]] == [
+        (0, offset, copy) for offset in (0, 1) for copy in (0, 1, 2)
+    ]
+    assert [shards.keys[number] for number in (0, 1, 5)] == [
+        f"episode_000000-{end}" for end in ("o0", "o0-a1", "o1-a2")
+    ]
+    plain = encode(tok, tmp_path / "plain", offsets=(0, 1), batch_size=32)
+    recorded = [episode for episode in shards if not episode.augmentation]
+    for mine, theirs in zip(recorded, plain, strict=True):
+        np.testing.assert_allclose(mine.latents, theirs.latents, atol=1e-5)
+        assert mine.info == theirs.info
+    one, other = shards[1], shards[2]
+    assert np.array_equal(one.actions, recorded[0].actions)
+    assert np.abs(one.latents - recorded[0].latents).max() > 1e-2 < np.abs(one.latents - other.latents).max()
+    train, kept = split_latents(shards, 0.3)
+    held_out = {shards.infos[span.number].episode_index for span in kept}
+    assert {shards.infos[span.number].augmentation for span in kept} == {0}
+    assert not held_out & {shards.infos[span.number].episode_index for span in train}
+    assert len(train) == 6 * (4 - len(held_out))
+    assert shards.provenance["augment"]["copies"] == 2
+    assert "augmentation" not in (tmp_path / "plain" / "meta.json").read_text()
+
+
+def test_augmented_encodings_resume_merge_and_mix_with_no_others(tmp_path, tok):
+    whole = encode(tok, tmp_path / "whole", augment=1, batch_size=4)
+    for _ in range(20):
+        try:
+            encode_dataset(tok, Recording(reads=4), tmp_path / "killed", size=(32, 32), augment=1, batch_size=4)
+            break
+        except KeyboardInterrupt:
+            continue
+    killed = LatentShards(tmp_path / "killed")
+    assert (killed.root / "meta.json").read_bytes() == (whole.root / "meta.json").read_bytes()
+    with pytest.raises(UserError, match="augment"):
+        encode(tok, tmp_path / "whole", augment=2)
+    for index in range(2):
+        encode_dataset(tok, Recording(), tmp_path / "parts", size=(32, 32), augment=1, batch_size=4, shard=(index, 2))
+    merge_latents(tmp_path / "parts")
+    assert LatentShards(tmp_path / "parts").keys == whole.keys
+
+
+def test_an_augmented_episode_is_cut_and_coloured_alike_in_all_frames():
+    draw = np.random.default_rng(0)
+    frames = np.repeat(draw.integers(0, 256, (1, 40, 48, 3), dtype=np.uint8), 3, axis=0)
+    changes = Augmentation(copies=2)
+    first = changes.resize(frames, (20, 24), (3, 1, "front"))
+    assert first.shape == (3, 20, 24, 3)
+    assert np.array_equal(first[0], first[2])
+    assert np.array_equal(first[:1], changes.resize(frames[:1], (20, 24), (3, 1, "front")))
+    for key in ((3, 2, "front"), (4, 1, "front"), (3, 1, "wrist")):
+        assert not np.array_equal(first, changes.resize(frames, (20, 24), key))
+    depth = np.repeat(frames[..., :1], 3, axis=-1)
+    grey = changes.resize(depth, (40, 48), (0, 1, "depth"), colour=False)
+    assert np.array_equal(grey[..., 0], grey[..., 2])
+    none = Augmentation(copies=1, crop=1.0, brightness=0.0, contrast=0.0, saturation=0.0)
+    assert np.array_equal(none.resize(frames, (20, 24), (0, 1, "front")), resize_frames(frames, (20, 24)))

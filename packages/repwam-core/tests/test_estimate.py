@@ -19,6 +19,7 @@ from repwam_core.estimate import (
     offloaded_bytes,
     peak_flops,
     state_bytes,
+    training_of_recipes,
 )
 from repwam_core.model.attention import dense_mask, make_attention
 from repwam_core.model.config import ActionSpace, Recompute, WAMConfig
@@ -31,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 SPACE = ActionSpace(channels=3, vectors_per_transition=2, state_channels=2)
 CHUNKS = ((2, 2, 1), (1, 1, 1, 1))
 GRID = (1, 4, 4)
+SMALL = RunRequest(preset="tiny", gpus=2, shard_size=2, tokens=5000, grid=GRID, vectors=1)
 
 
 def config(**changes: object) -> WAMConfig:
@@ -224,6 +226,28 @@ def test_a_recipe_says_the_model_and_its_tokens(tmp_path, capsys):
     over.write_text("model: {wam: {widht: 64}}\n")
     assert main(["estimate", "--recipe", str(over)]) == 2
     assert "--recipe: expected settings of the model under model.wam, got widht" in capsys.readouterr().err
+
+
+def test_a_recipe_says_what_is_trained_of_the_model(tmp_path, capsys):
+    base, over = tmp_path / "small.yaml", tmp_path / "over.yaml"
+    base.write_text("model: {preset: tiny, optimizer: {name: adamw, lr: 1e-3}}\n")
+    model = meta_model(WAMConfig.preset("tiny"))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    config = model_of_recipes([base])[0]
+    whole = estimate_run(SMALL, config, *training_of_recipes([base]))
+    assert whole.state == 4 * 5 * total / SMALL.shard_size
+    over.write_text("model: {lora: {rank: 2, targets: [mlp]}}\n")
+    updates = estimate_run(SMALL, config, *training_of_recipes([base, over]))
+    assert updates.trained == 4 * 2 * 2 * 2 * (128 + 512)  # layers, experts, matrices, rank
+    assert updates.state == 4 * (total + 5 * updates.trained) / SMALL.shard_size
+    over.write_text("model: {freeze: [trunk]}\n")
+    frozen = estimate_run(SMALL, config, *training_of_recipes([base, over]))
+    assert frozen.trained == total - sum(parameter.numel() for parameter in model.layers.parameters())
+    assert main(["estimate", "--recipe", str(base), str(over)]) == 0
+    assert f"average of the {frozen.trained / 1e6:.1f} M trained)" in capsys.readouterr().out
+    over.write_text("model: {freeze: [trunc]}\n")
+    assert main(["estimate", "--recipe", str(base), str(over)]) == 2
+    assert "model.freeze: expected some of trunk" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -282,7 +282,9 @@ def measure_maps(
     """
     step, meta = lat.config.transition_frames, shards.meta
     # the first transition of every entry is no motion (docs/decisions/020)
-    places = [(n, k) for n, info in enumerate(shards.infos) for k in range(1, info.frames - step)]
+    places = [
+        (n, k) for n, info in enumerate(shards.infos) if not info.augmentation for k in range(1, info.frames - step)
+    ]
     if not places:
         raise UserError(f"{shards.root}: no episode has {step + 2} latent frames, so there is no map to measure.")
     spread = np.unique(np.linspace(0, len(places) - 1, min(transitions, len(places))).round().astype(int))

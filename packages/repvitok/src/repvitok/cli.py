@@ -62,6 +62,13 @@ def _encode_arguments(parser: argparse.ArgumentParser) -> None:
     add("--size", type=parse_size, required=True, metavar="H[xW]", help="pixels frames are resized to")
     add("--stride", type=whole_number(1, MAX_STRIDE), default=1, help="take every n-th frame (default 1)")
     add("--offsets", type=whole_number(), nargs="+", default=[0], help="first raw frames to start from (default 0)")
+    add(
+        "--augment",
+        type=whole_number(0, 1000),
+        default=0,
+        metavar="N",
+        help="N more encodings of each episode, with pictures cropped and coloured otherwise (default 0)",
+    )
     add("--cameras", type=text_argument, nargs="+", default=None, help="camera keys (default: all)")
     add("--depth-range", **DEPTH_RANGE)
     add("--episodes", **EPISODES)
@@ -103,7 +110,7 @@ def _encode_arguments(parser: argparse.ArgumentParser) -> None:
 def _encode(options: argparse.Namespace) -> None:
     from repvitok.encoding import EncodingJob, run_job
 
-    settings = ("size", "stride", "cameras", "episodes", "dtype", "precision", "batch_size", "workers")
+    settings = ("size", "stride", "cameras", "episodes", "dtype", "precision", "augment", "batch_size", "workers")
     job = EncodingJob(
         tokenizer=options.tokenizer,
         dataset=options.dataset,

@@ -37,7 +37,7 @@ from repvitok.data.shards import (
     write_episode_file,
 )
 from repvitok.data.split import EpisodeNumbers, choose_episodes, left_out
-from repvitok.data.transforms import resize_frames, to_frames, to_unit
+from repvitok.data.transforms import Augmentation, resize_frames, to_frames, to_unit
 from repvitok.data.video import write_video
 from repvitok.encoding_plan import (
     EncodingConfig,
@@ -84,6 +84,7 @@ def encode_dataset(
     episodes: EpisodeNumbers | None = None,
     dtype: str = "float32",
     precision: str = "float32",
+    augment: int | Augmentation = 0,
     batch_size: int = 8,
     workers: int = 1,
     shard: JobSlice | None = None,
@@ -108,6 +109,8 @@ def encode_dataset(
         episodes: numbers of those to encode; None for all.
         dtype: "float32" or "float16", of the latents on disk.
         precision: "float32", the policy's own, or "bfloat16", in which a GPU multiplies faster.
+        augment: so many further encodings of each episode with augmented pictures, or an `Augmentation`. No stage
+            holds them out, nor trains on those of an episode that it holds out.
         batch_size: streams side by side (at least one episode with its offsets and cameras).
         workers: threads that decode; one uses several cores already where a video's codec can.
         shard: (i, n): encode the i-th of n shares of the episodes only, into a folder of its own below `out`; once
@@ -122,7 +125,8 @@ def encode_dataset(
     for name, value in (("workers", workers), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(f"{name} must be 1 or more, got {value}")
-    config = make_config(tok, reader, size, stride, offsets, cameras, dtype, episodes, precision)
+    changes = augment if isinstance(augment, Augmentation) else Augmentation(copies=augment) if augment else None
+    config = make_config(tok, reader, size, stride, offsets, cameras, dtype, episodes, precision, changes)
     asked = infos_of(reader, episodes)
     everything = long_enough(asked, config.offsets)
     infos = episodes_of_slice(everything, shard)
@@ -144,7 +148,9 @@ def encode_dataset(
         if (done := _finished((out, target), config, infos, instructions, report)) is not None:  # by another process
             return done
         # The latents lie on disk twice while the shards are put together.
-        latents = len(config.offsets) * sum(info.length // meta.frames_per_latent + 1 for info in infos)
+        latents = (
+            len(config.copies) * len(config.offsets) * sum(info.length // meta.frames_per_latent + 1 for info in infos)
+        )
         size_bytes = 2 * latents * meta.tokens * meta.latent_dim * np.dtype(config.dtype).itemsize
         require_disk_space(target, size_bytes, "latent shards")
         pace = _encode_episodes(tok, reader, target, infos, config, batch_size, workers)
@@ -179,7 +185,7 @@ def _finished(
 
 @dataclass(frozen=True, eq=False)
 class _LoadedEpisode:
-    """One episode ready to encode: camera frames resized, (views, T, h, w, 3) uint8, and its columns."""
+    """One episode ready to encode: camera frames resized, (copies, views, T, h, w, 3) uint8, and its columns."""
 
     info: EpisodeInfo
     pixels: np.ndarray
@@ -233,7 +239,7 @@ def _encode_episodes(
     pace, waiting = Throughput(), []
     with progress(desc="encode", total=sum(info.length for info in infos), unit="frame") as bar:
         for batch in _batches(infos, config, batch_size):
-            if all(_work_file(target, info, offset).is_file() for info in batch for offset in config.offsets):
+            if all(_work_file(target, *entry).is_file() for info in batch for entry in _entries(info, config)):
                 bar.update(sum(info.length for info in batch))
             else:
                 waiting.append(batch)
@@ -255,9 +261,9 @@ def _write_shards(
     ranges = {"action": ChannelRange(meta.action_names), "observation.state": ChannelRange(meta.state_names)}
     with LatentShardWriter(target, meta, dtype=config.dtype, provenance=provenance) as writer:
         for info in infos:
-            for offset in config.offsets:
+            for entry in _entries(info, config):
                 # An instruction may have been corrected since a killed run encoded its episode.
-                episode = dataclasses.replace(read_episode_file(_work_file(target, info, offset)), task=info.task)
+                episode = dataclasses.replace(read_episode_file(_work_file(target, *entry)), task=info.task)
                 ranges["action"].add(episode.actions)
                 ranges["observation.state"].add(episode.state)
                 writer.add(episode)
@@ -266,19 +272,24 @@ def _write_shards(
     return writer.meta, constant
 
 
-def _work_file(target: Path, info: EpisodeInfo, offset: int) -> Path:
-    return target / ".work" / f"{_key(info, offset)}.tar"
+def _entries(info: EpisodeInfo, config: EncodingConfig) -> list[tuple[EpisodeInfo, int, int]]:
+    """The encodings of an episode, by offset and copy."""
+    return [(info, offset, copy) for offset in config.offsets for copy in config.copies]
 
 
-def _key(info: EpisodeInfo, offset: int) -> str:
-    return f"episode_{info.index:06d}-o{offset}"
+def _work_file(target: Path, info: EpisodeInfo, offset: int, copy: int) -> Path:
+    return target / ".work" / f"{_key(info, offset, copy)}.tar"
+
+
+def _key(info: EpisodeInfo, offset: int, copy: int) -> str:
+    return f"episode_{info.index:06d}-o{offset}" + (f"-a{copy}" if copy else "")
 
 
 def _batches(episodes: Sequence[EpisodeInfo], config: EncodingConfig, batch_size: int) -> list[list[EpisodeInfo]]:
     """Episodes to encode side by side, of like length; decided by the config alone, so that a continued run computes
     the same latents. A batch's resized frames stay below a bound, unless one episode alone has more."""
-    most = max(1, batch_size // (len(config.offsets) * len(config.cameras)))
-    frame_bytes = 3 * len(config.cameras) * config.size[0] * config.size[1]
+    most = max(1, batch_size // (len(config.copies) * len(config.offsets) * len(config.cameras)))
+    frame_bytes = 3 * len(config.copies) * len(config.cameras) * config.size[0] * config.size[1]
     batches: list[list[EpisodeInfo]] = []
     held = 0
     for info in sorted(episodes, key=lambda info: (info.length, info.index)):
@@ -309,26 +320,36 @@ def _load_batch(reader: EpisodeReader, config: EncodingConfig, batch: Sequence[E
     for info in batch:
         starts = range(0, info.length, _DECODE_BLOCK)
         blocks = [range(start, min(start + _DECODE_BLOCK, info.length)) for start in starts]
-        views = [
-            np.concatenate([resize_frames(reader.frames(info.index, camera, b), config.size) for b in blocks])
-            for camera in config.cameras
-        ]
-        loaded.append(_LoadedEpisode(info, np.stack(views), read_robot_columns(reader, info.index)))
+        views = []
+        for camera in config.cameras:
+            colour = camera not in getattr(reader, "depth_keys", ())
+            parts: list[list[np.ndarray]] = [[] for _ in config.copies]
+            for block in blocks:
+                frames = reader.frames(info.index, camera, block)
+                parts[0].append(resize_frames(frames, config.size))
+                for copy in config.copies[1:]:
+                    assert config.augment is not None
+                    key = info.index, copy, camera
+                    parts[copy].append(config.augment.resize(frames, config.size, key, colour))
+            views.append([np.concatenate(part) for part in parts])
+        pixels = np.stack([np.stack(copies) for copies in zip(*views, strict=True)])
+        loaded.append(_LoadedEpisode(info, pixels, read_robot_columns(reader, info.index)))
     return loaded
 
 
 def _encode_batch(
     tok: VideoTokenizer, batch: Sequence[_LoadedEpisode], config: EncodingConfig
 ) -> Iterator[LatentEpisode]:
-    """The latents of some episodes, at every offset."""
-    jobs = [(item, offset) for item in batch for offset in config.offsets]
-    clips = [view[offset :: config.stride] for item, offset in jobs for view in item.pixels]
+    """The latents of some episodes, at every offset, of every copy."""
+    jobs = [(item, offset, copy) for item in batch for _, offset, copy in _entries(item.info, config)]
+    clips = [view[offset :: config.stride] for item, offset, copy in jobs for view in item.pixels[copy]]
     latents = _stream_clips(tok, clips, config.window, bf16=config.precision is not None)
     views = len(config.cameras)  # camera v of job n is stream n * views + v
-    for number, (item, offset) in enumerate(jobs):
+    for number, (item, offset, copy) in enumerate(jobs):
         cameras = latents[number * views : (number + 1) * views]
         joined = np.concatenate(cameras, axis=1)
-        yield align_episode(item.info, offset, joined, item.columns, config.stride, tok.config.tubelet_frames)
+        stride, f = config.stride, tok.config.tubelet_frames
+        yield align_episode(item.info, offset, joined, item.columns, stride, f, copy)
 
 
 def align_episode(
@@ -338,6 +359,7 @@ def align_episode(
     columns: Mapping[str, np.ndarray],
     stride: int,
     tubelet_frames: int,
+    augmentation: int = 0,
 ) -> LatentEpisode:
     """Puts states and actions beside latents.
 
@@ -353,7 +375,9 @@ def align_episode(
     if actions is not None:
         rows = last[:-1, None] + np.arange(per_transition)
         actions = actions.reshape(len(actions), -1)[rows].astype(np.float32)
-    return LatentEpisode(_key(info, offset), info.index, offset, info.task, latents, state, actions)
+    key = _key(info, offset, augmentation)
+    arrays = {"latents": latents, "state": state, "actions": actions}
+    return LatentEpisode(key, info.index, offset, info.task, **arrays, augmentation=augmentation)
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from repvitok.data.lerobot.reader import LeRobotReader
 from repvitok.data.lerobot.tables import robot_numbers
 from repvitok.data.shards import LatentShards, remove_work, replace_instructions, write_latent_meta
 from repvitok.data.split import EpisodeNumbers, choose_episodes, format_episodes
+from repvitok.data.transforms import Augmentation
 from repvitok.interface import VideoTokenizer
 from repvitok.runtime.errors import UserError
 from repvitok.runtime.files import link_or_copy, sole_writer
@@ -61,6 +62,7 @@ class EncodingConfig:
         num_episodes, num_frames: of the episodes that are encoded.
         left_out: numbers of those that were to be and have no frame at an offset; None for none.
         precision: "bfloat16" where the model's products are; None is float32.
+        augment: further encodings of each episode at each offset; None for none.
         size: (H, W) the frames are resized to.
         stride: every stride-th raw frame is encoded.
         offsets: each episode is encoded once per offset, without its first `offset` raw frames.
@@ -85,6 +87,12 @@ class EncodingConfig:
     episodes: str | None = None
     left_out: str | None = None
     precision: str | None = None
+    augment: Augmentation | None = None
+
+    @property
+    def copies(self) -> range:
+        """The encodings of an episode at an offset: 0 as it was recorded, then those that are augmented."""
+        return range(1 + (self.augment.copies if self.augment else 0))
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON gives it back: tuples as lists."""
@@ -109,6 +117,7 @@ def make_config(
     dtype: str,
     episodes: EpisodeNumbers | None = None,
     precision: str = "float32",
+    augment: Augmentation | None = None,
 ) -> EncodingConfig:
     """The config of an encoding."""
     tok.grid(*size)
@@ -142,6 +151,7 @@ def make_config(
         episodes=None if len(asked) == len(reader.episodes) else format_episodes(info.index for info in asked),
         left_out=format_episodes({info.index for info in asked} - kept) if len(infos) < len(asked) else None,
         precision=None if precision == "float32" else precision,
+        augment=augment,
     )
 
 
@@ -262,7 +272,9 @@ def _merge(out: Path) -> LatentMeta:
     for part in progress(parts, desc="verify", unit="part"):
         part.verify()
     keys = [key for part in parts for key in part.keys]
-    expected = parts[0].provenance["num_episodes"] * len(parts[0].provenance["offsets"])
+    provenance = parts[0].provenance
+    copies = (provenance.get("augment") or {"copies": 0})["copies"]
+    expected = provenance["num_episodes"] * len(provenance["offsets"]) * (1 + copies)
     if len(keys) != expected or len(set(keys)) != expected:
         raise UserError(f"{out}: the parts hold {len(set(keys))} different of {expected} episodes; encode them again")
     entries: list[dict[str, Any]] = []

@@ -162,7 +162,7 @@ ENTRIES = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 30)), min_size=1,
 def latent_shards(entries: dict[int, list[tuple[int, int]]], per_latent: int) -> SimpleNamespace:
     """Shards of episodes, each with (offset, latent frames) of its entries."""
     infos = [
-        SimpleNamespace(episode_index=number, offset=offset, frames=frames)
+        SimpleNamespace(episode_index=number, offset=offset, frames=frames, augmentation=0)
         for number, encoded in sorted(entries.items())
         for offset, frames in encoded
     ]

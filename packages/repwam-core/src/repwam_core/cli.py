@@ -30,7 +30,14 @@ from repvitok.runtime.commands import (
 from repvitok.runtime.documents import MAX_SIDE, parse, parse_json
 from repvitok.runtime.errors import MOST_PROCESSES, UserError, run_cli, say_next
 
-from repwam_core.estimate import DEVICES, RunRequest, estimate_run, format_estimate, model_of_recipes
+from repwam_core.estimate import (
+    DEVICES,
+    RunRequest,
+    estimate_run,
+    format_estimate,
+    model_of_recipes,
+    training_of_recipes,
+)
 from repwam_core.model.config import MOST_LOOK_AHEAD, Recompute
 from repwam_core.policy.serving.command import add_serve_arguments, serve
 from repwam_core.quickstart.config import add_quickstart_arguments
@@ -638,11 +645,12 @@ def _estimate_arguments(parser: argparse.ArgumentParser) -> None:
 def _estimate(options: argparse.Namespace) -> None:
     values = {name: getattr(options, name) for name in RunRequest.__dataclass_fields__}
     config, tokens = (None, None) if options.recipe is None else model_of_recipes(options.recipe)
+    trained = () if options.recipe is None else training_of_recipes(options.recipe)
     values |= {"tokens": options.tokens or tokens or RunRequest().tokens, "grid": tuple(options.grid)}
     if options.recipe is not None:
         values["preset"] = " + ".join(path.stem for path in options.recipe)
     request = RunRequest(**values)
-    print("\n".join(format_estimate(request, estimate_run(request, config))))
+    print("\n".join(format_estimate(request, estimate_run(request, config, *trained))))
 
 
 def _plan(options: argparse.Namespace) -> None:

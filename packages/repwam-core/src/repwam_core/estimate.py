@@ -15,10 +15,10 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from repvitok.config import RepViTokConfig
-from repvitok.runtime.documents import load_yaml
+from repvitok.runtime.documents import load_yaml, parse
 from repvitok.runtime.errors import UserError
 
 from repwam_core.model.config import Recompute, WAMConfig
@@ -26,6 +26,7 @@ from repwam_core.model.config import Recompute, WAMConfig
 if TYPE_CHECKING:
     from repwam_core.model.sequence import TokenLayout
     from repwam_core.model.wam import WorldActionModel
+    from repwam_core.training.finetuning import FineTuning
 
 GIB = 2**30
 FITTING_SHARE = 0.9
@@ -273,16 +274,22 @@ def visible_pairs(
     )
 
 
-def state_bytes(model: WorldActionModel) -> int:
+def state_bytes(model: WorldActionModel, muon: bool = True) -> int:
     """Bytes of what lasts from step to step, over all ranks that share one copy, in float32.
 
-    Parameters, gradients, averages, and moments: one for each parameter that Muon steps, two for AdamW's.
+    Parameters, and of those that are trained gradients, averages, and moments: one for each parameter that Muon steps,
+    two for AdamW's.
     """
     from repvitok.runtime.training import parameter_groups
 
+    hidden = sum(parameter.numel() for parameter in parameter_groups(model)[0]) if muon else 0
     total = sum(parameter.numel() for parameter in model.parameters())
-    hidden = sum(parameter.numel() for parameter in parameter_groups(model)[0])
-    return 4 * (3 * total + 2 * total - hidden)
+    return 4 * (total + 4 * trained_parameters(model) - hidden)
+
+
+def trained_parameters(model: WorldActionModel) -> int:
+    """How many numbers of a model are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def activation_bytes(config: WAMConfig, cost: SequenceCost, recompute: Recompute = "none", bf16: bool = True) -> int:
@@ -404,6 +411,7 @@ class RunEstimate:
     Attributes:
         sequence: a packed one.
         parameters: of the video and of the action expert, and of look-ahead layers.
+        trained: parameters that are trained, all or some; low-rank updates are among them.
         state: bytes of parameters, gradients, moments and averages on one device.
         activations: bytes kept for the backward pass, by `recompute`.
         offloaded: bytes of the host's memory that recompute "offload" takes.
@@ -426,6 +434,7 @@ class RunEstimate:
     latents_bytes: float
     encode_gpu_hours: float
     decode_core_hours: float
+    trained: int
 
 
 def model_of_recipes(recipes: Sequence[str | Path]) -> tuple[WAMConfig, int | None]:
@@ -442,13 +451,43 @@ def model_of_recipes(recipes: Sequence[str | Path]) -> tuple[WAMConfig, int | No
     return WAMConfig.preset(preset, **sizes), tokens
 
 
-def estimate_run(request: RunRequest, config: WAMConfig | None = None) -> RunEstimate:
-    """Answer a request, for another model than its preset if `config` is one."""
+def training_of_recipes(recipes: Sequence[str | Path]) -> tuple[FineTuning, bool]:
+    """What of their model recipes laid over each other train, and whether by Muon."""
+    from repvitok.runtime.training import OptimizerSettings
+
+    from repwam_core.training.finetuning import FineTuning, LoRASettings
+
+    model: dict[str, Any] = {}
+    muon = OptimizerSettings().name == "muon"
+    for path in recipes:
+        recipe = load_yaml(path)
+        over = (recipe.get("model") if isinstance(recipe, dict) else None) or {}
+        muon = (over.get("optimizer") or {}).get("name", "muon" if muon else "adamw") == "muon"
+        model |= over
+    lora = parse(model["lora"], LoRASettings, "--recipe: model.lora") if model.get("lora") else None
+    freeze = parse(model.get("freeze") or [], list[str], "--recipe: model.freeze")
+    return FineTuning(tuple(freeze), lora), muon
+
+
+def estimate_run(
+    request: RunRequest,
+    config: WAMConfig | None = None,
+    finetuning: FineTuning | None = None,
+    muon: bool = True,
+) -> RunEstimate:
+    """Answer a request, for another model than its preset if `config` is one, of which `finetuning` trains a part.
+
+    FLOPs and activations are those of training all of it: bounds from above where a part is trained, but for the few
+    numbers of low-rank updates.
+    """
     config = config or WAMConfig.preset(request.preset, look_ahead=request.look_ahead)
     device = DEVICES[request.gpu]
     name, space = next(iter(config.spaces.items()))
     config = replace(config, spaces={name: replace(space, vectors_per_transition=request.vectors)})
     sequence, model = packed_sequence(config, request), meta_model(config)
+    parameters = model.parameter_counts()
+    if finetuning:
+        finetuning.apply(model)
     flops = sequence.training_flops
     recomputed = {"none": 0.0, "selective": 0.3, "full": 1 / 3, "offload": 1 / 3}[request.recompute]
     step_s = flops * (1 + recomputed) / (device.peak_flops * request.mfu)
@@ -457,8 +496,9 @@ def estimate_run(request: RunRequest, config: WAMConfig | None = None) -> RunEst
     raw_frames = latent_tokens / math.prod(request.grid) * request.grid[0] * RAW_FRAMES_PER_LATENT
     return RunEstimate(
         sequence=sequence,
-        parameters=model.parameter_counts(),
-        state=state_bytes(model) / request.shard_size,
+        parameters=parameters,
+        trained=trained_parameters(model),
+        state=state_bytes(model, muon) / request.shard_size,
         activations={name: activation_bytes(config, sequence, name) for name in get_args(Recompute)},
         offloaded=offloaded_bytes(config, sequence),
         flops=flops,
@@ -511,7 +551,8 @@ def format_estimate(request: RunRequest, run: RunEstimate) -> list[str]:
         + ahead,
         f"sequence: {sequence.tokens:,} tokens in {sequence.documents} episodes ({sequence.video:,} video, "
         f"{sequence.side:,} action), {sequence.pairs / sequence.tokens:,.0f} visible keys per token",
-        f"state per device: {run.state / GIB:.1f} GiB (float32 parameters, gradients, moments, average)",
+        f"state per device: {run.state / GIB:.1f} GiB (float32 parameters; gradients, moments and average of "
+        + ("all)" if run.trained >= sum(run.parameters.values()) else f"the {run.trained / 1e6:,.1f} M trained)"),
         f"activations per device, by recompute: {each}",
         memory,
         f"step: {run.flops / 1e15:.3g} PFLOP per device, {run.step_s:.1f} s, "

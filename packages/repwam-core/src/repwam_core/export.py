@@ -37,6 +37,7 @@ from repwam_core.policy.policy import BatchedPolicy
 from repwam_core.sampling import ChunkSpec, SamplingConfig
 from repwam_core.statistics import HEADLINE, Statistics
 from repwam_core.text import TextEncoder
+from repwam_core.training.finetuning import FineTuning, merge_lora
 from repwam_core.training.module import CHECKPOINT_KEY
 from repwam_core.training.parallel import read_whole
 
@@ -61,6 +62,7 @@ class _StoredRun:
     channels: list[str]
     state_channels: list[str]
     chunks: ChunkSpec | None = None  # version 0.1 did not say
+    finetuning: FineTuning | None = None  # of runs that train parts of their model
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,10 @@ def read_trained(checkpoint: str | Path, data_set: int | None = None) -> Trained
     stored = parse(parse_json(section.get("json"), f"{where}, its JSON"), _StoredRun, where, unknown=True)
     with torch.device("meta"):
         wam = WorldActionModel(WAMConfig.from_dict(stored.config))
+    if stored.finetuning is not None:
+        stored.finetuning.apply(wam)
     wam = with_weights(wam, "wam.", content, section, where)
+    merge_lora(wam)
     number = data_set or 0
     if not 0 <= number < len(stored.data_sets):
         raise UserError(f"{checkpoint} was trained on {len(stored.data_sets)} data sets, it has no number {number}")

@@ -77,7 +77,7 @@ def test_a_second_run_finds_what_the_first_one_made(made, tmp_path, monkeypatch)
 
 
 def test_other_ways_of_encoding_lie_in_other_folders(made, tmp_path):
-    ways = [{}, {"stride": 2}, {"offsets": [0]}, {"size": (16, 16)}, {"lat": made / "lat"}]
+    ways = [{}, {"augment": 1}, {"stride": 2}, {"offsets": [0]}, {"size": (16, 16)}, {"lat": made / "lat"}]
     folders = [LatentsOnDemand(settings(made, tmp_path, **way)).folder(made / "robot") for way in ways]
     folders += [LatentsOnDemand(settings(made, tmp_path)).folder(made / "elsewhere" / "robot")]
     assert len(set(folders)) == len(folders)

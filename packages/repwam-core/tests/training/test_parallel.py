@@ -11,7 +11,7 @@ import pytest
 import torch
 from repvitok.runtime.checkpointing import find_checkpoint, read_checkpoint
 from repvitok.runtime.progress import read_curves
-from repwam_core.export import read_trained
+from repwam_core.export import export_wam, read_trained
 from repwam_core.model.config import ActionSpace, WAMConfig
 from repwam_core.model.wam import WorldActionModel, initial_draws
 from repwam_core.training.parallel import _publish, initialise, read_whole
@@ -168,6 +168,21 @@ def test_a_save_is_published_beside_what_else_is_there(tmp_path):
     found = find_checkpoint(tmp_path)
     assert found is not None
     assert (found.path.name, found.step) == ("last.ckpt-000002-1", 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "how", [("--model.freeze=[video_layers,text]",), ("--model.lora.rank=2",)], ids=["freeze", "lora"]
+)
+def test_a_part_of_a_pretrained_model_trains_on_two_ranks_as_in_one_process(ranks, fit, alone, tmp_path, how):
+    export_wam(alone[2], tmp_path / "wam")
+    given = [
+        item for item in PACKED if "wam.depth" not in item and "max_steps" not in item and "look_ahead" not in item
+    ]
+    given += [f"--model.init_from={tmp_path / 'wam'}", "--model.wam=null", "--trainer.max_steps=3", *how]
+    expected = fit(tmp_path / "one", *given, "--trainer.accumulate_grad_batches=2")
+    assert ranks(tmp_path / "two", 2, *given) == [0, 0]
+    assert_close(weights(tmp_path / "two" / "last.ckpt"), weights(expected))
 
 
 @pytest.mark.slow

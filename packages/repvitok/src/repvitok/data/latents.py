@@ -37,6 +37,7 @@ class EpisodeInfo:
         offset: the first raw frame used.
         task: the instruction, in words.
         frames: its latent frames.
+        augmentation: which of its augmented encodings it is, from 1; 0 is the episode as it was recorded.
     """
 
     key: str
@@ -44,6 +45,11 @@ class EpisodeInfo:
     offset: Count
     task: str
     frames: Annotated[int, msgspec.Meta(ge=1, le=10**9)]
+    augmentation: Count = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; `augmentation` only where it is one, as files of before 0.4 have it."""
+        return {name: value for name, value in vars(self).items() if value or name != "augmentation"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +69,7 @@ class LatentEpisode:
         actions: (frames-1, a, C): the a = frames_per_latent actions executed after the last raw frame of latent k and
             up to the last raw frame of latent k+1, or None.
         latent_actions: (frames-1, d_l) latent actions, as their tokenizer gave them, or None.
+        augmentation: see `EpisodeInfo`.
     """
 
     key: str
@@ -73,11 +80,13 @@ class LatentEpisode:
     state: Float[np.ndarray, "_ s"] | None = None
     actions: Float[np.ndarray, "_ a c"] | None = None
     latent_actions: Float[np.ndarray, "_ l"] | None = None
+    augmentation: int = 0
 
     @property
     def info(self) -> EpisodeInfo:
         """The episode without its arrays."""
-        return EpisodeInfo(self.key, self.episode_index, self.offset, self.task, len(self.latents))
+        frames = len(self.latents)
+        return EpisodeInfo(self.key, self.episode_index, self.offset, self.task, frames, self.augmentation)
 
     def __post_init__(self) -> None:
         if not self.key or "." in self.key or "/" in self.key:

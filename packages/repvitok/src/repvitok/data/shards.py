@@ -171,7 +171,7 @@ class LatentShardWriter:
         shard, self._open = self._open, None
         shard.writing.close()
         infos = shard.episodes
-        described = [dataclasses.asdict(info) for info in infos]
+        described = [info.to_dict() for info in infos]
         self._shards.append({**_describe_tar(shard.path), "keys": [info.key for info in infos], "episodes": described})
 
 
@@ -402,7 +402,7 @@ def replace_instructions(
         with sole_writer(shards.root):
             document = _read_document(shards.root)  # it may have got labels since
             for shard in document["shards"]:
-                shard["episodes"] = [{**dataclasses.asdict(infos[key]), "task": new[key]} for key in shard["keys"]]
+                shard["episodes"] = [{**infos[key].to_dict(), "task": new[key]} for key in shard["keys"]]
             document["meta"]["instruction_source"] = source
             _write_document(shards.root, document)
     return changes
@@ -521,6 +521,8 @@ def tar_writer(path: Path) -> Iterator[Any]:
 def episode_sample(episode: LatentEpisode) -> dict[str, Any]:
     """An episode as a WebDataset sample: `<key>.<array>.npy` for each of its arrays, and `<key>.json`."""
     described = {"episode_index": episode.episode_index, "offset": episode.offset, "task": episode.task}
+    if episode.augmentation:
+        described["augmentation"] = episode.augmentation
     arrays = {f"{name}.npy": _npy(a) for name in _ARRAYS if (a := getattr(episode, name)) is not None}
     return {"__key__": episode.key, **arrays, "json": json.dumps(described, sort_keys=True).encode()}
 
@@ -601,7 +603,8 @@ def _read_episode(path: Path, key: str, members: dict[str, tuple[int, int]]) -> 
                 if f"{key}.{name}.npy" in members
             }
             arrays = {name: np.array(array, np.float32) for name, array in arrays.items()}
-            return LatentEpisode(key, described.episode_index, described.offset, described.task, **arrays)
+            entry = described.episode_index, described.offset, described.task
+            return LatentEpisode(key, *entry, **arrays, augmentation=described.augmentation)
         except UserError:
             raise
         except (KeyError, TypeError, ValueError, RecursionError) as error:
@@ -615,3 +618,4 @@ class _Described:
     episode_index: Count
     offset: Count
     task: str
+    augmentation: Count = 0

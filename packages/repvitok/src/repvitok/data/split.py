@@ -93,6 +93,8 @@ def split_latents(
 ) -> tuple[list[LatentSpan], list[LatentSpan]]:
     """(train, held out) parts of latent shards: whole episodes at all their offsets, in the shards' order.
 
+    Augmented encodings of an episode are trained on, and left out where it is held out.
+
     Episodes are held out as `split_episodes` says. Of a single one that is long enough, the last latent frames are held
     out, at all offsets from the same raw frame on: no raw frame is seen from both sides. What is left out, and what is
     held out otherwise than asked for, is logged in one line.
@@ -121,8 +123,11 @@ def split_latents(
     sides = {episode: side for side, episodes in enumerate((train, kept)) for episode in episodes}
     parts: tuple[list[LatentSpan], list[LatentSpan]] = ([], [])
     for number, info in enumerate(shards.infos):
-        if info.frames >= shortest:
-            parts[sides[info.episode_index]].append(LatentSpan(number, 0, info.frames))
+        if info.frames < shortest:
+            continue
+        side = sides[info.episode_index]
+        if not (side and info.augmentation):
+            parts[side].append(LatentSpan(number, 0, info.frames))
     return parts
 
 
@@ -150,7 +155,7 @@ def _split_frames(
         after = -(-(cut - 1 - info.offset) // per_latent) + 1  # the first that begins at it or later
         if before >= shortest:
             train.append(LatentSpan(number, 0, min(before, info.frames)))
-        if info.frames - after >= 2:
+        if info.frames - after >= 2 and not info.augmentation:
             kept.append(LatentSpan(number, after, info.frames))
     log.warning("%s: episode %d alone: held out from its frame %d on", shards.root, episode, cut)
     return train, kept

@@ -58,6 +58,7 @@ class EncodingSettings:
         lat: folder of the latent action tokenizer; needed where latent actions are learned.
         stride: encode every stride-th frame.
         offsets: raw frames at which each episode's encodings begin.
+        augment: further encodings of each episode with augmented pictures, trained on and never held out.
         cameras: camera keys, in the order of their tokens; all of the data set's when None.
         episodes: their numbers in the data set, also ranges like "0-9,12"; all when None.
         depth_range: reads depth maps, too: (MIN, MAX) in the numbers they store become black and white.
@@ -70,6 +71,7 @@ class EncodingSettings:
     lat: str | Path | None = None
     stride: Frames = 1
     offsets: list[Count] = field(default_factory=lambda: [0])
+    augment: Count = 0
     cameras: list[str] | None = None
     episodes: list[int] | int | str | None = None
     depth_range: tuple[float, float] | None = None
@@ -93,6 +95,7 @@ class LatentsOnDemand:
         made_by = [str(source), self._digests, settings.size, settings.stride, settings.offsets, settings.cameras]
         made_by += [] if settings.episodes is None else [settings.episodes]  # folders of version 0.1 keep their names
         made_by += [] if settings.depth_range is None else [{"depth_range": settings.depth_range}]
+        made_by += [] if settings.augment == 0 else [{"augment": settings.augment}]
         digest = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()
         return Path(settings.out) / f"{source.name}-{digest[:10]}"
 
@@ -122,6 +125,7 @@ class LatentsOnDemand:
                 size=settings.size,
                 stride=settings.stride,
                 offsets=settings.offsets,
+                augment=settings.augment,
                 cameras=settings.cameras,
                 episodes=settings.episodes,
                 workers=settings.workers,

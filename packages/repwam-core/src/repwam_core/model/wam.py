@@ -61,7 +61,8 @@ ZERO_OUTPUTS = ("video_out", "action_out", "project", "joint_out")
 def initial_draws(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter, Draw]]:
     """Every parameter of a model, or of a part called `prefix`, with its name and how its initial value is drawn.
 
-    Xavier weights and zero biases, as in DiT; what enters and leaves an action space as torch has it; open gates, no
+    Xavier weights and zero biases, as in DiT; what enters and leaves an action space as torch has it, and so the first
+    factor of a low-rank update, whose second is zero (`training.finetuning`); open gates, no
     modulation by the noise level and zero velocities at first: a plain pre-norm transformer. Linear layers come first,
     and what looks ahead last: the others are the same without it.
     """
@@ -88,11 +89,11 @@ def _draw(path: str, module: nn.Module, leaf: str) -> Draw:
     """How a parameter is drawn: each takes its shape and a generator, None for torch's own."""
     name = path.rpartition(".")[2]
     if isinstance(module, nn.Linear):
-        of_space = path.startswith("spaces.")
-        if leaf == "bias" and not of_space:
+        as_torch = path.startswith("spaces.") or leaf == "lora_a"
+        if leaf == "lora_b" or (leaf == "bias" and not as_torch):
             return _constant(0.0)
         fan = module.in_features + module.out_features
-        bound = 1 / math.sqrt(module.in_features) if of_space else math.sqrt(6 / fan)
+        bound = 1 / math.sqrt(module.in_features) if as_torch else math.sqrt(6 / fan)
 
         def uniform(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
             values = torch.empty(shape).uniform_(-bound, bound, generator=generator)

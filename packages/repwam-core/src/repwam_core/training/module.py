@@ -31,6 +31,7 @@ from repwam_core.model.sequence import TokenLayout
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.sampling import ChunkSpec, SamplingConfig
 from repwam_core.statistics import Statistics
+from repwam_core.training.finetuning import FineTuning, LoRASettings
 from repwam_core.training.losses import (
     LossSettings,
     LossTerms,
@@ -82,6 +83,10 @@ class WAMTraining(L.LightningModule):
         scale: what training trades at scale: recomputation, compilation, attention, sharded initialisation.
         tune_tokenizer: the tokenizer's last blocks are trained, too, by what the policy needs of its history; off by
             default (docs/decisions/078).
+        freeze: parts of the pretrained model that stay as they are: "trunk", or of it "video_layers" or
+            "action_layers"; "text", "noise_levels", "video_input", "video_head", "action_input", "action_head".
+        lora: low-rank updates of the trunk are trained, and nothing else of the pretrained model
+            (docs/decisions/089). What it lacks, a new action space's projections, is trained with either.
     """
 
     def __init__(
@@ -99,6 +104,8 @@ class WAMTraining(L.LightningModule):
         seed: Seed = 0,
         scale: ScaleSettings | None = None,
         tune_tokenizer: TuneTokenizer | None = None,
+        freeze: list[str] | None = None,
+        lora: LoRASettings | None = None,
     ) -> None:
         super().__init__()
         check_arguments(WAMTraining.__init__, locals())
@@ -120,6 +127,12 @@ class WAMTraining(L.LightningModule):
         self.ema: ExponentialMovingAverage | None = None
         self.tune_settings = tune_tokenizer
         self.tuned: TunedTokenizer | None = None
+        self.finetuning = FineTuning(tuple(freeze or ()), lora)
+        if self.finetuning and init_from is None:
+            raise UserError(
+                f"model.{'freeze' if freeze else 'lora'} keeps weights of a pretrained model as they are; give its "
+                "folder, model.init_from"
+            )
         if tune_tokenizer is not None and space == LATENT_SPACE:
             raise UserError("tune_tokenizer is of stage two: latent actions were made of the latents as they are")
 
@@ -336,6 +349,8 @@ class WAMTraining(L.LightningModule):
             "channels": list(store.action_channels),
             "state_channels": list(store.state_channels),
         }
+        if self.finetuning:
+            described["finetuning"] = self.finetuning.to_dict()
         checkpoint[CHECKPOINT_KEY] = {"ema": average, "json": json.dumps(described)}
         if self.tuned is not None:
             checkpoint[CHECKPOINT_KEY]["tokenizer"] = self.tuned.average.state_dict()
@@ -353,6 +368,12 @@ class WAMTraining(L.LightningModule):
             raise UserError(
                 f"the checkpoint was trained with loss.look_ahead {before}, this run has {now}; resume "
                 f"with {before}, or start from its exported weights"
+            )
+        trained, trains = stored.get("finetuning"), self.finetuning.to_dict() if self.finetuning else None
+        if trained != trains:
+            raise UserError(
+                f"the checkpoint was trained with model.freeze and model.lora {_told(trained)}, this run has "
+                f"{_told(trains)}; resume with the former, or start from its exported weights"
             )
         if stored.get("split_of_0_1", "chunks" not in stored):
             self.trainer.datamodule.keep_split_of_0_1()  # type: ignore[attr-defined]
@@ -491,6 +512,11 @@ def _generator(key: tuple[int, ...], device: torch.device) -> torch.Generator:
     generator = torch.Generator(device)
     generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
     return generator
+
+
+def _told(finetuning: dict[str, Any] | None) -> str:
+    """What of `FineTuning.to_dict` a user chose."""
+    return "off" if finetuning is None else json.dumps({n: v for n, v in finetuning.items() if v and n != "anew"})
 
 
 def _described(store: EpisodeStore) -> dict[str, Any]:

@@ -47,6 +47,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method as unsharded_met
 from repwam_core.model.blocks import WAMLayer
 from repwam_core.model.config import ActionSpace, Recompute, WAMConfig
 from repwam_core.model.wam import WorldActionModel, compile_layers, initial_draws
+from repwam_core.training.finetuning import LORA, FineTuning
 
 if TYPE_CHECKING:
     from repwam_core.data.packing import Mixture
@@ -88,9 +89,14 @@ def build_wam(training: WAMTraining, mixture: Mixture) -> WorldActionModel:
                 initialise(wam, training.seed)
         else:
             wam = _pretrained(training, device)
+            known = wam.config
             if training.space not in wam.config.spaces:
                 wam.add_action_space(training.space, space)
             wam.set_look_ahead(training.loss_settings.look_ahead)
+            training.finetuning = _finetuning(training, known)
+            if training.finetuning:
+                training.finetuning.apply(wam)
+                initialise(wam, training.seed, LORA)
     _check_fit(wam.config, mixture, training.space, space)
     return wam.train()
 
@@ -106,12 +112,16 @@ def build_sharded_wam(
     space = _space(training, mixture)
     pretrained = None if training.init_from is None else _pretrained(training, torch.device("cpu"))
     config = _config(training, mixture, space) if pretrained is None else pretrained.config
+    if pretrained is not None:
+        training.finetuning = _finetuning(training, config)
     config = replace(config, look_ahead=training.loss_settings.look_ahead)
     if training.space not in config.spaces:
         config = config.with_space(training.space, space)
     _check_fit(config, mixture, training.space, space)
     with torch.device("meta"):
         wam = WorldActionModel(config)
+    if training.finetuning:
+        training.finetuning.apply(wam)
     shard(wam, strategy.sharding_mesh, layer_dtype)
     wam.to_empty(device=strategy.root_device)
     initialise(wam, training.seed)
@@ -120,14 +130,16 @@ def build_sharded_wam(
     return wam.train()
 
 
-def initialise(wam: WorldActionModel, seed: int) -> None:
-    """Draw every parameter, sharded or not, by a generator of its own, seeded by (seed, name).
+def initialise(wam: WorldActionModel, seed: int, ending: tuple[str, ...] = ("",)) -> None:
+    """Draw every parameter whose name has such an ending, sharded or not, by a generator of its own of (seed, name).
 
     A model that is spread over many ranks so starts from the same weights as in one process, and no rank ever holds
     more than one whole parameter (docs/decisions/031). Drawn where the parameters are: GPUs give other numbers than
     CPUs.
     """
     for name, parameter, draw in initial_draws(wam):
+        if not name.endswith(ending):
+            continue
         state = np.random.SeedSequence((seed, zlib.crc32(name.encode()))).generate_state(1, np.uint64)
         with parameter.device:
             generator = torch.Generator(parameter.device).manual_seed(int(state[0] >> 1))
@@ -151,6 +163,12 @@ def _pretrained(training: WAMTraining, device: torch.device) -> WorldActionModel
     kept = {name: value for name, value in wam.state_dict().items() if not name.startswith("joint_")}
     model.load_state_dict(kept, strict=True, assign=True)
     return model
+
+
+def _finetuning(training: WAMTraining, known: WAMConfig) -> FineTuning:
+    """What the run trains of a pretrained model of the config `known`; what that lacks is drawn anew, and trained."""
+    new = [] if training.space in known.spaces else [f"spaces.{training.space}."]
+    return replace(training.finetuning, anew=(*new, "look_ahead."))
 
 
 def _space(training: WAMTraining, mixture: Mixture) -> ActionSpace:

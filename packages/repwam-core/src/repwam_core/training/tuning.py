@@ -91,6 +91,11 @@ class TunedTokenizer(nn.Module):
                 f"tune_tokenizer: {settings.tokenizer}: expected a RepViTok that streams with a window, got "
                 f"{type(tokenizer).__name__}, window {meta.window}"
             )
+        if any(info.augmentation for info in store.infos):
+            raise UserError(
+                "tune_tokenizer reads the recorded frames anew, and some latents are of augmented ones; encode without "
+                "--augment"
+            )
         if (found := tokenizer.digest()) != meta.tokenizer_digest:
             raise UserError(
                 f"tune_tokenizer: {settings.tokenizer} is {found[:16]}, the latents come from "

@@ -39,3 +39,14 @@ def test_a_total_that_is_not_known(capsys, monkeypatch, total):
     assert len(lines) == 2
     bar.close()
     assert not capsys.readouterr().err
+
+
+def test_a_line_is_due_while_nothing_ends(capsys, monkeypatch):
+    monkeypatch.setattr(module, "SECONDS_BETWEEN_LINES", 0.1)
+    with progress(desc="evaluate", total=100, unit="episode") as bar:
+        bar.update(5)
+        for _ in range(10):
+            time.sleep(0.02)
+            bar.update(0)
+        lines = capsys.readouterr().err.splitlines()
+        assert lines and all(line.startswith("evaluate: 5 of 100 episodes") for line in lines)

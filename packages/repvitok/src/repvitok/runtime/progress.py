@@ -38,6 +38,10 @@ class ProgressLines(tqdm):
             print(self, file=self.fp, flush=True)
         return True
 
+    def update(self, n: float | None = 1) -> bool | None:
+        """Count `n` more, which may be none: a line is due by the clock, also while nothing is finished."""
+        return super().update(n) or self.display()
+
     def close(self) -> None:
         """Write the last line, if there was one before."""
         if self._told_s and not self.disable:

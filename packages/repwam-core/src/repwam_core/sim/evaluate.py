@@ -200,15 +200,16 @@ def evaluate(
             part = slice(first, first + batch_size)
             ended = folder.ended(planned[part])
             if ended is None:
-                batch = _Batch(planned[part], filmed[part], settings, traced)
+                batch = _Batch(planned[part], filmed[part], settings, traced, bar.update)
                 run = partial(batch.run_delayed, execution=execution, delay=delay) if delayed else batch.run
                 ended = run(driver, simulators, execute)
                 if filmed_per_task == "outcomes":
                     ended = _first_of_each_outcome(ended, results)
                 folder.keep(ended)
+            else:
+                bar.update(len(ended))
             results += ended
             bar.set_postfix(success=f"{sum(result.success for result in results)}/{len(results)}")
-            bar.update(len(ended))
         at = {(result.task, result.seed): result for result in results}
         results = [at[episode.task, episode.seed] for episode in in_order]
         folder.finish(results)
@@ -242,14 +243,20 @@ class OnePolicyEach(BatchedBasePolicy):
 
 
 class _Batch:
-    """Episodes in step, from their first frame to the last one's end."""
+    """Episodes in step, from their first frame to the last one's end; `count_ended` hears how many a step has ended."""
 
     def __init__(
-        self, episodes: Sequence[EpisodeResult], filmed: Sequence[bool], robot: SimSettings, traced: bool
+        self,
+        episodes: Sequence[EpisodeResult],
+        filmed: Sequence[bool],
+        robot: SimSettings,
+        traced: bool,
+        count_ended: Callable[[int], object],
     ) -> None:
         self.episodes, self._robot = list(episodes), robot
         self._traces: list[dict[str, list[float]]] | None = [{} for _ in episodes] if traced else None
         self._films: dict[int, list[np.ndarray]] = {slot: [] for slot, film in enumerate(filmed) if film}
+        self._count_ended = count_ended
         self._seen: dict[int, Observation] = {}
         self._live: set[int] = set()
 
@@ -334,6 +341,7 @@ class _Batch:
                     _extend_trace(self._traces[slot], now, self._robot.embodiment, (actions or {}).get(slot))
             if now.done:
                 self._live.discard(slot)
+        self._count_ended(sum(now.done for now in progress.values()))
         self._seen = {slot: _with_frames(observation, count) for slot, observation in seen.items()}
 
 

@@ -49,4 +49,5 @@ def test_a_line_is_due_while_nothing_ends(capsys, monkeypatch):
             time.sleep(0.02)
             bar.update(0)
         lines = capsys.readouterr().err.splitlines()
-        assert lines and all(line.startswith("evaluate: 5 of 100 episodes") for line in lines)
+        assert lines
+        assert all(line.startswith("evaluate: 5 of 100 episodes") for line in lines)

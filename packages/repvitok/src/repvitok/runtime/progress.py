@@ -38,7 +38,7 @@ class ProgressLines(tqdm):
             print(self, file=self.fp, flush=True)
         return True
 
-    def update(self, n: float | None = 1) -> bool | None:
+    def update(self, n: int | float | None = 1) -> bool | None:
         """Count `n` more, which may be none: a line is due by the clock, also while nothing is finished."""
         return super().update(n) or self.display()
 

@@ -195,7 +195,7 @@ def measure_runs(
     }
 
     def probes(codes: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        features = [codes(split.clips) for split in splits]
+        features = [codes(split.clips) for split in (train_split, held_out)]
         return {name: probe(*features, *both, train_split.episode) for name, both in targets.items()}
 
     for row, folder in tokenizers(options):

@@ -645,12 +645,12 @@ def _estimate_arguments(parser: argparse.ArgumentParser) -> None:
 def _estimate(options: argparse.Namespace) -> None:
     values = {name: getattr(options, name) for name in RunRequest.__dataclass_fields__}
     config, tokens = (None, None) if options.recipe is None else model_of_recipes(options.recipe)
-    trained = () if options.recipe is None else training_of_recipes(options.recipe)
+    finetuning, muon = (None, True) if options.recipe is None else training_of_recipes(options.recipe)
     values |= {"tokens": options.tokens or tokens or RunRequest().tokens, "grid": tuple(options.grid)}
     if options.recipe is not None:
         values["preset"] = " + ".join(path.stem for path in options.recipe)
     request = RunRequest(**values)
-    print("\n".join(format_estimate(request, estimate_run(request, config, *trained))))
+    print("\n".join(format_estimate(request, estimate_run(request, config, finetuning, muon))))
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -97,8 +97,8 @@ def joined(observations: Sequence[Observation]) -> Observation:
     """Observations of consecutive steps as one."""
     first = observations[0]
     images = {camera: np.concatenate([o.frames(camera) for o in observations]) for camera in first.cameras}
-    states = None if first.states() is None else np.concatenate([o.states() for o in observations])
-    return Observation(images=images, state=states)
+    states = [state for o in observations if (state := o.states()) is not None]
+    return Observation(images=images, state=np.concatenate(states) if states else None)
 
 
 def draw(films: list[tuple[str, np.ndarray, np.ndarray]], step: int) -> Image.Image:

@@ -43,10 +43,10 @@ def check():
 
 @pytest.fixture
 def repository(tmp_path):
-    """Four packages; repvitok is at 0.2.0."""
+    """Five packages; repvitok is at 0.2.0."""
 
     def make(changelog=CHANGELOG, version="0.2.0", needed="repvitok>=0.1,<0.3"):
-        for name in ("repvitok", "latent-action", "repwam-client", "repwam-core"):
+        for name in ("repvitok", "latent-action", "repwam-client", "repwam-core", "repwam-weights"):
             folder = tmp_path / "packages" / name
             folder.mkdir(parents=True, exist_ok=True)
             needs = "[]" if name == "repvitok" else f'["{needed}"]'
@@ -110,7 +110,13 @@ def test_what_is_published_names_the_repository(tmp_path):
                 shutil.copy(folder / name, tmp_path / "packages" / folder.name / name)
     address = "https://example.org/robots/repwam"
     written = script("name_the_repository").name_repository(tmp_path, address, "repvitok-v0.2.0")
-    assert [folder.name for folder in written] == ["latent-action", "repvitok", "repwam-client", "repwam-core"]
+    assert [folder.name for folder in written] == [
+        "latent-action",
+        "repvitok",
+        "repwam-client",
+        "repwam-core",
+        "repwam-weights",
+    ]
     for folder in written:
         links = re.findall(r"\]\(([^)#\s]+)", (folder / "README.md").read_text())
         ours = [link for link in links if link.startswith(address)]

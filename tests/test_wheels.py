@@ -31,12 +31,14 @@ PACKAGES = {
         "import repwam_core, sys; from repwam_core.interface import Observation; assert 'torch' not in sys.modules;"
         "repwam_core.WorldActionModel(repwam_core.WAMConfig.preset('tiny'))",
     ),
+    "repwam-weights": (None, "import repwam_weights, sys; assert not {'torch', 'repvitok'} & set(sys.modules)"),
 }
 UNNEEDED = {
     "repvitok": ("metaworld", "mujoco", "muon", "timm", "open-clip", "lpips", "transformers", "websockets", "msgpack"),
     "latent-action": ("metaworld", "mujoco", "muon", "timm", "open-clip", "lpips", "transformers", "websockets"),
     "repwam-client": ("torch", "repvitok", "msgspec", "pyyaml"),
     "repwam-core": ("metaworld", "mujoco", "muon", "timm", "open-clip", "lpips"),
+    "repwam-weights": ("torch", "numpy", "repvitok"),
 }
 
 pytestmark = [
@@ -93,8 +95,11 @@ def test_sdists_carry_their_tests_and_licence(dist):
         (sdist,) = dist.glob(f"{name.replace('-', '_')}-*.tar.gz")
         with tarfile.open(sdist) as archive:
             members = archive.getnames()
-        assert any("/tests/" in member for member in members), name
         assert any(member.endswith("/LICENSE") for member in members), name
+        if name == "repwam-weights":  # data alone
+            assert sum(member.endswith("/model.safetensors") for member in members) == 2
+            continue
+        assert any("/tests/" in member for member in members), name
         assert any(member.endswith("py.typed") for member in members), name
 
 

@@ -14,7 +14,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-PACKAGES = ("repvitok", "latent-action", "repwam-client", "repwam-core")
+PACKAGES = ("repvitok", "latent-action", "repwam-client", "repwam-core", "repwam-weights")
 TAG = re.compile(r"(?P<package>[a-z-]+)-v(?P<version>\d+\.\d+\.\d+)")
 ENTRY = re.compile(r"^## \[(?P<version>[^\]]+)\](?: - (?P<date>\S+))?$", re.MULTILINE)
 

@@ -23,6 +23,7 @@ ELSEWHERE = {
     "packages/latent-action.md": "packages/latent-action/README.md",
     "packages/repwam-client.md": "packages/repwam-client/README.md",
     "packages/repwam-core.md": "packages/repwam-core/README.md",
+    "packages/repwam-weights.md": "packages/repwam-weights/README.md",
 }
 PICTURES = {"packages/docs/reconstructions.png": "packages/repvitok/docs/reconstructions.png"}
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)")

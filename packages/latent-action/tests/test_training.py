@@ -66,6 +66,8 @@ def test_a_trained_lat_beats_copying_and_the_zero_action_control(run):
 
 
 def test_export_gives_the_averaged_weights_and_what_was_validated(run, blobs, tmp_path):
+    half = export_checkpoint(run / "last.ckpt", tmp_path / "half", half=True)
+    assert LatentActionTokenizer.from_pretrained(tmp_path / "half").digest() == half.digest()
     lat = export_checkpoint(run / "last.ckpt", tmp_path / "lat")
     again = LatentActionTokenizer.from_pretrained(tmp_path / "lat")
     assert again.digest() == lat.digest()

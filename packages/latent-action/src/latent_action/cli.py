@@ -11,6 +11,7 @@ from repvitok.runtime.commands import (
     Command,
     RawCommand,
     TrainingStage,
+    add_half,
     add_license,
     parse_held_out,
     parse_share,
@@ -185,6 +186,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _export_lat_arguments(parser: argparse.ArgumentParser) -> None:
     _export_arguments(parser)
+    add_half(parser)
     add_license(parser)
 
 
@@ -193,7 +195,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
     from latent_action.training import export_checkpoint
 
-    lat = export_checkpoint(resolve_checkpoint(arguments.ckpt), arguments.out, arguments.license)
+    lat = export_checkpoint(resolve_checkpoint(arguments.ckpt), arguments.out, arguments.license, arguments.half)
     print(f"{arguments.out}: LAT {lat.digest()[:16]}")
     say_next("latent-action", "label", "--lat", arguments.out, "--latents", "LATENTS")
     return 0

@@ -234,13 +234,15 @@ def _triplets(batch: TransitionBatch) -> tuple[Tensor, Tensor, Tensor] | None:
     return batch.z_t[batch.continued], batch.z_next[batch.continued], batch.z_after[batch.continued]
 
 
-def export_checkpoint(checkpoint: str | Path, out: str | Path, license: str | None = None) -> LatentActionTokenizer:
+def export_checkpoint(
+    checkpoint: str | Path, out: str | Path, license: str | None = None, half: bool = False
+) -> LatentActionTokenizer:
     """Write the LAT of a checkpoint of `latent-action fit`, its averaged weights where the run kept an average.
 
-    `license` is that of the weights, for the model card.
+    `license` is that of the weights, for the model card; `half` stores them in float16.
 
     Returns:
-        The tokenizer that was written, in evaluation mode.
+        The tokenizer that `from_pretrained` gives for the folder, in evaluation mode.
 
     Raises:
         FileNotFoundError: no such checkpoint.
@@ -250,8 +252,11 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path, license: str | No
     stored = stored_by("latent-action fit", CHECKPOINT_KEY, loaded, where)
     lat = LatentActionTokenizer(LatentActionConfig.from_dict(read_section(stored, where, "config")))
     lat = with_weights(lat, "lat.", loaded, stored, where)
-    lat.save_pretrained(out, readme=model_card(lat, loaded, Path(checkpoint).parent, license))
-    return lat
+    if half:
+        lat = lat.half().float()
+    card = model_card(lat, loaded, Path(checkpoint).parent, license)
+    (lat.half() if half else lat).save_pretrained(out, readme=card)
+    return lat.float()
 
 
 def model_card(lat: LatentActionTokenizer, checkpoint: Mapping[str, Any], run: Path, license: str | None = None) -> str:

@@ -11,6 +11,7 @@ from repvitok.runtime.commands import (
     EPISODES,
     Command,
     TrainingStage,
+    add_half,
     add_license,
     parse_share,
     parse_size,
@@ -190,6 +191,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--out", type=path_argument, required=True, metavar="FOLDER", help="where config, weights and model card go")
     add("--raw", action="store_true", help="the last step's weights, not their moving average")
+    add_half(parser)
     add_license(parser)
 
 
@@ -198,7 +200,8 @@ def _export(options: argparse.Namespace) -> None:
     from repvitok.training.export import export_checkpoint, trained_size
 
     checkpoint = resolve_checkpoint(options.ckpt)
-    tokenizer = export_checkpoint(checkpoint, options.out, averaged=not options.raw, license=options.license)
+    settings = {"averaged": not options.raw, "license": options.license, "half": options.half}
+    tokenizer = export_checkpoint(checkpoint, options.out, **settings)
     height, width = trained_size(Path(checkpoint).parent) or (256, 256)
     print(f"{options.out}: {type(tokenizer).__name__} {tokenizer.digest()[:16]}")
     command = ("repvitok", "encode", "--tokenizer", options.out, "--dataset", "DATASET", "--size", f"{height}x{width}")

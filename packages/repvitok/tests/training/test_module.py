@@ -114,6 +114,11 @@ def test_it_learns_and_exports_its_average(videos, tmp_path):
     card = (tmp_path / "export" / "README.md").read_text()
     assert tokenizer.digest()[:16] in card
     assert "| steps | 60 |" in card
+    half = export_checkpoint(tmp_path / "last.ckpt", tmp_path / "half", half=True)
+    assert RepViTok.from_pretrained(tmp_path / "half").digest() == half.digest() != tokenizer.digest()
+    assert half.digest()[:16] in (tmp_path / "half/README.md").read_text()
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("half", "export")]
+    assert sizes[0] < 0.6 * sizes[1]
     raw = export_checkpoint(tmp_path / "last.ckpt", tmp_path / "raw", averaged=False)
     assert raw.digest() != tokenizer.digest()
     assert run.test(module(), data(videos), ckpt_path=str(tmp_path / "last.ckpt"), verbose=False, weights_only=True)[0][

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from repvitok import RepViTok, RepViTokConfig
+from repvitok.baselines.wan import WanVae
 from repvitok.model import load_tokenizer
 from repvitok.runtime.documents import load_yaml, parse
 from repvitok.runtime.errors import UserError
@@ -258,8 +259,16 @@ def test_the_terminal_ends_with_a_table_and_two_findings_in_eighty_columns():
     assert "third" not in told
 
 
-def test_a_given_tokenizer_takes_the_place_of_the_trained_one(tmp_path):
-    source = RepViTok(RepViTokConfig(width=32, depth=1, heads=2)).save_pretrained(tmp_path / "given")
+@pytest.mark.parametrize("kind", ["repvitok", "wan"])
+def test_a_given_tokenizer_takes_the_place_of_the_trained_one(tmp_path, kind):
+    source = tmp_path / "given"
+    source.mkdir()
+    if kind == "wan":
+        pytest.importorskip("diffusers", reason="the baselines need repvitok[baselines]")
+        sizes = {"base_dim": 8, "decoder_base_dim": 8, "z_dim": 4, "num_res_blocks": 1}
+        WanVae.from_config(sizes | {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}).write_into(source)
+    else:
+        RepViTok(RepViTokConfig(width=32, depth=1, heads=2)).write_into(source)
     runner = StageRunner(tmp_path / "run", stages=6)
     parser = argparse.ArgumentParser()
     add_quickstart_arguments(parser)

@@ -151,6 +151,12 @@ def add_license(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--license", type=text_argument, metavar="NAME", help=told)
 
 
+def add_half(parser: argparse.ArgumentParser) -> None:
+    """The option `--half` of a verb that exports a model."""
+    told = "store weights rounded to float16, a file of half the size; they are loaded as float32"
+    parser.add_argument("--half", action="store_true", help=told)
+
+
 def push_command(*files: str) -> Command:
     """The verb that puts an exported folder on the hub.
 

@@ -96,7 +96,8 @@ class PretrainedModel(nn.Module):
     def save_pretrained(self, folder: str | Path, *, readme: str | None = None) -> Path:
         """Write config.json and model.safetensors into `folder`, both or neither (`files.atomic_folder`).
 
-        A model of the same kind that is there is replaced; its README.md stays unless `readme` is a new one.
+        A model of the same kind that is there is replaced; its README.md stays unless `readme` is a new one. Weights
+        keep their type in the file and are loaded as float32.
 
         Returns:
             The folder.
@@ -352,7 +353,8 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Any], where: str) -> No
 
     Args:
         model: on any device, also "meta"; its parameters become these tensors.
-        tensors: by name. Of another floating type they are converted, which is logged; whole numbers are refused.
+        tensors: by name. Of another floating type they are converted, which is logged where it rounds; whole
+            numbers are refused.
         where: the file, for messages.
     """
     model.load_state_dict(fitted_weights(tensors, model.state_dict(), where), strict=True, assign=True)
@@ -372,8 +374,8 @@ def fitted_weights(tensors: Mapping[str, Any], expected: Mapping[str, Tensor], w
         raise UserError(
             f"{where}: {first} is of {tensors[first].dtype}, expected {expected[first].dtype} ({_some(wrong)})"
         )
-    if other:
-        log.warning("%s: %d tensors converted to %s", where, len(other), expected[other[0]].dtype)
+    if narrowed := [name for name in other if tensors[name].dtype.itemsize >= expected[name].dtype.itemsize]:
+        log.warning("%s: %d tensors converted to %s", where, len(narrowed), expected[narrowed[0]].dtype)
     fitted = {name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()}
     if (bad := first_not_finite(fitted)) is not None:
         raise UserError(f"{where}: weight {bad} is not finite; training has diverged, or the file is damaged")

@@ -15,7 +15,9 @@ from repvitok.runtime.checkpointing import read_checkpoint, read_section, stored
 from repvitok.runtime.progress import card_head, run_record, training_table
 
 
-def export_checkpoint(path: str | Path, out: str | Path, averaged: bool = True, license: str | None = None) -> RepViTok:
+def export_checkpoint(
+    path: str | Path, out: str | Path, averaged: bool = True, license: str | None = None, half: bool = False
+) -> RepViTok:
     """Writes config.json, model.safetensors and a model card README.md into `out`; returns the tokenizer.
 
     Args:
@@ -23,6 +25,7 @@ def export_checkpoint(path: str | Path, out: str | Path, averaged: bool = True, 
         out: the folder.
         averaged: take the moving average of the weights, what validation measured; else the last step's weights.
         license: of the weights, for the model card: "apache-2.0".
+        half: store the weights in float16. The tokenizer returned is that of the folder: rounded, in float32.
     """
     checkpoint, where = read_checkpoint(path), str(path)
     kind = FeatureTokenizer if FeatureTokenizer.format in checkpoint else RepViTok
@@ -30,8 +33,11 @@ def export_checkpoint(path: str | Path, out: str | Path, averaged: bool = True, 
     with torch.device("meta"):
         tokenizer = kind(kind.config_class.from_dict(dict(read_section(stored, where, "config"))))
     tokenizer = with_weights(tokenizer, "tokenizer.", checkpoint, stored, where, averaged=averaged)
-    tokenizer.save_pretrained(out, readme=model_card(tokenizer, checkpoint, averaged, Path(path).parent, license))
-    return tokenizer
+    if half:
+        tokenizer = tokenizer.half().float()
+    card = model_card(tokenizer, checkpoint, averaged, Path(path).parent, license)
+    (tokenizer.half() if half else tokenizer).save_pretrained(out, readme=card)
+    return tokenizer.float()
 
 
 def trained_size(run: str | Path) -> tuple[int, int] | None:

@@ -143,12 +143,13 @@ def train(this: Run, data: DataSet) -> Trained:
 
 def given_tokenizer(this: Run, source: str) -> StageResult:
     """A trained tokenizer in the place of the one that the quickstart would train, copied into its stage's folder."""
-    from repvitok import RepViTok
+    from repvitok.model import load_tokenizer
 
-    tokenizer = RepViTok.from_pretrained(source)
+    tokenizer = load_tokenizer(source)
 
     def keep(folder: Path) -> dict[str, Any]:
-        tokenizer.save_pretrained(folder / "tokenizer")
+        (folder / "tokenizer").mkdir(exist_ok=True)
+        tokenizer.write_into(folder / "tokenizer")
         return {"given": source, "digest": tokenizer.digest()[:16]}
 
     return this.stage("tokenizer", keep, inputs={"tokenizer": tokenizer.digest()})

@@ -7,6 +7,8 @@ first policy, also its open-loop errors on episodes that it was trained on and o
 
     uv run python benchmarks/hard_tasks_latents.py --policy "64 px=POLICY" "128 px=POLICY" --dataset DATASET
 
+    uv run python benchmarks/hard_tasks_latents.py --policy "64 px=POLICY" --suite aloha --tasks transfer-cube
+
 POLICY is a policy folder, such as `train-*/policy` of `benchmarks/wam_learning.py --question tasks`; its tokenizer,
 cameras and size are used. Features are reduced to their first 128 principal components, of the training layouts. Both
 readers are weak: an error of pixels is no lower bound.
@@ -26,6 +28,7 @@ from repvitok.data import LeRobotReader, prepare_frames
 from repvitok.data.split import split_episodes
 from repwam_core.interface import Observation
 from repwam_core.policy import BatchedPolicy, evaluate_open_loop
+from repwam_core.sim.aloha import AlohaSettings, AlohaTask
 from repwam_core.sim.base import evaluation_seeds
 from repwam_core.sim.metaworld import MetaWorldSettings, MetaWorldTask
 from torch import Tensor, nn
@@ -37,7 +40,7 @@ OPEN_LOOP_EPISODES = 8
 COMPONENTS, RIDGES = 128, tuple(10.0**power for power in range(-4, 5))
 
 
-class PlacedTask(MetaWorldTask):
+class PlacedMetaWorld(MetaWorldTask):
     """Meta-World that tells where things are."""
 
     @property
@@ -47,10 +50,23 @@ class PlacedTask(MetaWorldTask):
         return {"object": self._require_started()[4:6].copy(), **goal}
 
 
+class PlacedAloha(AlohaTask):
+    """gym-aloha that tells where the cube is."""
+
+    @property
+    def places_m(self) -> dict[str, np.ndarray]:
+        """The place (x, y) that varies from layout to layout."""
+        return {"object": self._cube_m()[:2].copy()}
+
+
+SUITES = {"metaworld": (PlacedMetaWorld, MetaWorldSettings), "aloha": (PlacedAloha, AlohaSettings)}
+
+
 def main() -> None:
     """Print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", nargs="+", required=True, metavar="NAME=FOLDER")
+    parser.add_argument("--suite", choices=SUITES, default="metaworld")
     parser.add_argument("--tasks", nargs="+", default=list(HARD_TASKS))
     parser.add_argument("--layouts", type=int, default=300, help="a fifth of them is held out")
     parser.add_argument("--dataset", type=Path, help="demonstrations of the first policy")
@@ -66,28 +82,31 @@ def main() -> None:
     print("|---" * (4 + 2 * len(sizes)) + "|")
     for task in options.tasks:
         for name, policy in policies.items():
-            print_task(name, policy, task, options.layouts, sizes)
+            print_task(name, policy, (options.suite, task), options.layouts, sizes)
     if options.dataset is not None:
         print_open_loop(next(iter(policies.values())), LeRobotReader(options.dataset), options.tasks)
 
 
-def print_task(name: str, policy: BatchedPolicy, task: str, layouts: int, sizes: Sequence[int]) -> None:
-    """Print median errors in cm, a row per place and per what it is read from."""
-    frames, places = first_frames(task, policy, layouts)
+def print_task(name: str, policy: BatchedPolicy, of: tuple[str, str], layouts: int, sizes: Sequence[int]) -> None:
+    """Print median errors in cm, a row per place and per what it is read from; `of` is a suite and its task."""
+    frames, places = first_frames(*of, policy, layouts)
     for source, features in (("latents", encoded(policy, frames)), ("pixels", as_pixels(frames))):
         for what, place in places.items():
             read = [reading_errors(features, place, size) for size in sizes]
             errors = [read[0][0], *(error for each in read for error in each[1:])]
             cells = " | ".join(f"{100 * error:.1f}" for error in errors)
-            print(f"| {name}, {source} | {task} | {what} | {cells} |", flush=True)
+            print(f"| {name}, {source} | {of[1]} | {what} | {cells} |", flush=True)
 
 
-def first_frames(task: str, policy: BatchedPolicy, layouts: int) -> tuple[list[Observation], dict[str, Tensor]]:
+def first_frames(
+    suite: str, task: str, policy: BatchedPolicy, layouts: int
+) -> tuple[list[Observation], dict[str, Tensor]]:
     """The first observations of unseen layouts, and the places (layouts, 2) of what varies, in metres."""
     cameras = tuple(key.removeprefix("observation.images.") for key in policy.embodiment.cameras)
     height, width = policy.parts.manifest.size
     frames, places = [], []
-    with closing(PlacedTask(task, MetaWorldSettings(cameras=cameras, size=(height, width)))) as simulator:
+    make_task, make_settings = SUITES[suite]
+    with closing(make_task(task, make_settings(cameras=cameras, size=(height, width)))) as simulator:
         for seed in evaluation_seeds(layouts):
             frames.append(simulator.reset(seed))
             places.append(simulator.places_m)

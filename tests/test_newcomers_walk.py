@@ -108,7 +108,7 @@ def test_four_commands_call_every_stop_of_an_action(copied_files_of_0_1, called)
     assert calls == set(_stops(ACTION))
 
 
-def test_measures_knows_where_every_change_begins():
+def test_measures_know_where_every_change_begins_and_what_stands_behind_an_import():
     spec = importlib.util.spec_from_file_location("measures", ROOT / "tools/measures.py")
     measures = importlib.util.module_from_spec(spec)
     sys.modules["measures"] = measures
@@ -122,3 +122,5 @@ def test_measures_knows_where_every_change_begins():
     assert read["another optimizer"] == {"repvitok.runtime.training"}
     assert {"repvitok.training.losses", "repvitok.training.module"} <= read["another loss of the tokenizer"]
     assert max(map(len, read.values())) <= 8
+    assert measures.behind("repwam_core.training.module")[0] <= 30
+    assert measures.behind("repwam_core.policy.policy")[0] <= 37

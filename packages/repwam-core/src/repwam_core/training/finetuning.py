@@ -1,14 +1,15 @@
-"""Which parts of a pretrained model are trained: all but some that stay as they are, or low-rank updates (LoRA)."""
+"""What a run trains: all of a pretrained model, a part, low-rank updates (LoRA); and how much of the tokenizer."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from repvitok.runtime.documents import Above0, Positive, check_fields
+from repvitok.runtime.documents import Above0, Positive, check_arguments, check_fields
 from repvitok.runtime.errors import UserError
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -140,6 +141,28 @@ class FineTuning:
         """As JSON has it."""
         lora = None if self.lora is None else asdict(self.lora)
         return {"freeze": list(self.freeze), "lora": lora, "anew": list(self.anew)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneTokenizer:
+    """Which part of which tokenizer is trained with the policy, and on which frames.
+
+    Attributes:
+        tokenizer: folder of the RepViTok that made the latents.
+        dataset: what they were made from.
+        last_k: blocks of its encoder that are trained, the last ones, with the projection to latents behind them.
+        lr_factor: their learning rate, as a share of the rate of AdamW's parameters.
+        memory_limit_gb: decoded frames are kept in memory up to this, others are decoded for every batch.
+    """
+
+    tokenizer: str | Path
+    dataset: str | Path
+    last_k: Positive = 1
+    lr_factor: Above0 = 0.1
+    memory_limit_gb: Above0 = 8.0
+
+    def __post_init__(self) -> None:
+        check_arguments(TuneTokenizer, vars(self))
 
 
 def merge_lora(wam: WorldActionModel) -> None:

@@ -18,7 +18,6 @@ from torch import Tensor, distributed
 
 from repwam_core.data.batches import PackedBatch, SegmentBatch
 from repwam_core.model.config import LATENT_SPACE
-from repwam_core.model.rollout import Rollout
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.sampling import SamplingConfig
 from repwam_core.statistics import THRESHOLDS, Statistics, count_below
@@ -46,6 +45,8 @@ def sample_segments(
         Actions and imagined latents (None where the video is skipped), scaled as the batch is; actions that are learned
         from the state are measured from that before their chunk.
     """
+    from repwam_core.model.rollout import Rollout  # in validation alone: a step of training loads no rollout
+
     batch = from_chunk_starts(batch, equal_chunks(batch.valid.shape[1], plan.chunk_frames))
     rollout = Rollout.from_settings(wam, plan, space=space, grid=grid, text=batch.text, text_mask=batch.text_mask)
     transitions, first, chunks = batch.valid.shape[1], 0, []

@@ -31,7 +31,7 @@ from repwam_core.model.sequence import TokenLayout
 from repwam_core.model.wam import WorldActionModel
 from repwam_core.sampling import ChunkSpec, SamplingConfig
 from repwam_core.statistics import Statistics
-from repwam_core.training.finetuning import FineTuning, LoRASettings
+from repwam_core.training.finetuning import FineTuning, LoRASettings, TuneTokenizer
 from repwam_core.training.losses import (
     LossSettings,
     LossTerms,
@@ -52,11 +52,11 @@ from repwam_core.training.parallel import (
     gather_for_sampling,
     prepare_layers,
 )
-from repwam_core.training.tuning import TunedTokenizer, TuneTokenizer
 
 if TYPE_CHECKING:
     from repwam_core.data.episodes import EpisodeStore
     from repwam_core.data.packing import Mixture
+    from repwam_core.training.tuning import TunedTokenizer
 
 CHECKPOINT_KEY = "repwam"
 
@@ -167,6 +167,8 @@ class WAMTraining(L.LightningModule):
                 self._tune(self.tune_settings)
 
     def _tune(self, settings: TuneTokenizer) -> None:
+        from repwam_core.training.tuning import TunedTokenizer  # with what reads frames, which other runs do without
+
         stores = self._mixture().stores
         packed = self.trainer.datamodule.packing is not None  # type: ignore[attr-defined]
         if len(stores) > 1 or packed or isinstance(self.trainer.strategy, ShardedStrategy):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +15,13 @@ from repvitok.data import LatentMeta
 from repvitok.data.folders import open_episodes
 from repvitok.data.transforms import resize_frames, to_unit
 from repvitok.model import load_tokenizer
-from repvitok.runtime.documents import Above0, Positive, check_arguments
 from repvitok.runtime.errors import UserError
 from repvitok.runtime.training import ExponentialMovingAverage
 from torch import Tensor, nn
 
 from repwam_core.data.batches import SegmentBatch
 from repwam_core.data.episodes import EpisodeStore
-
-
-@dataclass(frozen=True, kw_only=True)
-class TuneTokenizer:
-    """Which part of which tokenizer is trained with the policy, and on which frames.
-
-    Attributes:
-        tokenizer: folder of the RepViTok that made the latents.
-        dataset: what they were made from.
-        last_k: blocks of its encoder that are trained, the last ones, with the projection to latents behind them.
-        lr_factor: their learning rate, as a share of the rate of AdamW's parameters.
-        memory_limit_gb: decoded frames are kept in memory up to this, others are decoded for every batch.
-    """
-
-    tokenizer: str | Path
-    dataset: str | Path
-    last_k: Positive = 1
-    lr_factor: Above0 = 0.1
-    memory_limit_gb: Above0 = 8.0
-
-    def __post_init__(self) -> None:
-        check_arguments(TuneTokenizer, vars(self))
+from repwam_core.training.finetuning import TuneTokenizer
 
 
 class RecordedFrames:

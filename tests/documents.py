@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ CHAINS = (
 )
 """Documents that belong together, in reading order. Results in benchmarks/ and recipes/ say what was run once, at the
 commit that they name: they are records, no instructions."""
+INSTALLED = {entry.name for entry in entry_points(group="repvitok.weights")}
+"""Models that are installed, which are loaded by their names."""
 YOURS = {
     "docs/own-robot.md": ("dataset", "key.txt"),  # recorded in section 1; a file with a secret
     "README.md": ("policy",),  # "models, tokenizers and statistics, one folder"
@@ -262,9 +265,9 @@ def _paths(config: Any, key: str = "") -> Iterator[str]:
 
 
 def is_there(path: str, made: set[str], documents: tuple[str, ...]) -> bool:
-    """Whether a path that a document names was made by an earlier command of it, or is the reader's own."""
+    """Whether what a document reads was made by an earlier command of it, is an installed model, or the reader's own."""
     first = path.split("/")[0]
-    if first.isupper() or path.startswith(("/", "hf://")):
+    if first.isupper() or path.startswith(("/", "hf://")) or path in INSTALLED:
         return True
     if any(path in YOURS.get(document, ()) for document in documents):
         return True

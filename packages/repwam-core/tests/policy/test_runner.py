@@ -453,7 +453,7 @@ def test_what_cannot_be_is_refused():
     ):
         with pytest.raises(UserError, match=message):
             Runner(Walker(), executor=Clock(itertools.repeat(0)), **arguments)
-    with pytest.raises(UserError, match="which robot it drives"):
+    with pytest.raises(UserError, match="the robot that it drives"):
         Runner(Nobodys())
     runner, clock = started("regrounded", itertools.repeat(1), Mute(), execute=4)
     with pytest.raises(RunnerStopped, match="Mute cannot plan on from committed actions"):

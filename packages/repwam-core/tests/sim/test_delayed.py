@@ -129,7 +129,7 @@ def test_waiting_costs_steps_and_regrounding_none(toy):
 
 def test_bad_requests_are_refused(toy):
     for given, message in (
-        ({"delay": -1}, "at least 0 control steps"),
+        ({"delay": -1}, "delay must be at least 0, got -1"),
         ({"execute": 4, "delay": 5, "execution": "naive"}, "cannot execute 4 actions of a chunk of 8 and 5 more"),
         ({"execute": None, "delay": 8, "execution": "naive"}, "leaves nothing of a chunk of 8"),
     ):

@@ -79,7 +79,7 @@ class QuickstartConfig:
     suite: str = DEFAULT_SUITE
     simulator: Mapping[str, Any] = field(default_factory=dict)
     device: Literal["cpu", "gpu"] = "cpu"
-    filmed: Count | Literal["outcomes"] = 8
+    filmed: Count | Literal["outcomes"] = "outcomes"
     recipes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

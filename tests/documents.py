@@ -265,7 +265,7 @@ def _paths(config: Any, key: str = "") -> Iterator[str]:
 
 
 def is_there(path: str, made: set[str], documents: tuple[str, ...]) -> bool:
-    """Whether what a document reads was made by an earlier command of it, is an installed model, or the reader's own."""
+    """Whether what a document reads was made by an earlier command, is an installed model, or the reader's own."""
     first = path.split("/")[0]
     if first.isupper() or path.startswith(("/", "hf://")) or path in INSTALLED:
         return True

@@ -16,7 +16,7 @@ from repvitok.nn.attention import Kernel, visible_frames
 from repvitok.nn.codec import CodecState, Decoder, Encoder, init_transformer
 from repvitok.runtime.documents import load_json
 from repvitok.runtime.errors import UserError
-from repvitok.runtime.pretrained import PretrainedModel, drawn_once, hub_id
+from repvitok.runtime.pretrained import PretrainedModel, drawn_once, hub_id, installed_folder
 
 _CHANNELS = 3
 
@@ -265,11 +265,11 @@ class RepViTok(PretrainedModel):
 
 
 def load_tokenizer(source: str | Path) -> VideoTokenizer:
-    """A tokenizer by folder or hub id: RepViTok, or the baseline that the folder's config.json names.
+    """A tokenizer by folder, installed name or hub id: RepViTok, or the baseline that the folder's config.json names.
 
     A folder that holds a whole Wan pipeline is known by its subfolder "vae"; a hub id, by an owner "Wan-AI".
     """
-    folder, wan_on_hub = Path(source), (hub_id(source) or "").startswith("Wan-AI/")
+    folder, wan_on_hub = installed_folder(source) or Path(source), (hub_id(source) or "").startswith("Wan-AI/")
     configs = [load_json(path) for path in (folder / "config.json", folder / "vae/config.json") if path.is_file()]
     of_diffusers = [config.get("_class_name") for config in configs if isinstance(config, dict)]
     if wan_on_hub or any(of_diffusers):

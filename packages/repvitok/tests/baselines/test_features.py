@@ -95,7 +95,7 @@ def test_later_frames_never_change_earlier_latents(tokenizer, clips):
 
 
 @pytest.mark.parametrize("squeeze", ["pca", "none"])
-def test_a_folder_holds_the_network_too(clips, tmp_path, squeeze):
+def test_a_folder_holds_the_network_too(clips, tmp_path, monkeypatch, squeeze):
     saved = FeatureTokenizer.of(network(), SIZES, squeeze).eval()
     saved.fit_squeeze(clips)
     saved.save_pretrained(tmp_path / "tokenizer")
@@ -109,6 +109,9 @@ def test_a_folder_holds_the_network_too(clips, tmp_path, squeeze):
     assert not any(p.requires_grad for p in loaded.encoder.parameters())
     with pytest.raises(ValueError, match='expected a "repvitok" folder, this one holds a "feature_tokenizer" model'):
         RepViTok.from_pretrained(tmp_path / "tokenizer")
+    for module in ("repvitok.model", "repvitok.runtime.pretrained"):
+        monkeypatch.setattr(f"{module}.installed_folder", {"features-small": tmp_path / "tokenizer"}.get)
+    assert load_tokenizer("features-small").digest() == saved.digest()  # under a name that is installed
 
 
 def test_what_does_not_fit_is_refused(clips):

@@ -15,6 +15,7 @@ from repvitok.data.shards import LatentShards
 from repvitok.runtime.checkpointing import read_checkpoint, read_section, stored_by, with_weights
 from repvitok.runtime.documents import Decay, From0, check_arguments
 from repvitok.runtime.errors import UserError
+from repvitok.runtime.pretrained import save_exported
 from repvitok.runtime.progress import card_head, run_record, training_table
 from repvitok.runtime.training import (
     ExponentialMovingAverage,
@@ -252,11 +253,7 @@ def export_checkpoint(
     stored = stored_by("latent-action fit", CHECKPOINT_KEY, loaded, where)
     lat = LatentActionTokenizer(LatentActionConfig.from_dict(read_section(stored, where, "config")))
     lat = with_weights(lat, "lat.", loaded, stored, where)
-    if half:
-        lat = lat.half().float()
-    card = model_card(lat, loaded, Path(checkpoint).parent, license)
-    (lat.half() if half else lat).save_pretrained(out, readme=card)
-    return lat.float()
+    return save_exported(lat, out, lambda lat: model_card(lat, loaded, Path(checkpoint).parent, license), half)
 
 
 def model_card(lat: LatentActionTokenizer, checkpoint: Mapping[str, Any], run: Path, license: str | None = None) -> str:

@@ -320,21 +320,24 @@ def _load_batch(reader: EpisodeReader, config: EncodingConfig, batch: Sequence[E
     for info in batch:
         starts = range(0, info.length, _DECODE_BLOCK)
         blocks = [range(start, min(start + _DECODE_BLOCK, info.length)) for start in starts]
-        views = []
-        for camera in config.cameras:
-            colour = camera not in getattr(reader, "depth_keys", ())
-            parts: list[list[np.ndarray]] = [[] for _ in config.copies]
-            for block in blocks:
-                frames = reader.frames(info.index, camera, block)
-                parts[0].append(resize_frames(frames, config.size))
-                for copy in config.copies[1:]:
-                    assert config.augment is not None
-                    key = info.index, copy, camera
-                    parts[copy].append(config.augment.resize(frames, config.size, key, colour))
-            views.append([np.concatenate(part) for part in parts])
-        pixels = np.stack([np.stack(copies) for copies in zip(*views, strict=True)])
-        loaded.append(_LoadedEpisode(info, pixels, read_robot_columns(reader, info.index)))
+        views = [
+            np.concatenate([_load_copies(reader, config, info.index, camera, block) for block in blocks], axis=1)
+            for camera in config.cameras
+        ]
+        loaded.append(_LoadedEpisode(info, np.stack(views, axis=1), read_robot_columns(reader, info.index)))
     return loaded
+
+
+def _load_copies(
+    reader: EpisodeReader, config: EncodingConfig, episode: int, camera: str, block: range
+) -> UInt8[np.ndarray, "copies n h w 3"]:
+    """Frames of one camera, resized, as they were recorded and of every augmented copy."""
+    frames, size = reader.frames(episode, camera, block), config.size
+    copies = [resize_frames(frames, size)]
+    if config.augment is not None:
+        colour = camera not in getattr(reader, "depth_keys", ())
+        copies += [config.augment.resize(frames, size, (episode, n, camera), colour) for n in config.copies[1:]]
+    return np.stack(copies)
 
 
 def _encode_batch(

@@ -279,6 +279,18 @@ def find_folder(
     return folder
 
 
+def save_exported(model: Model, folder: str | Path, card: Callable[[Model], str], half: bool) -> Model:
+    """Save a model with its card, and return it as `from_pretrained` gives it: float32.
+
+    With `half` its weights are rounded to float16 before the card is written, and stored so.
+    """
+    if half:
+        model.half().float()
+    readme = card(model)
+    (model.half() if half else model).save_pretrained(folder, readme=readme)
+    return model.float()
+
+
 def converted(model: Any, dtype: torch.dtype | None) -> Any:
     """The model with weights of a floating type; as it is for None."""
     if dtype is not None and not dtype.is_floating_point:

@@ -12,6 +12,7 @@ import torch
 from repvitok.baselines.features import FeatureTokenizer
 from repvitok.model import RepViTok
 from repvitok.runtime.checkpointing import read_checkpoint, read_section, stored_by, with_weights
+from repvitok.runtime.pretrained import save_exported
 from repvitok.runtime.progress import card_head, run_record, training_table
 
 
@@ -33,11 +34,11 @@ def export_checkpoint(
     with torch.device("meta"):
         tokenizer = kind(kind.config_class.from_dict(dict(read_section(stored, where, "config"))))
     tokenizer = with_weights(tokenizer, "tokenizer.", checkpoint, stored, where, averaged=averaged)
-    if half:
-        tokenizer = tokenizer.half().float()
-    card = model_card(tokenizer, checkpoint, averaged, Path(path).parent, license)
-    (tokenizer.half() if half else tokenizer).save_pretrained(out, readme=card)
-    return tokenizer.float()
+
+    def card(model: RepViTok) -> str:
+        return model_card(model, checkpoint, averaged, Path(path).parent, license)
+
+    return save_exported(tokenizer, out, card, half)
 
 
 def trained_size(run: str | Path) -> tuple[int, int] | None:

@@ -13,8 +13,9 @@ from repwam_core.report.data import Curve, ReportData, as_curve
 from repwam_core.sim.results import SuccessRate
 
 FORMAT, FORMAT_VERSION = "repwam-report", 1
-IN_CLOSED_LOOP = ("run", "success", "groups", "endings", "likeness", "protocol")
-"""Fields of `ReportData` that stand elsewhere: the run's beside the format, the others in `closed_loop`."""
+ELSEWHERE = ("run", "curves", "success", "groups", "endings", "likeness", "protocol")
+"""Fields of `ReportData` that are no sections as they are: the run's stand beside the format, from the success on all
+are in `closed_loop`."""
 PICTURES = ("np.ndarray", "np.ndarray | None")  #: the types of fields that hold pictures
 CURVES = ("by_horizon", "distances")
 
@@ -25,13 +26,13 @@ def report_numbers(data: ReportData) -> dict[str, Any]:
     Sections are the fields of `ReportData`, null or empty where the run had none. A number that is not finite, or was
     not measured, is null.
     """
-    sections = {field.name: plain(getattr(data, field.name)) for field in fields(data)}
+    sections = [field.name for field in fields(data) if field.name not in ELSEWHERE]
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        **sections["run"],
+        **plain(data.run),
         "closed_loop": closed_loop(data) if data.success else None,
-        **{name: section for name, section in sections.items() if name not in IN_CLOSED_LOOP},
+        **{name: plain(getattr(data, name)) for name in sections},
         "curves": {stage: _curves(curves) for stage, curves in data.curves.items()},
     }
 

@@ -467,9 +467,8 @@ def _one(repeated: Sequence[Run], repeats: Repeats) -> Run:
 
 
 def _rate(runs: Sequence[Run], of_tasks: int) -> GroupRate:
-    from repwam_core.sim.results import (
-        wilson_interval,
-    )  # of who reads results: a robot's environment has less installed
+    # here, for who reads results: a robot's environment has less installed
+    from repwam_core.sim.results import wilson_interval
 
     successes, episodes = sum(run.successes for run in runs), sum(run.episodes for run in runs)
     mean = sum(run.successes / run.episodes for run in runs) / len(runs)
